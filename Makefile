@@ -1,0 +1,62 @@
+# Everything that a fresh machine needs: a Rust toolchain and apt (or brew) are enough.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+# The servers that `make matrix` runs against; leave one out with make matrix SERVERS='redis-7.0 valkey-8.0'.
+SERVERS ?= redis-6.2 redis-7.0 redis-8.2 valkey-8.0
+# The small test crates beside tests/it, which need no server.
+QUICK := $(patsubst tests/%.rs,--test %,$(wildcard tests/*.rs))
+
+# One step: its name, and its command. A failure ends make with the name in the last line but make's own.
+define step
+@echo "== $(1)"
+@$(2) || { echo "FAILED: $(1)" >&2; exit 1; }
+endef
+# The programs of redis-7.0 (redis-server, redis-cli, redis-benchmark) come first on the PATH.
+with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup setup-demo cargo demo test fmt-check lint docs unit matrix bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: setup-demo ## see the problem and the cure on a private server
+	@$(with_redis) $(CARGO) run --release --quiet -- demo
+
+test: setup fmt-check lint docs unit matrix ## format, lint, docs, tests, and the tests against every server
+
+setup: cargo ## get the servers for the tests (cached outside the checkout)
+	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(SERVERS))
+
+setup-demo: cargo ## get the one server for the demo
+	$(call step,setup: redis-7.0,scripts/servers.sh fetch redis-7.0)
+
+cargo:
+	@command -v $(CARGO) >/dev/null || { echo "FAILED: no cargo on the PATH: install a Rust toolchain" >&2; exit 1; }
+
+fmt-check: ## is the code formatted?
+	$(call step,fmt-check,$(CARGO) fmt --all --check)
+
+lint: ## clippy, warnings denied
+	$(call step,lint,$(CARGO) clippy --all-targets --quiet -- -D warnings)
+
+docs: ## rustdoc, warnings denied
+	$(call step,docs,RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items --quiet)
+
+unit: ## the quick tests, without the matrix
+	$(call step,unit tests,$(CARGO) test --lib --bins $(QUICK))
+	$(call step,doc tests,$(CARGO) test --doc)
+
+# All servers are tried before the failures are named. On success the last line is the test runner's own.
+matrix: setup ## the integration tests against each server
+	@failed=; for server in $(SERVERS); do \
+	  echo "== integration tests against $$server"; \
+	  binary=$$(scripts/servers.sh path $$server) && \
+	  $(with_redis) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it || failed="$$failed $$server"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi
+
+bench: setup-demo ## the benchmarks
+	@$(with_redis) $(CARGO) bench

@@ -1,0 +1,5 @@
+//! placeholder
+#![forbid(unsafe_code)]
+pub mod model;
+pub mod node;
+pub mod settings;

@@ -1,0 +1,77 @@
+//! Why a task or a shard ended without success, in words that an operator can act on.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::model::task::words;
+
+/// The kind of a failure. Exit codes and the contract's error codes are chosen by it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FailureKind {
+    /// No connection could be made, or it was lost for longer than we retry.
+    CannotConnect,
+    /// Wrong user or password, or none where one is needed.
+    NotAuthenticated,
+    /// A right is missing.
+    NotAllowed,
+    /// The server is a replica.
+    NotAMaster,
+    /// The server cannot be scanned: too old, or no Redis at all.
+    Unsupported,
+    /// A DB that was named does not exist.
+    NoSuchDb,
+    /// The time allowed is over.
+    TimedOut,
+    /// The process was asked to end.
+    Interrupted,
+    /// The server or the network answered what it never should.
+    Protocol,
+    /// The records could not be written.
+    Store,
+}
+
+words!(
+    FailureKind,
+    "failure kind",
+    CannotConnect = "cannot_connect",
+    NotAuthenticated = "not_authenticated",
+    NotAllowed = "not_allowed",
+    NotAMaster = "not_a_master",
+    Unsupported = "unsupported",
+    NoSuchDb = "no_such_db",
+    TimedOut = "timed_out",
+    Interrupted = "interrupted",
+    Protocol = "protocol",
+    Store = "store",
+);
+
+/// What went wrong and what to do about it. Holds no secret and no key name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Its kind.
+    pub kind: FailureKind,
+    /// What happened and why, without a full stop.
+    pub message: String,
+    /// What to do next.
+    pub hint: Option<String>,
+}
+
+impl Failure {
+    /// A failure without advice.
+    pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None }
+    }
+
+    /// Adds advice.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}

@@ -1,0 +1,11 @@
+//! The words of the domain: tasks, shards, positions, figures, reasons.
+//!
+//! Everything here is plain data and pure functions. Nothing in this module knows a socket, a clock, a file
+//! or a wire format; every other module may import it.
+
+pub mod failure;
+pub mod progress;
+pub mod shard;
+pub mod target;
+pub mod task;
+pub mod throttle;

@@ -1,0 +1,377 @@
+//! What the engine reports, and the one view of it that bar, status line, JSON, page and metrics render.
+//!
+//! The engine says what happened in past-tense [`ScanEvent`]s. [`Snapshot::apply`] folds them, in order, into the
+//! present. Figures are cumulative: the last event about a pass holds everything that the earlier ones held, so a
+//! reader that missed some has missed nothing.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::model::failure::Failure;
+use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
+use crate::model::throttle::Reason;
+
+/// What a server says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerFacts {
+    /// `Redis`, `Valkey`, or another name that INFO gives.
+    pub product: String,
+    /// Its own version, not the Redis version that Valkey claims compatibility with.
+    pub version: String,
+    /// The process.
+    pub run_id: RunId,
+    /// Its address as we reached it.
+    pub addr: NodeAddr,
+}
+
+/// How long batches held the master, in microseconds: round trip less the smallest PING round trip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SliceSummary {
+    /// Half of the batches were shorter.
+    pub p50_us: u64,
+    /// 99 of 100 batches were shorter.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+/// Upper bounds in seconds of the classes of [`TtlHistogram`]: a minute, ten, an hour, six, a day, a week.
+pub const TTL_BOUNDS_S: [u64; 6] = [60, 600, 3_600, 21_600, 86_400, 604_800];
+
+/// How many of the keys seen expire within which time. Filled where `touch` is `ttl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TtlHistogram {
+    /// Keys whose remaining time is at most the bound of the same index, and above the bound before.
+    pub within: [u64; TTL_BOUNDS_S.len()],
+    /// Keys that live longer than the last bound.
+    pub later: u64,
+    /// Keys without a TTL.
+    pub never: u64,
+}
+
+impl TtlHistogram {
+    /// Files one key's reply to TTL: seconds left, or -1 for a key without a TTL. A key that is gone (-2) is not filed.
+    pub fn add(&mut self, ttl_s: i64) {
+        match u64::try_from(ttl_s) {
+            Ok(left) => match TTL_BOUNDS_S.iter().position(|&bound| left <= bound) {
+                Some(class) => self.within[class] += 1,
+                None => self.later += 1,
+            },
+            Err(_) if ttl_s == -1 => self.never += 1,
+            Err(_) => {}
+        }
+    }
+
+    /// Adds another histogram to this one.
+    pub fn merge(&mut self, other: &Self) {
+        for (sum, n) in self.within.iter_mut().zip(other.within) {
+            *sum += n;
+        }
+        self.later += other.later;
+        self.never += other.never;
+    }
+
+    /// Whether any key was filed.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Everything that is counted about one DB of one shard.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassFigures {
+    /// How far the pass is.
+    pub position: ScanPosition,
+    /// DBSIZE when the pass began.
+    pub keys_at_start: u64,
+    /// Keys that SCAN looked at: returned and reclaimed.
+    pub scanned: u64,
+    /// Expired keys freed by SCAN and by the touch: the exact difference of DBSIZE around each.
+    pub reclaimed: u64,
+    /// Keys asked with EXISTS or TTL.
+    pub touched: u64,
+    /// Of the touched keys, those that were dead although SCAN had returned them.
+    pub found_by_touch: u64,
+    /// SCANs that were answered.
+    pub batches: u64,
+    /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
+    pub lost_replies: u64,
+    /// How often the pass began again, because the process or the rules changed under it.
+    pub restarts: u64,
+    /// Time in which batches held the master.
+    pub active: Duration,
+    /// Time rested for the intensity and the ceiling.
+    pub rested: Duration,
+    /// Time held, by reason.
+    pub held: BTreeMap<Reason, Duration>,
+    /// How long the batches were.
+    pub slice: SliceSummary,
+    /// COUNT of the next batch.
+    pub count: u32,
+    /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
+    pub server_us_per_scan: Option<f64>,
+    /// Remaining TTLs, with `touch` `ttl`.
+    pub ttl: TtlHistogram,
+}
+
+impl PassFigures {
+    /// Time held for all reasons together.
+    pub fn held_total(&self) -> Duration {
+        self.held.values().sum()
+    }
+}
+
+/// What became of the touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TouchOutcome {
+    /// No key was touched and none audited yet.
+    #[default]
+    NotNeededYet,
+    /// The operator asked for none.
+    Off,
+    /// The operator asked to touch each key.
+    Asked,
+    /// The audit found that SCAN frees what it meets.
+    ScanReclaims,
+    /// The audit found keys that SCAN left dead: every key is touched.
+    ScanLeavesDead,
+    /// The user has no right to EXISTS or TTL: there was no audit.
+    NoRight,
+}
+
+impl TouchOutcome {
+    /// One sentence for the report.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::NotNeededYet => "no batch was audited",
+            Self::Off => "no key was touched, as asked",
+            Self::Asked => "every key was touched, as asked",
+            Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
+            Self::ScanLeavesDead => "audited: SCAN left expired keys in memory, so every key was touched",
+            Self::NoRight => "not audited: the user may not run EXISTS",
+        }
+    }
+}
+
+/// What happened. Sent by the engine in order, consumed by one recorder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScanEvent {
+    /// Where.
+    pub shard: ShardId,
+    /// What.
+    pub what: ScanEventKind,
+}
+
+/// The kinds of [`ScanEvent`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum ScanEventKind {
+    /// The shard's master was reached and may be swept.
+    ShardStarted {
+        /// What it is.
+        server: ServerFacts,
+        /// `used_memory` in bytes, where the server tells it.
+        used_memory: Option<u64>,
+        /// The DBs that will be swept, in order.
+        dbs: Vec<DbIndex>,
+    },
+    /// Something an operator should know, that stops nothing.
+    Warned {
+        /// What was seen, why it matters, what to do.
+        message: String,
+    },
+    /// A pass began, or went on from a checkpoint.
+    PassStarted {
+        /// The DB.
+        db: DbIndex,
+        /// Figures to start with: not empty when it goes on from a checkpoint.
+        figures: PassFigures,
+    },
+    /// Batches were done. Sent a few times a second, whatever the number of batches.
+    Progressed {
+        /// The DB.
+        db: DbIndex,
+        /// All figures up to now.
+        figures: PassFigures,
+    },
+    /// A pass had to begin again.
+    PassRestarted {
+        /// The DB.
+        db: DbIndex,
+        /// Why.
+        why: String,
+    },
+    /// A pass is complete.
+    PassFinished {
+        /// The DB.
+        db: DbIndex,
+        /// All figures.
+        figures: PassFigures,
+    },
+    /// The sweep of this shard began to hold.
+    HoldStarted {
+        /// Why.
+        reason: Reason,
+        /// Facts beside the reason's own sentence.
+        detail: Option<String>,
+    },
+    /// The hold is over.
+    HoldEnded {
+        /// Why it had been.
+        reason: Reason,
+        /// How long it lasted.
+        lasted: Duration,
+    },
+    /// It became clear whether keys must be touched.
+    TouchDecided {
+        /// The finding.
+        outcome: TouchOutcome,
+    },
+    /// Every pass of the shard is complete.
+    ShardFinished {
+        /// `used_memory` in bytes after lazy frees settled, where the server tells it.
+        used_memory: Option<u64>,
+    },
+    /// The shard's sweep ended early.
+    ShardEnded {
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// One shard as it stands.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ShardView {
+    /// What the server is; `None` until it was reached.
+    pub server: Option<ServerFacts>,
+    /// DBs that are to be swept, in order.
+    pub dbs: Vec<DbIndex>,
+    /// Figures of each DB that was begun.
+    pub passes: BTreeMap<DbIndex, PassFigures>,
+    /// The DB being swept.
+    pub current: Option<DbIndex>,
+    /// Why it holds at this moment.
+    pub hold: Option<Reason>,
+    /// What the audit found.
+    pub touch: TouchOutcome,
+    /// Things an operator should know.
+    pub warnings: Vec<String>,
+    /// `used_memory` before, in bytes.
+    pub memory_before: Option<u64>,
+    /// `used_memory` after, in bytes.
+    pub memory_after: Option<u64>,
+    /// Whether every pass is complete.
+    pub finished: bool,
+    /// Why it ended early.
+    pub failure: Option<Failure>,
+}
+
+/// At most this many warnings are kept for a shard, so that a long trouble cannot fill the memory.
+const MAX_WARNINGS: usize = 20;
+
+/// The one view of a running or ended task.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Snapshot {
+    /// Every shard, by name.
+    pub shards: BTreeMap<ShardId, ShardView>,
+    /// When the sweep began.
+    pub started_at: Option<Timestamp>,
+}
+
+impl Snapshot {
+    /// Folds one event in. Events of one shard must come in the order in which they happened.
+    pub fn apply(&mut self, event: ScanEvent) {
+        let shard = self.shards.entry(event.shard).or_default();
+        match event.what {
+            ScanEventKind::ShardStarted { server, used_memory, dbs } => {
+                shard.server = Some(server);
+                shard.dbs = dbs;
+                shard.memory_before = shard.memory_before.or(used_memory);
+            }
+            ScanEventKind::Warned { message } => {
+                if shard.warnings.len() < MAX_WARNINGS && !shard.warnings.contains(&message) {
+                    shard.warnings.push(message);
+                }
+            }
+            ScanEventKind::PassStarted { db, figures } | ScanEventKind::Progressed { db, figures } => {
+                shard.current = Some(db);
+                shard.passes.insert(db, figures);
+            }
+            ScanEventKind::PassRestarted { db, why } => {
+                let message = format!("{db}: the pass began again: {why}");
+                if shard.warnings.len() < MAX_WARNINGS && !shard.warnings.contains(&message) {
+                    shard.warnings.push(message);
+                }
+            }
+            ScanEventKind::PassFinished { db, figures } => {
+                shard.passes.insert(db, figures);
+                shard.current = None;
+            }
+            ScanEventKind::HoldStarted { reason, .. } => shard.hold = Some(reason),
+            ScanEventKind::HoldEnded { .. } => shard.hold = None,
+            ScanEventKind::TouchDecided { outcome } => shard.touch = outcome,
+            ScanEventKind::ShardFinished { used_memory } => {
+                shard.finished = true;
+                shard.memory_after = used_memory;
+            }
+            ScanEventKind::ShardEnded { failure } => {
+                shard.hold = None;
+                shard.failure = Some(failure);
+            }
+        }
+    }
+
+    /// Every pass of every shard.
+    pub fn passes(&self) -> impl Iterator<Item = &PassFigures> {
+        self.shards.values().flat_map(|s| s.passes.values())
+    }
+
+    /// Expired keys freed so far.
+    pub fn reclaimed(&self) -> u64 {
+        self.passes().map(|p| p.reclaimed).sum()
+    }
+
+    /// Keys looked at so far.
+    pub fn scanned(&self) -> u64 {
+        self.passes().map(|p| p.scanned).sum()
+    }
+
+    /// Batches whose reply was lost.
+    pub fn lost_replies(&self) -> u64 {
+        self.passes().map(|p| p.lost_replies).sum()
+    }
+
+    /// Why the task cannot succeed, if a shard has ended early: the first such shard's reason.
+    pub fn failure(&self) -> Option<&Failure> {
+        self.shards.values().find_map(|s| s.failure.as_ref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ttls_are_filed_by_their_upper_bound() {
+        let mut histogram = TtlHistogram::default();
+        for ttl in [-2, -1, 0, 60, 61, 604_800, 604_801] {
+            histogram.add(ttl);
+        }
+        assert_eq!(histogram.within, [2, 1, 0, 0, 0, 1]);
+        assert_eq!((histogram.later, histogram.never), (1, 1));
+    }
+
+    #[test]
+    fn warnings_are_bounded_and_said_once() {
+        let mut snapshot = Snapshot::default();
+        let shard = ShardId("a".into());
+        for n in 0..100 {
+            for _ in 0..2 {
+                let what = ScanEventKind::Warned { message: format!("w{n}") };
+                snapshot.apply(ScanEvent { shard: shard.clone(), what });
+            }
+        }
+        assert_eq!(snapshot.shards[&shard].warnings.len(), MAX_WARNINGS);
+    }
+}

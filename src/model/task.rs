@@ -1,0 +1,251 @@
+//! A task: one sweep of one instance, from the wish to the last figure.
+
+use std::fmt;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::model::failure::Failure;
+
+/// Names a task. Version 7: sorts by time of creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TaskId(pub Uuid);
+
+impl TaskId {
+    /// A fresh id, later than all before it.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl fmt::Display for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Who asked for the task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// A person at the command line.
+    Cli,
+    /// A call of the API.
+    Api,
+    /// A schedule that came due.
+    Schedule,
+}
+
+/// A stored word that names nothing we know: the store was written by another version, or by hand.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown {what} `{word}`")]
+pub struct UnknownWord {
+    /// Which kind of word was expected.
+    pub what: &'static str,
+    /// What stood there.
+    pub word: String,
+}
+
+/// Implements `as_str`, `Display` and `FromStr` for an enum whose values are stored and shown as words.
+macro_rules! words {
+    ($type:ty, $what:literal, $($variant:ident = $word:literal),+ $(,)?) => {
+        impl $type {
+            /// Every value, in the order of declaration.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The stored and shown word.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+        impl FromStr for $type {
+            type Err = $crate::model::task::UnknownWord;
+            fn from_str(word: &str) -> Result<Self, Self::Err> {
+                match word {
+                    $($word => Ok(Self::$variant),)+
+                    _ => Err($crate::model::task::UnknownWord { what: $what, word: word.to_owned() }),
+                }
+            }
+        }
+    };
+}
+pub(crate) use words;
+
+words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule");
+
+/// Where a task stands. Being throttled or outside a window is a live condition of `Running`, not a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TaskState {
+    /// Recorded; no batch was sent.
+    Waiting,
+    /// Sweeping, or holding with a reason.
+    Running,
+    /// A person paused it.
+    Paused,
+    /// The process ended before the task did; its checkpoint is good.
+    Interrupted,
+    /// Every pass of every shard is complete.
+    Succeeded,
+    /// Ended with a reason; what was reclaimed before stays counted.
+    Failed,
+    /// A person ended it.
+    Cancelled,
+}
+
+words!(
+    TaskState,
+    "task state",
+    Waiting = "waiting",
+    Running = "running",
+    Paused = "paused",
+    Interrupted = "interrupted",
+    Succeeded = "succeeded",
+    Failed = "failed",
+    Cancelled = "cancelled",
+);
+
+impl TaskState {
+    /// Whether nothing can change it any more.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    /// The contract's four words: `waiting`, `running`, `success`, `failed`.
+    pub fn contract_word(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Running | Self::Paused | Self::Interrupted => "running",
+            Self::Succeeded => "success",
+            Self::Failed | Self::Cancelled => "failed",
+        }
+    }
+}
+
+/// What can happen to a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// The first batch may be sent, now or again after an interruption.
+    Start,
+    /// A person asks to hold.
+    Pause,
+    /// A person asks to go on.
+    Resume,
+    /// The process ends, the checkpoint stays.
+    Interrupt,
+    /// Every pass is complete.
+    Succeed,
+    /// It cannot go on.
+    Fail,
+    /// A person ends it.
+    Cancel,
+}
+
+impl Command {
+    /// Every command, for tables.
+    pub const ALL: &'static [Self] =
+        &[Self::Start, Self::Pause, Self::Resume, Self::Interrupt, Self::Succeed, Self::Fail, Self::Cancel];
+}
+
+/// A command that makes no sense in the task's present state.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a task that is {state} cannot take the command {command:?}")]
+pub struct IllegalTransition {
+    /// The state it is in.
+    pub state: TaskState,
+    /// What was asked.
+    pub command: Command,
+}
+
+/// The one transition function. Everything that changes a task's state asks it.
+///
+/// # Errors
+/// [`IllegalTransition`] where the table has no cell.
+pub fn transition(state: TaskState, command: Command) -> Result<TaskState, IllegalTransition> {
+    use Command as C;
+    use TaskState as S;
+    match (state, command) {
+        (S::Waiting | S::Interrupted, C::Start) => Ok(S::Running),
+        (S::Waiting | S::Running | S::Interrupted, C::Pause) => Ok(S::Paused),
+        (S::Paused, C::Resume) => Ok(S::Running),
+        (S::Waiting | S::Running, C::Interrupt) => Ok(S::Interrupted),
+        (S::Running, C::Succeed) => Ok(S::Succeeded),
+        (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Fail) => Ok(S::Failed),
+        (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Cancel) => Ok(S::Cancelled),
+        (state, command) => Err(IllegalTransition { state, command }),
+    }
+}
+
+/// A task as it is recorded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Task {
+    /// Its name.
+    pub id: TaskId,
+    /// The instance it sweeps.
+    pub instance_id: String,
+    /// The instance's address, without any secret.
+    pub target: String,
+    /// Who asked.
+    pub cause: Cause,
+    /// Where it stands.
+    pub state: TaskState,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When its first batch was sent.
+    pub started_at: Option<Timestamp>,
+    /// When it reached a final state.
+    pub finished_at: Option<Timestamp>,
+    /// Expired keys that it freed.
+    pub num: u64,
+    /// Why it failed, or why it waits interrupted.
+    pub failure: Option<Failure>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_transition_table() {
+        let mut table = format!("{:<12}", "");
+        for command in Command::ALL {
+            table.push_str(&format!("{:<12}", format!("{command:?}")));
+        }
+        for &state in TaskState::ALL {
+            table.push_str(&format!("\n{:<12}", state.as_str()));
+            for &command in Command::ALL {
+                let cell = transition(state, command).map_or("-", TaskState::as_str);
+                table.push_str(&format!("{cell:<12}"));
+            }
+        }
+        let table: Vec<&str> = table.lines().map(str::trim_end).collect();
+        insta::assert_snapshot!(table.join("\n"));
+    }
+
+    #[test]
+    fn a_final_state_takes_no_command() {
+        for &state in TaskState::ALL.iter().filter(|s| s.is_final()) {
+            for &command in Command::ALL {
+                assert_eq!(transition(state, command), Err(IllegalTransition { state, command }));
+            }
+        }
+    }
+
+    #[test]
+    fn every_state_survives_its_word() {
+        for &state in TaskState::ALL {
+            assert_eq!(state.as_str().parse::<TaskState>().unwrap(), state);
+        }
+    }
+
+    #[test]
+    fn ids_sort_by_time() {
+        let first = TaskId::generate();
+        let second = TaskId::generate();
+        assert!(first < second);
+    }
+}

@@ -1,0 +1,51 @@
+//! Why a sweep holds.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::model::task::words;
+
+/// Why the sweep of a shard stands still for a while. The operator's sentence and the metric label both come
+/// from here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// The connection was lost and is being made again.
+    Reconnecting,
+    /// The server loads its data set.
+    Loading,
+    /// A script or a module keeps the server busy.
+    Busy,
+    /// The server hides expired keys and does not delete them: CLIENT PAUSE, or something that acts like it.
+    DeletionBlocked,
+    /// A coordinated failover is under way.
+    Failover,
+    /// A person paused the task.
+    Paused,
+}
+
+words!(
+    Reason,
+    "hold reason",
+    Reconnecting = "reconnecting",
+    Loading = "loading",
+    Busy = "busy",
+    DeletionBlocked = "deletion_blocked",
+    Failover = "failover",
+    Paused = "paused",
+);
+
+impl Reason {
+    /// One sentence for the operator.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::Reconnecting => "the connection was lost; connecting again",
+            Self::Loading => "the server is loading its data set",
+            Self::Busy => "a script keeps the server busy",
+            Self::DeletionBlocked => {
+                "the server hides expired keys without deleting them (CLIENT PAUSE?); waiting for that to end"
+            }
+            Self::Failover => "a failover is under way",
+            Self::Paused => "paused by request",
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! One connection to one server, with a bound on every wait.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use redis::{Cmd, FromRedisValue, Value};
+use secrecy::ExposeSecret;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use crate::model::shard::{DbIndex, NodeAddr};
+use crate::model::target::Credentials;
+use crate::node::error::NodeError;
+use crate::node::wire::{self, Malformed, Names, ScanReader, ScanReply};
+
+/// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
+const READ_BUFFER: usize = 64 << 10;
+
+/// How we connect.
+#[derive(Debug, Clone)]
+pub struct ConnOptions {
+    /// Who we are.
+    pub credentials: Credentials,
+    /// Bound on making a connection, handshake included.
+    pub connect_timeout: Duration,
+    /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
+    pub response_timeout: Duration,
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
+
+/// What one SCAN between two DBSIZEs did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanBatch {
+    /// The next cursor; 0 at the end.
+    pub cursor: u64,
+    /// Keys in the reply.
+    pub returned: u64,
+    /// DBSIZE just before.
+    pub keys_before: u64,
+    /// DBSIZE just after.
+    pub keys_after: u64,
+    /// From the first byte written to the last byte read.
+    pub round_trip: Duration,
+}
+
+impl ScanBatch {
+    /// Expired keys that the SCAN freed. Exact: the server runs the three commands back to back.
+    pub fn reclaimed(&self) -> u64 {
+        self.keys_before.saturating_sub(self.keys_after)
+    }
+}
+
+/// What touching the keys of one batch did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TouchBatch {
+    /// The server's answer for each name, in order.
+    pub answers: Vec<i64>,
+    /// DBSIZE just before.
+    pub keys_before: u64,
+    /// DBSIZE just after.
+    pub keys_after: u64,
+    /// From the first byte written to the last byte read.
+    pub round_trip: Duration,
+}
+
+/// One connection. Commands run one after the other. A call that was dropped half way leaves it broken: the next one
+/// fails at once instead of reading the other's answer.
+pub struct Conn {
+    stream: Box<dyn Stream>,
+    addr: NodeAddr,
+    response_timeout: Duration,
+    buf: Vec<u8>,
+    start: usize,
+    end: usize,
+    out: Vec<u8>,
+    in_flight: bool,
+}
+
+impl std::fmt::Debug for Conn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Conn").field("addr", &self.addr).finish_non_exhaustive()
+    }
+}
+
+impl Conn {
+    /// Connects, authenticates and names the connection `ttlsweep` where that is allowed.
+    ///
+    /// # Errors
+    /// [`NodeError`] for a server that is not reached in time or does not let us in.
+    pub async fn open(addr: &NodeAddr, options: &ConnOptions) -> Result<Self, NodeError> {
+        let late = || NodeError::Connect {
+            addr: addr.clone(),
+            source: io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no connection within {:?}", options.connect_timeout),
+            ),
+        };
+        timeout(options.connect_timeout, Self::dial(addr, options)).await.map_err(|_| late())?
+    }
+
+    async fn dial(addr: &NodeAddr, options: &ConnOptions) -> Result<Self, NodeError> {
+        let failed = |source| NodeError::Connect { addr: addr.clone(), source };
+        let stream: Box<dyn Stream> = match addr {
+            NodeAddr::Tcp { host, port } => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
+                stream.set_nodelay(true).map_err(failed)?;
+                Box::new(stream)
+            }
+            NodeAddr::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
+        };
+        let mut conn = Self {
+            stream,
+            addr: addr.clone(),
+            response_timeout: options.response_timeout,
+            buf: vec![0; READ_BUFFER],
+            start: 0,
+            end: 0,
+            out: Vec::new(),
+            in_flight: false,
+        };
+        conn.handshake(&options.credentials).await?;
+        Ok(conn)
+    }
+
+    async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
+        if let Some(password) = &credentials.password {
+            let mut auth = redis::cmd("AUTH");
+            if let Some(user) = &credentials.user {
+                auth.arg(user);
+            }
+            auth.arg(password.expose_secret());
+            self.call::<()>("AUTH", &auth).await?;
+        }
+        // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.
+        let name = redis::cmd("CLIENT").arg("SETNAME").arg("ttlsweep").to_owned();
+        match self.call::<()>("CLIENT SETNAME", &name).await {
+            Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Where it leads.
+    pub fn addr(&self) -> &NodeAddr {
+        &self.addr
+    }
+
+    /// Selects a DB.
+    ///
+    /// # Errors
+    /// [`NodeError`]; a DB that does not exist is [`NodeError::Server`].
+    pub async fn select(&mut self, db: DbIndex) -> Result<(), NodeError> {
+        self.call("SELECT", redis::cmd("SELECT").arg(db.0)).await
+    }
+
+    /// Runs one command. `name` is how errors call it.
+    ///
+    /// # Errors
+    /// [`NodeError`], of the server, the network, or of a reply that is no `T`.
+    pub async fn call<T: FromRedisValue>(&mut self, name: &'static str, cmd: &Cmd) -> Result<T, NodeError> {
+        let [reply] = self.pipeline(name, [cmd]).await?;
+        reply
+    }
+
+    /// Runs commands in one write. The outer error is the connection's, the inner ones the server's.
+    ///
+    /// # Errors
+    /// [`NodeError`] of the connection.
+    pub async fn pipeline<T: FromRedisValue, const N: usize>(
+        &mut self,
+        name: &'static str,
+        cmds: [&Cmd; N],
+    ) -> Result<[Result<T, NodeError>; N], NodeError> {
+        self.out.clear();
+        for cmd in cmds {
+            cmd.write_packed_command(&mut self.out);
+        }
+        let values = self
+            .bounded(name, async |conn| {
+                conn.send().await?;
+                let mut values = Vec::with_capacity(N);
+                for _ in 0..N {
+                    values.push(conn.read_value(name).await?);
+                }
+                Ok(values)
+            })
+            .await?;
+        let replies: Vec<_> = values.into_iter().map(|value| self.convert(name, value)).collect();
+        Ok(replies.try_into().unwrap_or_else(|_| unreachable!("N commands have N replies")))
+    }
+
+    /// `DBSIZE`, `SCAN cursor COUNT count`, `DBSIZE` in one write. Not in MULTI: the deletions would be propagated as
+    /// one transaction, which cluster-aware replication tools reject. `names` receives the key names where it is given.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the first refusal among the three.
+    pub async fn scan(
+        &mut self,
+        cursor: u64,
+        count: u32,
+        mut names: Option<&mut Names>,
+    ) -> Result<ScanBatch, NodeError> {
+        self.out.clear();
+        let dbsize = redis::cmd("DBSIZE");
+        dbsize.write_packed_command(&mut self.out);
+        redis::cmd("SCAN").arg(cursor).arg("COUNT").arg(count).write_packed_command(&mut self.out);
+        dbsize.write_packed_command(&mut self.out);
+        if let Some(names) = names.as_deref_mut() {
+            names.clear();
+        }
+        self.bounded("SCAN", async |conn| {
+            let begun = Instant::now();
+            conn.send().await?;
+            let before = conn.read_integer("DBSIZE").await?;
+            let page = conn.read_scan(names.as_deref_mut()).await?;
+            let after = conn.read_integer("DBSIZE").await?;
+            let round_trip = begun.elapsed();
+            // All three were read, so the connection stays in step whichever was refused.
+            let keys_before = conn.count_of(before?)?;
+            let (cursor, returned) = page?;
+            let keys_after = conn.count_of(after?)?;
+            Ok(ScanBatch { cursor, returned, keys_before, keys_after, round_trip })
+        })
+        .await
+    }
+
+    /// `DBSIZE`, `command name` for each name, `DBSIZE`, in one write.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the first refusal among them.
+    pub async fn touch(&mut self, command: &'static str, names: &Names) -> Result<TouchBatch, NodeError> {
+        self.out.clear();
+        let dbsize = redis::cmd("DBSIZE");
+        dbsize.write_packed_command(&mut self.out);
+        for name in names.iter() {
+            redis::cmd(command).arg(name).write_packed_command(&mut self.out);
+        }
+        dbsize.write_packed_command(&mut self.out);
+        self.bounded(command, async |conn| {
+            let begun = Instant::now();
+            conn.send().await?;
+            let before = conn.read_integer("DBSIZE").await?;
+            let mut answers = Vec::with_capacity(names.len());
+            let mut refused = None;
+            for _ in 0..names.len() {
+                match conn.read_integer(command).await? {
+                    Ok(answer) => answers.push(answer),
+                    Err(error) => refused = refused.or(Some(error)),
+                }
+            }
+            let after = conn.read_integer("DBSIZE").await?;
+            let round_trip = begun.elapsed();
+            if let Some(error) = refused {
+                return Err(error);
+            }
+            let (keys_before, keys_after) = (conn.count_of(before?)?, conn.count_of(after?)?);
+            Ok(TouchBatch { answers, keys_before, keys_after, round_trip })
+        })
+        .await
+    }
+
+    /// Runs `exchange` within the response timeout and marks the connection broken unless it ended in step.
+    async fn bounded<T>(
+        &mut self,
+        command: &'static str,
+        exchange: impl AsyncFnOnce(&mut Self) -> Result<T, NodeError>,
+    ) -> Result<T, NodeError> {
+        if self.in_flight {
+            return Err(self.lost(io::Error::other("an earlier command was left half way")));
+        }
+        self.in_flight = true;
+        let after = self.response_timeout;
+        let result = match timeout(after, exchange(self)).await {
+            Ok(result) => result,
+            Err(_) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
+        };
+        self.in_flight = !matches!(result, Ok(_) | Err(NodeError::Server { .. }));
+        result
+    }
+
+    async fn send(&mut self) -> Result<(), NodeError> {
+        let sent = async {
+            self.stream.write_all(&self.out).await?;
+            self.stream.flush().await
+        };
+        let result = sent.await;
+        result.map_err(|e| self.lost(e))
+    }
+
+    /// Reads more bytes behind those that are in the buffer.
+    async fn fill(&mut self) -> Result<(), NodeError> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+            if self.buf.len() > READ_BUFFER {
+                self.buf.truncate(READ_BUFFER);
+                self.buf.shrink_to_fit();
+            }
+        } else if self.end == self.buf.len() {
+            if self.start > 0 {
+                self.buf.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+            } else {
+                // A reply larger than the buffer. `frame_len` bounds how far this goes.
+                self.buf.resize(self.buf.len() * 2, 0);
+            }
+        }
+        match self.stream.read(&mut self.buf[self.end..]).await {
+            Ok(0) => Err(self.lost(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed it"))),
+            Ok(n) => {
+                self.end += n;
+                Ok(())
+            }
+            Err(e) => Err(self.lost(e)),
+        }
+    }
+
+    async fn read_value(&mut self, command: &'static str) -> Result<Value, NodeError> {
+        loop {
+            let unread = &self.buf[self.start..self.end];
+            if let Some(len) = wire::frame_len(unread).map_err(|e| self.malformed(command, e))? {
+                let value = redis::parse_redis_value(&unread[..len])
+                    .map_err(|e| self.malformed(command, Malformed(e.to_string())))?;
+                self.start += len;
+                return Ok(value);
+            }
+            self.fill().await?;
+        }
+    }
+
+    async fn read_integer(&mut self, command: &'static str) -> Result<Result<i64, NodeError>, NodeError> {
+        loop {
+            let unread = &self.buf[self.start..self.end];
+            if let Some((len, reply)) = wire::integer(unread).map_err(|e| self.malformed(command, e))? {
+                self.start += len;
+                return Ok(reply.map_err(|text| self.refused(command, &text)));
+            }
+            self.fill().await?;
+        }
+    }
+
+    async fn read_scan(&mut self, mut names: Option<&mut Names>) -> Result<Result<(u64, u64), NodeError>, NodeError> {
+        let mut reader = ScanReader::default();
+        loop {
+            let unread = &self.buf[self.start..self.end];
+            let (eaten, reply) = reader.feed(unread, names.as_deref_mut()).map_err(|e| self.malformed("SCAN", e))?;
+            self.start += eaten;
+            match reply {
+                Some(ScanReply::Page { cursor, returned }) => return Ok(Ok((cursor, returned))),
+                Some(ScanReply::Refused) => return Ok(Err(self.refused("SCAN", reader.error()))),
+                None => self.fill().await?,
+            }
+        }
+    }
+
+    fn count_of(&self, keys: i64) -> Result<u64, NodeError> {
+        u64::try_from(keys).map_err(|_| self.malformed("DBSIZE", Malformed(format!("{keys} keys"))))
+    }
+
+    fn convert<T: FromRedisValue>(&self, command: &'static str, value: Value) -> Result<T, NodeError> {
+        if let Value::ServerError(error) = &value {
+            let text = format!("{} {}", error.code(), error.details().unwrap_or(""));
+            return Err(self.refused(command, &text));
+        }
+        T::from_redis_value(value).map_err(|e| self.malformed(command, Malformed(e.to_string())))
+    }
+
+    fn refused(&self, command: &'static str, text: &str) -> NodeError {
+        let (code, message) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
+        NodeError::Server { addr: self.addr.clone(), command, code: code.to_owned(), message: message.to_owned() }
+    }
+
+    fn malformed(&self, command: &'static str, why: Malformed) -> NodeError {
+        NodeError::Protocol { addr: self.addr.clone(), command, detail: why.0 }
+    }
+
+    fn lost(&self, source: io::Error) -> NodeError {
+        NodeError::Lost { addr: self.addr.clone(), source }
+    }
+}

@@ -1,0 +1,178 @@
+//! What can go wrong between us and one server, and what it means for a sweep.
+
+use std::io;
+use std::time::Duration;
+
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::shard::NodeAddr;
+
+/// Trouble with one server. Never holds a secret or a key name.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The connection could not be made.
+    #[error("cannot connect to {addr}: {source}")]
+    Connect {
+        /// Where.
+        addr: NodeAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection to {addr} was lost: {source}")]
+    Lost {
+        /// Where.
+        addr: NodeAddr,
+        /// How.
+        #[source]
+        source: io::Error,
+    },
+    /// No answer came in time.
+    #[error("{addr} did not answer {command} within {after:?}")]
+    Timeout {
+        /// Where.
+        addr: NodeAddr,
+        /// The command that was sent.
+        command: &'static str,
+        /// How long we waited.
+        after: Duration,
+    },
+    /// The peer does not speak RESP, or answered with a shape that the command does not have.
+    #[error("{addr} answered {command} with something that is not a valid reply: {detail}")]
+    Protocol {
+        /// Where.
+        addr: NodeAddr,
+        /// The command that was sent.
+        command: &'static str,
+        /// What was wrong.
+        detail: String,
+    },
+    /// The server answered with an error.
+    #[error("{addr} refused {command}: {code} {message}")]
+    Server {
+        /// Where.
+        addr: NodeAddr,
+        /// The command that was sent.
+        command: &'static str,
+        /// First word of the error.
+        code: String,
+        /// The rest.
+        message: String,
+    },
+}
+
+/// What to do about a [`NodeError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Connect again and go on.
+    Transient,
+    /// The server loads its data: wait, then go on.
+    Loading,
+    /// A script keeps the server busy: wait, then go on.
+    Busy,
+    /// It will not get better by itself.
+    Fatal(FailureKind),
+}
+
+impl NodeError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Class::Fatal(FailureKind::CannotConnect)
+            }
+            Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
+            Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
+            Self::Server { code, message, .. } => match code.as_str() {
+                "LOADING" => Class::Loading,
+                "BUSY" => Class::Busy,
+                "TRYAGAIN" | "MASTERDOWN" | "CLUSTERDOWN" => Class::Transient,
+                "NOAUTH" | "WRONGPASS" => Class::Fatal(FailureKind::NotAuthenticated),
+                "NOPERM" | "DENIED" => Class::Fatal(FailureKind::NotAllowed),
+                "ERR" if message.contains("max number of clients") => Class::Transient,
+                "ERR" if message.contains("invalid password") || message.contains("without any password") => {
+                    Class::Fatal(FailureKind::NotAuthenticated)
+                }
+                "ERR" if message.contains("DB index is out of range") => Class::Fatal(FailureKind::NoSuchDb),
+                _ => Class::Fatal(FailureKind::Unsupported),
+            },
+        }
+    }
+
+    /// Whether the server said that a right is missing.
+    pub fn is_no_permission(&self) -> bool {
+        matches!(self, Self::Server { code, .. } if code == "NOPERM")
+    }
+
+    /// The failure that an operator reads.
+    pub fn into_failure(self) -> Failure {
+        let kind = match self.class() {
+            Class::Fatal(kind) => kind,
+            Class::Transient | Class::Loading | Class::Busy => FailureKind::CannotConnect,
+        };
+        let hint = self.hint(kind);
+        Failure { kind, message: self.to_string(), hint }
+    }
+
+    fn hint(&self, kind: FailureKind) -> Option<String> {
+        let text = match (self, kind) {
+            (Self::Connect { source, .. }, _) => match source.kind() {
+                io::ErrorKind::ConnectionRefused => {
+                    "is the server running there, and is it the right port? Try `redis-cli -h HOST -p PORT ping`"
+                }
+                io::ErrorKind::NotFound => "no socket is at this path; see `unixsocket` in the server's configuration",
+                io::ErrorKind::PermissionDenied => "this user may not open the socket; see `unixsocketperm`",
+                io::ErrorKind::TimedOut => "is a firewall in between? A longer wait: --connect-timeout",
+                _ => "check the host name, the port and the network in between",
+            },
+            (Self::Server { code, .. }, FailureKind::NotAllowed) if code == "DENIED" => {
+                "the server is in protected mode: connect through its loopback address, or give it a password"
+            }
+            (Self::Server { code, .. }, FailureKind::NotAuthenticated) if code == "NOAUTH" => {
+                "the server wants a password: REDISCLI_AUTH, --password-file or --askpass (and --user for an ACL user)"
+            }
+            (_, FailureKind::NotAuthenticated) => {
+                "check user and password; `redis-cli --user USER --askpass ping` must answer PONG"
+            }
+            (_, FailureKind::NotAllowed) => {
+                return Some(format!("grant what a sweep needs: {}", crate::node::commands::ACL_LINE));
+            }
+            (Self::Timeout { .. }, _) => {
+                "a huge key being freed or a slow command can hold a server that long; a longer wait: --response-timeout"
+            }
+            (Self::Protocol { .. }, _) => "is this a Redis or Valkey port, and without TLS?",
+            (_, FailureKind::NoSuchDb) => "see `databases` in the server's configuration; a cluster has DB 0 only",
+            _ => return None,
+        };
+        Some(text.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(code: &str, message: &str, expected: Class) {
+        let error = NodeError::Server {
+            addr: NodeAddr::Tcp { host: "h".into(), port: 1 },
+            command: "SCAN",
+            code: code.into(),
+            message: message.into(),
+        };
+        assert_eq!(error.class(), expected, "{code} {message}");
+    }
+
+    #[test]
+    fn server_errors_are_told_apart() {
+        check("LOADING", "Redis is loading the dataset in memory", Class::Loading);
+        check("BUSY", "Redis is busy running a script.", Class::Busy);
+        check("ERR", "max number of clients reached", Class::Transient);
+        check("NOAUTH", "Authentication required.", Class::Fatal(FailureKind::NotAuthenticated));
+        check("ERR", "invalid password", Class::Fatal(FailureKind::NotAuthenticated));
+        check("NOPERM", "User u has no permissions", Class::Fatal(FailureKind::NotAllowed));
+        check("DENIED", "Redis is running in protected mode", Class::Fatal(FailureKind::NotAllowed));
+        check("ERR", "DB index is out of range", Class::Fatal(FailureKind::NoSuchDb));
+        check("ERR", "unknown command 'SCAN'", Class::Fatal(FailureKind::Unsupported));
+    }
+}

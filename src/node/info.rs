@@ -1,0 +1,175 @@
+//! INFO, read as far as we need it. What a version or a right hides is `None`, never an error.
+
+use std::collections::{BTreeMap, HashMap};
+use std::str::FromStr;
+
+use crate::model::progress::ServerFacts;
+use crate::model::shard::{DbIndex, NodeAddr, RunId};
+
+/// The fields of one or more INFO sections.
+#[derive(Debug, Clone, Default)]
+pub struct Info(HashMap<String, String>);
+
+/// One line of INFO keyspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DbKeys {
+    /// Keys, expired ones that still hold memory included.
+    pub keys: u64,
+    /// Keys with a TTL, expired ones included.
+    pub expires: u64,
+}
+
+/// One replica as its master lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaLine {
+    /// Its address.
+    pub addr: String,
+    /// `online` or a stage of the synchronisation.
+    pub state: String,
+    /// Replication offset that it acknowledged, in bytes.
+    pub offset: u64,
+    /// Seconds since it last acknowledged.
+    pub lag_s: Option<u64>,
+}
+
+/// `cmdstat_scan`, since the server started or the counters were reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommandStat {
+    /// Calls.
+    pub calls: u64,
+    /// Server time in microseconds.
+    pub usec: u64,
+}
+
+impl Info {
+    /// Reads the text of INFO: `field:value` lines, `#` headings and empty lines between.
+    pub fn parse(text: &str) -> Self {
+        let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
+        Self(fields.filter(|(k, _)| !k.starts_with('#')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
+    }
+
+    /// A field's text.
+    pub fn get(&self, field: &str) -> Option<&str> {
+        self.0.get(field).map(String::as_str)
+    }
+
+    /// A field as a number or whatever else `T` reads.
+    pub fn parsed<T: FromStr>(&self, field: &str) -> Option<T> {
+        self.get(field)?.parse().ok()
+    }
+
+    /// A `0`/`1` field.
+    pub fn flag(&self, field: &str) -> Option<bool> {
+        self.get(field).map(|v| v == "1")
+    }
+
+    /// Product, version and process.
+    pub fn server(&self, addr: &NodeAddr) -> Option<ServerFacts> {
+        let (product, version) = match (self.get("valkey_version"), self.get("redis_version")) {
+            (Some(version), _) => ("Valkey".to_owned(), version),
+            (None, Some(version)) => {
+                let name = self.get("server_name").filter(|&name| name != "redis");
+                (name.map_or_else(|| "Redis".to_owned(), str::to_owned), version)
+            }
+            (None, None) => return None,
+        };
+        let run_id = RunId(self.get("run_id").unwrap_or_default().to_owned());
+        Some(ServerFacts { product, version: version.to_owned(), run_id, addr: addr.clone() })
+    }
+
+    /// The Redis version whose commands the server has, as (major, minor).
+    pub fn redis_version(&self) -> Option<(u32, u32)> {
+        let mut parts = self.get("redis_version")?.split('.').map(|p| p.parse().ok());
+        Some((parts.next()??, parts.next().flatten().unwrap_or(0)))
+    }
+
+    /// DBs that hold keys, with their sizes.
+    pub fn keyspace(&self) -> BTreeMap<DbIndex, DbKeys> {
+        let lines = self.0.iter().filter_map(|(field, value)| {
+            let db = DbIndex(field.strip_prefix("db")?.parse().ok()?);
+            let part = |name| pairs(value).find(|(k, _)| *k == name).and_then(|(_, v)| v.parse().ok());
+            Some((db, DbKeys { keys: part("keys")?, expires: part("expires").unwrap_or(0) }))
+        });
+        lines.collect()
+    }
+
+    /// The replicas that this master lists.
+    pub fn replicas(&self) -> Vec<ReplicaLine> {
+        let mut replicas: Vec<(u32, ReplicaLine)> = self
+            .0
+            .iter()
+            .filter_map(|(field, value)| {
+                let number = field.strip_prefix("slave")?.parse().ok()?;
+                let part = |name| pairs(value).find(|(k, _)| *k == name).map(|(_, v)| v);
+                let replica = ReplicaLine {
+                    addr: format!("{}:{}", part("ip")?, part("port")?),
+                    state: part("state")?.to_owned(),
+                    offset: part("offset").and_then(|v| v.parse().ok()).unwrap_or(0),
+                    lag_s: part("lag").and_then(|v| v.parse().ok()),
+                };
+                Some((number, replica))
+            })
+            .collect();
+        replicas.sort_by_key(|(number, _)| *number);
+        replicas.into_iter().map(|(_, replica)| replica).collect()
+    }
+
+    /// The server time of SCAN. Needs INFO commandstats.
+    pub fn scan_stat(&self) -> Option<CommandStat> {
+        let value = self.get("cmdstat_scan")?;
+        let part = |name| pairs(value).find(|(k, _)| *k == name).and_then(|(_, v)| v.parse().ok());
+        Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
+    }
+
+    /// Whether it is a master; `None` where INFO does not say.
+    pub fn is_master(&self) -> Option<bool> {
+        self.get("role").map(|role| role == "master")
+    }
+
+    /// A replica's master as `host:port`.
+    pub fn master_addr(&self) -> Option<String> {
+        Some(format!("{}:{}", self.get("master_host")?, self.get("master_port")?))
+    }
+}
+
+fn pairs(value: &str) -> impl Iterator<Item = (&str, &str)> {
+    value.split(',').filter_map(|pair| pair.split_once('='))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "# Server\r\nredis_version:7.2.4\r\nserver_name:valkey\r\nvalkey_version:8.0.1\r\nrun_id:abc\r\n\
+        \r\n# Replication\r\nrole:master\r\nslave1:ip=::1,port=7,state=online,offset=5,lag=0\r\n\
+        slave0:ip=10.0.0.1,port=6,state=wait_bgsave,offset=0,lag=9,type=replica\r\n\
+        # Commandstats\r\ncmdstat_scan:calls=10,usec=900,usec_per_call=90.00\r\n\
+        # Keyspace\r\ndb0:keys=12,expires=7,avg_ttl=0,subexpiry=0\r\ndb15:keys=1,expires=0,avg_ttl=0\r\n";
+
+    #[test]
+    fn valkey_gives_its_own_version_and_the_redis_version_it_speaks() {
+        let info = Info::parse(TEXT);
+        let facts = info.server(&NodeAddr::Tcp { host: "h".into(), port: 1 }).unwrap();
+        assert_eq!((facts.product.as_str(), facts.version.as_str()), ("Valkey", "8.0.1"));
+        assert_eq!(info.redis_version(), Some((7, 2)));
+    }
+
+    #[test]
+    fn keyspace_replicas_and_command_statistics_are_read() {
+        let info = Info::parse(TEXT);
+        let keyspace = info.keyspace();
+        assert_eq!(keyspace[&DbIndex(0)], DbKeys { keys: 12, expires: 7 });
+        assert_eq!(keyspace[&DbIndex(15)], DbKeys { keys: 1, expires: 0 });
+        let replicas = info.replicas();
+        assert_eq!(replicas[0].addr, "10.0.0.1:6");
+        assert_eq!((replicas[1].state.as_str(), replicas[1].lag_s), ("online", Some(0)));
+        assert_eq!(info.scan_stat(), Some(CommandStat { calls: 10, usec: 900 }));
+    }
+
+    #[test]
+    fn text_that_is_no_info_has_no_facts() {
+        let info = Info::parse("hello\r\n# world: x\r\n");
+        assert_eq!(info.server(&NodeAddr::Unix("/x".into())), None);
+        assert!(info.keyspace().is_empty());
+    }
+}

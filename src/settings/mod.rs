@@ -1,0 +1,271 @@
+//! Settings: what was typed ([`raw`]) becomes what is valid ([`Settings`]), once, at the border.
+//!
+//! Defaults live in `default.toml` and nowhere else. All problems are reported at once.
+
+pub mod raw;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+use crate::model::shard::DbIndex;
+use crate::model::target::{Credentials, InstanceUrl, Target};
+use crate::model::task::words;
+use crate::settings::raw::{Origin, Problem, Raw};
+
+/// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
+pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
+
+/// Whether each key that SCAN returned is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touch {
+    /// Audit a few batches with EXISTS, and touch every batch where the audit finds keys that SCAN left dead.
+    Auto,
+    /// Never.
+    None,
+    /// EXISTS for each key.
+    Exists,
+    /// TTL for each key; the report shows how soon keys expire.
+    Ttl,
+}
+
+words!(Touch, "touch mode", Auto = "auto", None = "none", Exists = "exists", Ttl = "ttl");
+
+/// How one sweep goes about its work.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScanSettings {
+    /// DBs to sweep; empty: each with `expires` above 0.
+    pub dbs: Vec<DbIndex>,
+    /// COUNT of the first SCAN, within [`COUNT_RANGE`].
+    pub count: u32,
+    /// How long one batch may hold the master.
+    pub max_slice: Duration,
+    /// Share of the master's time that batches may take, in (0, 1].
+    pub intensity: f64,
+    /// Ceiling in keys per second; `None`: no ceiling.
+    pub max_keys_per_sec: Option<u32>,
+    /// Whether keys are asked for.
+    pub touch: Touch,
+    /// How long the sweep may take.
+    pub timeout: Duration,
+    /// How long a lost connection is tried again.
+    pub retry_for: Duration,
+}
+
+/// Everything that is in force.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where the instance is.
+    pub target: Target,
+    /// Who we are there.
+    pub credentials: Credentials,
+    /// Bound on making a connection.
+    pub connect_timeout: Duration,
+    /// Bound on one answer.
+    pub response_timeout: Duration,
+    /// How the sweep works.
+    pub scan: ScanSettings,
+    /// Where the task and its checkpoint are kept; `None`: nowhere.
+    pub state: Option<PathBuf>,
+}
+
+/// Makes settings out of what was typed. `password` is one that came by another way than a key: `REDISCLI_AUTH` or
+/// `--askpass`; it wins over the URL's.
+///
+/// # Errors
+/// Every problem, not only the first.
+pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Vec<Problem>> {
+    let mut reader = Reader { raw, problems: Vec::new() };
+    let url = reader.read("url", InstanceUrl::parse);
+    let user = reader.read("user", |text| Ok::<_, String>(Some(text.to_owned()).filter(|t| !t.is_empty())));
+    let password_file = reader.read("password-file", |text| {
+        if text.is_empty() { Ok(None) } else { read_password(text).map(Some) }
+    });
+    let dbs = reader.read("db", parse_dbs);
+    let count = reader.read("count", |text| match text.parse() {
+        Ok(count) if COUNT_RANGE.contains(&count) => Ok(count),
+        _ => Err(format!("`{text}` is not a COUNT between {} and {}", COUNT_RANGE.start(), COUNT_RANGE.end())),
+    });
+    let max_slice = reader.read("max-slice", positive_duration);
+    let intensity = reader.read("intensity", |text| match text.parse::<f64>() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err(format!("`{text}` is not a share above 0 and up to 1, such as 0.25")),
+    });
+    let max_keys_per_sec = reader.read("max-keys-per-sec", |text| match text.parse::<u32>() {
+        Ok(0) => Ok(None),
+        Ok(keys) => Ok(Some(keys)),
+        Err(_) => Err(format!("`{text}` is not a whole number of keys per second (0: no ceiling)")),
+    });
+    let touch = reader.read("touch", |text| {
+        Touch::from_str(text).map_err(|_| format!("`{text}` is none of auto, none, exists, ttl"))
+    });
+    let timeout = reader.read("timeout", positive_duration);
+    let connect_timeout = reader.read("connect-timeout", positive_duration);
+    let response_timeout = reader.read("response-timeout", positive_duration);
+    let retry_for = reader.read("retry-for", positive_duration);
+    let state =
+        reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
+
+    let problems = reader.problems;
+    let resolved = (|| {
+        let InstanceUrl { target, credentials, db } = url?;
+        let mut dbs = dbs?;
+        if dbs.is_empty() {
+            dbs.extend(db);
+        }
+        Some(Settings {
+            target,
+            credentials: Credentials {
+                user: user?.or(credentials.user),
+                password: password_file?.or(password).or(credentials.password),
+            },
+            connect_timeout: connect_timeout?,
+            response_timeout: response_timeout?,
+            scan: ScanSettings {
+                dbs,
+                count: count?,
+                max_slice: max_slice?,
+                intensity: intensity?,
+                max_keys_per_sec: max_keys_per_sec?,
+                touch: touch?,
+                timeout: timeout?,
+                retry_for: retry_for?,
+            },
+            state: state?,
+        })
+    })();
+    match resolved {
+        Some(settings) if problems.is_empty() => Ok(settings),
+        _ => Err(problems),
+    }
+}
+
+struct Reader<'a> {
+    raw: &'a Raw,
+    problems: Vec<Problem>,
+}
+
+impl Reader<'_> {
+    fn read<T, E: fmt::Display>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
+        let (text, origin) = self.raw.get(key);
+        match parse(text) {
+            Ok(value) => Some(value),
+            Err(e) => {
+                let message = match origin {
+                    // The flag already says which setting it is.
+                    Origin::Flag(_) => e.to_string(),
+                    _ => format!("{key}: {e}"),
+                };
+                self.problems.push(Problem { origin: Some(origin.clone()), message });
+                None
+            }
+        }
+    }
+}
+
+fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
+    let mut dbs = Vec::new();
+    for part in text.split([',', ' ']).filter(|p| !p.is_empty()) {
+        let db = part.parse().map(DbIndex).map_err(|_| format!("`{part}` is not a DB number"))?;
+        if !dbs.contains(&db) {
+            dbs.push(db);
+        }
+    }
+    Ok(dbs)
+}
+
+/// A duration with its unit, above zero: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
+///
+/// # Errors
+/// A sentence that shows the right form.
+pub fn positive_duration(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
+    match parsed {
+        Some(duration) if !duration.is_zero() => Ok(duration),
+        Some(_) => Err(format!("`{text}` must be above zero")),
+        None if text.parse::<f64>().is_ok() => Err(format!("`{text}` needs a unit, such as {text}s or {text}min")),
+        None => Err(format!("`{text}` is not a duration such as 75us, 20ms, 30s, 90min or 6h")),
+    }
+}
+
+/// A duration as [`positive_duration`] reads it.
+pub fn show_duration(duration: Duration) -> String {
+    let signed = jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX);
+    format!("{signed:#}")
+}
+
+fn read_password(path: &str) -> Result<SecretString, String> {
+    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))?;
+    let line = text.lines().next().unwrap_or("");
+    if line.is_empty() {
+        return Err(format!("the first line of {path} is empty; it must be the password"));
+    }
+    Ok(SecretString::from(line.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use secrecy::ExposeSecret;
+
+    fn with(pairs: &[(&'static str, &str)]) -> Raw {
+        let mut raw = Raw::defaults();
+        for (key, value) in pairs {
+            raw.set(key, (*value).to_owned(), Origin::Flag(format!("--{key}")));
+        }
+        raw
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        let settings = resolve(&Raw::defaults(), None).unwrap();
+        assert_eq!(settings.target.to_string(), "redis://127.0.0.1:6379");
+        assert_eq!(settings.scan.timeout, Duration::from_secs(360 * 60));
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once_in_words() {
+        let raw = with(&[
+            ("url", "http://x"),
+            ("password-file", "/nonexistent/pw"),
+            ("db", "0,x"),
+            ("count", "5"),
+            ("max-slice", "75"),
+            ("intensity", "0"),
+            ("max-keys-per-sec", "-1"),
+            ("touch", "maybe"),
+            ("timeout", "0s"),
+            ("retry-for", "soon"),
+        ]);
+        let problems = resolve(&raw, None).unwrap_err();
+        let shown: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        insta::assert_snapshot!(shown.join("\n"));
+    }
+
+    #[test]
+    fn dbs_named_beat_the_one_in_the_url() {
+        let settings = resolve(&with(&[("url", "redis://h/3")]), None).unwrap();
+        assert_eq!(settings.scan.dbs, [DbIndex(3)]);
+        let settings = resolve(&with(&[("url", "redis://h/3"), ("db", "1,2,1")]), None).unwrap();
+        assert_eq!(settings.scan.dbs, [DbIndex(1), DbIndex(2)]);
+    }
+
+    #[test]
+    fn a_password_given_apart_beats_the_one_in_the_url_and_no_debug_output_shows_it() {
+        let settings = resolve(&with(&[("url", "redis://u:one@h")]), Some("two".into())).unwrap();
+        assert_eq!(settings.credentials.password.as_ref().unwrap().expose_secret(), "two");
+        let shown = format!("{settings:?}");
+        assert!(!shown.contains("one@") && !shown.contains("two"), "{shown}");
+    }
+
+    #[test]
+    fn durations_read_what_they_show() {
+        for text in ["75us", "20ms", "30s", "6h", "360min", "1h 30min"] {
+            let duration = positive_duration(text).unwrap();
+            assert_eq!(positive_duration(&show_duration(duration)).unwrap(), duration, "{text}");
+        }
+    }
+}

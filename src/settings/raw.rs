@@ -1,0 +1,201 @@
+//! What was typed, and where: text by key, in layers. Nothing here knows what a value means.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Every key, in the order in which `default.toml` explains them.
+pub const KEYS: &[&str] = &[
+    "url",
+    "user",
+    "password-file",
+    "db",
+    "count",
+    "max-slice",
+    "intensity",
+    "max-keys-per-sec",
+    "touch",
+    "timeout",
+    "connect-timeout",
+    "response-timeout",
+    "retry-for",
+    "state",
+];
+
+/// The defaults, as text that people read.
+pub const DEFAULT_TOML: &str = include_str!("default.toml");
+
+/// Where a value came from. A later layer wins.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// `default.toml`.
+    Default,
+    /// A settings file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+    },
+    /// The environment.
+    Env(String),
+    /// The command line.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Env(name) => write!(f, "env {name}"),
+            Self::Flag(name) => f.write_str(name),
+        }
+    }
+}
+
+/// One thing that is wrong with the settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Where it stands.
+    pub origin: Option<Origin>,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.origin {
+            Some(origin) => write!(f, "{origin}: {}", self.message),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+/// The values in force, as text, each with its origin.
+#[derive(Debug, Clone, Default)]
+pub struct Raw {
+    values: BTreeMap<&'static str, (String, Origin)>,
+}
+
+impl Raw {
+    /// The defaults.
+    ///
+    /// # Panics
+    /// If `default.toml` is broken, which a test excludes.
+    pub fn defaults() -> Self {
+        let mut raw = Self::default();
+        let problems = raw.add_toml(DEFAULT_TOML, |_| Origin::Default);
+        assert!(problems.is_empty(), "default.toml: {problems:?}");
+        raw
+    }
+
+    /// Adds a settings file. Keys that mean nothing are problems, with the nearest key as advice.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn add_file(&mut self, path: &Path) -> Result<(), Vec<Problem>> {
+        let whole = |message| vec![Problem { origin: None, message: format!("{}: {message}", path.display()) }];
+        let text = std::fs::read_to_string(path).map_err(|e| whole(format!("cannot read it: {e}")))?;
+        let problems = self.add_toml(&text, |line| Origin::File { path: path.to_owned(), line });
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+
+    /// Sets one value, over what was there.
+    pub fn set(&mut self, key: &'static str, value: String, origin: Origin) {
+        self.values.insert(key, (value, origin));
+    }
+
+    /// A value with its origin.
+    ///
+    /// # Panics
+    /// For a key that is not in [`KEYS`]: `default.toml` gives every one of those a value.
+    pub fn get(&self, key: &str) -> (&str, &Origin) {
+        let (value, origin) = &self.values[key];
+        (value, origin)
+    }
+
+    fn add_toml(&mut self, text: &str, origin: impl Fn(usize) -> Origin) -> Vec<Problem> {
+        let line_at = |offset: usize| text[..offset.min(text.len())].matches('\n').count() + 1;
+        let table = match toml::de::DeTable::parse(text) {
+            Ok(table) => table,
+            Err(e) => {
+                let line = e.span().map_or(1, |span| line_at(span.start));
+                return vec![Problem { origin: Some(origin(line)), message: e.message().to_owned() }];
+            }
+        };
+        let mut problems = Vec::new();
+        for (key, value) in table.get_ref() {
+            let origin = origin(line_at(key.span().start));
+            let Some(known) = KEYS.iter().find(|k| *k == key.get_ref()) else {
+                problems.push(Problem { origin: Some(origin), message: unknown_key(key.get_ref()) });
+                continue;
+            };
+            match scalar_text(value.get_ref()) {
+                Some(text) => self.set(known, text, origin),
+                None => problems.push(Problem {
+                    origin: Some(origin),
+                    message: format!("`{known}` must be a single value or a list of values"),
+                }),
+            }
+        }
+        problems
+    }
+}
+
+/// A TOML value as it would be typed on the command line; lists with commas.
+fn scalar_text(value: &toml::de::DeValue<'_>) -> Option<String> {
+    use toml::de::DeValue as V;
+    match value {
+        V::String(text) => Some(text.to_string()),
+        V::Integer(number) => Some(number.to_string()),
+        V::Float(number) => Some(number.to_string()),
+        V::Boolean(flag) => Some(flag.to_string()),
+        V::Array(items) => {
+            let items: Option<Vec<_>> = items.iter().map(|item| scalar_text(item.get_ref())).collect();
+            items.map(|items| items.join(","))
+        }
+        V::Datetime(_) | V::Table(_) => None,
+    }
+}
+
+fn unknown_key(key: &str) -> String {
+    let dashed = key.replace('_', "-").to_lowercase();
+    match KEYS.iter().find(|k| **k == dashed || k.starts_with(&dashed) || dashed.starts_with(*k)) {
+        Some(near) => format!("`{key}` is not a setting; did you mean `{near}`?"),
+        None => format!("`{key}` is not a setting; `ttlsweep settings show` lists all"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_has_a_default_and_every_default_is_a_key() {
+        let raw = Raw::defaults();
+        for key in KEYS {
+            raw.get(key);
+        }
+        assert_eq!(raw.values.len(), KEYS.len());
+    }
+
+    #[test]
+    fn all_problems_of_a_file_are_found_at_once_with_their_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.toml");
+        std::fs::write(&path, "count = 5\nmax_slice = \"1ms\"\n\nnonsense = 1\n[table]\n").unwrap();
+        let problems = Raw::defaults().add_file(&path).unwrap_err();
+        let shown: Vec<_> = problems.iter().map(|p| p.to_string().replace(path.to_str().unwrap(), "s.toml")).collect();
+        insta::assert_snapshot!(shown.join("\n"));
+    }
+
+    #[test]
+    fn a_syntax_error_names_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.toml");
+        std::fs::write(&path, "count = 5\nurl = \n").unwrap();
+        let problems = Raw::defaults().add_file(&path).unwrap_err();
+        assert!(problems[0].to_string().contains("s.toml:2: "), "{}", problems[0]);
+    }
+}

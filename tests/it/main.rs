@@ -1,0 +1,7 @@
+//! The integration tests: everything that needs a real server, in one crate, one file per theme.
+//!
+//! They run against the binary that `TTLSWEEP_TEST_SERVER` names (default: the `redis-server` on the PATH);
+//! `make matrix` runs them against each server that the project promises to work with.
+
+mod support;
+mod support_test;

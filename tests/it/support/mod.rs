@@ -1,0 +1,70 @@
+//! What the integration tests stand on: real servers, known keyspaces, a network that misbehaves on command.
+//!
+//! Nothing in here knows what a sweep is. Everything that is started ends when its handle is dropped.
+
+#![allow(dead_code, reason = "a toolbox: not every test theme uses every tool")]
+
+pub mod keyspace;
+pub mod proxy;
+pub mod server;
+
+use std::{
+    process::Command,
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// How often [`probe`] looks; short against everything that the tests wait for.
+const PROBE_TICK: Duration = Duration::from_millis(5);
+
+/// How long a test waits for what should take milliseconds: long, since the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `holds` says yes, and panics with what was awaited if it does not within `timeout`.
+pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + timeout;
+    loop {
+        // The condition itself may hang, on a server that is stopped for example.
+        let answer = tokio::time::timeout_at(deadline, holds()).await;
+        if answer == Ok(true) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "waited {timeout:?} in vain: {what}");
+        tokio::time::sleep(PROBE_TICK).await;
+    }
+}
+
+/// The command under test, without the settings and secrets of whoever runs the tests.
+pub fn ttlsweep() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+    command.env_remove("REDISCLI_AUTH");
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TTLSWEEP_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// A TCP port of 127.0.0.1 that nobody listens on.
+///
+/// It lies below 32768, outside of what systems hand out to outgoing connections: a server that is stopped for
+/// a while finds its port still free, and a cluster bus (port + 10000) fits beside it.
+/// The walk begins at a place of this process's own, so that test processes seldom meet.
+pub fn free_port() -> u16 {
+    const FIRST: u16 = 11_000;
+    const COUNT: u16 = 10_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = std::process::id().wrapping_mul(61) % u32::from(COUNT);
+    for _ in 0..COUNT {
+        let step = u32::from(NEXT.fetch_add(1, Ordering::Relaxed));
+        let offset = (start + step) % u32::from(COUNT);
+        let port = FIRST + u16::try_from(offset).expect("below COUNT");
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port from {FIRST} on");
+}
