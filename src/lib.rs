@@ -1,5 +1,35 @@
-//! placeholder
+//! `ttlsweep` frees the memory of expired keys that Redis and Valkey still hold.
+//!
+//! Commands go down, facts come up:
+//!
+//! ```text
+//! cli / api / scheduler --command--> tasks --plan + control--> engine --batch--> node (one connection per master)
+//!                                      ^                          |
+//!          store <--checkpoint--+      +------- ScanEvent --------+     bounded channel, one consumer
+//!                               +-- tasks::recorder
+//!          bar, JSON <--watch---+   (the latest view wins; a slow reader never slows the sweep)
+//! ```
+//!
+//! A module imports only from those above it in this list, and a test keeps it so:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`model`] | the words of the domain: plain data, pure functions |
+//! | [`settings`] | what was typed becomes what is valid |
+//! | [`node`] | everything that speaks RESP |
+//! | [`store`] | records that outlive the process |
+//! | [`engine`] | the sweep: its pacing and its truthfulness |
+//! | [`tasks`] | from wish to record; the only writer of task state |
+//! | [`api`] | wire shapes |
+//! | [`cli`] | parse, hand over, print |
+
 #![forbid(unsafe_code)]
+
+pub mod api;
+pub mod cli;
+pub mod engine;
 pub mod model;
 pub mod node;
 pub mod settings;
+pub mod store;
+pub mod tasks;

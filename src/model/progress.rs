@@ -181,6 +181,11 @@ pub enum ScanEventKind {
         /// What was seen, why it matters, what to do.
         message: String,
     },
+    /// Another process answers at the master's address.
+    ServerChanged {
+        /// What it is.
+        server: ServerFacts,
+    },
     /// A pass began, or went on from a checkpoint.
     PassStarted {
         /// The DB.
@@ -201,6 +206,8 @@ pub enum ScanEventKind {
         db: DbIndex,
         /// Why.
         why: String,
+        /// All figures, with the position back at the start.
+        figures: PassFigures,
     },
     /// A pass is complete.
     PassFinished {
@@ -270,6 +277,15 @@ pub struct ShardView {
 /// At most this many warnings are kept for a shard, so that a long trouble cannot fill the memory.
 const MAX_WARNINGS: usize = 20;
 
+impl ShardView {
+    /// Adds a warning, once, and not beyond the bound.
+    pub fn warn(&mut self, message: String) {
+        if self.warnings.len() < MAX_WARNINGS && !self.warnings.contains(&message) {
+            self.warnings.push(message);
+        }
+    }
+}
+
 /// The one view of a running or ended task.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Snapshot {
@@ -289,20 +305,15 @@ impl Snapshot {
                 shard.dbs = dbs;
                 shard.memory_before = shard.memory_before.or(used_memory);
             }
-            ScanEventKind::Warned { message } => {
-                if shard.warnings.len() < MAX_WARNINGS && !shard.warnings.contains(&message) {
-                    shard.warnings.push(message);
-                }
-            }
+            ScanEventKind::Warned { message } => shard.warn(message),
+            ScanEventKind::ServerChanged { server } => shard.server = Some(server),
             ScanEventKind::PassStarted { db, figures } | ScanEventKind::Progressed { db, figures } => {
                 shard.current = Some(db);
                 shard.passes.insert(db, figures);
             }
-            ScanEventKind::PassRestarted { db, why } => {
-                let message = format!("{db}: the pass began again: {why}");
-                if shard.warnings.len() < MAX_WARNINGS && !shard.warnings.contains(&message) {
-                    shard.warnings.push(message);
-                }
+            ScanEventKind::PassRestarted { db, why, figures } => {
+                shard.passes.insert(db, figures);
+                shard.warn(format!("{db}: the pass began again: {why}"));
             }
             ScanEventKind::PassFinished { db, figures } => {
                 shard.passes.insert(db, figures);

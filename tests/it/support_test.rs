@@ -77,7 +77,7 @@ async fn frozen_server_answers_when_it_goes_on() {
     server.sigstop();
     assert!(is_silent(&mut stream).await);
     server.sigcont();
-    assert_eq!(ping(&mut stream).await.unwrap(), b"+PONG\r\n+PONG\r\n"[..7]);
+    assert!(ping(&mut stream).await.unwrap().starts_with(b"+PONG\r\n"));
     // A frozen one can be dropped too.
     server.sigstop();
 }
@@ -111,8 +111,11 @@ async fn replica_hides_dead_keys_and_counts_them() {
     replica.replica_of(&master).await;
     Keyspace::of(&master, 0).dead(1_000, "dead").await;
     probe("the replica has all keys", PATIENCE, async || replica.dbsize(0).await == 1_100).await;
-    let live = Keyspace::of(&replica, 0).snapshot_live().await;
-    assert_eq!(live.keys.len(), 100);
+    probe("the replica hides the dead ones", PATIENCE, async || {
+        Keyspace::of(&replica, 0).snapshot_live().await.keys.len() == 100
+    })
+    .await;
+    assert_eq!(replica.dbsize(0).await, 1_100);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,7 +257,7 @@ async fn proxy_stalls_delays_trickles_and_loses() {
         assert!(is_silent(&mut stream).await);
     }
     proxy.set(Mode::Pass);
-    assert_eq!(ping(&mut stream).await.unwrap(), b"+PONG\r\n");
+    assert!(ping(&mut stream).await.unwrap().starts_with(b"+PONG\r\n"));
 
     proxy.garbage(b"\0what?\r\n");
     assert_eq!(ping(&mut stream).await.unwrap()[..8], *b"\0what?\r\n");

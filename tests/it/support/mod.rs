@@ -23,6 +23,8 @@ const PROBE_TICK: Duration = Duration::from_millis(5);
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits until `holds` says yes, and panics with what was awaited if it does not within `timeout`.
+///
+/// For the test's own task: the future of an async closure cannot be spawned.
 pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + timeout;
     loop {

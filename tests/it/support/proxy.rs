@@ -19,7 +19,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{PATIENCE, free_port, probe};
+use super::{PATIENCE, PROBE_TICK, free_port};
 
 /// What happens to bytes on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,15 +212,14 @@ async fn listen(addr: SocketAddr, shared: Arc<Shared>) {
     }
 }
 
-/// Opens the port, which closed connections may hold for a moment.
+/// Opens the port. Whoever waits for that (see `until_listening`) gives up if it never succeeds.
 async fn bind(addr: SocketAddr) -> TcpListener {
-    let mut listener = None;
-    probe("the proxy's port can be opened", PATIENCE, async || {
-        listener = TcpListener::bind(addr).await.ok();
-        listener.is_some()
-    })
-    .await;
-    listener.expect("just probed")
+    loop {
+        match TcpListener::bind(addr).await {
+            Ok(listener) => return listener,
+            Err(_) => tokio::time::sleep(PROBE_TICK).await,
+        }
+    }
 }
 
 /// Counts a connection for as long as it lives, however it ends, and tells it when it is cut.
@@ -327,8 +326,9 @@ async fn forward(
             tokio::time::sleep(wait).await;
         }
         let (head, rest) = chunk.split_at(length);
-        to.write_all(head).await?;
+        // Counted first, so that who has received something finds it counted.
         shared.counter(direction).fetch_add(head.len() as u64, Ordering::Relaxed);
+        to.write_all(head).await?;
         chunk = rest;
     }
     Ok(())

@@ -362,7 +362,8 @@ impl Server {
     }
 
     fn describe(&self, failure: &Failure) -> String {
-        let path = binary_path().display();
+        let path = binary_path();
+        let path = path.display();
         format!("{path} did not start ({failure:?}), its log:\n{}", self.log())
     }
 }

@@ -1,0 +1,362 @@
+//! Wire shapes: the contract's task record, and our report beside it. Model types know nothing of JSON; this file is
+//! where the two meet.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::{PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
+use crate::model::task::{Cause, Task};
+use crate::settings::{ScanSettings, show_duration};
+
+/// A time as the contract writes it: UTC with milliseconds.
+pub fn time(at: Timestamp) -> String {
+    format!("{at:.3}")
+}
+
+/// The contract's numbers are signed 32-bit integers: larger ones are cut to the largest.
+pub fn clamp(number: u64) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// The contract's history record.
+#[derive(Debug, Serialize)]
+pub struct HistoryRecord {
+    /// Task id.
+    pub id: String,
+    /// Instance id.
+    pub instance_id: String,
+    /// `waiting`, `running`, `success` or `failed`.
+    pub status: &'static str,
+    /// `manual` or `auto`.
+    pub scan_type: &'static str,
+    /// Expired keys that this scan released, cut to 32 bits.
+    pub num: i32,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When it began; left out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    /// When it ended; left out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+}
+
+impl From<&Task> for HistoryRecord {
+    fn from(task: &Task) -> Self {
+        Self {
+            id: task.id.to_string(),
+            instance_id: task.instance_id.clone(),
+            status: task.state.contract_word(),
+            scan_type: match task.cause {
+                Cause::Cli | Cause::Api => "manual",
+                Cause::Schedule => "auto",
+            },
+            num: clamp(task.num),
+            created_at: time(task.created_at),
+            started_at: task.started_at.map(time),
+            finished_at: task.finished_at.map(time),
+        }
+    }
+}
+
+/// What `ttlsweep scan --json` prints: the history record, and the report beside it.
+#[derive(Debug, Serialize)]
+pub struct ScanOutput {
+    /// The contract's record.
+    #[serde(flatten)]
+    pub record: HistoryRecord,
+    /// Everything else.
+    pub report: Report,
+}
+
+/// Everything that is known of a task.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Our own, finer state.
+    pub state: &'static str,
+    /// Where the instance is.
+    pub target: String,
+    /// The settings used.
+    pub settings: SettingsDto,
+    /// Sums over all shards and DBs.
+    pub totals: Totals,
+    /// Each shard.
+    pub shards: Vec<ShardDto>,
+    /// Why it did not succeed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<FailureDto>,
+}
+
+/// The settings of one sweep.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs, reason = "the names are those of the settings")]
+pub struct SettingsDto {
+    pub db: Vec<u32>,
+    pub count: u32,
+    pub max_slice: String,
+    pub intensity: f64,
+    pub max_keys_per_sec: u32,
+    pub touch: &'static str,
+    pub timeout: String,
+}
+
+impl From<&ScanSettings> for SettingsDto {
+    fn from(settings: &ScanSettings) -> Self {
+        Self {
+            db: settings.dbs.iter().map(|db| db.0).collect(),
+            count: settings.count,
+            max_slice: show_duration(settings.max_slice),
+            intensity: settings.intensity,
+            max_keys_per_sec: settings.max_keys_per_sec.unwrap_or(0),
+            touch: settings.touch.as_str(),
+            timeout: show_duration(settings.timeout),
+        }
+    }
+}
+
+/// Sums.
+#[derive(Debug, Serialize)]
+pub struct Totals {
+    /// Keys that SCAN looked at.
+    pub scanned: u64,
+    /// Expired keys freed, not cut.
+    pub reclaimed: u64,
+    /// Keys asked with EXISTS or TTL.
+    pub touched: u64,
+    /// SCANs answered.
+    pub batches: u64,
+    /// Batches whose reply was lost: what they freed is not in `reclaimed`.
+    pub lost_replies: u64,
+    /// From start to end, in seconds; `null` before the end.
+    pub elapsed_s: Option<f64>,
+    /// Time in which batches held a master, in seconds.
+    pub active_s: f64,
+    /// Time rested for intensity and ceiling, in seconds.
+    pub rested_s: f64,
+    /// Time held, in seconds.
+    pub held_s: f64,
+}
+
+/// One shard.
+#[derive(Debug, Serialize)]
+pub struct ShardDto {
+    /// Its name.
+    pub shard: String,
+    /// What its master is.
+    pub server: Option<ServerDto>,
+    /// What the audit found.
+    pub touch: &'static str,
+    /// `used_memory` in bytes, before and after.
+    pub used_memory: MemoryDto,
+    /// Each DB.
+    pub dbs: Vec<PassDto>,
+    /// Things to know.
+    pub warnings: Vec<String>,
+    /// Why it ended early.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<FailureDto>,
+}
+
+/// A server.
+#[derive(Debug, Serialize)]
+pub struct ServerDto {
+    /// `Redis`, `Valkey`.
+    pub product: String,
+    /// Its own version.
+    pub version: String,
+    /// Where it was reached.
+    pub addr: String,
+}
+
+impl From<&ServerFacts> for ServerDto {
+    fn from(server: &ServerFacts) -> Self {
+        Self { product: server.product.clone(), version: server.version.clone(), addr: server.addr.to_string() }
+    }
+}
+
+/// `used_memory` in bytes.
+#[derive(Debug, Serialize)]
+pub struct MemoryDto {
+    /// When the sweep began.
+    pub before: Option<u64>,
+    /// After it, once lazy frees had settled.
+    pub after: Option<u64>,
+}
+
+/// One DB of one shard.
+#[derive(Debug, Serialize)]
+pub struct PassDto {
+    /// The DB.
+    pub db: u32,
+    /// Whether the pass is complete.
+    pub complete: bool,
+    /// Share that is done, 0 to 1.
+    pub fraction: f64,
+    /// DBSIZE when it began.
+    pub keys_at_start: u64,
+    /// Keys that SCAN looked at.
+    pub scanned: u64,
+    /// Expired keys freed.
+    pub reclaimed: u64,
+    /// Keys asked with EXISTS or TTL.
+    pub touched: u64,
+    /// Dead keys that SCAN had left.
+    pub found_by_touch: u64,
+    /// SCANs answered.
+    pub batches: u64,
+    /// Replies lost.
+    pub lost_replies: u64,
+    /// How often it began again.
+    pub restarts: u64,
+    /// COUNT at the end.
+    pub count: u32,
+    /// How long batches held the master.
+    pub slice_us: SliceDto,
+    /// Server time of one SCAN by `cmdstat_scan`, other clients' in it.
+    pub server_us_per_scan: Option<f64>,
+    /// Time in which batches held the master, in seconds.
+    pub active_s: f64,
+    /// Time rested, in seconds.
+    pub rested_s: f64,
+    /// Time held by reason, in seconds.
+    pub held_s: BTreeMap<&'static str, f64>,
+    /// Remaining TTLs of the keys that live, with touch `ttl`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<TtlDto>,
+}
+
+/// Microseconds: round trip less the smallest PING.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs, reason = "quantiles")]
+pub struct SliceDto {
+    pub p50: u64,
+    pub p99: u64,
+    pub max: u64,
+}
+
+/// When keys expire.
+#[derive(Debug, Serialize)]
+pub struct TtlDto {
+    /// Keys that expire within this many seconds, and not within the bound before.
+    pub within_s: BTreeMap<u64, u64>,
+    /// Keys that live longer than the last bound.
+    pub later: u64,
+    /// Keys without a TTL.
+    pub never: u64,
+}
+
+/// A failure.
+#[derive(Debug, Serialize)]
+pub struct FailureDto {
+    /// Its kind.
+    pub kind: &'static str,
+    /// The contract's code where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<&'static str>,
+    /// What happened and why.
+    pub message: String,
+    /// What to do next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+/// The contract's code for a failure, where it has one: `DCS.4818` for what cannot be scanned.
+pub fn contract_code(kind: FailureKind) -> Option<&'static str> {
+    matches!(kind, FailureKind::Unsupported | FailureKind::NotAMaster).then_some("DCS.4818")
+}
+
+impl From<&Failure> for FailureDto {
+    fn from(failure: &Failure) -> Self {
+        Self {
+            kind: failure.kind.as_str(),
+            error_code: contract_code(failure.kind),
+            message: failure.message.clone(),
+            hint: failure.hint.clone(),
+        }
+    }
+}
+
+fn seconds(span: Duration) -> f64 {
+    // Milliseconds are as fine as anything here is known; more digits would only look exact.
+    (span.as_secs_f64() * 1000.0).round() / 1000.0
+}
+
+impl PassDto {
+    fn new(db: u32, figures: &PassFigures) -> Self {
+        Self {
+            db,
+            complete: figures.position.to_send().is_none(),
+            fraction: figures.position.fraction(),
+            keys_at_start: figures.keys_at_start,
+            scanned: figures.scanned,
+            reclaimed: figures.reclaimed,
+            touched: figures.touched,
+            found_by_touch: figures.found_by_touch,
+            batches: figures.batches,
+            lost_replies: figures.lost_replies,
+            restarts: figures.restarts,
+            count: figures.count,
+            slice_us: SliceDto {
+                p50: figures.slice.p50_us,
+                p99: figures.slice.p99_us,
+                max: figures.slice.max_us,
+            },
+            server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
+            active_s: seconds(figures.active),
+            rested_s: seconds(figures.rested),
+            held_s: figures.held.iter().map(|(reason, held)| (reason.as_str(), seconds(*held))).collect(),
+            ttl: (!figures.ttl.is_empty()).then(|| TtlDto::from(&figures.ttl)),
+        }
+    }
+}
+
+impl From<&TtlHistogram> for TtlDto {
+    fn from(ttl: &TtlHistogram) -> Self {
+        Self { within_s: TTL_BOUNDS_S.into_iter().zip(ttl.within).collect(), later: ttl.later, never: ttl.never }
+    }
+}
+
+impl ShardDto {
+    fn new(shard: String, view: &ShardView) -> Self {
+        Self {
+            shard,
+            server: view.server.as_ref().map(ServerDto::from),
+            touch: view.touch.sentence(),
+            used_memory: MemoryDto { before: view.memory_before, after: view.memory_after },
+            dbs: view.passes.iter().map(|(db, figures)| PassDto::new(db.0, figures)).collect(),
+            warnings: view.warnings.clone(),
+            failure: view.failure.as_ref().map(FailureDto::from),
+        }
+    }
+}
+
+impl Report {
+    /// The report of a task.
+    pub fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
+        let sum = |field: fn(&PassFigures) -> u64| snapshot.passes().map(field).sum();
+        let time = |field: fn(&PassFigures) -> Duration| seconds(snapshot.passes().map(field).sum());
+        let elapsed = task.started_at.zip(task.finished_at).map(|(start, end)| end.duration_since(start));
+        Self {
+            state: task.state.as_str(),
+            target: task.target.clone(),
+            settings: settings.into(),
+            totals: Totals {
+                scanned: snapshot.scanned(),
+                reclaimed: snapshot.reclaimed(),
+                touched: sum(|p| p.touched),
+                batches: sum(|p| p.batches),
+                lost_replies: snapshot.lost_replies(),
+                elapsed_s: elapsed.map(|span| span.as_millis() as f64 / 1000.0),
+                active_s: time(|p| p.active),
+                rested_s: time(|p| p.rested),
+                held_s: time(PassFigures::held_total),
+            },
+            shards: snapshot.shards.iter().map(|(shard, view)| ShardDto::new(shard.0.clone(), view)).collect(),
+            failure: task.failure.as_ref().map(FailureDto::from),
+        }
+    }
+}

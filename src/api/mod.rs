@@ -1,0 +1,3 @@
+//! What leaves the process for other programs.
+
+pub mod dto;

@@ -1,0 +1,119 @@
+//! What may be typed. Values are text here; `settings` says what is valid.
+
+use std::path::PathBuf;
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args};
+
+use crate::cli::exit;
+use crate::settings::raw::{KEYS, Origin, Problem, Raw};
+
+/// Where the server is and who we are. Every field's default is in `default.toml`.
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    /// Server: redis://[user[:password]@]host[:port][/db], valkey://..., unix:///path [default: redis://127.0.0.1:6379]
+    #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true)]
+    pub url: Option<String>,
+
+    /// ACL user
+    #[arg(long, env = "TTLSWEEP_USER", value_name = "NAME", help_heading = "Connection")]
+    pub user: Option<String>,
+
+    /// File whose first line is the password (REDISCLI_AUTH works too)
+    #[arg(long, env = "TTLSWEEP_PASSWORD_FILE", value_name = "FILE", help_heading = "Connection")]
+    pub password_file: Option<String>,
+
+    /// Ask for the password on the terminal
+    #[arg(long, help_heading = "Connection", conflicts_with = "password_file")]
+    pub askpass: bool,
+
+    /// How long to wait for a connection [default: 5s]
+    #[arg(long, env = "TTLSWEEP_CONNECT_TIMEOUT", value_name = "TIME", help_heading = "Connection")]
+    pub connect_timeout: Option<String>,
+
+    /// How long to wait for one answer [default: 30s]
+    #[arg(long, env = "TTLSWEEP_RESPONSE_TIMEOUT", value_name = "TIME", help_heading = "Connection")]
+    pub response_timeout: Option<String>,
+
+    /// Settings file (TOML); environment and command line win over it
+    #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// How to sweep.
+#[derive(Debug, Args)]
+pub struct SweepArgs {
+    /// DBs to sweep, such as 0,3 [default: each DB that holds keys with a TTL]
+    #[arg(long, env = "TTLSWEEP_DB", value_name = "N", value_delimiter = ',')]
+    pub db: Vec<String>,
+
+    /// COUNT of the first SCAN, 10 to 1000; later it is steered by max-slice [default: 100]
+    #[arg(long, env = "TTLSWEEP_COUNT", value_name = "KEYS", help_heading = "Pace")]
+    pub count: Option<String>,
+
+    /// How long one batch may hold the server [default: 75us]
+    #[arg(long, env = "TTLSWEEP_MAX_SLICE", value_name = "TIME", help_heading = "Pace")]
+    pub max_slice: Option<String>,
+
+    /// Share of the server's time that batches may take, above 0 and up to 1 [default: 1]
+    #[arg(long, env = "TTLSWEEP_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
+    pub intensity: Option<String>,
+
+    /// Never look at more keys per second than this [default: no ceiling]
+    #[arg(long, env = "TTLSWEEP_MAX_KEYS_PER_SEC", value_name = "KEYS", help_heading = "Pace")]
+    pub max_keys_per_sec: Option<String>,
+
+    /// Ask for each key that SCAN returned: auto, none, exists, ttl [default: auto]
+    #[arg(long, env = "TTLSWEEP_TOUCH", value_name = "MODE")]
+    pub touch: Option<String>,
+
+    /// How long the sweep may take [default: 360min]
+    #[arg(long, env = "TTLSWEEP_TIMEOUT", value_name = "TIME")]
+    pub timeout: Option<String>,
+
+    /// How long a lost connection is tried again [default: 5min]
+    #[arg(long, env = "TTLSWEEP_RETRY_FOR", value_name = "TIME", help_heading = "Connection")]
+    pub retry_for: Option<String>,
+
+    /// File that keeps the task and its checkpoint, for --resume
+    #[arg(long, env = "TTLSWEEP_STATE", value_name = "FILE")]
+    pub state: Option<String>,
+}
+
+/// The examples of `scan --help`.
+pub fn scan_examples() -> String {
+    format!(
+        "\
+Examples:
+  ttlsweep scan                                         sweep the server on this machine
+  ttlsweep scan redis://cache:6379 --intensity 0.2      leave four fifths of its time to others
+  ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, a record for a script
+  ttlsweep scan --state sweep.db --timeout 2h           keep a checkpoint; later: --state sweep.db --resume
+
+{}",
+        exit::HELP
+    )
+}
+
+/// The layers in force: defaults, then the file, then environment and command line.
+///
+/// # Errors
+/// Every problem of the settings file.
+pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec<Problem>> {
+    let mut raw = Raw::defaults();
+    if let Some(path) = config {
+        raw.add_file(path)?;
+    }
+    for key in KEYS {
+        let id = key.replace('-', "_");
+        let Ok(Some(values)) = matches.try_get_raw(&id) else { continue };
+        let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+        let origin = match matches.value_source(&id) {
+            Some(ValueSource::EnvVariable) => Origin::Env(format!("TTLSWEEP_{}", id.to_uppercase())),
+            _ if *key == "url" => Origin::Flag("URL".to_owned()),
+            _ => Origin::Flag(format!("--{key}")),
+        };
+        raw.set(key, values.join(","), origin);
+    }
+    Ok(raw)
+}

@@ -1,0 +1,72 @@
+//! How the process ends.
+
+use std::process::ExitCode;
+
+use crate::model::failure::{Failure, FailureKind};
+
+/// Documented and stable exit codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Everything was done.
+    Done = 0,
+    /// Failed, or only a part was done.
+    Failed = 1,
+    /// Wrong usage or settings.
+    Usage = 2,
+    /// No connection, or not allowed; nothing was begun.
+    NoAccess = 3,
+    /// The time allowed was over.
+    TimedOut = 4,
+    /// Ended by a signal.
+    Interrupted = 130,
+}
+
+/// The codes as the help shows them.
+pub const HELP: &str = "\
+Exit codes:
+  0    done
+  1    failed, or only a part was done
+  2    wrong usage or settings
+  3    cannot connect, or not allowed
+  4    the time allowed was over
+  130  interrupted";
+
+impl Exit {
+    /// The code of a failure. `begun`: whether anything was swept before it.
+    pub fn of(failure: &Failure, begun: bool) -> Self {
+        match failure.kind {
+            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if begun => Self::Failed,
+            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => Self::NoAccess,
+            FailureKind::NoSuchDb => Self::Usage,
+            FailureKind::TimedOut => Self::TimedOut,
+            FailureKind::Interrupted => Self::Interrupted,
+            FailureKind::NotAMaster | FailureKind::Unsupported | FailureKind::Protocol | FailureKind::Store => {
+                Self::Failed
+            }
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_failure_has_its_code() {
+        let table: Vec<_> = FailureKind::ALL
+            .iter()
+            .map(|&kind| {
+                let failure = Failure::new(kind, "");
+                let code = |begun| Exit::of(&failure, begun) as u8;
+                format!("{kind:<18} {:>3} before, {:>3} after the sweep began", code(false), code(true))
+            })
+            .collect();
+        insta::assert_snapshot!(table.join("\n"));
+    }
+}

@@ -1,0 +1,302 @@
+//! What people read at the end: the summary table, and errors. A closed pipe is success.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::time::Duration;
+
+use crate::model::failure::Failure;
+use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram};
+use crate::model::task::TaskState;
+use crate::tasks::TaskView;
+
+/// Writes to stdout. A reader that has gone away has read enough.
+///
+/// # Errors
+/// Of the stream, other than a closed pipe.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}
+
+/// Writes a line to stderr. What cannot be written there can be said nowhere.
+pub fn note(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// An error as people read it: what happened and why, then what to do.
+pub fn failure_text(failure: &Failure) -> String {
+    match &failure.hint {
+        Some(hint) => format!("error: {}\n  hint: {hint}", failure.message),
+        None => format!("error: {}", failure.message),
+    }
+}
+
+/// `1234567` as `1,234,567`.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Bytes with a unit of 1024.
+pub fn bytes(number: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = number as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{number} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A span in the unit that fits: `850ms`, `12.3s`, `4m 10s`, `2h 03m`.
+pub fn span(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0 if duration.is_zero() => "0s".to_owned(),
+        0 => format!("{}ms", duration.as_millis()),
+        1..60 => format!("{:.1}s", duration.as_secs_f64()),
+        60..3600 => format!("{}m {:02}s", seconds / 60, seconds % 60),
+        _ => format!("{}h {:02}m", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// A table with a heading line; the first column to the left, the others to the right.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            if column == 0 {
+                let _ = write!(line, "{cell:<width$}");
+            } else {
+                let _ = write!(line, "  {cell:>width$}");
+            }
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The summary of a task that has ended or was interrupted.
+pub fn summary(view: &TaskView) -> String {
+    let mut text = String::new();
+    let task = &view.task;
+    for (shard, shard_view) in &view.snapshot.shards {
+        match &shard_view.server {
+            Some(server) => {
+                let _ = writeln!(text, "{shard}  {} {}", server.product, server.version);
+            }
+            None => continue,
+        }
+        text.push_str(&pass_table(shard_view));
+        text.push_str(&shard_lines(shard_view));
+        text.push('\n');
+    }
+    let elapsed = task.started_at.map(|start| {
+        let end = task.finished_at.unwrap_or_else(jiff::Timestamp::now);
+        Duration::try_from(end.duration_since(start)).unwrap_or_default()
+    });
+    let word = match task.state {
+        TaskState::Succeeded => "done",
+        TaskState::Cancelled => "cancelled",
+        TaskState::Failed => "failed",
+        TaskState::Interrupted => "interrupted",
+        TaskState::Waiting | TaskState::Running | TaskState::Paused => "not ended",
+    };
+    let _ = writeln!(
+        text,
+        "{word}: {} expired keys freed, {} keys looked at, in {}",
+        grouped(view.snapshot.reclaimed()),
+        grouped(view.snapshot.scanned()),
+        span(elapsed.unwrap_or_default()),
+    );
+    if view.snapshot.lost_replies() > 0 {
+        let _ = writeln!(
+            text,
+            "the replies of {} batches were lost with a connection; what those freed is not counted",
+            view.snapshot.lost_replies()
+        );
+    }
+    text
+}
+
+fn pass_table(shard: &ShardView) -> String {
+    if shard.passes.is_empty() {
+        return "no DB holds keys with a TTL: nothing to sweep\n".to_owned();
+    }
+    let heading = [
+        "", "done", "scanned", "reclaimed", "touched", "batches", "active", "rested", "held", "slice p50", "p99", "max",
+    ];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for (db, figures) in &shard.passes {
+        let us = |us: u64| if figures.batches == 0 { "-".to_owned() } else { format!("{us}us") };
+        rows.push(vec![
+            db.to_string(),
+            format!("{:.0}%", figures.position.fraction() * 100.0),
+            grouped(figures.scanned),
+            grouped(figures.reclaimed),
+            grouped(figures.touched),
+            grouped(figures.batches),
+            span(figures.active),
+            span(figures.rested),
+            span(figures.held_total()),
+            us(figures.slice.p50_us),
+            us(figures.slice.p99_us),
+            us(figures.slice.max_us),
+        ]);
+    }
+    table(&rows)
+}
+
+fn shard_lines(shard: &ShardView) -> String {
+    let mut text = String::new();
+    if let (Some(before), Some(after)) = (shard.memory_before, shard.memory_after) {
+        let change = if after <= before {
+            format!("{} less", bytes(before - after))
+        } else {
+            format!("{} more", bytes(after - before))
+        };
+        let _ = writeln!(text, "used memory: {} before, {} after ({change})", bytes(before), bytes(after));
+    }
+    let _ = writeln!(text, "touch: {}", shard.touch.sentence());
+    let mut held: std::collections::BTreeMap<_, Duration> = Default::default();
+    let mut ttl = TtlHistogram::default();
+    for figures in shard.passes.values() {
+        for (reason, time) in &figures.held {
+            *held.entry(*reason).or_default() += *time;
+        }
+        ttl.merge(&figures.ttl);
+    }
+    for (reason, time) in held {
+        let _ = writeln!(text, "held {}: {}", span(time), reason.sentence());
+    }
+    if !ttl.is_empty() {
+        text.push_str(&ttl_table(&ttl));
+    }
+    for warning in &shard.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    text
+}
+
+fn ttl_table(ttl: &TtlHistogram) -> String {
+    let names = ["1 minute", "10 minutes", "1 hour", "6 hours", "1 day", "7 days"];
+    debug_assert_eq!(names.len(), TTL_BOUNDS_S.len());
+    let mut rows = vec![vec!["keys expire within".to_owned(), "keys".to_owned()]];
+    for (name, keys) in names.iter().zip(ttl.within) {
+        rows.push(vec![format!("  {name}"), grouped(keys)]);
+    }
+    rows.push(vec!["  later".to_owned(), grouped(ttl.later)]);
+    rows.push(vec!["  never".to_owned(), grouped(ttl.never)]);
+    table(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::failure::FailureKind;
+    use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome};
+    use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
+    use crate::model::task::{Cause, Task, TaskId};
+    use crate::model::throttle::Reason;
+
+    /// A task that ended, with every figure set.
+    fn view() -> TaskView {
+        let shard = ShardId("127.0.0.1:6379".into());
+        let mut snapshot = Snapshot::default();
+        let mut figures = PassFigures {
+            position: ScanPosition::Finished,
+            keys_at_start: 1_000_000,
+            scanned: 1_000_123,
+            reclaimed: 82_000,
+            touched: 400,
+            batches: 13_335,
+            active: Duration::from_millis(1100),
+            rested: Duration::from_millis(20),
+            slice: SliceSummary { p50_us: 71, p99_us: 96, max_us: 412 },
+            ..PassFigures::default()
+        };
+        figures.held.insert(Reason::Reconnecting, Duration::from_millis(350));
+        figures.ttl.add(30);
+        figures.ttl.add(-1);
+        let what = [
+            ScanEventKind::ShardStarted {
+                server: ServerFacts {
+                    product: "Redis".into(),
+                    version: "7.0.15".into(),
+                    run_id: RunId("r".into()),
+                    addr: NodeAddr::Tcp { host: "127.0.0.1".into(), port: 6379 },
+                },
+                used_memory: Some(96 << 20),
+                dbs: vec![DbIndex(0)],
+            },
+            ScanEventKind::TouchDecided { outcome: TouchOutcome::ScanReclaims },
+            ScanEventKind::PassFinished { db: DbIndex(0), figures },
+            ScanEventKind::Warned { message: "a thing to know".into() },
+            ScanEventKind::ShardFinished { used_memory: Some(88 << 20) },
+        ];
+        for what in what {
+            snapshot.apply(ScanEvent { shard: shard.clone(), what });
+        }
+        let start = jiff::Timestamp::from_second(1_700_000_000).unwrap();
+        let task = Task {
+            id: TaskId(uuid::Uuid::nil()),
+            instance_id: "i".into(),
+            target: "redis://127.0.0.1:6379".into(),
+            cause: Cause::Cli,
+            state: TaskState::Succeeded,
+            created_at: start,
+            started_at: Some(start),
+            finished_at: Some(start + Duration::from_millis(1500)),
+            num: 82_000,
+            failure: None,
+        };
+        TaskView { task, snapshot }
+    }
+
+    #[test]
+    fn the_summary_shows_every_figure() {
+        insta::assert_snapshot!(summary(&view()));
+    }
+
+    #[test]
+    fn the_json_is_the_contracts_record_with_a_report_beside_it() {
+        let view = view();
+        let raw = crate::settings::raw::Raw::defaults();
+        let settings = crate::settings::resolve(&raw, None).unwrap().scan;
+        let output = crate::api::dto::ScanOutput {
+            record: (&view.task).into(),
+            report: crate::api::dto::Report::new(&view.task, &view.snapshot, &settings),
+        };
+        insta::assert_snapshot!(serde_json::to_string_pretty(&output).unwrap());
+    }
+
+    #[test]
+    fn an_error_says_what_and_what_next() {
+        let failure = Failure::new(FailureKind::NotAMaster, "the server is a replica").hint("sweep its master");
+        assert_eq!(failure_text(&failure), "error: the server is a replica\n  hint: sweep its master");
+    }
+
+    #[test]
+    fn numbers_are_shown_for_people() {
+        assert_eq!([grouped(0), grouped(999), grouped(1000), grouped(1_234_567)], ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(5 << 30)], ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]);
+        let spans = [0, 850, 12_345, 250_000, 7_380_000].map(|ms| span(Duration::from_millis(ms)));
+        assert_eq!(spans, ["0s", "850ms", "12.3s", "4m 10s", "2h 03m"]);
+    }
+}

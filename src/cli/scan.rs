@@ -1,0 +1,232 @@
+//! `ttlsweep scan`: one sweep, now.
+
+use std::sync::Arc;
+
+use clap::{ArgMatches, Args};
+use secrecy::SecretString;
+use tokio::signal::unix::{SignalKind, signal};
+use uuid::Uuid;
+
+use crate::api::dto::{Report, ScanOutput};
+use crate::cli::args::{self, ServerArgs, SweepArgs};
+use crate::cli::exit::Exit;
+use crate::cli::{output, progress};
+use crate::engine::control::{Control, StopReason};
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::target::Target;
+use crate::model::task::{Cause, TaskState};
+use crate::node::conn::ConnOptions;
+use crate::settings::raw::Problem;
+use crate::settings::{self, Settings};
+use crate::store::Store;
+use crate::tasks::{RunningTask, TaskService, TaskSpec, TaskView};
+
+/// `ttlsweep scan`
+#[derive(Debug, Args)]
+#[command(after_help = args::scan_examples())]
+pub struct ScanArgs {
+    /// Where.
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    /// How.
+    #[command(flatten)]
+    pub sweep: SweepArgs,
+
+    /// Go on from the checkpoint in --state
+    #[arg(long)]
+    pub resume: bool,
+
+    /// Print one JSON object: the task record and a report
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show no progress and no summary; errors only
+    #[arg(long, short, conflicts_with = "json")]
+    pub quiet: bool,
+}
+
+/// How a view is shown at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Show {
+    /// Progress and summary.
+    Text,
+    /// Progress, and one object.
+    Json,
+    /// Nothing but errors.
+    Quiet,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What cannot be put as an exit code with its own message.
+pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+    let settings = match load(&args.server, matches) {
+        Ok(settings) => settings,
+        Err(problems) => return Ok(usage(&problems)),
+    };
+    let show = match (args.json, args.quiet) {
+        (true, _) => Show::Json,
+        (false, true) => Show::Quiet,
+        (false, false) => Show::Text,
+    };
+    sweep(settings, args.resume, show).await
+}
+
+/// Settings out of what was typed.
+///
+/// # Errors
+/// Every problem.
+pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
+    let raw = args::layers(matches, server.config.as_ref())?;
+    settings::resolve(&raw, password(server.askpass)?)
+}
+
+/// The password that was typed, or that stands in REDISCLI_AUTH.
+///
+/// # Errors
+/// A terminal that cannot be read.
+pub fn password(ask: bool) -> Result<Option<SecretString>, Vec<Problem>> {
+    if ask {
+        let typed = rpassword::prompt_password("password: ").map_err(|e| {
+            vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
+        })?;
+        return Ok(Some(SecretString::from(typed)));
+    }
+    let from_env = std::env::var("REDISCLI_AUTH").ok().filter(|p| !p.is_empty());
+    Ok(from_env.map(SecretString::from))
+}
+
+/// Prints problems of the settings.
+pub fn usage(problems: &[Problem]) -> Exit {
+    for problem in problems {
+        output::note(&format!("error: {problem}"));
+    }
+    Exit::Usage
+}
+
+/// The id by which records name a target that has no other: the same for the same address.
+pub fn instance_id(target: &Target) -> String {
+    Uuid::new_v5(&Uuid::NAMESPACE_URL, target.to_string().as_bytes()).to_string()
+}
+
+/// How to connect with these settings.
+pub fn conn_options(settings: &Settings) -> ConnOptions {
+    ConnOptions {
+        credentials: settings.credentials.clone(),
+        connect_timeout: settings.connect_timeout,
+        response_timeout: settings.response_timeout,
+    }
+}
+
+/// One sweep with bar, summary and signals.
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Result<Exit> {
+    let running = match begin(&settings, resume).await {
+        Ok(running) => running,
+        Err(failure) => {
+            output::note(&output::failure_text(&failure));
+            return Ok(if failure.kind == FailureKind::Store { Exit::Failed } else { Exit::Usage });
+        }
+    };
+    let signals = tokio::spawn(obey_signals(running.control.clone()));
+    let shown = (show != Show::Quiet).then(|| tokio::spawn(progress::show(running.view.clone())));
+    let view = running.ended().await;
+    signals.abort();
+    if let Some(shown) = shown {
+        // It ends with the view's sender; waiting keeps the bar above the summary.
+        let _ = shown.await;
+    }
+    report(&view, &settings, show)?;
+    Ok(exit_of(&view))
+}
+
+async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure> {
+    let store_failure = |e: &dyn std::fmt::Display| Failure::new(FailureKind::Store, e.to_string());
+    let store = match &settings.state {
+        Some(path) if resume && !path.exists() => {
+            let failure = Failure::new(FailureKind::NoSuchDb, format!("there is no state file {}", path.display()));
+            return Err(failure.hint("start without --resume; the file is made then"));
+        }
+        Some(path) => Store::open(path).await,
+        None if resume => {
+            let failure = Failure::new(FailureKind::NoSuchDb, "--resume needs the state file of the earlier sweep");
+            return Err(failure.hint("name it with --state FILE"));
+        }
+        None => Store::in_memory().await,
+    };
+    let service = TaskService::new(store.map_err(|e| store_failure(&e))?);
+    let spec = TaskSpec {
+        instance_id: instance_id(&settings.target),
+        target: settings.target.clone(),
+        cause: Cause::Cli,
+        settings: settings.scan.clone(),
+        conn: conn_options(settings),
+    };
+    let task = if resume {
+        let found = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
+        found.ok_or_else(|| {
+            let message = format!("the state file holds no unfinished sweep of {}", spec.target);
+            Failure::new(FailureKind::NoSuchDb, message).hint("start a new one without --resume")
+        })?
+    } else {
+        service.create(&spec).await.map_err(|e| store_failure(&e))?
+    };
+    service.start(task, spec).await.map_err(|e| store_failure(&e))
+}
+
+/// The first signal ends the sweep after its batch, the second ends the process.
+async fn obey_signals(control: Control) {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
+    let mut first = true;
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        if !first {
+            std::process::exit(Exit::Interrupted as i32);
+        }
+        first = false;
+        output::note("stopping after this batch; once more to cut");
+        control.stop(StopReason::Interrupted);
+    }
+}
+
+fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Result<()> {
+    match show {
+        Show::Json => {
+            let output = ScanOutput {
+                record: (&view.task).into(),
+                report: Report::new(&view.task, &view.snapshot, &settings.scan),
+            };
+            output::print(&format!("{}\n", serde_json::to_string_pretty(&output)?))?;
+        }
+        Show::Text => output::print(&output::summary(view))?,
+        Show::Quiet => {}
+    }
+    if let Some(failure) = &view.task.failure {
+        output::note(&output::failure_text(failure));
+    }
+    if view.task.state == TaskState::Interrupted
+        && let Some(path) = &settings.state
+    {
+        output::note(&format!("the checkpoint is kept; go on with --state {} --resume", path.display()));
+    }
+    Ok(())
+}
+
+fn exit_of(view: &TaskView) -> Exit {
+    let begun = view.snapshot.shards.values().any(|shard| shard.server.is_some());
+    match (&view.task.failure, view.task.state) {
+        (Some(failure), _) => Exit::of(failure, begun),
+        (None, TaskState::Succeeded) => Exit::Done,
+        (None, _) => Exit::Failed,
+    }
+}

@@ -1,0 +1,110 @@
+//! `ttlsweep settings`: what is in force, and where it came from.
+
+use std::fmt::Write as _;
+
+use clap::{ArgMatches, Args, Subcommand};
+use secrecy::ExposeSecret;
+
+use crate::cli::args::{self, ServerArgs, SweepArgs};
+use crate::cli::exit::Exit;
+use crate::cli::{output, scan};
+use crate::settings::raw::{KEYS, Raw};
+use crate::settings::{self, Settings};
+
+/// `ttlsweep settings`
+#[derive(Debug, Args)]
+pub struct SettingsArgs {
+    #[command(subcommand)]
+    command: SettingsCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum SettingsCommand {
+    /// Print every setting that is in force and where it came from
+    Show(ShowArgs),
+}
+
+#[derive(Debug, Args)]
+struct ShowArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+
+    #[command(flatten)]
+    sweep: SweepArgs,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+    let SettingsCommand::Show(show) = args.command;
+    let matches = matches.subcommand().map_or(matches, |(_, inner)| inner);
+    let raw = match args::layers(matches, show.server.config.as_ref()) {
+        Ok(raw) => raw,
+        Err(problems) => return Ok(scan::usage(&problems)),
+    };
+    let password = match scan::password(show.server.askpass) {
+        Ok(password) => password,
+        Err(problems) => return Ok(scan::usage(&problems)),
+    };
+    let password_by_env = password.is_some();
+    match settings::resolve(&raw, password) {
+        Ok(settings) => {
+            let rows = rows(&raw, &settings, password_by_env);
+            output::print(&if show.json { json(&rows)? } else { text(&rows) })?;
+            Ok(Exit::Done)
+        }
+        Err(problems) => Ok(scan::usage(&problems)),
+    }
+}
+
+struct Row {
+    key: &'static str,
+    value: String,
+    origin: String,
+}
+
+fn rows(raw: &Raw, settings: &Settings, password_by_env: bool) -> Vec<Row> {
+    let mut rows: Vec<Row> = KEYS
+        .iter()
+        .map(|key| {
+            let (value, origin) = raw.get(key);
+            // The URL may hold a password; the target does not.
+            let value = if *key == "url" { settings.target.to_string() } else { value.to_owned() };
+            Row { key, value, origin: origin.to_string() }
+        })
+        .collect();
+    let origin = match &settings.credentials.password {
+        None => "none",
+        Some(password) if password.expose_secret().is_empty() => "none",
+        Some(_) if !raw.get("password-file").0.is_empty() => "password-file",
+        Some(_) if password_by_env => "REDISCLI_AUTH or --askpass",
+        Some(_) => "url",
+    };
+    let value = if origin == "none" { "" } else { "(hidden)" };
+    rows.push(Row { key: "password", value: value.to_owned(), origin: origin.to_owned() });
+    rows
+}
+
+fn text(rows: &[Row]) -> String {
+    let width = rows.iter().map(|r| r.key.len() + r.value.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for Row { key, value, origin } in rows {
+        let pad = width - key.len() - value.len();
+        let _ = writeln!(text, "{key} = {value}{:pad$}  # {origin}", "");
+    }
+    text
+}
+
+fn json(rows: &[Row]) -> anyhow::Result<String> {
+    let object: serde_json::Map<_, _> = rows
+        .iter()
+        .map(|row| (row.key.to_owned(), serde_json::json!({ "value": row.value, "origin": row.origin })))
+        .collect();
+    Ok(format!("{}\n", serde_json::to_string_pretty(&object)?))
+}

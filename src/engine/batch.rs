@@ -1,0 +1,107 @@
+//! What one batch proves. Pure arithmetic on replies; the loop acts on it.
+
+use crate::model::shard::ScanPosition;
+use crate::node::conn::ScanBatch;
+
+/// SCAN gives up after looking at this many buckets per COUNT, found keys or not.
+const BUCKETS_PER_COUNT: u64 = 10;
+
+/// Keys that this batch must have looked at and neither returned nor freed: expired keys that the server hides because
+/// it may not delete just now. At least this many; 0 where nothing is proven.
+///
+/// A SCAN ends when it has looked at COUNT keys, or at 10 x COUNT buckets, or at the end of the table. Where it did not
+/// end for one of the other two reasons, `returned + reclaimed` below COUNT leaves keys that were hidden. How many
+/// buckets it walked shows in the cursors: each bucket adds one unit, 2^(64 - bits of the table), to the bit-reversed
+/// cursor. So a walk that ended at the bucket limit advanced by the odd part of 10 x COUNT times a power of two.
+///
+/// Holds for servers that are not in cluster mode, where a cursor belongs to one table.
+pub fn hidden(from: ScanPosition, count: u32, batch: &ScanBatch) -> u64 {
+    let ScanPosition::At(next) = ScanPosition::from_reply(batch.cursor) else { return 0 };
+    let begin = match from {
+        ScanPosition::NotStarted => 0,
+        ScanPosition::At(cursor) => cursor.0.get().reverse_bits(),
+        ScanPosition::Finished => return 0,
+    };
+    let walked = next.0.get().reverse_bits().wrapping_sub(begin);
+    let limit = u64::from(count) * BUCKETS_PER_COUNT;
+    let odd = limit >> limit.trailing_zeros();
+    if walked.is_multiple_of(odd) && (walked / odd).is_power_of_two() {
+        return 0;
+    }
+    u64::from(count).saturating_sub(batch.returned + batch.reclaimed())
+}
+
+/// What a whole pass proves where nothing moved: no DBSIZE differed from another and nothing was reclaimed, yet SCAN
+/// returned fewer keys than DBSIZE counts. SCAN returns each key that is there from beginning to end, so the others
+/// are hidden. The only proof for a DB so small that every batch ends at the end of the table.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StillPass {
+    keys: Option<u64>,
+    moved: bool,
+    returned: u64,
+}
+
+impl StillPass {
+    /// Takes a batch in.
+    pub fn add(&mut self, batch: &ScanBatch) {
+        self.moved |= batch.keys_after != batch.keys_before || self.keys.is_some_and(|keys| keys != batch.keys_before);
+        self.keys = Some(batch.keys_after);
+        self.returned += batch.returned;
+    }
+
+    /// Keys that were hidden in this pass, for sure.
+    pub fn hidden(&self) -> u64 {
+        if self.moved { 0 } else { self.keys.unwrap_or(0).saturating_sub(self.returned) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> ScanBatch {
+        ScanBatch { cursor, returned, keys_before, keys_after, round_trip: Duration::ZERO }
+    }
+
+    /// The cursor after `buckets` buckets of a table of 2^`bits`.
+    fn cursor(buckets: u64, bits: u32) -> u64 {
+        (buckets << (64 - bits)).reverse_bits()
+    }
+
+    #[test]
+    fn fewer_keys_than_count_before_the_bucket_limit_are_hidden_keys() {
+        let walked = |buckets, returned, before, after| {
+            hidden(ScanPosition::NotStarted, 100, &batch(cursor(buckets, 12), returned, before, after))
+        };
+        assert_eq!(walked(131, 30, 3700, 3700), 70, "returned 30 of 100");
+        assert_eq!(walked(131, 30, 3700, 3630), 0, "the other 70 were freed");
+        assert_eq!(walked(131, 104, 3700, 3700), 0, "more than asked for");
+    }
+
+    #[test]
+    fn a_sparse_table_ends_at_the_bucket_limit_and_proves_nothing() {
+        for count in [10_u32, 75, 99, 100, 640, 1000] {
+            for bits in [14, 20, 30] {
+                let limit = u64::from(count) * 10;
+                let from = ScanPosition::from_reply(cursor(limit, bits));
+                assert_eq!(hidden(from, count, &batch(cursor(2 * limit, bits), 0, 5, 5)), 0, "{count} {bits}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_table_proves_nothing() {
+        assert_eq!(hidden(ScanPosition::NotStarted, 100, &batch(0, 3, 50, 50)), 0);
+    }
+
+    #[test]
+    fn a_still_pass_that_returned_too_few_hides_the_rest() {
+        let mut still = StillPass::default();
+        still.add(&batch(7, 30, 50, 50));
+        still.add(&batch(0, 10, 50, 50));
+        assert_eq!(still.hidden(), 10);
+        still.add(&batch(0, 0, 51, 51));
+        assert_eq!(still.hidden(), 0, "somebody wrote: nothing is proven");
+    }
+}

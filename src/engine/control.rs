@@ -1,0 +1,89 @@
+//! What may be said to a running sweep: stop, pause, and other limits. One watch channel, read before each batch.
+
+use tokio::sync::watch;
+
+use crate::settings::ScanSettings;
+
+/// Why a sweep is told to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// The process ends; the task may go on later.
+    Interrupted,
+    /// The task's time is over.
+    TimedOut,
+    /// A person ended the task.
+    Cancelled,
+}
+
+/// Limits that may change while the sweep runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tuning {
+    /// Share of the master's time that batches may take, in (0, 1].
+    pub intensity: f64,
+    /// Ceiling in keys per second.
+    pub max_keys_per_sec: Option<u32>,
+}
+
+/// The orders in force.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Orders {
+    /// End after the batch under way.
+    pub stop: Option<StopReason>,
+    /// Hold before the next batch.
+    pub paused: bool,
+    /// The limits.
+    pub tuning: Tuning,
+}
+
+/// The giving end: whoever runs the task.
+#[derive(Debug, Clone)]
+pub struct Control(watch::Sender<Orders>);
+
+impl Control {
+    /// A control that lets the sweep run with the given settings.
+    pub fn new(settings: &ScanSettings) -> Self {
+        let tuning = Tuning { intensity: settings.intensity, max_keys_per_sec: settings.max_keys_per_sec };
+        Self(watch::Sender::new(Orders { stop: None, paused: false, tuning }))
+    }
+
+    /// The receiving end, for the engine.
+    pub fn orders(&self) -> watch::Receiver<Orders> {
+        self.0.subscribe()
+    }
+
+    /// Tells the sweep to stop. The first reason stays.
+    pub fn stop(&self, reason: StopReason) {
+        self.0.send_if_modified(|orders| {
+            let first = orders.stop.is_none();
+            orders.stop = orders.stop.or(Some(reason));
+            first
+        });
+    }
+
+    /// Holds the sweep, or lets it go on.
+    pub fn pause(&self, paused: bool) {
+        self.0.send_modify(|orders| orders.paused = paused);
+    }
+
+    /// Changes the limits.
+    pub fn tune(&self, change: impl FnOnce(&mut Tuning)) {
+        self.0.send_modify(|orders| change(&mut orders.tuning));
+    }
+
+    /// Waits until a stop was ordered, and says why.
+    pub async fn stopped(&self) -> StopReason {
+        stop_ordered(&mut self.orders()).await
+    }
+}
+
+/// Waits until a stop is ordered. Never returns once every [`Control`] is gone without having ordered one.
+pub async fn stop_ordered(orders: &mut watch::Receiver<Orders>) -> StopReason {
+    let stop = match orders.wait_for(|o| o.stop.is_some()).await {
+        Ok(orders) => orders.stop,
+        Err(_) => None,
+    };
+    match stop {
+        Some(reason) => reason,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,316 @@
+//! How large the next batch is, and how long to rest before it.
+//!
+//! A foreground request waits behind one batch at most, so what it feels is the length of that batch and not how many
+//! there are. Three rules follow:
+//!
+//! 1. COUNT is steered so that one batch holds the master for about `max_slice`. It is never raised to go faster.
+//! 2. Rest leaves the master's CPU to others: after work `w` at intensity `i` the sweep owes `w / i - w`.
+//! 3. The ceiling in keys per second is governor's, with a burst of one batch.
+//!
+//! The server's time for a batch is the round trip less the smallest PING round trip. Where `cmdstat_scan` can be read,
+//! the ratio between its mean and ours corrects that: the reply's way through both kernels and our own parsing are in
+//! the round trip too.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use governor::clock::Clock;
+use governor::middleware::NoOpMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{Quota, RateLimiter};
+use hdrhistogram::Histogram;
+use tokio::time::Instant;
+
+use crate::engine::control::Tuning;
+use crate::model::progress::SliceSummary;
+use crate::node::info::CommandStat;
+use crate::settings::COUNT_RANGE;
+
+/// COUNT is reconsidered after this many batches, by the median cost among them: one preempted round trip must not
+/// move it.
+const STEER_EVERY: usize = 15;
+
+/// Rest that is owed is paid once it reaches this much: tokio's timer ticks in milliseconds, and shorter sleeps would
+/// each be rounded up to one.
+const REST_AT_LEAST: Duration = Duration::from_millis(2);
+
+/// Longest slice that the histogram tells apart, in microseconds: ten minutes.
+const MAX_SLICE_US: u64 = 600_000_000;
+
+/// tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.
+#[derive(Debug, Clone)]
+struct TokioClock(Instant);
+
+impl Clock for TokioClock {
+    type Instant = Duration;
+
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// The limiter and its burst in keys.
+#[derive(Debug)]
+struct Ceiling {
+    limiter: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>,
+    burst: NonZeroU32,
+}
+
+impl Ceiling {
+    fn new(keys_per_sec: u32, count: u32) -> Self {
+        let at_least_one = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
+        let burst = at_least_one(count);
+        let quota = Quota::per_second(at_least_one(keys_per_sec)).allow_burst(burst);
+        Self { limiter: RateLimiter::direct_with_clock(quota, TokioClock(Instant::now())), burst }
+    }
+}
+
+/// The pacer of one shard.
+#[derive(Debug)]
+pub struct Pacer {
+    max_slice: Duration,
+    count: u32,
+    tuning: Tuning,
+    /// Smallest PING round trip: the network's and both kernels' share of a round trip.
+    floor: Duration,
+    /// Microseconds per key of the last batches.
+    costs: Vec<f64>,
+    /// Server time by `cmdstat_scan` over server time by round trip, in (0, 1].
+    correction: f64,
+    owed: Duration,
+    ceiling: Option<Ceiling>,
+    slices: Histogram<u64>,
+    last_stat: Option<CommandStat>,
+    since_stat: (u64, Duration),
+    server_us_per_scan: Option<f64>,
+}
+
+impl Pacer {
+    /// A pacer that begins with `count` and knows the smallest PING round trip.
+    pub fn new(count: u32, max_slice: Duration, tuning: Tuning, floor: Duration) -> Self {
+        Self {
+            max_slice,
+            count,
+            tuning,
+            floor,
+            costs: Vec::with_capacity(STEER_EVERY),
+            correction: 1.0,
+            owed: Duration::ZERO,
+            ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
+            // Two digits keep the histogram below 20 kB, and a slice is not known any better than to a per cent.
+            slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
+            last_stat: None,
+            since_stat: (0, Duration::ZERO),
+            server_us_per_scan: None,
+        }
+    }
+
+    /// COUNT of the next batch.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// Another connection: the way to the server may be shorter or longer now.
+    pub fn set_floor(&mut self, floor: Duration) {
+        self.floor = floor;
+    }
+
+    /// Takes other limits in.
+    pub fn tune(&mut self, tuning: Tuning) {
+        if tuning.max_keys_per_sec != self.tuning.max_keys_per_sec {
+            self.ceiling = tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, self.count));
+        }
+        self.tuning = tuning;
+    }
+
+    /// Takes one exchange with the server in: `keys` looked at in `round_trip`. Returns how long it held the server.
+    pub fn worked(&mut self, keys: u64, round_trip: Duration) -> Duration {
+        // A batch cannot be shorter than the shortest way there and back, whatever PING said at the start.
+        self.floor = self.floor.min(round_trip);
+        let slice = round_trip - self.floor;
+        self.slices.saturating_record((slice.as_micros() as u64).max(1));
+        self.since_stat.0 += 1;
+        self.since_stat.1 += slice;
+        let held = slice.mul_f64(self.correction);
+        self.owed += held.div_f64(self.tuning.intensity).saturating_sub(held);
+        if keys > 0 {
+            self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
+            if self.costs.len() == STEER_EVERY {
+                self.steer();
+            }
+        }
+        held
+    }
+
+    fn steer(&mut self) {
+        self.costs.sort_by(f64::total_cmp);
+        let median = self.costs[STEER_EVERY / 2].max(0.01);
+        self.costs.clear();
+        let wanted = self.max_slice.as_secs_f64() * 1e6 / median;
+        // At most doubled or halved at once: the cost per key of a small batch says little about a large one.
+        let bounded = wanted.clamp(f64::from(self.count) / 2.0, f64::from(self.count) * 2.0);
+        // Within a tenth it stays: a steady COUNT is easier to read in a slow log.
+        if (bounded / f64::from(self.count) - 1.0).abs() > 0.1 {
+            self.count = (bounded as u32).clamp(*COUNT_RANGE.start(), *COUNT_RANGE.end());
+        }
+    }
+
+    /// Takes a reading of `cmdstat_scan` in.
+    pub fn observe(&mut self, stat: CommandStat) {
+        let last = self.last_stat.replace(stat);
+        let (batches, slices) = std::mem::take(&mut self.since_stat);
+        let Some(last) = last else { return };
+        let (calls, usec) = (stat.calls.saturating_sub(last.calls), stat.usec.saturating_sub(last.usec));
+        if calls == 0 {
+            return;
+        }
+        let mean = usec as f64 / calls as f64;
+        self.server_us_per_scan = Some(mean);
+        // With other clients' SCANs among them the mean is not ours.
+        let ours = batches > 0 && calls <= batches + batches / 5 + 2;
+        if ours && !slices.is_zero() {
+            let by_round_trip = slices.as_secs_f64() * 1e6 / batches as f64;
+            self.correction = (mean / by_round_trip).clamp(0.05, 1.0);
+        }
+    }
+
+    /// How long to rest now, or `None` where nothing worth a sleep is owed.
+    pub fn rest_due(&self) -> Option<Duration> {
+        (self.owed >= REST_AT_LEAST).then_some(self.owed)
+    }
+
+    /// Takes a rest in. A sleep that was longer than owed is not made up for by faster work later.
+    pub fn rested(&mut self, slept: Duration) {
+        self.owed = self.owed.saturating_sub(slept);
+    }
+
+    /// How long the ceiling makes us wait before `keys` that were just looked at are paid for, or `None` once they are.
+    /// Ask again after the wait.
+    pub fn ceiling_wait(&self, keys: &mut u32) -> Option<Duration> {
+        let ceiling = self.ceiling.as_ref()?;
+        while let Some(left) = NonZeroU32::new(*keys) {
+            // A batch may hold more keys than one burst: it is paid for in parts.
+            let part = left.min(ceiling.burst);
+            match ceiling.limiter.check_n(part).expect("a part is never larger than the burst") {
+                Ok(()) => *keys -= part.get(),
+                Err(early) => return Some(early.wait_time_from(ceiling.limiter.clock().now())),
+            }
+        }
+        None
+    }
+
+    /// How long batches were, all since this pacer was made.
+    pub fn slices(&self) -> SliceSummary {
+        SliceSummary {
+            p50_us: self.slices.value_at_quantile(0.5),
+            p99_us: self.slices.value_at_quantile(0.99),
+            max_us: self.slices.max(),
+        }
+    }
+
+    /// Forgets how long batches were: a new DB begins.
+    pub fn reset_slices(&mut self) {
+        self.slices.reset();
+    }
+
+    /// Server time of one SCAN in microseconds by `cmdstat_scan`, where it was read.
+    pub fn server_us_per_scan(&self) -> Option<f64> {
+        self.server_us_per_scan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    fn pacer(count: u32, intensity: f64, max_keys_per_sec: Option<u32>) -> Pacer {
+        Pacer::new(count, 75 * US, Tuning { intensity, max_keys_per_sec }, 20 * US)
+    }
+
+    /// Feeds batches whose server time is `us_per_key` per key, and returns the COUNT they end at.
+    fn settle(pacer: &mut Pacer, us_per_key: f64) -> u32 {
+        for _ in 0..200 {
+            let keys = pacer.count();
+            pacer.worked(u64::from(keys), 20 * US + US.mul_f64(us_per_key * f64::from(keys)));
+        }
+        pacer.count()
+    }
+
+    #[test]
+    fn count_settles_where_a_batch_takes_the_slice() {
+        let mut pacer = pacer(100, 1.0, None);
+        assert!((68..=82).contains(&settle(&mut pacer, 1.0)));
+        assert!((27..=33).contains(&settle(&mut pacer, 2.5)));
+        assert_eq!(settle(&mut pacer, 100.0), 10);
+        assert_eq!(settle(&mut pacer, 0.01), 1000);
+    }
+
+    #[test]
+    fn one_preempted_round_trip_does_not_move_count() {
+        let mut pacer = pacer(75, 1.0, None);
+        for batch in 0..60 {
+            let us = if batch % 7 == 0 { 50_000 } else { 95 };
+            pacer.worked(75, us * US);
+        }
+        assert_eq!(pacer.count(), 75);
+    }
+
+    #[test]
+    fn rest_is_work_over_intensity_less_work() {
+        let mut pacer = pacer(100, 0.25, None);
+        assert_eq!(pacer.rest_due(), None);
+        for _ in 0..10 {
+            pacer.worked(100, 120 * US);
+        }
+        assert_eq!(pacer.rest_due(), Some(3000 * US));
+        pacer.rested(4000 * US);
+        assert_eq!(pacer.rest_due(), None);
+    }
+
+    #[test]
+    fn at_intensity_one_nothing_is_owed() {
+        let mut pacer = pacer(100, 1.0, None);
+        for _ in 0..1000 {
+            pacer.worked(100, 120 * US);
+        }
+        assert_eq!(pacer.rest_due(), None);
+    }
+
+    #[test]
+    fn commandstats_correct_the_round_trip() {
+        let mut pacer = pacer(100, 0.5, None);
+        pacer.observe(CommandStat { calls: 0, usec: 0 });
+        for _ in 0..10 {
+            pacer.worked(100, 120 * US);
+        }
+        pacer.observe(CommandStat { calls: 10, usec: 500 });
+        assert_eq!(pacer.server_us_per_scan(), Some(50.0));
+        assert_eq!(pacer.worked(100, 120 * US), 50 * US);
+    }
+
+    #[test]
+    fn other_clients_scans_do_not_correct_ours() {
+        let mut pacer = pacer(100, 0.5, None);
+        pacer.observe(CommandStat { calls: 0, usec: 0 });
+        pacer.worked(100, 120 * US);
+        pacer.observe(CommandStat { calls: 1000, usec: 1000 });
+        assert_eq!(pacer.worked(100, 120 * US), 100 * US);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_ceiling_holds_over_time_and_follows_tokios_clock() {
+        let pacer = pacer(100, 1.0, Some(1000));
+        let begun = Instant::now();
+        for _ in 0..50 {
+            let mut keys = 130;
+            while let Some(wait) = pacer.ceiling_wait(&mut keys) {
+                tokio::time::sleep(wait).await;
+            }
+        }
+        // 6,500 keys at 1,000 a second, less the burst of the first 100.
+        let took = begun.elapsed().as_secs_f64();
+        assert!((6.3..6.6).contains(&took), "{took}");
+    }
+}

@@ -1,0 +1,147 @@
+//! Whether keys that SCAN returned must be asked for one by one.
+//!
+//! Every Redis and Valkey that we know frees an expired key when SCAN meets it, so asking again costs time and finds
+//! only what expired in the milliseconds between. A proxy or another engine may answer SCAN from an index of its own.
+//! The audit tells: it asks with EXISTS for the keys of a few batches. Where more of them are dead than SCAN itself
+//! freed in the same batches, SCAN does not reclaim, and from then on every batch is touched.
+
+use crate::model::progress::TouchOutcome;
+use crate::settings::Touch;
+
+/// The first batches of a shard that hold keys are audited, this many.
+const AUDIT_FIRST: u64 = 4;
+/// Later every so many batches: 0.4 per cent of them, so the audit stays below 1 per cent of the time.
+const AUDIT_EVERY: u64 = 256;
+/// Fewer dead keys than this prove nothing: keys expire between the SCAN and the EXISTS.
+const PROOF: u64 = 3;
+
+/// The touch of one shard.
+#[derive(Debug)]
+pub struct Toucher {
+    mode: Touch,
+    audit: &'static str,
+    outcome: TouchOutcome,
+    batches: u64,
+    freed_by_scan: u64,
+    left_dead: u64,
+}
+
+impl Toucher {
+    /// `redis_version` decides how the audit asks: EXISTS moves a key's LRU clock before 6.2, TTL never does.
+    pub fn new(mode: Touch, redis_version: Option<(u32, u32)>) -> Self {
+        let audit = if redis_version.is_some_and(|version| version < (6, 2)) { "TTL" } else { "EXISTS" };
+        let outcome = match mode {
+            Touch::Auto => TouchOutcome::NotNeededYet,
+            Touch::None => TouchOutcome::Off,
+            Touch::Exists | Touch::Ttl => TouchOutcome::Asked,
+        };
+        Self { mode, audit, outcome, batches: 0, freed_by_scan: 0, left_dead: 0 }
+    }
+
+    /// What is known so far.
+    pub fn outcome(&self) -> TouchOutcome {
+        self.outcome
+    }
+
+    /// The command to ask with for the keys of the next batch, if they are to be asked for.
+    pub fn command(&self) -> Option<&'static str> {
+        match (self.mode, self.outcome) {
+            (Touch::Exists, _) => Some("EXISTS"),
+            (Touch::Ttl, _) => Some("TTL"),
+            (Touch::None, _) | (_, TouchOutcome::NoRight) => None,
+            (Touch::Auto, TouchOutcome::ScanLeavesDead) => Some(self.audit),
+            (Touch::Auto, _) => {
+                let due = self.batches < AUDIT_FIRST || self.batches.is_multiple_of(AUDIT_EVERY);
+                due.then_some(self.audit)
+            }
+        }
+    }
+
+    /// A batch that returned keys went by without a touch.
+    pub fn passed(&mut self) {
+        self.batches += 1;
+    }
+
+    /// A batch was touched. Returns the outcome where it changed.
+    pub fn touched(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
+        self.batches += 1;
+        self.freed_by_scan += freed_by_scan;
+        self.left_dead += left_dead;
+        let found = if self.left_dead >= PROOF && self.left_dead > self.freed_by_scan {
+            TouchOutcome::ScanLeavesDead
+        } else if self.freed_by_scan > 0 || self.batches >= AUDIT_FIRST {
+            TouchOutcome::ScanReclaims
+        } else {
+            return None;
+        };
+        let decides = self.mode == Touch::Auto && self.outcome != TouchOutcome::ScanLeavesDead;
+        self.change(decides.then_some(found)?)
+    }
+
+    /// The user may not ask. Returns the outcome where the sweep can do without, `None` where the touch was asked for.
+    pub fn refused(&mut self) -> Option<TouchOutcome> {
+        if self.mode == Touch::Auto { self.change(TouchOutcome::NoRight) } else { None }
+    }
+
+    fn change(&mut self, outcome: TouchOutcome) -> Option<TouchOutcome> {
+        let changed = self.outcome != outcome;
+        self.outcome = outcome;
+        changed.then_some(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_whose_scan_reclaims_is_audited_now_and_then() {
+        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
+        let mut audits = 0;
+        for _ in 0..2560 {
+            match toucher.command() {
+                Some(command) => {
+                    assert_eq!(command, "EXISTS");
+                    audits += 1;
+                    toucher.touched(8, 0);
+                }
+                None => toucher.passed(),
+            }
+        }
+        assert_eq!(toucher.outcome(), TouchOutcome::ScanReclaims);
+        assert_eq!(audits, 4 + 9);
+    }
+
+    #[test]
+    fn dead_keys_that_scan_left_make_every_batch_a_touch() {
+        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
+        assert_eq!(toucher.touched(0, 2), None, "two may have expired in between");
+        assert_eq!(toucher.touched(0, 2), Some(TouchOutcome::ScanLeavesDead));
+        for _ in 0..1000 {
+            assert!(toucher.command().is_some());
+            assert_eq!(toucher.touched(0, 0), None);
+        }
+    }
+
+    #[test]
+    fn keys_that_expire_between_scan_and_audit_do_not_accuse_scan() {
+        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
+        for _ in 0..100 {
+            toucher.touched(10, 1);
+        }
+        assert_eq!(toucher.outcome(), TouchOutcome::ScanReclaims);
+    }
+
+    #[test]
+    fn without_the_right_there_is_no_audit_and_a_touch_that_was_asked_for_fails() {
+        let mut auto = Toucher::new(Touch::Auto, None);
+        assert_eq!(auto.refused(), Some(TouchOutcome::NoRight));
+        assert_eq!(auto.command(), None);
+        assert_eq!(Toucher::new(Touch::Ttl, None).refused(), None);
+    }
+
+    #[test]
+    fn old_servers_are_audited_without_moving_the_lru_clock() {
+        assert_eq!(Toucher::new(Touch::Auto, Some((5, 0))).command(), Some("TTL"));
+    }
+}

@@ -1,0 +1,198 @@
+//! Records that outlive the process: tasks with their checkpoints, in one SQLite file.
+//!
+//! Only `tasks` calls this. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
+//! writer. What the last second before a kill freed is in the [`tally`].
+
+mod rows;
+pub mod tally;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{Sqlite, SqlitePool, Transaction};
+
+use crate::model::progress::{PassFigures, Snapshot};
+use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::task::{Task, TaskId, TaskState};
+use crate::store::tally::TallyDir;
+
+/// How long a writer waits for another one: a person may look into the file with other tools.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Trouble with the records.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file cannot be opened or is no store.
+    #[error("cannot open the state file {path}: {source}")]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A statement failed: a full disk, a file that was taken away.
+    #[error("cannot read or write the records: {0}")]
+    Sql(#[from] sqlx::Error),
+    /// A record holds what we never wrote.
+    #[error("a record is damaged: {0}")]
+    Damaged(String),
+    /// The tally cannot be written.
+    #[error("cannot write the tally: {0}")]
+    Tally(#[from] std::io::Error),
+}
+
+/// What is stored of one shard.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StoredShard {
+    /// The process that the positions belong to.
+    pub run_id: Option<RunId>,
+    /// Figures of each DB that was begun.
+    pub passes: BTreeMap<DbIndex, PassFigures>,
+}
+
+/// The records of one file, or of this process only.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: SqlitePool,
+    tallies: Option<TallyDir>,
+}
+
+impl Store {
+    /// Opens the file, makes it where there is none, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`].
+    pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // With WAL this is safe against a killed process; a power cut may lose the last checkpoints, never the file.
+            .synchronous(SqliteSynchronous::Normal)
+            .busy_timeout(BUSY_TIMEOUT);
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
+        let pool = SqlitePoolOptions::new()
+            .max_connections(4)
+            .connect_with(options)
+            .await
+            .map_err(|e| failed(Box::new(e)))?;
+        let store = Self { pool, tallies: Some(TallyDir::beside(path)) };
+        store.migrate().await.map_err(|e| failed(Box::new(e)))?;
+        Ok(store)
+    }
+
+    /// Records that end with the process.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`] where SQLite itself fails.
+    pub async fn in_memory() -> Result<Self, StoreError> {
+        // One connection that is never closed: each further one would see an empty database of its own.
+        let pool = SqlitePoolOptions::new()
+            .max_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_with(SqliteConnectOptions::new().in_memory(true))
+            .await?;
+        let store = Self { pool, tallies: None };
+        store.migrate().await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
+        Ok(store)
+    }
+
+    async fn migrate(&self) -> Result<(), sqlx::migrate::MigrateError> {
+        sqlx::migrate!("src/store/migrations").run(&self.pool).await
+    }
+
+    /// Where per-batch counts go, if the records outlive the process.
+    pub fn tallies(&self) -> Option<&TallyDir> {
+        self.tallies.as_ref()
+    }
+
+    /// Adds a task with the shards that it will sweep.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn insert(&self, task: &Task, shards: &[ShardId]) -> Result<(), StoreError> {
+        let mut tx = self.pool.begin().await?;
+        rows::insert_task(&mut *tx, task).await?;
+        for shard in shards {
+            rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Writes the task's state, times, count and failure.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn update(&self, task: &Task) -> Result<(), StoreError> {
+        rows::update_task(&self.pool, task).await
+    }
+
+    /// One task.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn task(&self, id: TaskId) -> Result<Option<Task>, StoreError> {
+        rows::task(&self.pool, id).await
+    }
+
+    /// The newest task of an instance, by time of creation.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn latest(&self, instance_id: &str) -> Result<Option<Task>, StoreError> {
+        rows::latest(&self.pool, instance_id).await
+    }
+
+    /// Every task that is not in a final state.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unfinished(&self) -> Result<Vec<Task>, StoreError> {
+        let words: Vec<&str> = TaskState::ALL.iter().filter(|s| !s.is_final()).map(|s| s.as_str()).collect();
+        rows::in_states(&self.pool, &words).await
+    }
+
+    /// Writes the task with all figures and positions, in one transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`]; then nothing of it was written.
+    pub async fn checkpoint(&self, task: &Task, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let mut tx: Transaction<'_, Sqlite> = self.pool.begin().await?;
+        rows::update_task(&mut *tx, task).await?;
+        for (shard, view) in &snapshot.shards {
+            let run_id = view.server.as_ref().map(|s| &s.run_id);
+            rows::upsert_shard(&mut tx, task.id, shard, run_id).await?;
+            for (db, figures) in &view.passes {
+                rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
+            }
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// The shards of a task as its last checkpoint left them, brought forward by the tally where that is newer.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
+        let mut shards = rows::shards(&self.pool, id).await?;
+        if let Some(tallies) = &self.tallies {
+            for (shard, stored) in &mut shards {
+                for (db, line) in tallies.read(id, shard) {
+                    line.bring_forward(stored.passes.entry(db).or_default());
+                }
+            }
+        }
+        Ok(shards)
+    }
+
+    /// Closes the file. A store that was dropped instead is still whole.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}

@@ -1,0 +1,254 @@
+//! Rows and their statements. Model types know nothing of SQL; this file is the only place where the two meet.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
+
+use crate::model::failure::Failure;
+use crate::model::progress::{PassFigures, SliceSummary};
+use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::task::{Task, TaskId};
+use crate::store::{StoreError, StoredShard};
+
+const TASK_COLUMNS: &str = "id, instance_id, target, cause, state, created_at, started_at, finished_at, num, \
+                            failure_kind, failure_message, failure_hint";
+
+pub(super) async fn insert_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO tasks (id, instance_id, target, cause, state, created_at, started_at, finished_at, num, \
+         failure_kind, failure_message, failure_hint) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .bind(task.id.to_string())
+    .bind(&task.instance_id)
+    .bind(&task.target)
+    .bind(task.cause.as_str())
+    .bind(task.state.as_str())
+    .bind(task.created_at.as_millisecond())
+    .bind(task.started_at.map(Timestamp::as_millisecond))
+    .bind(task.finished_at.map(Timestamp::as_millisecond))
+    .bind(signed(task.num))
+    .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
+    .bind(task.failure.as_ref().map(|f| &f.message))
+    .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
+    .execute(executor)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn update_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE tasks SET state = ?, started_at = ?, finished_at = ?, num = ?, failure_kind = ?, \
+         failure_message = ?, failure_hint = ? WHERE id = ?",
+    )
+    .bind(task.state.as_str())
+    .bind(task.started_at.map(Timestamp::as_millisecond))
+    .bind(task.finished_at.map(Timestamp::as_millisecond))
+    .bind(signed(task.num))
+    .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
+    .bind(task.failure.as_ref().map(|f| &f.message))
+    .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
+    .bind(task.id.to_string())
+    .execute(executor)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn task(pool: &SqlitePool, id: TaskId) -> Result<Option<Task>, StoreError> {
+    let sql = sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id = ?"));
+    let row = sqlx::query(sql).bind(id.to_string()).fetch_optional(pool).await?;
+    row.as_ref().map(task_of).transpose()
+}
+
+pub(super) async fn latest(pool: &SqlitePool, instance_id: &str) -> Result<Option<Task>, StoreError> {
+    let sql = sqlx::AssertSqlSafe(format!(
+        "SELECT {TASK_COLUMNS} FROM tasks WHERE instance_id = ? ORDER BY id DESC LIMIT 1"
+    ));
+    let row = sqlx::query(sql).bind(instance_id).fetch_optional(pool).await?;
+    row.as_ref().map(task_of).transpose()
+}
+
+pub(super) async fn in_states(pool: &SqlitePool, words: &[&str]) -> Result<Vec<Task>, StoreError> {
+    let marks = vec!["?"; words.len()].join(", ");
+    let sql = sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({marks}) ORDER BY id"));
+    let mut query = sqlx::query(sql);
+    for word in words {
+        query = query.bind(*word);
+    }
+    query.fetch_all(pool).await?.iter().map(task_of).collect()
+}
+
+pub(super) async fn upsert_shard(
+    tx: &mut Transaction<'_, Sqlite>,
+    id: TaskId,
+    shard: &ShardId,
+    run_id: Option<&RunId>,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO shards (task_id, shard, run_id) VALUES (?, ?, ?) \
+         ON CONFLICT (task_id, shard) DO UPDATE SET run_id = COALESCE(excluded.run_id, shards.run_id)",
+    )
+    .bind(id.to_string())
+    .bind(&shard.0)
+    .bind(run_id.map(|r| &r.0))
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn upsert_pass(
+    tx: &mut Transaction<'_, Sqlite>,
+    id: TaskId,
+    shard: &ShardId,
+    db: DbIndex,
+    figures: &PassFigures,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO passes (task_id, shard, db, position, keys_at_start, scanned, reclaimed, touched, found_by_touch, \
+         batches, lost_replies, restarts, active_us, rested_us, slice_p50_us, slice_p99_us, slice_max_us) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
+         ON CONFLICT (task_id, shard, db) DO UPDATE SET position = excluded.position, \
+         keys_at_start = excluded.keys_at_start, scanned = excluded.scanned, reclaimed = excluded.reclaimed, \
+         touched = excluded.touched, found_by_touch = excluded.found_by_touch, batches = excluded.batches, \
+         lost_replies = excluded.lost_replies, restarts = excluded.restarts, active_us = excluded.active_us, \
+         rested_us = excluded.rested_us, slice_p50_us = excluded.slice_p50_us, \
+         slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us",
+    )
+    .bind(id.to_string())
+    .bind(&shard.0)
+    .bind(i64::from(db.0))
+    .bind(figures.position.to_string())
+    .bind(signed(figures.keys_at_start))
+    .bind(signed(figures.scanned))
+    .bind(signed(figures.reclaimed))
+    .bind(signed(figures.touched))
+    .bind(signed(figures.found_by_touch))
+    .bind(signed(figures.batches))
+    .bind(signed(figures.lost_replies))
+    .bind(signed(figures.restarts))
+    .bind(micros(figures.active))
+    .bind(micros(figures.rested))
+    .bind(signed(figures.slice.p50_us))
+    .bind(signed(figures.slice.p99_us))
+    .bind(signed(figures.slice.max_us))
+    .execute(&mut **tx)
+    .await?;
+    for (reason, held) in &figures.held {
+        sqlx::query(
+            "INSERT INTO holds (task_id, shard, db, reason, held_us) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT (task_id, shard, db, reason) DO UPDATE SET held_us = excluded.held_us",
+        )
+        .bind(id.to_string())
+        .bind(&shard.0)
+        .bind(i64::from(db.0))
+        .bind(reason.as_str())
+        .bind(micros(*held))
+        .execute(&mut **tx)
+        .await?;
+    }
+    Ok(())
+}
+
+pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
+    let mut shards = BTreeMap::new();
+    let rows = sqlx::query("SELECT shard, run_id FROM shards WHERE task_id = ?").bind(id.to_string());
+    for row in rows.fetch_all(pool).await? {
+        let run_id = row.try_get::<Option<String>, _>("run_id")?.map(RunId);
+        shards.insert(ShardId(row.try_get("shard")?), StoredShard { run_id, passes: BTreeMap::new() });
+    }
+    let rows = sqlx::query("SELECT * FROM passes WHERE task_id = ?").bind(id.to_string());
+    for row in rows.fetch_all(pool).await? {
+        let shard: &mut StoredShard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+        shard.passes.insert(db_of(&row)?, figures_of(&row)?);
+    }
+    let rows = sqlx::query("SELECT * FROM holds WHERE task_id = ?").bind(id.to_string());
+    for row in rows.fetch_all(pool).await? {
+        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+        let figures = shard.passes.entry(db_of(&row)?).or_default();
+        figures.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
+    }
+    Ok(shards)
+}
+
+fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
+    let number = |column| number(row, column);
+    Ok(PassFigures {
+        position: word(row, "position")?,
+        keys_at_start: number("keys_at_start")?,
+        scanned: number("scanned")?,
+        reclaimed: number("reclaimed")?,
+        touched: number("touched")?,
+        found_by_touch: number("found_by_touch")?,
+        batches: number("batches")?,
+        lost_replies: number("lost_replies")?,
+        restarts: number("restarts")?,
+        active: span(row, "active_us")?,
+        rested: span(row, "rested_us")?,
+        slice: SliceSummary {
+            p50_us: number("slice_p50_us")?,
+            p99_us: number("slice_p99_us")?,
+            max_us: number("slice_max_us")?,
+        },
+        ..PassFigures::default()
+    })
+}
+
+fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
+    let id: String = row.try_get("id")?;
+    let id = id.parse().map(TaskId).map_err(|_| StoreError::Damaged(format!("`{id}` is not a task id")))?;
+    let failure = match row.try_get::<Option<String>, _>("failure_kind")? {
+        Some(_) => Some(Failure {
+            kind: word(row, "failure_kind")?,
+            message: row.try_get("failure_message")?,
+            hint: row.try_get("failure_hint")?,
+        }),
+        None => None,
+    };
+    Ok(Task {
+        id,
+        instance_id: row.try_get("instance_id")?,
+        target: row.try_get("target")?,
+        cause: word(row, "cause")?,
+        state: word(row, "state")?,
+        created_at: time(row.try_get("created_at")?)?,
+        started_at: row.try_get::<Option<i64>, _>("started_at")?.map(time).transpose()?,
+        finished_at: row.try_get::<Option<i64>, _>("finished_at")?.map(time).transpose()?,
+        num: number(row, "num")?,
+        failure,
+    })
+}
+
+fn word<T: FromStr<Err: Display>>(row: &SqliteRow, column: &str) -> Result<T, StoreError> {
+    let text: String = row.try_get(column)?;
+    text.parse().map_err(|e: T::Err| StoreError::Damaged(e.to_string()))
+}
+
+fn number(row: &SqliteRow, column: &str) -> Result<u64, StoreError> {
+    let number: i64 = row.try_get(column)?;
+    u64::try_from(number).map_err(|_| StoreError::Damaged(format!("{column} is {number}")))
+}
+
+fn span(row: &SqliteRow, column: &str) -> Result<Duration, StoreError> {
+    number(row, column).map(Duration::from_micros)
+}
+
+fn db_of(row: &SqliteRow) -> Result<DbIndex, StoreError> {
+    let db = number(row, "db")?;
+    u32::try_from(db).map(DbIndex).map_err(|_| StoreError::Damaged(format!("db is {db}")))
+}
+
+fn time(ms: i64) -> Result<Timestamp, StoreError> {
+    Timestamp::from_millisecond(ms).map_err(|_| StoreError::Damaged(format!("{ms} is not a time")))
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn micros(span: Duration) -> i64 {
+    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,203 @@
+//! What each batch freed, written down before the next batch is sent.
+//!
+//! A checkpoint each second would lose the count of the last second when the process is killed. A database commit for
+//! each batch would cost as much as the batch. So each pass has a file of 48 bytes that is overwritten in place after
+//! each batch: one `pwrite` into the page cache, about a microsecond, which outlives the process (though not a power
+//! cut; then the checkpoint stands). What remains uncounted after a kill is the one batch that was under way.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::model::progress::PassFigures;
+use crate::model::shard::{DbIndex, ScanPosition, ShardId};
+use crate::model::task::TaskId;
+
+/// Length of a line in bytes: six little-endian numbers of 64 bits.
+const LINE: usize = 48;
+/// The cursor that stands for "finished": SCAN cannot answer it, since no table has 2^64 buckets.
+const FINISHED: u64 = u64::MAX;
+
+/// What is written after each batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TallyLine {
+    position: ScanPosition,
+    scanned: u64,
+    reclaimed: u64,
+    touched: u64,
+    batches: u64,
+}
+
+impl TallyLine {
+    /// The part of the figures that a kill must not lose.
+    pub fn of(figures: &PassFigures) -> Self {
+        Self {
+            position: figures.position,
+            scanned: figures.scanned,
+            reclaimed: figures.reclaimed,
+            touched: figures.touched,
+            batches: figures.batches,
+        }
+    }
+
+    /// Puts these counts into the figures of an older checkpoint. An older line changes nothing.
+    pub fn bring_forward(&self, figures: &mut PassFigures) {
+        if self.batches >= figures.batches {
+            figures.position = self.position;
+            figures.scanned = self.scanned;
+            figures.reclaimed = self.reclaimed;
+            figures.touched = self.touched;
+            figures.batches = self.batches;
+        }
+    }
+
+    fn to_bytes(self) -> [u8; LINE] {
+        let cursor = self.position.to_send().unwrap_or(FINISHED);
+        let fields = [cursor, self.scanned, self.reclaimed, self.touched, self.batches];
+        let mut bytes = [0; LINE];
+        for (place, field) in bytes.chunks_exact_mut(8).zip(fields.iter().chain([&checksum(&fields)])) {
+            place.copy_from_slice(&field.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8; LINE]) -> Option<Self> {
+        let mut fields = [0_u64; LINE / 8];
+        for (field, place) in fields.iter_mut().zip(bytes.chunks_exact(8)) {
+            *field = u64::from_le_bytes(place.try_into().ok()?);
+        }
+        let [cursor, scanned, reclaimed, touched, batches, sum] = fields;
+        if checksum(&fields[..5]) != sum {
+            return None;
+        }
+        let position = match cursor {
+            0 => ScanPosition::NotStarted,
+            FINISHED => ScanPosition::Finished,
+            other => ScanPosition::from_reply(other),
+        };
+        Some(Self { position, scanned, reclaimed, touched, batches })
+    }
+}
+
+/// Tells a whole line from a torn or foreign one; an attacker who can write the file needs no collision.
+fn checksum(fields: &[u64]) -> u64 {
+    fields.iter().fold(0x9E37_79B9_7F4A_7C15, |sum, field| (sum ^ field).rotate_left(23).wrapping_mul(0xFF51_AFD7_ED55_8CCD))
+}
+
+/// The directory of all tallies of one store.
+#[derive(Debug, Clone)]
+pub struct TallyDir(PathBuf);
+
+impl TallyDir {
+    /// The directory beside the state file: its name with `.tally` behind.
+    pub fn beside(state: &Path) -> Self {
+        let mut name = state.as_os_str().to_owned();
+        name.push(".tally");
+        Self(PathBuf::from(name))
+    }
+
+    fn prefix(task: TaskId, shard: &ShardId) -> String {
+        // An address may hold slashes and colons; a hash of it does not.
+        let hash = Sha256::digest(shard.0.as_bytes());
+        let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        format!("{task}-{short}-")
+    }
+
+    /// Opens the tally of one pass for writing.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
+        std::fs::create_dir_all(&self.0)?;
+        let path = format!("{}{}", Self::prefix(task, shard), db.0);
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(self.0.join(path))?;
+        Ok(Tally(file))
+    }
+
+    /// What each pass of a shard wrote last. A line that is not whole is left out.
+    pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, TallyLine> {
+        let prefix = Self::prefix(task, shard);
+        let Ok(entries) = std::fs::read_dir(&self.0) else { return BTreeMap::new() };
+        let lines = entries.flatten().filter_map(|entry| {
+            let db = entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok()?;
+            let bytes = std::fs::read(entry.path()).ok()?;
+            Some((DbIndex(db), TallyLine::from_bytes(bytes.as_slice().try_into().ok()?)?))
+        });
+        lines.collect()
+    }
+
+    /// Forgets a task's tallies: its checkpoint holds everything now. What cannot be removed does no harm.
+    pub fn forget(&self, task: TaskId) {
+        let Ok(entries) = std::fs::read_dir(&self.0) else { return };
+        let prefix = task.to_string();
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        // Succeeds only where it was the last.
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// The tally of one pass.
+#[derive(Debug)]
+pub struct Tally(File);
+
+impl Tally {
+    /// Overwrites the line.
+    ///
+    /// # Errors
+    /// Of the file system; the line before is then still there, or none is whole.
+    pub fn write(&self, figures: &PassFigures) -> io::Result<()> {
+        self.0.write_all_at(&TallyLine::of(figures).to_bytes(), 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figures(position: ScanPosition, reclaimed: u64, batches: u64) -> PassFigures {
+        PassFigures { position, reclaimed, batches, scanned: 9, touched: 1, ..PassFigures::default() }
+    }
+
+    #[test]
+    fn the_last_line_is_read_back_and_only_moves_forward() {
+        let dir = tempfile::tempdir().unwrap();
+        let tallies = TallyDir::beside(&dir.path().join("state.db"));
+        let (task, shard, db) = (TaskId::generate(), ShardId("unix:///a/b".into()), DbIndex(3));
+        assert!(tallies.read(task, &shard).is_empty());
+        let tally = tallies.open(task, &shard, db).unwrap();
+        for position in [ScanPosition::NotStarted, ScanPosition::from_reply(7), ScanPosition::Finished] {
+            let written = figures(position, 5, 2);
+            tally.write(&written).unwrap();
+            let line = tallies.read(task, &shard)[&db];
+            assert_eq!(line, TallyLine::of(&written));
+        }
+        let line = tallies.read(task, &shard)[&db];
+        let mut older = figures(ScanPosition::from_reply(1), 1, 1);
+        line.bring_forward(&mut older);
+        assert_eq!((older.reclaimed, older.position), (5, ScanPosition::Finished));
+        let mut newer = figures(ScanPosition::from_reply(1), 8, 3);
+        line.bring_forward(&mut newer);
+        assert_eq!(newer.reclaimed, 8);
+        tallies.forget(task);
+        assert!(tallies.read(task, &shard).is_empty());
+    }
+
+    #[test]
+    fn a_torn_line_is_no_line() {
+        let whole = TallyLine::of(&figures(ScanPosition::from_reply(7), 5, 2)).to_bytes();
+        for place in 0..LINE {
+            let mut torn = whole;
+            torn[place] ^= 0x40;
+            assert_eq!(TallyLine::from_bytes(&torn), None, "byte {place}");
+        }
+        assert_eq!(TallyLine::from_bytes(&[0; LINE]), None);
+    }
+}
