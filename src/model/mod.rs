@@ -5,6 +5,7 @@
 
 pub mod failure;
 pub mod progress;
+pub mod schedule;
 pub mod shard;
 pub mod target;
 pub mod task;

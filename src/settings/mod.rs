@@ -3,7 +3,10 @@
 //! Defaults live in `default.toml` and nowhere else. All problems are reported at once.
 
 pub mod raw;
+pub mod serve;
+mod table;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -70,7 +73,12 @@ pub struct Settings {
     pub scan: ScanSettings,
     /// Where the task and its checkpoint are kept; `None`: nowhere.
     pub state: Option<PathBuf>,
+    /// What `scan` was made of, as text by key: kept with a task's record, and enough to make it again.
+    pub sweep_texts: SweepTexts,
 }
+
+/// The settings of a sweep as text by key.
+pub type SweepTexts = BTreeMap<String, String>;
 
 /// Makes settings out of what was typed. `password` is one that came by another way than a key: `REDISCLI_AUTH` or
 /// `--askpass`; it wins over the URL's.
@@ -135,6 +143,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
                 retry_for: retry_for?,
             },
             state: state?,
+            sweep_texts: raw.sweep_texts(),
         })
     })();
     match resolved {

@@ -22,6 +22,9 @@ pub const KEYS: &[&str] = &[
     "state",
 ];
 
+/// The keys that say where an instance is, who we are there and where records go, not how to sweep.
+pub const PLACE_KEYS: &[&str] = &["url", "user", "password-file", "state"];
+
 /// The defaults, as text that people read.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
 
@@ -115,6 +118,17 @@ impl Raw {
         (value, origin)
     }
 
+    /// The values that say how to sweep, without those that say where and who.
+    pub fn sweep_texts(&self) -> BTreeMap<String, String> {
+        let sweep = self.values.iter().filter(|(key, _)| !PLACE_KEYS.contains(key));
+        sweep.map(|(key, (value, _))| ((*key).to_owned(), value.clone())).collect()
+    }
+
+    /// The key by its name, where there is one.
+    pub fn key(name: &str) -> Option<&'static str> {
+        KEYS.iter().copied().find(|key| *key == name)
+    }
+
     fn add_toml(&mut self, text: &str, origin: impl Fn(usize) -> Origin) -> Vec<Problem> {
         let line_at = |offset: usize| text[..offset.min(text.len())].matches('\n').count() + 1;
         let table = match toml::de::DeTable::parse(text) {
@@ -144,7 +158,7 @@ impl Raw {
 }
 
 /// A TOML value as it would be typed on the command line; lists with commas.
-fn scalar_text(value: &toml::de::DeValue<'_>) -> Option<String> {
+pub(super) fn scalar_text(value: &toml::de::DeValue<'_>) -> Option<String> {
     use toml::de::DeValue as V;
     match value {
         V::String(text) => Some(text.to_string()),

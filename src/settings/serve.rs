@@ -1,0 +1,553 @@
+//! The settings of the daemon: one TOML file, read once at the start and again at each reload.
+//!
+//! Defaults live in `serve.toml` and, for how an instance is swept, in `default.toml`. All problems of a file are
+//! reported at once, each with its line.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jiff::civil::{Time, Weekday};
+use jiff::tz::TimeZone;
+use secrecy::SecretString;
+
+use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
+use crate::model::task::words;
+use crate::settings::raw::{KEYS, PLACE_KEYS, Problem, Raw, scalar_text};
+use crate::settings::table::{File, Table};
+use crate::settings::{self, COUNT_RANGE, Settings, SweepTexts, positive_duration};
+
+/// The defaults, as text that people read.
+pub const SERVE_TOML: &str = include_str!("serve.toml");
+
+/// Longest interval of the automatic scan in seconds, by the contract: 43200 minutes.
+pub const MAX_INTERVAL_S: u32 = 43_200 * 60;
+/// Longest timeout of the automatic scan in seconds, by the contract: 86400 minutes.
+pub const MAX_TIMEOUT_S: u32 = 86_400 * 60;
+
+/// Everything that the daemon is told.
+#[derive(Debug, Clone)]
+pub struct ServeSettings {
+    /// Who may ask, and where.
+    pub api: ApiSettings,
+    /// Where records are kept.
+    pub store: StoreSettings,
+    /// Sweeps at once over all instances.
+    pub at_once: usize,
+    /// The automatic scan where nobody has set anything.
+    pub auto_scan: AutoScan,
+    /// The instances, in the order of the file.
+    pub instances: Vec<Arc<Instance>>,
+}
+
+impl ServeSettings {
+    /// An instance by its id.
+    pub fn instance(&self, id: &str) -> Option<&Arc<Instance>> {
+        self.instances.iter().find(|instance| instance.id == id)
+    }
+}
+
+/// `[api]`
+#[derive(Debug, Clone)]
+pub struct ApiSettings {
+    /// Address and port to listen on.
+    pub listen: SocketAddr,
+    /// Certificate chain and key, for TLS.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Connections at once.
+    pub max_connections: usize,
+    /// Bound on receiving a request and on answering it.
+    pub request_timeout: Duration,
+    /// `[[api.tokens]]`
+    pub tokens: Vec<Token>,
+    /// `[[api.keys]]`
+    pub keys: Vec<AccessKey>,
+}
+
+impl ApiSettings {
+    /// Whether anybody who can connect may do everything: only on a loopback address.
+    pub fn is_open(&self) -> bool {
+        self.tokens.is_empty() && self.keys.is_empty()
+    }
+}
+
+/// What a caller may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Look.
+    Reader,
+    /// Look and command.
+    Operator,
+}
+
+words!(Role, "role", Reader = "reader", Operator = "operator");
+
+/// Who a caller is and what that allows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// The name that logs show.
+    pub name: String,
+    /// What it may do.
+    pub role: Role,
+    /// In which projects; `None`: in all.
+    pub projects: Option<BTreeSet<String>>,
+}
+
+impl Grant {
+    /// Whether a project may be seen.
+    pub fn allows(&self, project: &str) -> bool {
+        self.projects.as_ref().is_none_or(|projects| projects.contains(project))
+    }
+}
+
+/// A token that callers send in `X-Auth-Token`. Only its hash is kept.
+#[derive(Debug, Clone)]
+pub struct Token {
+    /// SHA-256 of the token.
+    pub sha256: [u8; 32],
+    /// After this it is no longer accepted.
+    pub expires: Option<Timestamp>,
+    /// Whose it is.
+    pub grant: Grant,
+}
+
+/// A key pair with which callers sign.
+#[derive(Debug, Clone)]
+pub struct AccessKey {
+    /// The public half.
+    pub access: String,
+    /// The secret half.
+    pub secret: SecretString,
+    /// Whose it is.
+    pub grant: Grant,
+}
+
+/// `[store]`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreSettings {
+    /// The file.
+    pub path: PathBuf,
+    /// Ended tasks are kept for this long.
+    pub keep_for: Duration,
+    /// At most this many ended tasks are kept.
+    pub keep_tasks: u32,
+}
+
+/// One of `[[instances]]`.
+#[derive(Debug, Clone)]
+pub struct Instance {
+    /// The id by which the API addresses it.
+    pub id: String,
+    /// The project that it belongs to.
+    pub project_id: String,
+    /// What people call it.
+    pub name: String,
+    /// Where it is and how it is swept.
+    pub settings: Settings,
+    /// When a scheduled sweep may run; `None`: always.
+    pub window: Option<Window>,
+    /// The automatic scan until the API sets another one.
+    pub auto_scan: AutoScan,
+    /// How large a backlog must be for a due scan to begin.
+    pub min_backlog: Option<MinBacklog>,
+}
+
+/// Reads and checks a settings file.
+///
+/// # Errors
+/// Every problem of it.
+pub fn load(path: &Path) -> Result<ServeSettings, Vec<Problem>> {
+    read(File::read(path)?)
+}
+
+fn read(file: File) -> Result<ServeSettings, Vec<Problem>> {
+    let settings = file.root().and_then(|root| {
+        let defaults = File::new(Path::new("serve.toml"), SERVE_TOML.to_owned());
+        let defaults = defaults.root()?;
+        Reader { file: &file, defaults: &defaults }.all(&root)
+    });
+    let problems = file.into_problems();
+    match settings {
+        Some(settings) if problems.is_empty() => Ok(settings),
+        _ => Err(problems),
+    }
+}
+
+/// Settings of a sweep made again from their texts, for an instance that is known.
+///
+/// # Errors
+/// Every problem; the keys are named.
+pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, Vec<Problem>> {
+    let mut raw = Raw::defaults();
+    for (key, text) in texts {
+        if let Some(key) = Raw::key(key).filter(|key| !PLACE_KEYS.contains(key)) {
+            raw.set(key, text.clone(), settings::raw::Origin::Default);
+        }
+    }
+    let made = settings::resolve(&raw, None)?;
+    Ok(Settings { scan: made.scan, sweep_texts: made.sweep_texts, ..instance.clone() })
+}
+
+struct Reader<'a> {
+    file: &'a File,
+    defaults: &'a toml::de::DeTable<'a>,
+}
+
+impl<'a> Reader<'a> {
+    fn defaults(&self, name: &str) -> Option<&'a toml::de::DeTable<'a>> {
+        self.defaults.get(name).and_then(|value| match value.get_ref() {
+            toml::de::DeValue::Table(table) => Some(table),
+            _ => None,
+        })
+    }
+
+    fn all(&self, root: &'a toml::de::DeTable<'a>) -> Option<ServeSettings> {
+        let root = Table::new(self.file, "", 0, Some(root), None);
+        let api = self.api(&root.sub("api", self.defaults("api")));
+        let store = Self::store(&root.sub("store", self.defaults("store")));
+        let tasks = root.sub("tasks", self.defaults("tasks"));
+        let at_once = tasks.read("at-once", |text| whole(text, 1..=1024));
+        tasks.no_more();
+        let base = Table::new(self.file, "auto-scan", 0, None, self.defaults("auto-scan"));
+        let auto_scan = Self::auto_scan(&base);
+        let mut instances: Vec<Arc<Instance>> = Vec::new();
+        let tables = root.list("instances");
+        for table in &tables {
+            let Some(instance) = self.instance(table) else { continue };
+            if instances.iter().any(|other| other.id == instance.id) {
+                table.complain("id", format!("id: `{}` is taken by an instance above", instance.id));
+                continue;
+            }
+            if let Some(other) = instances.iter().find(|other| other.settings.target == instance.settings.target) {
+                let message = format!("url: the instance `{}` is at the same address: two sweeps at once", other.id);
+                table.complain("url", message);
+            }
+            instances.push(Arc::new(instance));
+        }
+        root.no_more();
+        Some(ServeSettings {
+            api: api?,
+            store: store?,
+            at_once: at_once? as usize,
+            auto_scan: auto_scan?,
+            instances,
+        })
+    }
+
+    fn api(&self, table: &Table<'a>) -> Option<ApiSettings> {
+        let listen = table.read("listen", |text| {
+            text.parse::<SocketAddr>().map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:8080"))
+        });
+        let cert = table.optional("tls-cert", readable);
+        let key = table.optional("tls-key", readable);
+        let max_connections = table.read("max-connections", |text| whole(text, 1..=1_000_000));
+        let request_timeout = table.read("request-timeout", positive_duration);
+        let tokens: Vec<_> = table.list("tokens").iter().filter_map(Self::token).collect();
+        let keys: Vec<_> = table.list("keys").iter().filter_map(Self::access_key).collect();
+        table.no_more();
+        let tls = match (cert, key) {
+            (Some(cert), Some(key)) => Some((cert, key)),
+            (None, None) => None,
+            _ => {
+                table.complain("tls-cert", "tls-cert and tls-key go together");
+                None
+            }
+        };
+        let api = ApiSettings {
+            listen: listen?,
+            tls,
+            max_connections: max_connections? as usize,
+            request_timeout: request_timeout?,
+            tokens,
+            keys,
+        };
+        let nobody = !table.has("tokens") && !table.has("keys");
+        if nobody && !api.listen.ip().is_loopback() {
+            let message = format!(
+                "listen: {} can be reached by others, and no credentials are configured: add [[api.tokens]] or \
+                 [[api.keys]], or listen on 127.0.0.1",
+                api.listen
+            );
+            table.complain("listen", message);
+        }
+        Some(api)
+    }
+
+    fn grant(table: &Table<'a>) -> Option<Grant> {
+        let name = table.read("name", some_text);
+        let role = table.read("role", |text| {
+            Role::from_str(text).map_err(|_| format!("`{text}` is neither reader nor operator"))
+        });
+        let projects = table.read("projects", |text| {
+            let projects: BTreeSet<String> = text.split(',').filter(|p| !p.is_empty()).map(str::to_owned).collect();
+            match () {
+                () if projects.is_empty() => Err("name at least one project, or \"*\" for all"),
+                () if projects.contains("*") => Ok(None),
+                () => Ok(Some(projects)),
+            }
+        });
+        Some(Grant { name: name?, role: role?, projects: projects? })
+    }
+
+    fn token(table: &Table<'a>) -> Option<Token> {
+        let grant = Self::grant(table);
+        let sha256 = table.read("sha256", parse_sha256);
+        let expires = table.optional("expires", timestamp);
+        table.no_more();
+        Some(Token { sha256: sha256?, expires, grant: grant? })
+    }
+
+    fn access_key(table: &Table<'a>) -> Option<AccessKey> {
+        let grant = Self::grant(table);
+        let access = table.read("access", some_text);
+        let secret = Self::secret(table, "secret-env", "secret-file");
+        if secret.is_none() && !table.has("secret-env") && !table.has("secret-file") {
+            table.complain("access", "a key needs its secret by `secret-env` or `secret-file`");
+        }
+        table.no_more();
+        Some(AccessKey { access: access?, secret: secret?, grant: grant? })
+    }
+
+    /// A secret by the name of an environment variable or of a file; never in the settings file itself.
+    fn secret(table: &Table<'a>, env: &'static str, file: &'static str) -> Option<SecretString> {
+        let from_env = table.optional(env, |name| match std::env::var(name) {
+            Ok(secret) if !secret.is_empty() => Ok(SecretString::from(secret)),
+            _ => Err(format!("the environment variable {name} is not set")),
+        });
+        let from_file = table.optional(file, settings::read_password);
+        from_env.or(from_file)
+    }
+
+    fn store(table: &Table<'a>) -> Option<StoreSettings> {
+        let path = table.read("path", |text| some_text(text).map(PathBuf::from));
+        let keep_for = table.read("keep-for", |text| match text.strip_suffix('d').map(str::parse::<u64>) {
+            Some(Ok(days)) if days > 0 => Ok(Duration::from_secs(days.saturating_mul(86_400))),
+            _ => positive_duration(text),
+        });
+        let keep_tasks = table.read("keep-tasks", |text| whole(text, 1..=u32::MAX));
+        table.no_more();
+        Some(StoreSettings { path: path?, keep_for: keep_for?, keep_tasks: keep_tasks? })
+    }
+
+    fn instance(&self, table: &Table<'a>) -> Option<Instance> {
+        let id = table.read("id", |text| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_' || c == '.';
+            match () {
+                () if text.is_empty() || text.len() > 64 => Err(format!("`{text}` must be 1 to 64 characters long")),
+                () if !text.chars().all(plain) => {
+                    Err(format!("`{text}` may hold letters, digits, `-`, `_` and `.` only"))
+                }
+                () => Ok(text.to_owned()),
+            }
+        });
+        let project_id = table.read("project_id", some_text);
+        let name = table.optional("name", some_text);
+        let auto_scan = Self::auto_scan(&table.sub("auto-scan", self.defaults("auto-scan")));
+        let window = Self::window(&table.sub("window", self.defaults("window")));
+        let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
+        let password = table.optional("password-env", |name| {
+            std::env::var(name)
+                .map(SecretString::from)
+                .map_err(|_| format!("the environment variable {name} is not set"))
+        });
+        let settings = self.sweep(table, password);
+        let id = id?;
+        Some(Instance {
+            name: name.unwrap_or_else(|| id.clone()),
+            id,
+            project_id: project_id?,
+            settings: settings?,
+            window: window?,
+            auto_scan: auto_scan?,
+            min_backlog,
+        })
+    }
+
+    /// The keys that `ttlsweep scan` knows too.
+    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<Settings> {
+        let mut raw = Raw::defaults();
+        if !table.has("url") {
+            table.complain("id", "an instance needs its `url`");
+        }
+        table.rest(|key, value, offset| {
+            let Some(known) = KEYS.iter().copied().find(|known| *known == key && *known != "state") else {
+                return false;
+            };
+            match scalar_text(value) {
+                Some(text) => raw.set(known, text, self.file.origin(offset)),
+                None => self.file.problem(offset, format!("{known}: must be a single value or a list of values")),
+            }
+            true
+        });
+        settings::resolve(&raw, password).map_err(|problems| self.file.add_problems(problems)).ok()
+    }
+
+    fn auto_scan(table: &Table<'a>) -> Option<AutoScan> {
+        let enabled = table.read("enabled", |text| {
+            text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"))
+        });
+        let first = table.optional("first-scan-at", timestamp);
+        let interval_s = table.read("interval", |text| match text {
+            "0" | "0s" | "0min" => Ok(0),
+            _ => seconds(text, MAX_INTERVAL_S),
+        });
+        let timeout_s = table.read("timeout", |text| seconds(text, MAX_TIMEOUT_S));
+        let count = table.read("scan-keys-count", |text| whole(text, COUNT_RANGE));
+        let cron = table.optional("cron", some_text);
+        let zone = table.read("zone", time_zone);
+        table.no_more();
+        let (enabled, interval_s, timeout_s, zone) = (enabled?, interval_s?, timeout_s?, zone?);
+        let rhythm = match cron {
+            Some(_) if table.has("first-scan-at") || table.has("interval") => {
+                table.complain("cron", "cron: goes without first-scan-at and interval");
+                return None;
+            }
+            Some(expression) => match CronRule::parse(&expression, zone) {
+                Ok(rule) => Rhythm::Cron(rule),
+                Err(message) => {
+                    table.complain("cron", format!("cron: {message}"));
+                    return None;
+                }
+            },
+            None => Rhythm::Every { first, interval_s },
+        };
+        match &rhythm {
+            Rhythm::Every { first: None, .. } if enabled => {
+                table.complain("enabled", "enabled: needs first-scan-at and interval, or cron");
+            }
+            // The contract's rule: a scan that takes longer than two intervals would never let the next one begin.
+            Rhythm::Every { interval_s, .. } if timeout_s < 2 || timeout_s / 2 < *interval_s => {
+                table.complain("timeout", "timeout: must be at least twice the interval, and at least 2s");
+            }
+            _ => {}
+        }
+        Some(AutoScan { enabled, rhythm, timeout_s, count: count?, updated_at: None })
+    }
+
+    fn window(table: &Table<'a>) -> Option<Option<Window>> {
+        if !table.is_there() {
+            return Some(None);
+        }
+        let days = table.read("days", |text| {
+            let days: Result<Vec<_>, _> = text.split(',').map(|day| weekday(day.trim())).collect();
+            days.and_then(|days| if days.is_empty() { Err("name at least one day".to_owned()) } else { Ok(days) })
+        });
+        let time = |text: &str| {
+            let full = if text.len() == 5 { format!("{text}:00") } else { text.to_owned() };
+            full.parse::<Time>().map_err(|_| format!("`{text}` is not a time of day such as \"02:30\""))
+        };
+        let start = table.read("start", time);
+        let end = table.read("end", time);
+        let zone = table.read("zone", time_zone);
+        table.no_more();
+        Some(Some(Window { days: days?, start: start?, end: end?, zone: zone? }))
+    }
+}
+
+/// SHA-256 in 64 hexadecimal digits.
+fn parse_sha256(text: &str) -> Result<[u8; 32], String> {
+    let wrong = || "must be the SHA-256 of the token in 64 hexadecimal digits: printf %s TOKEN | sha256sum".to_owned();
+    if text.len() != 64 || !text.is_ascii() {
+        return Err(wrong());
+    }
+    let mut bytes = [0; 32];
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        let pair = std::str::from_utf8(pair).map_err(|_| wrong())?;
+        *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
+    }
+    Ok(bytes)
+}
+
+fn some_text(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("must not be empty".to_owned()) } else { Ok(text.to_owned()) }
+}
+
+fn readable(text: &str) -> Result<PathBuf, String> {
+    match std::fs::File::open(text) {
+        Ok(_) => Ok(PathBuf::from(text)),
+        Err(e) => Err(format!("cannot read {text}: {e}")),
+    }
+}
+
+fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
+    match text.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => Err(format!("`{text}` is not a whole number between {} and {}", range.start(), range.end())),
+    }
+}
+
+fn seconds(text: &str, at_most: u32) -> Result<u32, String> {
+    let duration = positive_duration(text)?;
+    match u32::try_from(duration.as_secs()) {
+        Ok(seconds) if duration.subsec_nanos() == 0 && seconds <= at_most => Ok(seconds),
+        _ => Err(format!("`{text}` must be whole seconds, at most {} minutes", at_most / 60)),
+    }
+}
+
+fn timestamp(text: &str) -> Result<Timestamp, String> {
+    text.parse().map_err(|_| format!("`{text}` is not a UTC time such as 2026-01-31T02:00:00Z"))
+}
+
+fn time_zone(text: &str) -> Result<TimeZone, String> {
+    TimeZone::get(text).map_err(|_| format!("`{text}` is not a time zone such as Europe/Berlin or UTC"))
+}
+
+fn weekday(text: &str) -> Result<Weekday, String> {
+    match text {
+        "mon" => Ok(Weekday::Monday),
+        "tue" => Ok(Weekday::Tuesday),
+        "wed" => Ok(Weekday::Wednesday),
+        "thu" => Ok(Weekday::Thursday),
+        "fri" => Ok(Weekday::Friday),
+        "sat" => Ok(Weekday::Saturday),
+        "sun" => Ok(Weekday::Sunday),
+        _ => Err(format!("`{text}` is none of mon, tue, wed, thu, fri, sat, sun")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<ServeSettings, Vec<Problem>> {
+        read(File::new(Path::new("s.toml"), text.to_owned()))
+    }
+
+    #[test]
+    fn an_empty_file_is_valid_and_listens_on_loopback_only() {
+        let settings = parse("").unwrap();
+        assert!(settings.api.listen.ip().is_loopback() && settings.api.is_open());
+        assert_eq!((settings.auto_scan.count, settings.auto_scan.timeout_s), (50, 2880 * 60));
+        let problems = parse("[api]\nlisten = \"0.0.0.0:80\"\n").unwrap_err();
+        assert!(problems[0].to_string().starts_with("s.toml:2: listen: 0.0.0.0:80 can be reached by others"));
+    }
+
+    #[test]
+    fn every_problem_is_found_at_once_with_its_line_and_cure() {
+        let problems = parse(include_str!("tests/broken.toml")).unwrap_err();
+        let shown: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        insta::assert_snapshot!(shown.join("\n"));
+    }
+
+    #[test]
+    fn the_example_file_is_valid_and_says_what_it_shows() {
+        let settings = parse(include_str!("../../deploy/ttlsweep.toml")).unwrap();
+        let cache = settings.instance("session-cache").unwrap();
+        assert!(cache.auto_scan.enabled && cache.window.is_some());
+        assert_eq!(cache.settings.scan.intensity, 0.5);
+    }
+
+    #[test]
+    fn a_sweep_can_be_made_again_from_its_texts() {
+        let text = "[[instances]]\nid = \"a\"\nproject_id = \"p\"\nurl = \"redis://h\"\nintensity = 0.25\ncount = 20\n";
+        let settings = parse(text).unwrap();
+        let instance = &settings.instances[0].settings;
+        assert_eq!(with_texts(instance, &instance.sweep_texts).unwrap().scan, instance.scan);
+        assert!(!instance.sweep_texts.contains_key("url"));
+    }
+}

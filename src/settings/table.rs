@@ -1,0 +1,200 @@
+//! Reads tables of a settings file: each value with its line, every problem kept, unknown keys found.
+
+use std::cell::RefCell;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use toml::de::{DeTable, DeValue};
+
+use crate::settings::raw::{Origin, Problem, scalar_text};
+
+/// One file while it is read: collects what is wrong with it.
+#[derive(Debug)]
+pub(super) struct File {
+    path: PathBuf,
+    text: String,
+    problems: RefCell<Vec<Problem>>,
+}
+
+impl File {
+    /// Reads a file.
+    pub(super) fn read(path: &Path) -> Result<Self, Vec<Problem>> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            vec![Problem { origin: None, message: format!("cannot read {}: {e}", path.display()) }]
+        })?;
+        Ok(Self::new(path, text))
+    }
+
+    pub(super) fn new(path: &Path, text: String) -> Self {
+        Self { path: path.to_owned(), text, problems: RefCell::default() }
+    }
+
+    pub(super) fn origin(&self, offset: usize) -> Origin {
+        let line = self.text[..offset.min(self.text.len())].matches('\n').count() + 1;
+        Origin::File { path: self.path.clone(), line }
+    }
+
+    pub(super) fn problem(&self, offset: usize, message: impl Into<String>) {
+        self.problems.borrow_mut().push(Problem { origin: Some(self.origin(offset)), message: message.into() });
+    }
+
+    pub(super) fn add_problems(&self, problems: Vec<Problem>) {
+        self.problems.borrow_mut().extend(problems);
+    }
+
+    /// Everything that was wrong, in the order of the lines.
+    pub(super) fn into_problems(self) -> Vec<Problem> {
+        let mut problems = self.problems.into_inner();
+        problems.sort_by(|a, b| a.origin.cmp(&b.origin));
+        problems
+    }
+
+    /// The whole file as a table; `None` with a problem where it is no TOML.
+    pub(super) fn root(&self) -> Option<DeTable<'_>> {
+        match DeTable::parse(&self.text) {
+            Ok(table) => Some(table.into_inner()),
+            Err(e) => {
+                self.problem(e.span().map_or(0, |span| span.start), e.message());
+                None
+            }
+        }
+    }
+}
+
+/// One table of a file over the table with its defaults.
+pub(super) struct Table<'a> {
+    file: &'a File,
+    name: String,
+    offset: usize,
+    own: Option<&'a DeTable<'a>>,
+    defaults: Option<&'a DeTable<'a>>,
+    asked: RefCell<Vec<&'static str>>,
+}
+
+impl<'a> Table<'a> {
+    pub(super) fn new(
+        file: &'a File,
+        name: impl Into<String>,
+        offset: usize,
+        own: Option<&'a DeTable<'a>>,
+        defaults: Option<&'a DeTable<'a>>,
+    ) -> Self {
+        Self { file, name: name.into(), offset, own, defaults, asked: RefCell::default() }
+    }
+
+    /// Whether the file has this table at all.
+    pub(super) fn is_there(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// Whether the file itself gives this key a value.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.own.is_some_and(|own| own.contains_key(key))
+    }
+
+    /// Where in the file a key stands, else where its table begins.
+    pub(super) fn offset_of(&self, key: &str) -> usize {
+        self.own.and_then(|own| own.get_key_value(key)).map_or(self.offset, |(key, _)| key.span().start)
+    }
+
+    /// Reads a value; `None` with a problem where it is wrong, or missing without a default.
+    pub(super) fn read<T, E: Display>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        self.asked.borrow_mut().push(key);
+        let value = self.own.and_then(|own| own.get(key)).or_else(|| self.defaults.and_then(|d| d.get(key)));
+        let Some(value) = value else {
+            self.complain(key, format!("[{}] needs `{key}`", self.name));
+            return None;
+        };
+        let Some(text) = scalar_text(value.get_ref()) else {
+            self.complain(key, format!("{key}: must be a single value or a list of values"));
+            return None;
+        };
+        match parse(&text) {
+            Ok(value) => Some(value),
+            Err(e) => {
+                self.complain(key, format!("{key}: {e}"));
+                None
+            }
+        }
+    }
+
+    /// Reads a text that may be missing or empty.
+    pub(super) fn optional<T, E: Display>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        self.asked.borrow_mut().push(key);
+        let value = self.own.and_then(|own| own.get(key)).or_else(|| self.defaults.and_then(|d| d.get(key)))?;
+        if scalar_text(value.get_ref()).is_some_and(|text| text.is_empty()) { None } else { self.read(key, parse) }
+    }
+
+    /// A table inside this one.
+    pub(super) fn sub(&self, key: &'static str, defaults: Option<&'a DeTable<'a>>) -> Table<'a> {
+        self.asked.borrow_mut().push(key);
+        let own = self.own.and_then(|own| own.get(key));
+        let table = own.and_then(|value| match value.get_ref() {
+            DeValue::Table(table) => Some(table),
+            _ => None,
+        });
+        if own.is_some() && table.is_none() {
+            self.complain(key, format!("`{key}` must be a table"));
+        }
+        Table::new(self.file, key, self.offset_of(key), table, defaults)
+    }
+
+    /// The tables of a list such as `[[instances]]`.
+    pub(super) fn list(&self, key: &'static str) -> Vec<Table<'a>> {
+        self.asked.borrow_mut().push(key);
+        let Some(value) = self.own.and_then(|own| own.get(key)) else { return Vec::new() };
+        let DeValue::Array(items) = value.get_ref() else {
+            self.complain(key, format!("`{key}` must be a list of tables, each beginning with [[{key}]]"));
+            return Vec::new();
+        };
+        let tables = items.iter().filter_map(|item| match item.get_ref() {
+            DeValue::Table(table) => {
+                // The parser gives an array's table no span of its own that is worth showing; its first key has one.
+                let offset = table.iter().map(|(key, _)| key.span().start).min().unwrap_or(item.span().start);
+                Some(Table::new(self.file, key, offset, Some(table), None))
+            }
+            _ => {
+                self.complain(key, format!("`{key}` must be a list of tables, each beginning with [[{key}]]"));
+                None
+            }
+        });
+        tables.collect()
+    }
+
+    /// Calls `take` for each key that nobody asked for; what it does not want is a problem.
+    pub(super) fn rest(&self, mut take: impl FnMut(&str, &DeValue<'_>, usize) -> bool) {
+        let Some(own) = self.own else { return };
+        for (key, value) in own {
+            let asked = self.asked.borrow();
+            if asked.iter().any(|asked| *asked == key.get_ref()) || take(key.get_ref(), value.get_ref(), key.span().start) {
+                continue;
+            }
+            let name: &str = key.get_ref();
+            let near = asked.iter().find(|known| {
+                let dashed = name.replace('_', "-");
+                **known == dashed || known.starts_with(&dashed) || dashed.starts_with(**known)
+            });
+            let advice = near.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let place = if self.name.is_empty() { String::new() } else { format!(" of [{}]", self.name) };
+            self.file.problem(key.span().start, format!("`{name}` is not a setting{place}{advice}"));
+        }
+    }
+
+    /// Every key must have been asked for.
+    pub(super) fn no_more(&self) {
+        self.rest(|_, _, _| false);
+    }
+
+    /// Says that something is wrong at a key.
+    pub(super) fn complain(&self, key: &str, message: impl Into<String>) {
+        self.file.problem(self.offset_of(key), message);
+    }
+}
