@@ -2,6 +2,7 @@
 
 use tokio::sync::watch;
 
+use crate::model::throttle::Reason;
 use crate::settings::ScanSettings;
 
 /// Why a sweep is told to stop.
@@ -29,8 +30,8 @@ pub struct Tuning {
 pub struct Orders {
     /// End after the batch under way.
     pub stop: Option<StopReason>,
-    /// Hold before the next batch.
-    pub paused: bool,
+    /// Hold before the next batch, and why.
+    pub hold: Option<Reason>,
     /// The limits.
     pub tuning: Tuning,
 }
@@ -43,7 +44,7 @@ impl Control {
     /// A control that lets the sweep run with the given settings.
     pub fn new(settings: &ScanSettings) -> Self {
         let tuning = Tuning { intensity: settings.intensity, max_keys_per_sec: settings.max_keys_per_sec };
-        Self(watch::Sender::new(Orders { stop: None, paused: false, tuning }))
+        Self(watch::Sender::new(Orders { stop: None, hold: None, tuning }))
     }
 
     /// The receiving end, for the engine.
@@ -60,9 +61,9 @@ impl Control {
         });
     }
 
-    /// Holds the sweep, or lets it go on.
-    pub fn pause(&self, paused: bool) {
-        self.0.send_modify(|orders| orders.paused = paused);
+    /// Holds the sweep for a reason, or lets it go on.
+    pub fn hold(&self, reason: Option<Reason>) {
+        self.0.send_if_modified(|orders| std::mem::replace(&mut orders.hold, reason) != reason);
     }
 
     /// Changes the limits.

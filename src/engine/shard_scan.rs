@@ -105,6 +105,8 @@ struct ShardScan {
     toucher: Toucher,
     names: Names,
     hold: Option<(Reason, Instant)>,
+    /// Whether the hold is one that the orders asked for, and only they can end.
+    ordered_hold: bool,
 }
 
 /// One pass over one DB while it runs.
@@ -151,6 +153,7 @@ impl ShardScan {
             toucher: Toucher::new(job.settings.touch, info.redis_version()),
             names: Names::default(),
             hold: None,
+            ordered_hold: false,
             job,
             reporter,
             orders,
@@ -453,19 +456,21 @@ impl ShardScan {
         Ok(())
     }
 
-    /// Takes new orders in. Holds while paused.
+    /// Takes new orders in. Holds while they say so.
     async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
         loop {
             let orders = *self.orders.borrow_and_update();
             stop_of(&orders)?;
             self.pacer.tune(orders.tuning);
-            if !orders.paused {
-                if self.hold.is_some_and(|(reason, _)| reason == Reason::Paused) {
+            let Some(reason) = orders.hold else {
+                if std::mem::take(&mut self.ordered_hold) {
                     self.end_hold(Some(pass)).await;
                 }
                 return Ok(());
-            }
-            self.begin_hold(Some(pass), Reason::Paused, None).await;
+            };
+            self.ordered_hold = true;
+            self.begin_hold(Some(pass), reason, None).await;
+            self.report(pass).await;
             if self.orders.changed().await.is_err() {
                 // Nobody is left who could say "go on", and nobody who could say "stop".
                 return Err(End::Stopped(StopReason::Interrupted));

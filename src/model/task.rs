@@ -1,7 +1,9 @@
 //! A task: one sweep of one instance, from the wish to the last figure.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -180,6 +182,9 @@ pub fn transition(state: TaskState, command: Command) -> Result<TaskState, Illeg
     }
 }
 
+/// How a task sweeps: the settings as text by key, complete enough to make them again.
+pub type SweepTexts = BTreeMap<String, String>;
+
 /// A task as it is recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
@@ -187,8 +192,14 @@ pub struct Task {
     pub id: TaskId,
     /// The instance it sweeps.
     pub instance_id: String,
+    /// The project of the instance; empty for a sweep from the command line.
+    pub project_id: String,
     /// The instance's address, without any secret.
     pub target: String,
+    /// The settings used.
+    pub sweep: SweepTexts,
+    /// Whether it sweeps only while the instance's window is open.
+    pub respect_window: bool,
     /// Who asked.
     pub cause: Cause,
     /// Where it stands.
@@ -201,8 +212,12 @@ pub struct Task {
     pub finished_at: Option<Timestamp>,
     /// Expired keys that it freed.
     pub num: u64,
+    /// How much of the time allowed it has used: not the time that a person or a window held it.
+    pub spent: Duration,
     /// Why it failed, or why it waits interrupted.
     pub failure: Option<Failure>,
+    /// Why it ended as it did, where that is no failure.
+    pub note: Option<String>,
 }
 
 #[cfg(test)]

@@ -21,6 +21,10 @@ pub enum Reason {
     Failover,
     /// A person paused the task.
     Paused,
+    /// The off-peak window is closed.
+    OutsideWindow,
+    /// As many sweeps run as may run at once.
+    Queued,
 }
 
 words!(
@@ -32,6 +36,8 @@ words!(
     DeletionBlocked = "deletion_blocked",
     Failover = "failover",
     Paused = "paused",
+    OutsideWindow = "outside_window",
+    Queued = "queued",
 );
 
 impl Reason {
@@ -46,6 +52,8 @@ impl Reason {
             }
             Self::Failover => "a failover is under way",
             Self::Paused => "paused by request",
+            Self::OutsideWindow => "the off-peak window is closed; going on when it opens",
+            Self::Queued => "as many sweeps run as may run at once; going on when one of them ends",
         }
     }
 }

@@ -6,7 +6,6 @@ pub mod raw;
 pub mod serve;
 mod table;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,7 +15,7 @@ use secrecy::SecretString;
 
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, Target};
-use crate::model::task::words;
+use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{Origin, Problem, Raw};
 
 /// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
@@ -76,9 +75,6 @@ pub struct Settings {
     /// What `scan` was made of, as text by key: kept with a task's record, and enough to make it again.
     pub sweep_texts: SweepTexts,
 }
-
-/// The settings of a sweep as text by key.
-pub type SweepTexts = BTreeMap<String, String>;
 
 /// Makes settings out of what was typed. `password` is one that came by another way than a key: `REDISCLI_AUTH` or
 /// `--askpass`; it wins over the URL's.

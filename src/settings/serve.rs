@@ -17,10 +17,10 @@ use jiff::tz::TimeZone;
 use secrecy::SecretString;
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
-use crate::model::task::words;
+use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{KEYS, PLACE_KEYS, Problem, Raw, scalar_text};
 use crate::settings::table::{File, Table};
-use crate::settings::{self, COUNT_RANGE, Settings, SweepTexts, positive_duration};
+use crate::settings::{self, COUNT_RANGE, Settings, positive_duration};
 
 /// The defaults, as text that people read.
 pub const SERVE_TOML: &str = include_str!("serve.toml");
