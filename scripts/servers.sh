@@ -104,7 +104,7 @@ unpack_debs() {
     die "cannot download: $* ($(tail -n 1 "$work/apt.log"))"
   for deb in "$work"/*.deb; do
     dpkg-deb -x "$deb" "$work/root"
-    dpkg-deb -f "$deb" Depends | tr ',|' '\n\n' | awk '$1 ~ /^(lib|lua-)/ { print $1 }' >>"$work/depends"
+    dpkg-deb -f "$deb" Depends | tr ',' '\n' | awk '$1 ~ /^(lib|lua-)/ && $1 != "libc6" { print $1 }' >>"$work/depends"
   done
 }
 
@@ -158,7 +158,7 @@ from_debs() {
 get_redis() {
   local program found
   # What is installed already and is what we want is only linked.
-  found=$(have redis-server && stated redis-server || true)
+  found=$(stated redis-server)
   case "$found" in
     7.0.*)
       if have redis-cli && have redis-benchmark; then
@@ -183,7 +183,7 @@ get_redis() {
 get_valkey() {
   if have apt-get; then
     local release
-    release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
     copy_sources
     private_apt apt-get update >"$work/apt.log" 2>&1 || true
     if [ -z "$(apt_version valkey-server)" ]; then
@@ -270,7 +270,8 @@ case "$command" in
     for name in "$@"; do version_of "$name" >/dev/null; done
     if [ "$command" = fetch ]; then
       # shellcheck disable=SC2086
-      fetch ${*:-$NAMES}
+      [ $# -gt 0 ] || set -- $NAMES
+      fetch "$@"
     else
       [ $# = 1 ] || die "$command takes one name of: $NAMES"
       binary=$(path_of "$1")

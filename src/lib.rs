@@ -18,6 +18,7 @@
 //! | [`settings`] | what was typed becomes what is valid |
 //! | [`node`] | everything that speaks RESP |
 //! | [`store`] | records that outlive the process |
+//! | [`metrics`] | figures for Prometheus |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
 //! | [`tasks`] | from wish to record; the only writer of task state |
 //! | [`api`] | wire shapes |
@@ -28,6 +29,7 @@
 pub mod api;
 pub mod cli;
 pub mod engine;
+pub mod metrics;
 pub mod model;
 pub mod node;
 pub mod settings;

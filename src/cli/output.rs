@@ -257,6 +257,9 @@ mod tests {
         let task = Task {
             id: TaskId(uuid::Uuid::nil()),
             instance_id: "i".into(),
+            project_id: String::new(),
+            sweep: Default::default(),
+            respect_window: false,
             target: "redis://127.0.0.1:6379".into(),
             cause: Cause::Cli,
             state: TaskState::Succeeded,
@@ -264,7 +267,9 @@ mod tests {
             started_at: Some(start),
             finished_at: Some(start + Duration::from_millis(1500)),
             num: 82_000,
+            spent: Duration::ZERO,
             failure: None,
+            note: None,
         };
         TaskView { task, snapshot }
     }

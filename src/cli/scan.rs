@@ -15,7 +15,6 @@ use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::target::Target;
 use crate::model::task::{Cause, TaskState};
-use crate::node::conn::ConnOptions;
 use crate::settings::raw::Problem;
 use crate::settings::{self, Settings};
 use crate::store::Store;
@@ -111,15 +110,6 @@ pub fn instance_id(target: &Target) -> String {
     Uuid::new_v5(&Uuid::NAMESPACE_URL, target.to_string().as_bytes()).to_string()
 }
 
-/// How to connect with these settings.
-pub fn conn_options(settings: &Settings) -> ConnOptions {
-    ConnOptions {
-        credentials: settings.credentials.clone(),
-        connect_timeout: settings.connect_timeout,
-        response_timeout: settings.response_timeout,
-    }
-}
-
 /// One sweep with bar, summary and signals.
 ///
 /// # Errors
@@ -159,13 +149,7 @@ async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure
         None => Store::in_memory().await,
     };
     let service = TaskService::new(store.map_err(|e| store_failure(&e))?);
-    let spec = TaskSpec {
-        instance_id: instance_id(&settings.target),
-        target: settings.target.clone(),
-        cause: Cause::Cli,
-        settings: settings.scan.clone(),
-        conn: conn_options(settings),
-    };
+    let spec = TaskSpec::new(instance_id(&settings.target), settings, Cause::Cli);
     let task = if resume {
         let found = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
         found.ok_or_else(|| {

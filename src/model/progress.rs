@@ -126,9 +126,11 @@ impl PassFigures {
 /// What became of the touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TouchOutcome {
-    /// No key was touched and none audited yet.
+    /// No batch was done yet.
     #[default]
     NotNeededYet,
+    /// Neither SCAN nor the audit met an expired key.
+    NothingDead,
     /// The operator asked for none.
     Off,
     /// The operator asked to touch each key.
@@ -145,7 +147,8 @@ impl TouchOutcome {
     /// One sentence for the report.
     pub fn sentence(self) -> &'static str {
         match self {
-            Self::NotNeededYet => "no batch was audited",
+            Self::NotNeededYet => "no batch was done",
+            Self::NothingDead => "audited: no expired key was met",
             Self::Off => "no key was touched, as asked",
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
@@ -351,6 +354,24 @@ impl Snapshot {
     /// Batches whose reply was lost.
     pub fn lost_replies(&self) -> u64 {
         self.passes().map(|p| p.lost_replies).sum()
+    }
+
+    /// Share of everything that is done, 0 to 1, by keys: of each DB of each shard that is known so far.
+    pub fn fraction(&self) -> f64 {
+        let (mut done, mut all) = (0.0, 0.0);
+        for shard in self.shards.values() {
+            for pass in shard.passes.values() {
+                let weight = pass.keys_at_start.max(1) as f64;
+                done += weight * pass.position.fraction();
+                all += weight;
+            }
+            // A DB that was not begun yet counts as much as the mean of the others: its size is not known here.
+            let known = shard.passes.len();
+            let to_come = shard.dbs.iter().filter(|db| !shard.passes.contains_key(db)).count();
+            let weights: f64 = shard.passes.values().map(|pass| pass.keys_at_start.max(1) as f64).sum();
+            all += to_come as f64 * if known == 0 { 1.0 } else { weights / known as f64 };
+        }
+        if all > 0.0 { done / all } else { 0.0 }
     }
 
     /// Why the task cannot succeed, if a shard has ended early: the first such shard's reason.

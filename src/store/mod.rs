@@ -3,17 +3,23 @@
 //! Only `tasks` calls this. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
 //! writer. What the last second before a kill freed is in the [`tally`].
 
+mod lists;
 mod rows;
+mod schedules;
 pub mod tally;
+
+pub use lists::{TaskFilter, TaskPage};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Sqlite, SqlitePool, Transaction};
 
 use crate::model::progress::{PassFigures, Snapshot};
+use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, RunId, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::store::tally::TallyDir;
@@ -121,6 +127,88 @@ impl Store {
             rows::upsert_shard(&mut tx, task.id, shard, None).await?;
         }
         tx.commit().await?;
+        Ok(())
+    }
+
+    /// Adds a task that a schedule caused, and marks the due time as dealt with: both or neither, so that a crash
+    /// neither loses nor doubles it.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn insert_due(&self, task: &Task, shards: &[ShardId], due: Timestamp) -> Result<(), StoreError> {
+        let mut tx = self.pool.begin().await?;
+        rows::insert_task(&mut *tx, task).await?;
+        for shard in shards {
+            rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+        }
+        schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Up to which instant the due times of an instance were dealt with; `None` for one that was never looked at.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn handled(&self, instance_id: &str) -> Result<Option<Timestamp>, StoreError> {
+        schedules::handled(&self.pool, instance_id).await
+    }
+
+    /// Marks due times up to an instant as dealt with.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn set_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
+        schedules::set_handled(&self.pool, instance_id, handled).await
+    }
+
+    /// The automatic scan that the API set for an instance.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn auto_scan(&self, instance_id: &str) -> Result<Option<AutoScan>, StoreError> {
+        schedules::auto_scan(&self.pool, instance_id).await
+    }
+
+    /// Sets the automatic scan of an instance. Due times before `now` are none of it.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn set_auto_scan(&self, instance_id: &str, config: &AutoScan, now: Timestamp) -> Result<(), StoreError> {
+        let mut tx = self.pool.begin().await?;
+        schedules::set_auto_scan(&mut *tx, instance_id, config).await?;
+        schedules::set_handled(&mut *tx, instance_id, now).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// One page of the tasks that match, newest first, with how many there are and what they freed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn page(&self, filter: &TaskFilter, offset: u32, limit: u32) -> Result<TaskPage, StoreError> {
+        lists::page(&self.pool, filter, offset, limit).await
+    }
+
+    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest.
+    /// Returns how many; more than none means that there may be others.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<usize, StoreError> {
+        let gone = lists::prune(&self.pool, before, keep).await?;
+        if let Some(tallies) = &self.tallies {
+            gone.iter().for_each(|id| tallies.forget(*id));
+        }
+        Ok(gone.len())
+    }
+
+    /// Whether records can be read now.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1").execute(&self.pool).await?;
         Ok(())
     }
 

@@ -12,46 +12,52 @@ use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
 use crate::model::failure::Failure;
 use crate::model::progress::{PassFigures, SliceSummary};
 use crate::model::shard::{DbIndex, RunId, ShardId};
-use crate::model::task::{Task, TaskId};
+use crate::model::task::{SweepTexts, Task, TaskId};
 use crate::store::{StoreError, StoredShard};
 
-const TASK_COLUMNS: &str = "id, instance_id, target, cause, state, created_at, started_at, finished_at, num, \
-                            failure_kind, failure_message, failure_hint";
+pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, sweep, respect_window, cause, state, created_at, \
+                            started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note";
 
 pub(super) async fn insert_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO tasks (id, instance_id, target, cause, state, created_at, started_at, finished_at, num, \
-         failure_kind, failure_message, failure_hint) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    )
-    .bind(task.id.to_string())
-    .bind(&task.instance_id)
-    .bind(&task.target)
-    .bind(task.cause.as_str())
-    .bind(task.state.as_str())
-    .bind(task.created_at.as_millisecond())
-    .bind(task.started_at.map(Timestamp::as_millisecond))
-    .bind(task.finished_at.map(Timestamp::as_millisecond))
-    .bind(signed(task.num))
-    .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
-    .bind(task.failure.as_ref().map(|f| &f.message))
-    .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
-    .execute(executor)
-    .await?;
+    let marks = vec!["?"; TASK_COLUMNS.split(',').count()].join(", ");
+    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({marks})")))
+        .bind(task.id.to_string())
+        .bind(&task.instance_id)
+        .bind(&task.project_id)
+        .bind(&task.target)
+        .bind(texts_to_json(&task.sweep))
+        .bind(task.respect_window)
+        .bind(task.cause.as_str())
+        .bind(task.state.as_str())
+        .bind(task.created_at.as_millisecond())
+        .bind(task.started_at.map(Timestamp::as_millisecond))
+        .bind(task.finished_at.map(Timestamp::as_millisecond))
+        .bind(signed(task.num))
+        .bind(micros(task.spent))
+        .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
+        .bind(task.failure.as_ref().map(|f| &f.message))
+        .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
+        .bind(&task.note)
+        .execute(executor)
+        .await?;
     Ok(())
 }
 
 pub(super) async fn update_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
     sqlx::query(
-        "UPDATE tasks SET state = ?, started_at = ?, finished_at = ?, num = ?, failure_kind = ?, \
-         failure_message = ?, failure_hint = ? WHERE id = ?",
+        "UPDATE tasks SET sweep = ?, state = ?, started_at = ?, finished_at = ?, num = ?, spent_us = ?, \
+         failure_kind = ?, failure_message = ?, failure_hint = ?, note = ? WHERE id = ?",
     )
+    .bind(texts_to_json(&task.sweep))
     .bind(task.state.as_str())
     .bind(task.started_at.map(Timestamp::as_millisecond))
     .bind(task.finished_at.map(Timestamp::as_millisecond))
     .bind(signed(task.num))
+    .bind(micros(task.spent))
     .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
     .bind(task.failure.as_ref().map(|f| &f.message))
     .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
+    .bind(&task.note)
     .bind(task.id.to_string())
     .execute(executor)
     .await?;
@@ -197,7 +203,7 @@ fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
     })
 }
 
-fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
+pub(super) fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
     let id: String = row.try_get("id")?;
     let id = id.parse().map(TaskId).map_err(|_| StoreError::Damaged(format!("`{id}` is not a task id")))?;
     let failure = match row.try_get::<Option<String>, _>("failure_kind")? {
@@ -211,15 +217,28 @@ fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
     Ok(Task {
         id,
         instance_id: row.try_get("instance_id")?,
+        project_id: row.try_get("project_id")?,
         target: row.try_get("target")?,
+        sweep: texts_of_json(row.try_get("sweep")?)?,
+        respect_window: row.try_get("respect_window")?,
         cause: word(row, "cause")?,
         state: word(row, "state")?,
         created_at: time(row.try_get("created_at")?)?,
         started_at: row.try_get::<Option<i64>, _>("started_at")?.map(time).transpose()?,
         finished_at: row.try_get::<Option<i64>, _>("finished_at")?.map(time).transpose()?,
         num: number(row, "num")?,
+        spent: span(row, "spent_us")?,
         failure,
+        note: row.try_get("note")?,
     })
+}
+
+fn texts_to_json(texts: &SweepTexts) -> String {
+    serde_json::to_string(texts).unwrap_or_default()
+}
+
+fn texts_of_json(json: &str) -> Result<SweepTexts, StoreError> {
+    serde_json::from_str(json).map_err(|e| StoreError::Damaged(format!("the settings of a task: {e}")))
 }
 
 fn word<T: FromStr<Err: Display>>(row: &SqliteRow, column: &str) -> Result<T, StoreError> {
@@ -227,7 +246,7 @@ fn word<T: FromStr<Err: Display>>(row: &SqliteRow, column: &str) -> Result<T, St
     text.parse().map_err(|e: T::Err| StoreError::Damaged(e.to_string()))
 }
 
-fn number(row: &SqliteRow, column: &str) -> Result<u64, StoreError> {
+pub(super) fn number(row: &SqliteRow, column: &str) -> Result<u64, StoreError> {
     let number: i64 = row.try_get(column)?;
     u64::try_from(number).map_err(|_| StoreError::Damaged(format!("{column} is {number}")))
 }
@@ -241,11 +260,11 @@ fn db_of(row: &SqliteRow) -> Result<DbIndex, StoreError> {
     u32::try_from(db).map(DbIndex).map_err(|_| StoreError::Damaged(format!("db is {db}")))
 }
 
-fn time(ms: i64) -> Result<Timestamp, StoreError> {
+pub(super) fn time(ms: i64) -> Result<Timestamp, StoreError> {
     Timestamp::from_millisecond(ms).map_err(|_| StoreError::Damaged(format!("{ms} is not a time")))
 }
 
-fn signed(number: u64) -> i64 {
+pub(super) fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 

@@ -1,27 +1,43 @@
 //! Tasks from wish to record. The only writer of task state; command line, API and scheduler all come here.
 
+mod allowance;
+mod gate;
+mod queue;
 mod recorder;
 
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
-use crate::engine::control::{Control, StopReason};
+use crate::engine::control::{Control, StopReason, Tuning};
 use crate::engine::{self, Outcome, ScanPlan, ShardPlan};
+use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
+use crate::model::schedule::{MinBacklog, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
-use crate::model::task::{Cause, Command, IllegalTransition, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
 use crate::node::conn::ConnOptions;
-use crate::settings::ScanSettings;
+use crate::settings::serve::Instance;
+use crate::settings::{ScanSettings, Settings};
 use crate::store::{Store, StoreError};
+use crate::tasks::allowance::Allowance;
+use crate::tasks::gate::Gate;
+use crate::tasks::queue::Queue;
+use crate::tasks::recorder::{Asked, Recorder};
+
+pub use queue::Busy;
+pub use recorder::Order;
 
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
 /// that for long holds the sweep rather than filling the memory.
 const EVENT_BUFFER: usize = 256;
+/// Orders that may wait for the recorder; whoever gives more waits.
+const ORDER_BUFFER: usize = 16;
 
 /// Trouble with a task.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +48,15 @@ pub enum TaskError {
     /// A command that the task's state does not take.
     #[error(transparent)]
     Transition(#[from] IllegalTransition),
+    /// The instance has a task that has not ended.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// The task has ended meanwhile.
+    #[error("the task has ended")]
+    Ended,
+    /// No task is begun any more.
+    #[error("the daemon is stopping")]
+    Closing,
 }
 
 /// What somebody wants swept.
@@ -39,14 +64,79 @@ pub enum TaskError {
 pub struct TaskSpec {
     /// The instance.
     pub instance_id: String,
+    /// Its project; empty for a sweep from the command line.
+    pub project_id: String,
     /// Where it is.
     pub target: Target,
     /// Who asks.
     pub cause: Cause,
     /// How to sweep it.
     pub settings: ScanSettings,
+    /// The same as text, for the record.
+    pub sweep: SweepTexts,
     /// How to connect.
     pub conn: ConnOptions,
+    /// The window that it respects, if it does.
+    pub window: Option<Window>,
+    /// End at once, as success, where the backlog is smaller.
+    pub min_backlog: Option<MinBacklog>,
+}
+
+impl TaskSpec {
+    /// A sweep with these settings that respects no window.
+    pub fn new(instance_id: String, settings: &Settings, cause: Cause) -> Self {
+        Self {
+            instance_id,
+            project_id: String::new(),
+            target: settings.target.clone(),
+            cause,
+            settings: settings.scan.clone(),
+            sweep: settings.sweep_texts.clone(),
+            conn: conn_options(settings),
+            window: None,
+            min_backlog: None,
+        }
+    }
+
+    /// A sweep of an instance of the daemon, with settings that may differ from the instance's own.
+    pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Self {
+        Self { project_id: instance.project_id.clone(), ..Self::new(instance.id.clone(), settings, cause) }
+    }
+}
+
+/// How to connect with these settings.
+pub fn conn_options(settings: &Settings) -> ConnOptions {
+    ConnOptions {
+        credentials: settings.credentials.clone(),
+        connect_timeout: settings.connect_timeout,
+        response_timeout: settings.response_timeout,
+    }
+}
+
+/// Other limits for a task that runs. `None` leaves a limit as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Tune {
+    /// Share of the master's time, in (0, 1].
+    pub intensity: Option<f64>,
+    /// Ceiling in keys per second; 0 for none.
+    pub max_keys_per_sec: Option<u32>,
+}
+
+impl Tune {
+    fn apply(&self, tuning: &mut Tuning) {
+        if let Some(intensity) = self.intensity {
+            tuning.intensity = intensity;
+        }
+        if let Some(keys) = self.max_keys_per_sec {
+            tuning.max_keys_per_sec = Some(keys).filter(|&keys| keys > 0);
+        }
+    }
+
+    fn texts(&self) -> SweepTexts {
+        let intensity = self.intensity.map(|share| ("intensity".to_owned(), share.to_string()));
+        let ceiling = self.max_keys_per_sec.map(|keys| ("max-keys-per-sec".to_owned(), keys.to_string()));
+        intensity.into_iter().chain(ceiling).collect()
+    }
 }
 
 /// A task with its present view.
@@ -61,7 +151,7 @@ pub struct TaskView {
 /// A task that was started.
 #[derive(Debug)]
 pub struct RunningTask {
-    /// Pause, stop, other limits.
+    /// Stop, other limits.
     pub control: Control,
     /// The latest view. A slow reader misses views, never holds the sweep.
     pub view: watch::Receiver<Arc<TaskView>>,
@@ -78,16 +168,28 @@ impl RunningTask {
     }
 }
 
-/// Creates, starts and finds tasks.
+/// Creates, starts and finds tasks. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct TaskService {
     store: Store,
+    metrics: Metrics,
+    queue: Arc<Queue>,
 }
 
 impl TaskService {
     /// A service on these records.
     pub fn new(store: Store) -> Self {
-        Self { store }
+        Self::with_places(store, Metrics::default(), 1)
+    }
+
+    /// A service that lets so many queued tasks sweep at once.
+    pub fn with_places(store: Store, metrics: Metrics, places: usize) -> Self {
+        Self { store, metrics, queue: Arc::new(Queue::new(places)) }
+    }
+
+    /// The records.
+    pub fn store(&self) -> &Store {
+        &self.store
     }
 
     /// Records a task in state `Waiting`.
@@ -95,19 +197,7 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
     pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
-        let task = Task {
-            id: TaskId::generate(),
-            instance_id: spec.instance_id.clone(),
-            target: spec.target.to_string(),
-            cause: spec.cause,
-            state: TaskState::Waiting,
-            created_at: Timestamp::now(),
-            started_at: None,
-            finished_at: None,
-            num: 0,
-            failure: None,
-        };
-        let shards: Vec<ShardId> = shards_of(&spec.target).into_iter().map(|shard| shard.id).collect();
+        let (task, shards) = wish(spec);
         self.store.insert(&task, &shards).await?;
         Ok(task)
     }
@@ -125,7 +215,7 @@ impl TaskService {
         Ok((!task.state.is_final()).then_some(task))
     }
 
-    /// Starts a task that is waiting, or one that was interrupted, from its checkpoint.
+    /// Starts a task that is waiting, or one that was interrupted, from its checkpoint. It waits for nothing.
     ///
     /// # Errors
     /// [`TaskError`]; then nothing was started.
@@ -133,60 +223,153 @@ impl TaskService {
         task.state = transition(task.state, Command::Start)?;
         task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
         task.failure = None;
+        task.spent = Default::default();
+        let (plan, snapshot) = self.plan(&task, &spec).await?;
+        self.store.update(&task).await?;
+        let job = self.job(task, plan, snapshot);
+        let (control, view) = (job.recorder.control.clone(), job.recorder.view.subscribe());
+        let ended = tokio::spawn(async move {
+            let mut job = job;
+            job.sweep(None).await;
+            job.recorder.publish();
+        });
+        Ok(RunningTask { control, view, ended })
+    }
+
+    /// What the engine is to do, from the checkpoint on, and what the checkpoint shows.
+    async fn plan(&self, task: &Task, spec: &TaskSpec) -> Result<(ScanPlan, Snapshot), TaskError> {
         let mut shards = shards_of(&spec.target);
         let mut stored = self.store.shards(task.id).await?;
+        let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
         for shard in &mut shards {
             if let Some(stored) = stored.remove(&shard.id) {
                 shard.run_id = stored.run_id;
                 shard.passes = stored.passes;
             }
-        }
-        self.store.update(&task).await?;
-        let plan = ScanPlan {
-            task: task.id,
-            tallies: self.store.tallies().cloned(),
-            shards,
-            settings: spec.settings,
-            conn: spec.conn,
-        };
-        Ok(self.launch(task, plan))
-    }
-
-    fn launch(&self, task: Task, plan: ScanPlan) -> RunningTask {
-        let control = Control::new(&plan.settings);
-        let timeout = plan.settings.timeout;
-        let (sender, events) = tokio::sync::mpsc::channel(EVENT_BUFFER);
-        let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
-        for shard in &plan.shards {
             // What the checkpoint holds counts from the first view on, however soon the task is stopped again.
             let view = ShardView { passes: shard.passes.clone(), ..ShardView::default() };
             snapshot.shards.insert(shard.id.clone(), view);
         }
-        let (view_sender, view) = watch::channel(Arc::new(TaskView { task: task.clone(), snapshot }));
-        let engine = tokio::spawn({
-            let control = control.clone();
-            async move {
-                let run = engine::run(plan, control.orders(), sender);
-                tokio::pin!(run);
-                tokio::select! {
-                    outcome = &mut run => outcome,
-                    () = tokio::time::sleep(timeout) => {
-                        control.stop(StopReason::TimedOut);
-                        run.await
+        // A master that is no longer there has freed what it freed.
+        for (id, gone) in stored {
+            snapshot.shards.insert(id, ShardView { passes: gone.passes, ..ShardView::default() });
+        }
+        let plan = ScanPlan {
+            task: task.id,
+            tallies: self.store.tallies().cloned(),
+            shards,
+            settings: spec.settings.clone(),
+            conn: spec.conn.clone(),
+        };
+        Ok((plan, snapshot))
+    }
+
+    fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {
+        let control = Control::new(&plan.settings);
+        let allowance = Arc::new(Allowance::new(plan.settings.timeout, task.spent));
+        let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
+        let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
+        let paused = watch::Sender::new(task.state == TaskState::Paused);
+        let recorder = Recorder::new(
+            self.store.clone(),
+            self.metrics.clone(),
+            control,
+            allowance,
+            paused,
+            inbox,
+            task,
+            view,
+        );
+        Job { recorder, plan, orders }
+    }
+}
+
+/// One task while it is on hand.
+struct Job {
+    recorder: Recorder,
+    plan: ScanPlan,
+    orders: mpsc::Sender<Asked>,
+}
+
+impl Job {
+    /// Waits for the gate to open, sweeps, and writes the end.
+    async fn run(&mut self, gate: Gate, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
+        let control = self.recorder.control.clone();
+        // The first look decides before anything else does.
+        control.hold(Some(crate::model::throttle::Reason::Queued));
+        let work = async {
+            match self.recorder.wait_for_turn().await {
+                Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
+                Ok(()) => {
+                    self.recorder.begin().await;
+                    match self.nothing_to_gain(min_backlog).await {
+                        Some(note) => {
+                            self.recorder.task.note = Some(note);
+                            self.recorder.finish(Outcome::Complete, Some(closing)).await;
+                        }
+                        None => self.sweep(Some(closing)).await,
                     }
                 }
             }
-        });
-        let recorder = recorder::Recorder::new(self.store.clone(), task, view_sender);
-        let ended = tokio::spawn(async move {
-            let recorder = recorder.consume(events).await;
-            let outcome = engine.await.unwrap_or_else(|panic| {
-                Outcome::Failed(Failure::new(FailureKind::Protocol, format!("the sweep broke: {panic}")))
-            });
-            recorder.finish(outcome, timeout).await;
-        });
-        RunningTask { control, view, ended }
+        };
+        tokio::select! {
+            () = work => {}
+            () = gate.keep(control) => {}
+        }
     }
+
+    /// Runs the engine to its end and writes how it ended.
+    async fn sweep(&mut self, persist: Option<&CancellationToken>) {
+        let (sender, events) = mpsc::channel(EVENT_BUFFER);
+        let control = self.recorder.control.clone();
+        let allowance = self.recorder.allowance.clone();
+        let plan = self.plan.clone();
+        let engine = tokio::spawn(async move {
+            let run = engine::run(plan, control.orders(), sender);
+            tokio::pin!(run);
+            tokio::select! {
+                outcome = &mut run => outcome,
+                () = allowance.used_up(control.orders()) => {
+                    control.stop(StopReason::TimedOut);
+                    run.await
+                }
+            }
+        });
+        self.recorder.consume(events).await;
+        let outcome = engine.await.unwrap_or_else(|panic| {
+            Outcome::Failed(Failure::new(FailureKind::Protocol, format!("the sweep broke: {panic}")))
+        });
+        self.recorder.finish(outcome, persist).await;
+    }
+
+    /// Why a due scan is not worth beginning, if it is not.
+    async fn nothing_to_gain(&self, min_backlog: Option<MinBacklog>) -> Option<String> {
+        let _ = min_backlog?;
+        None
+    }
+}
+
+/// A task as it is first recorded.
+fn wish(spec: &TaskSpec) -> (Task, Vec<ShardId>) {
+    let task = Task {
+        id: TaskId::generate(),
+        instance_id: spec.instance_id.clone(),
+        project_id: spec.project_id.clone(),
+        target: spec.target.to_string(),
+        sweep: spec.sweep.clone(),
+        respect_window: spec.window.is_some(),
+        cause: spec.cause,
+        state: TaskState::Waiting,
+        created_at: Timestamp::now(),
+        started_at: None,
+        finished_at: None,
+        num: 0,
+        spent: Default::default(),
+        failure: None,
+        note: None,
+    };
+    let shards = shards_of(&spec.target).into_iter().map(|shard| shard.id).collect();
+    (task, shards)
 }
 
 /// The shards of a target, without anything that is known of them yet.

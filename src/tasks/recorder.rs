@@ -1,104 +1,275 @@
-//! The one consumer of scan events: folds them into the view, publishes it, and writes checkpoints.
+//! The one consumer of scan events and the one hand on a task's state: folds events into the view, publishes it, writes
+//! checkpoints, and takes what people ask of the task.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::engine::Outcome;
-use crate::engine::control::StopReason;
+use crate::engine::control::{Control, StopReason};
+use crate::metrics::{Metrics, Totals};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
-use crate::model::task::{Command, Task, transition};
-use crate::store::Store;
-use crate::tasks::TaskView;
+use crate::model::task::{Command, Task, TaskState, transition};
+use crate::store::{Store, StoreError};
+use crate::tasks::allowance::Allowance;
+use crate::tasks::{TaskError, TaskView, Tune};
 
 /// A checkpoint is written this often. What happens between two is in the tally.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
+/// How long to wait before the end of a task is written again after a full disk or the like.
+const WRITE_AGAIN: Duration = Duration::from_secs(1);
+
+/// What may be asked of a task that has not ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Order {
+    /// Hold.
+    Pause,
+    /// Go on.
+    Resume,
+    /// End.
+    Cancel,
+    /// Other limits.
+    Tune(Tune),
+}
+
+/// An order with the way back for the answer.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) order: Order,
+    pub(super) answer: oneshot::Sender<Result<(), TaskError>>,
+}
 
 pub(super) struct Recorder {
-    store: Store,
-    task: Task,
-    snapshot: Snapshot,
-    view: watch::Sender<Arc<TaskView>>,
+    pub(super) store: Store,
+    pub(super) metrics: Metrics,
+    pub(super) control: Control,
+    pub(super) allowance: Arc<Allowance>,
+    /// Tells the gate what a person wants.
+    pub(super) paused: watch::Sender<bool>,
+    pub(super) inbox: mpsc::Receiver<Asked>,
+    pub(super) task: Task,
+    pub(super) snapshot: Snapshot,
+    pub(super) view: watch::Sender<Arc<TaskView>>,
     written: Option<Instant>,
     store_failed: bool,
+    totals: Totals,
 }
 
 impl Recorder {
-    pub(super) fn new(store: Store, task: Task, view: watch::Sender<Arc<TaskView>>) -> Self {
+    #[allow(clippy::too_many_arguments, reason = "each is another thing, and there is one caller")]
+    pub(super) fn new(
+        store: Store,
+        metrics: Metrics,
+        control: Control,
+        allowance: Arc<Allowance>,
+        paused: watch::Sender<bool>,
+        inbox: mpsc::Receiver<Asked>,
+        task: Task,
+        view: watch::Sender<Arc<TaskView>>,
+    ) -> Self {
         let snapshot = view.borrow().snapshot.clone();
-        Self { store, task, snapshot, view, written: None, store_failed: false }
+        // What an earlier process counted is not counted again.
+        let totals = Totals::of(&snapshot);
+        let (written, store_failed) = (None, false);
+        Self { store, metrics, control, allowance, paused, inbox, task, snapshot, view, written, store_failed, totals }
     }
 
-    /// Takes events in until the engine has sent its last.
-    pub(super) async fn consume(mut self, mut events: mpsc::Receiver<ScanEvent>) -> Self {
-        while let Some(event) = events.recv().await {
-            log(&event);
-            // Where a pass begins or ends the checkpoint must say so at once.
-            let at_once = !matches!(event.what, ScanEventKind::Progressed { .. });
-            self.snapshot.apply(event);
-            self.task.num = self.snapshot.reclaimed();
-            self.publish();
-            if at_once || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
-                self.checkpoint().await;
+    /// Waits until the task may begin, or is told to stop.
+    pub(super) async fn wait_for_turn(&mut self) -> Result<(), StopReason> {
+        let mut orders = self.control.orders();
+        loop {
+            let now = *orders.borrow_and_update();
+            if let Some(reason) = now.stop {
+                return Err(reason);
+            }
+            if now.hold.is_none() {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = orders.changed() => if changed.is_err() { return Err(StopReason::Interrupted) },
+                Some(asked) = self.inbox.recv() => self.answer(asked).await,
             }
         }
-        self
     }
 
-    /// Writes how the task ended.
-    pub(super) async fn finish(mut self, outcome: Outcome, timeout: Duration) {
+    /// Marks the task as running. The record may lag behind where it cannot be written: the next checkpoint says it
+    /// again.
+    pub(super) async fn begin(&mut self) {
+        if let Ok(state) = transition(self.task.state, Command::Start) {
+            self.task.state = state;
+        }
+        self.task.started_at = self.task.started_at.or_else(|| Some(Timestamp::now()));
+        self.task.failure = None;
+        self.snapshot.started_at = self.task.started_at;
+        self.checkpoint().await;
+        self.publish();
+    }
+
+    /// Takes events and orders in until the engine has sent its last.
+    pub(super) async fn consume(&mut self, mut events: mpsc::Receiver<ScanEvent>) {
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.take(event).await,
+                    None => return,
+                },
+                Some(asked) = self.inbox.recv() => self.answer(asked).await,
+            }
+        }
+    }
+
+    async fn take(&mut self, event: ScanEvent) {
+        log(&event);
+        // Where a pass begins or ends the checkpoint must say so at once.
+        let at_once = !matches!(event.what, ScanEventKind::Progressed { .. });
+        self.snapshot.apply(event);
+        self.task.num = self.snapshot.reclaimed();
+        let totals = Totals::of(&self.snapshot);
+        self.metrics.progressed(&self.task.instance_id, &self.totals, &totals, &self.snapshot);
+        self.totals = totals;
+        self.publish();
+        if at_once || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
+            self.checkpoint().await;
+        }
+    }
+
+    async fn answer(&mut self, asked: Asked) {
+        let answer = self.obey(asked.order).await;
+        self.publish();
+        // Whoever asked may have gone away meanwhile.
+        let _ = asked.answer.send(answer);
+    }
+
+    /// Does what was asked, once the record says so: an order that could not be written was not given.
+    async fn obey(&mut self, order: Order) -> Result<(), TaskError> {
+        match order {
+            Order::Pause => {
+                self.change(|task| {
+                    task.state = transition(task.state, Command::Pause)?;
+                    Ok(())
+                })
+                .await?;
+                self.paused.send_replace(true);
+            }
+            Order::Resume => {
+                self.change(|task| {
+                    task.state = transition(task.state, Command::Resume)?;
+                    task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
+                    Ok(())
+                })
+                .await?;
+                self.paused.send_replace(false);
+            }
+            Order::Cancel => {
+                transition(self.task.state, Command::Cancel)?;
+                self.control.stop(StopReason::Cancelled);
+            }
+            Order::Tune(tune) => {
+                self.change(|task| {
+                    task.sweep.extend(tune.texts());
+                    Ok(())
+                })
+                .await?;
+                self.control.tune(|tuning| tune.apply(tuning));
+            }
+        }
+        Ok(())
+    }
+
+    async fn change(&mut self, change: impl FnOnce(&mut Task) -> Result<(), TaskError>) -> Result<(), TaskError> {
+        let mut changed = self.task.clone();
+        change(&mut changed)?;
+        self.store.update(&changed).await.inspect_err(|_| self.metrics.store_failed())?;
+        self.task = changed;
+        Ok(())
+    }
+
+    /// Writes how the task ended. `persist`: try again until it is written or this is
+    /// cancelled.
+    pub(super) async fn finish(&mut self, outcome: Outcome, persist: Option<&CancellationToken>) {
+        let running = self.task.state == TaskState::Running;
         let (command, failure) = match outcome {
-            Outcome::Complete => (Command::Succeed, None),
-            Outcome::Failed(failure) => (Command::Fail, Some(failure)),
+            Outcome::Complete => (Some(Command::Succeed), None),
+            Outcome::Failed(failure) => (Some(Command::Fail), Some(failure)),
             Outcome::Stopped(StopReason::Interrupted) => {
                 let failure = Failure::new(FailureKind::Interrupted, "interrupted before the sweep was complete");
-                (Command::Interrupt, Some(failure))
+                // One that waits or is paused stays so, and is found like that by the next process.
+                (running.then_some(Command::Interrupt), running.then_some(failure))
             }
             Outcome::Stopped(StopReason::TimedOut) => {
-                let message = format!("the time allowed ({timeout:?}) was over before the sweep was complete");
+                let allowed = self.allowance.allowed;
+                let message = format!("the time allowed ({allowed:?}) was over before the sweep was complete");
                 let failure = Failure::new(FailureKind::TimedOut, message);
-                (Command::Fail, Some(failure.hint("allow more with --timeout, or more speed with --intensity")))
+                (Some(Command::Fail), Some(failure.hint("allow more with --timeout, or more speed with --intensity")))
             }
-            Outcome::Stopped(StopReason::Cancelled) => (Command::Cancel, None),
+            Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
         };
-        match transition(self.task.state, command) {
-            Ok(state) => self.task.state = state,
-            Err(error) => tracing::error!(%error, "a task ended in a state that has no end"),
+        if command == Some(Command::Succeed) && self.task.state != TaskState::Running {
+            // It was paused while its last batch was under way, or never had to begin.
+            let to_running = if self.task.state == TaskState::Paused { Command::Resume } else { Command::Start };
+            self.step(to_running);
+        }
+        if let Some(command) = command {
+            self.step(command);
         }
         self.task.failure = failure;
         if self.task.state.is_final() {
             self.task.finished_at = Some(Timestamp::now());
         }
         self.checkpoint().await;
-        if self.task.state.is_final()
-            && !self.store_failed
-            && let Some(tallies) = self.store.tallies()
+        while self.store_failed
+            && let Some(closing) = persist
         {
-            tallies.forget(self.task.id);
-        }
-        self.publish();
-    }
-
-    async fn checkpoint(&mut self) {
-        self.written = Some(Instant::now());
-        match self.store.checkpoint(&self.task, &self.snapshot).await {
-            Ok(()) => self.store_failed = false,
-            Err(error) => {
-                // The sweep goes on: what it frees is freed. The next checkpoint holds everything again.
-                tracing::error!(%error, "the checkpoint could not be written");
-                self.store_failed = true;
-                for shard in self.snapshot.shards.values_mut() {
-                    shard.warn(format!("a checkpoint could not be written: {error}"));
+            tokio::select! {
+                () = tokio::time::sleep(WRITE_AGAIN) => self.checkpoint().await,
+                () = closing.cancelled() => break,
+                Some(asked) = self.inbox.recv() => {
+                    let _ = asked.answer.send(Err(TaskError::Ended));
                 }
+            }
+        }
+        if self.task.state.is_final() {
+            self.metrics.ended(&self.task);
+            if !self.store_failed
+                && let Some(tallies) = self.store.tallies()
+            {
+                tallies.forget(self.task.id);
             }
         }
     }
 
-    fn publish(&self) {
+    fn step(&mut self, command: Command) {
+        match transition(self.task.state, command) {
+            Ok(state) => self.task.state = state,
+            Err(error) => tracing::error!(%error, "a task ended in a state that has no end"),
+        }
+    }
+
+    async fn checkpoint(&mut self) {
+        self.written = Some(Instant::now());
+        self.task.spent = self.allowance.spent();
+        match self.store.checkpoint(&self.task, &self.snapshot).await {
+            Ok(()) => self.store_failed = false,
+            Err(error) => self.not_written(&error),
+        }
+    }
+
+    /// The sweep goes on: what it frees is freed. The next checkpoint holds everything again.
+    fn not_written(&mut self, error: &StoreError) {
+        tracing::error!(task = %self.task.id, %error, "the checkpoint could not be written");
+        self.metrics.store_failed();
+        self.store_failed = true;
+        for shard in self.snapshot.shards.values_mut() {
+            shard.warn(format!("a checkpoint could not be written: {error}"));
+        }
+    }
+
+    pub(super) fn publish(&self) {
         let view = TaskView { task: self.task.clone(), snapshot: self.snapshot.clone() };
         self.view.send_replace(Arc::new(view));
     }

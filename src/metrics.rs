@@ -1,0 +1,251 @@
+//! Figures for Prometheus. Written by `tasks`, `scheduler` and `api`, read by `GET /metrics`.
+//!
+//! Labels are bounded: an instance is one of the settings file, everything else is one of our own words. Names and
+//! units follow the Prometheus conventions: base units, `_total` for what only grows.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::model::progress::{PassFigures, Snapshot};
+use crate::model::task::{Task, TaskState};
+use crate::model::throttle::Reason;
+
+/// Bounds of the answer times in seconds: a look into memory to a look into a busy store.
+const ANSWER_BOUNDS: [f64; 7] = [0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0];
+
+/// What a figure of an instance carries.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct InstanceLabel {
+    instance: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct HoldLabels {
+    instance: String,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndLabels {
+    instance: String,
+    cause: &'static str,
+    state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DueLabels {
+    instance: String,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AnswerLabels {
+    route: String,
+    method: String,
+    status: u16,
+}
+
+type Seconds = Counter<f64, AtomicU64>;
+
+/// All figures. Cloning is cheap and shares them.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    scanned: Family<InstanceLabel, Counter>,
+    reclaimed: Family<InstanceLabel, Counter>,
+    touched: Family<InstanceLabel, Counter>,
+    batches: Family<InstanceLabel, Counter>,
+    lost_replies: Family<InstanceLabel, Counter>,
+    active: Family<InstanceLabel, Seconds>,
+    rested: Family<InstanceLabel, Seconds>,
+    held: Family<HoldLabels, Seconds>,
+    holding: Family<HoldLabels, Gauge>,
+    fraction: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
+    ended: Family<EndLabels, Counter>,
+    last_success: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
+    unfinished: Gauge,
+    dues: Family<DueLabels, Counter>,
+    store_errors: Counter,
+    answers: Family<AnswerLabels, Histogram, fn() -> Histogram>,
+}
+
+fn answer_times() -> Histogram {
+    Histogram::new(ANSWER_BOUNDS)
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("ttlsweep");
+        let version = vec![("version", env!("CARGO_PKG_VERSION"))];
+        registry.register("build", "The version of this program", Info::new(version));
+        macro_rules! register {
+            ($name:literal, $help:literal, $metric:expr) => {{
+                let metric = $metric;
+                registry.register($name, $help, metric.clone());
+                metric
+            }};
+            ($name:literal, $help:literal, $unit:expr, $metric:expr) => {{
+                let metric = $metric;
+                registry.register_with_unit($name, $help, $unit, metric.clone());
+                metric
+            }};
+        }
+        let inner = Inner {
+            scanned: register!("keys_scanned", "Keys that SCAN looked at", Family::default()),
+            reclaimed: register!("keys_reclaimed", "Expired keys that were freed", Family::default()),
+            touched: register!("keys_touched", "Keys asked with EXISTS or TTL", Family::default()),
+            batches: register!("batches", "SCAN batches that were answered", Family::default()),
+            lost_replies: register!("lost_replies", "Batches whose reply was lost", Family::default()),
+            active: register!("active", "Time in which batches held a master", Unit::Seconds, Family::default()),
+            rested: register!("rested", "Time rested for intensity and ceiling", Unit::Seconds, Family::default()),
+            held: register!("held", "Time that sweeps were held, by reason", Unit::Seconds, Family::default()),
+            holding: register!("holding", "Shards that are held now, by reason", Family::default()),
+            fraction: register!(
+                "sweep_progress",
+                "Share of the sweep under way that is done",
+                Unit::Ratios,
+                Family::default()
+            ),
+            ended: register!("tasks_ended", "Tasks that ended, by cause and final state", Family::default()),
+            last_success: register!(
+                "last_success_timestamp",
+                "When the last complete sweep ended, since 1970",
+                Unit::Seconds,
+                Family::default()
+            ),
+            unfinished: register!("tasks_unfinished", "Tasks that are waiting, running or held", Gauge::default()),
+            dues: register!("due_times", "Due times of automatic scans, by what became of them", Family::default()),
+            store_errors: register!("store_errors", "Records that could not be written at once", Counter::default()),
+            answers: register!(
+                "http_request_duration",
+                "Time to answer requests of the API",
+                Unit::Seconds,
+                Family::new_with_constructor(answer_times as fn() -> Histogram)
+            ),
+            registry,
+        };
+        Self(Arc::new(inner))
+    }
+}
+
+/// Sums of a snapshot, to count what came since the one before.
+#[derive(Debug, Clone, Default)]
+pub struct Totals {
+    counts: [u64; 5],
+    times: [Duration; 2],
+    held: std::collections::BTreeMap<Reason, Duration>,
+}
+
+impl Totals {
+    /// The sums of a snapshot.
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let mut totals = Self::default();
+        for pass in snapshot.passes() {
+            let PassFigures { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
+            for (sum, count) in totals.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
+                *sum += count;
+            }
+            for (sum, time) in totals.times.iter_mut().zip([active, rested]) {
+                *sum += *time;
+            }
+            for (reason, time) in &pass.held {
+                *totals.held.entry(*reason).or_default() += *time;
+            }
+        }
+        totals
+    }
+}
+
+impl Metrics {
+    /// Everything, in the OpenMetrics text format.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = text::encode(&mut text, &self.0.registry);
+        text
+    }
+
+    /// Counts what a sweep did since `before`, and shows where it stands.
+    pub fn progressed(&self, instance: &str, before: &Totals, now: &Totals, snapshot: &Snapshot) {
+        let label = InstanceLabel { instance: instance.to_owned() };
+        let inner = &self.0;
+        let counters = [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies];
+        for ((family, now), before) in counters.into_iter().zip(now.counts).zip(before.counts) {
+            family.get_or_create(&label).inc_by(now.saturating_sub(before));
+        }
+        for ((family, now), before) in [&inner.active, &inner.rested].into_iter().zip(now.times).zip(before.times) {
+            family.get_or_create(&label).inc_by(now.saturating_sub(before).as_secs_f64());
+        }
+        for (reason, time) in &now.held {
+            let since = time.saturating_sub(before.held.get(reason).copied().unwrap_or_default());
+            self.0.held.get_or_create(&self.hold_labels(instance, *reason)).inc_by(since.as_secs_f64());
+        }
+        for &reason in Reason::ALL {
+            let shards = snapshot.shards.values().filter(|shard| shard.hold == Some(reason)).count();
+            let labels = self.hold_labels(instance, reason);
+            // A series appears with the first hold of its kind and stays, so that it can fall back to 0.
+            let known = self.0.holding.get(&labels).is_some();
+            if shards > 0 || known {
+                self.0.holding.get_or_create(&labels).set(i64::try_from(shards).unwrap_or(i64::MAX));
+            }
+        }
+        self.0.fraction.get_or_create(&label).set(snapshot.fraction());
+    }
+
+    fn hold_labels(&self, instance: &str, reason: Reason) -> HoldLabels {
+        HoldLabels { instance: instance.to_owned(), reason: reason.as_str() }
+    }
+
+    /// Counts a task that has reached a final state.
+    pub fn ended(&self, task: &Task) {
+        let labels = EndLabels {
+            instance: task.instance_id.clone(),
+            cause: task.cause.as_str(),
+            state: task.state.as_str(),
+        };
+        self.0.ended.get_or_create(&labels).inc();
+        for &reason in Reason::ALL {
+            let labels = self.hold_labels(&task.instance_id, reason);
+            if self.0.holding.get(&labels).is_some() {
+                self.0.holding.get_or_create(&labels).set(0);
+            }
+        }
+        if let (TaskState::Succeeded, Some(at)) = (task.state, task.finished_at) {
+            let label = InstanceLabel { instance: task.instance_id.clone() };
+            self.0.last_success.get_or_create(&label).set(at.as_millisecond() as f64 / 1000.0);
+        }
+    }
+
+    /// How many tasks are on hand.
+    pub fn unfinished(&self, tasks: usize) {
+        self.0.unfinished.set(i64::try_from(tasks).unwrap_or(i64::MAX));
+    }
+
+    /// What became of a due time: `run`, `still_running`, `missed`.
+    pub fn due(&self, instance: &str, outcome: &'static str) {
+        self.0.dues.get_or_create(&DueLabels { instance: instance.to_owned(), outcome }).inc();
+    }
+
+    /// A record could not be written.
+    pub fn store_failed(&self) {
+        self.0.store_errors.inc();
+    }
+
+    /// A request was answered. `route` is the pattern, never the path that was asked for.
+    pub fn answered(&self, route: &str, method: &str, status: u16, took: Duration) {
+        let labels = AnswerLabels { route: route.to_owned(), method: method.to_owned(), status };
+        self.0.answers.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+}

@@ -1,0 +1,124 @@
+//! When a task may sweep: not while a person paused it, not outside its window, and only in one of the free places.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::engine::control::Control;
+use crate::model::schedule::{Window, until};
+use crate::model::throttle::Reason;
+
+/// The window is looked at again this often, whatever it said: the clock may have been set.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+
+/// What decides whether a task may sweep.
+#[derive(Debug)]
+pub(super) struct Gate {
+    /// The window that it respects.
+    pub(super) window: Option<Window>,
+    /// The places that all tasks share.
+    pub(super) places: Arc<Semaphore>,
+    /// Whether a person paused it.
+    pub(super) paused: watch::Receiver<bool>,
+}
+
+impl Gate {
+    /// Holds the task and lets it go on, for as long as this runs. A place is given back while the task is held and
+    /// when this is dropped.
+    pub(super) async fn keep(mut self, control: Control) {
+        let mut place: Option<OwnedSemaphorePermit> = None;
+        loop {
+            let now = Timestamp::now();
+            let paused = *self.paused.borrow_and_update();
+            let closed = self.window.as_ref().is_some_and(|window| !window.is_open(now));
+            let change = self.window.as_ref().and_then(|window| window.next_change(now));
+            let look_again = change.map_or(LOOK_AGAIN, |change| until(now, change).min(LOOK_AGAIN));
+            if paused || closed {
+                place = None;
+                control.hold(Some(if paused { Reason::Paused } else { Reason::OutsideWindow }));
+            } else if place.is_some() {
+                control.hold(None);
+            } else if let Ok(free) = self.places.clone().try_acquire_owned() {
+                place = Some(free);
+                control.hold(None);
+            } else {
+                control.hold(Some(Reason::Queued));
+                tokio::select! {
+                    free = self.places.clone().acquire_owned() => place = free.ok(),
+                    _ = self.paused.changed() => {}
+                    () = tokio::time::sleep(look_again) => {}
+                }
+                continue;
+            }
+            tokio::select! {
+                changed = self.paused.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(look_again) => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::throttle::Reason;
+    use crate::settings::raw::Raw;
+    use crate::settings::resolve;
+    use jiff::civil::Weekday;
+    use jiff::tz::TimeZone;
+
+    fn control() -> Control {
+        Control::new(&resolve(&Raw::defaults(), None).unwrap().scan)
+    }
+
+    async fn until_hold(control: &Control, hold: Option<Reason>) {
+        let mut orders = control.orders();
+        let met = orders.wait_for(|orders| orders.hold == hold);
+        tokio::time::timeout(Duration::from_secs(10), met).await.expect("the hold that was awaited").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_paused_task_gives_its_place_to_the_next_one() {
+        let places = Arc::new(Semaphore::new(1));
+        let (pause, paused) = watch::channel(false);
+        let (first, second) = (control(), control());
+        let gate = |paused| Gate { window: None, places: places.clone(), paused };
+        let (_other, other_paused) = watch::channel(false);
+        let one = tokio::spawn(gate(paused).keep(first.clone()));
+        until_hold(&first, None).await;
+        until_place_is_taken(&places).await;
+        let two = tokio::spawn(gate(other_paused).keep(second.clone()));
+        until_hold(&second, Some(Reason::Queued)).await;
+        pause.send(true).unwrap();
+        until_hold(&first, Some(Reason::Paused)).await;
+        until_hold(&second, None).await;
+        pause.send(false).unwrap();
+        until_hold(&first, Some(Reason::Queued)).await;
+        two.abort();
+        until_hold(&first, None).await;
+        one.abort();
+    }
+
+    async fn until_place_is_taken(places: &Semaphore) {
+        while places.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_closed_window_holds() {
+        let (_pause, paused) = watch::channel(false);
+        let now = Timestamp::now().to_zoned(TimeZone::UTC);
+        // Opens in a few days only.
+        let day = now.date().weekday().wrapping_add(3_i64);
+        let window = Window { days: vec![day], start: now.time(), end: now.time(), zone: TimeZone::UTC };
+        assert_ne!(day, Weekday::from(now.date().weekday()));
+        let control = control();
+        let gate = Gate { window: Some(window), places: Arc::new(Semaphore::new(1)), paused };
+        let keep = tokio::spawn(gate.keep(control.clone()));
+        until_hold(&control, Some(Reason::OutsideWindow)).await;
+        keep.abort();
+    }
+}

@@ -1,0 +1,269 @@
+//! The daemon's tasks: one at a time for each instance, so many at once over all, found again after a restart.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::engine::control::{Control, StopReason};
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::{ShardView, Snapshot};
+use crate::model::schedule::Window;
+use crate::model::shard::ShardId;
+use crate::model::task::{Command, Task, TaskId, TaskState, transition};
+use crate::settings::serve::{self, Instance, ServeSettings};
+use crate::tasks::gate::Gate;
+use crate::tasks::recorder::{Asked, Order};
+use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, wish};
+
+/// The instance has a task that has not ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the task {0} of this instance has not ended")]
+pub struct Busy(pub TaskId);
+
+/// What is on hand.
+#[derive(Debug)]
+pub(super) struct Queue {
+    live: Mutex<BTreeMap<TaskId, Live>>,
+    /// Held from the look for an unfinished task to the record of the new one.
+    submitting: tokio::sync::Mutex<()>,
+    places: Arc<Semaphore>,
+    places_wanted: AtomicUsize,
+    tracker: TaskTracker,
+    closing: CancellationToken,
+}
+
+#[derive(Debug, Clone)]
+struct Live {
+    instance_id: String,
+    control: Control,
+    view: watch::Receiver<Arc<TaskView>>,
+    orders: mpsc::Sender<Asked>,
+}
+
+impl Queue {
+    pub(super) fn new(places: usize) -> Self {
+        Self {
+            live: Mutex::default(),
+            submitting: tokio::sync::Mutex::default(),
+            places: Arc::new(Semaphore::new(places)),
+            places_wanted: AtomicUsize::new(places),
+            tracker: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        }
+    }
+
+    fn live(&self) -> MutexGuard<'_, BTreeMap<TaskId, Live>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TaskService {
+    /// Records a task and queues it. `due`: the due time that caused it, dealt with in the same write.
+    ///
+    /// # Errors
+    /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
+    pub async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
+        let _one_at_a_time = self.queue.submitting.lock().await;
+        if self.queue.closing.is_cancelled() {
+            return Err(TaskError::Closing);
+        }
+        if let Some(id) = self.on_hand(&spec.instance_id) {
+            return Err(Busy(id).into());
+        }
+        let (task, shards) = wish(&spec);
+        let written = match due {
+            Some(due) => self.store.insert_due(&task, &shards, due).await,
+            None => self.store.insert(&task, &shards).await,
+        };
+        written.inspect_err(|_| self.metrics.store_failed())?;
+        self.enqueue(task.clone(), spec).await?;
+        Ok(task)
+    }
+
+    /// The task of an instance that has not ended.
+    pub fn on_hand(&self, instance_id: &str) -> Option<TaskId> {
+        let live = self.queue.live();
+        live.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
+    }
+
+    /// Takes up what an earlier process left unfinished. Called once, before anything is submitted.
+    ///
+    /// # Errors
+    /// [`TaskError`] where records cannot be read or written.
+    pub async fn recover(&self, settings: &ServeSettings) -> Result<(), TaskError> {
+        for mut task in self.store.unfinished().await? {
+            let spec = settings
+                .instance(&task.instance_id)
+                .ok_or_else(|| "the instance is no longer in the settings".to_owned())
+                .and_then(|instance| spec_of(&task, instance));
+            let spec = match spec {
+                Ok(_) if self.on_hand(&task.instance_id).is_some() => Err("the instance has an older task".to_owned()),
+                other => other,
+            };
+            match spec {
+                Ok(spec) => {
+                    if task.state == TaskState::Running {
+                        task.state = transition(task.state, Command::Interrupt)?;
+                        self.store.update(&task).await?;
+                    }
+                    tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up again");
+                    self.enqueue(task, spec).await?;
+                }
+                Err(why) => self.give_up(task, &why).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a task that cannot go on, with the count that its tally holds.
+    async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
+        let view = self.stored_view(task.clone()).await?;
+        task.num = view.snapshot.reclaimed();
+        task.state = transition(task.state, Command::Fail)?;
+        task.finished_at = Some(Timestamp::now());
+        let message = format!("the daemon was stopped before the sweep was complete, and {why}");
+        task.failure = Some(Failure::new(FailureKind::Interrupted, message));
+        self.store.checkpoint(&task, &view.snapshot).await?;
+        tracing::warn!(task = %task.id, instance = task.instance_id, why, "an unfinished task cannot go on");
+        self.metrics.ended(&task);
+        if let Some(tallies) = self.store.tallies() {
+            tallies.forget(task.id);
+        }
+        Ok(())
+    }
+
+    async fn enqueue(&self, task: Task, spec: TaskSpec) -> Result<(), TaskError> {
+        let id = task.id;
+        let instance_id = task.instance_id.clone();
+        // A task of which nothing can be read cannot be counted right: it fails here, and the next start tries again.
+        let (plan, snapshot) = self.plan(&task, &spec).await?;
+        let mut job = self.job(task, plan, snapshot);
+        let gate = Gate {
+            window: spec.window,
+            places: self.queue.places.clone(),
+            paused: job.recorder.paused.subscribe(),
+        };
+        let live = Live {
+            instance_id,
+            control: job.recorder.control.clone(),
+            view: job.recorder.view.subscribe(),
+            orders: job.orders.clone(),
+        };
+        let on_hand = {
+            let mut all = self.queue.live();
+            all.insert(id, live);
+            all.len()
+        };
+        self.metrics.unfinished(on_hand);
+        let service = self.clone();
+        self.queue.tracker.spawn(async move {
+            job.run(gate, spec.min_backlog, &service.queue.closing).await;
+            // Whoever sees the end may submit the next one: this one must be gone by then.
+            let on_hand = {
+                let mut all = service.queue.live();
+                all.remove(&id);
+                all.len()
+            };
+            service.metrics.unfinished(on_hand);
+            job.recorder.publish();
+        });
+        Ok(())
+    }
+
+    /// One task: as it is now where it is on hand, else as it was recorded.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn find(&self, id: TaskId) -> Result<Option<Arc<TaskView>>, TaskError> {
+        if let Some(view) = self.watch(id) {
+            return Ok(Some(view.borrow().clone()));
+        }
+        match self.store.task(id).await? {
+            Some(task) => Ok(Some(Arc::new(self.stored_view(task).await?))),
+            None => Ok(None),
+        }
+    }
+
+    async fn stored_view(&self, task: Task) -> Result<TaskView, TaskError> {
+        let stored = self.store.shards(task.id).await?;
+        let view = |passes| ShardView { passes, ..ShardView::default() };
+        let shards = stored.into_iter().map(|(id, shard)| (id, view(shard.passes))).collect::<BTreeMap<ShardId, _>>();
+        let snapshot = Snapshot { started_at: task.started_at, shards };
+        Ok(TaskView { task, snapshot })
+    }
+
+    /// The view of a task that is on hand, as it changes.
+    pub fn watch(&self, id: TaskId) -> Option<watch::Receiver<Arc<TaskView>>> {
+        self.queue.live().get(&id).map(|task| task.view.clone())
+    }
+
+    /// Gives an order to a task, and returns its view once that is carried out. A cancelled task has ended by then.
+    ///
+    /// # Errors
+    /// [`TaskError::Ended`] for a task that is not on hand; [`TaskError::Transition`] for an order that makes no sense
+    /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out.
+    pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
+        let Some(live) = self.queue.live().get(&id).cloned() else { return Err(TaskError::Ended) };
+        let cancel = order == Order::Cancel;
+        let (answer, answered) = oneshot::channel();
+        live.orders.send(Asked { order, answer }).await.map_err(|_| TaskError::Ended)?;
+        answered.await.map_err(|_| TaskError::Ended)??;
+        let mut view = live.view;
+        if cancel {
+            // The sender goes with the task, which has published its end before.
+            let _ = view.wait_for(|view| view.task.state.is_final()).await;
+        }
+        let view = view.borrow().clone();
+        Ok(view)
+    }
+
+    /// Lets another number of tasks sweep at once. Those that sweep already are not disturbed.
+    pub fn set_places(&self, places: usize) {
+        let before = self.queue.places_wanted.swap(places, Ordering::SeqCst);
+        if places > before {
+            self.queue.places.add_permits(places - before);
+            return;
+        }
+        let queue = self.queue.clone();
+        self.queue.tracker.spawn(async move {
+            let fewer = u32::try_from(before - places).unwrap_or(u32::MAX);
+            tokio::select! {
+                taken = queue.places.acquire_many(fewer) => {
+                    if let Ok(taken) = taken { taken.forget() }
+                }
+                () = queue.closing.cancelled() => {}
+            }
+        });
+    }
+
+    /// Tells every task to end after its batch and to keep its checkpoint, and waits until all have.
+    pub async fn close(&self) {
+        {
+            let _nobody_submits = self.queue.submitting.lock().await;
+            self.queue.closing.cancel();
+        }
+        for task in self.queue.live().values() {
+            task.control.stop(StopReason::Interrupted);
+        }
+        self.queue.tracker.close();
+        self.queue.tracker.wait().await;
+    }
+}
+
+/// How an unfinished task goes on: with the settings that it began with.
+fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
+    if instance.settings.target.to_string() != task.target {
+        return Err(format!("the instance has another address now: {}", instance.settings.target));
+    }
+    let settings = serve::with_texts(&instance.settings, &task.sweep).map_err(|problems| {
+        let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        format!("its settings are no longer valid: {}", problems.join("; "))
+    })?;
+    let window: Option<Window> = instance.window.clone().filter(|_| task.respect_window);
+    Ok(TaskSpec { window, ..TaskSpec::of(instance, &settings, task.cause) })
+}
