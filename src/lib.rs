@@ -21,17 +21,23 @@
 //! | [`metrics`] | figures for Prometheus |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
 //! | [`tasks`] | from wish to record; the only writer of task state |
-//! | [`api`] | wire shapes |
+//! | [`scheduler`] | starts the scans that are due |
+//! | [`api`] | the contract, our own calls, the page |
+//! | [`shutdown`] | signals of the daemon |
+//! | [`daemon`] | wires all of these, owns start and stop order |
 //! | [`cli`] | parse, hand over, print |
 
 #![forbid(unsafe_code)]
 
 pub mod api;
 pub mod cli;
+pub mod daemon;
 pub mod engine;
 pub mod metrics;
 pub mod model;
 pub mod node;
+pub mod scheduler;
 pub mod settings;
+pub mod shutdown;
 pub mod store;
 pub mod tasks;

@@ -115,7 +115,7 @@ impl Default for Metrics {
             fraction: register!(
                 "sweep_progress",
                 "Share of the sweep under way that is done",
-                Unit::Ratios,
+                Unit::Other("ratio".to_owned()),
                 Family::default()
             ),
             ended: register!("tasks_ended", "Tasks that ended, by cause and final state", Family::default()),
@@ -210,11 +210,8 @@ impl Metrics {
 
     /// Counts a task that has reached a final state.
     pub fn ended(&self, task: &Task) {
-        let labels = EndLabels {
-            instance: task.instance_id.clone(),
-            cause: task.cause.as_str(),
-            state: task.state.as_str(),
-        };
+        let labels =
+            EndLabels { instance: task.instance_id.clone(), cause: task.cause.as_str(), state: task.state.as_str() };
         self.0.ended.get_or_create(&labels).inc();
         for &reason in Reason::ALL {
             let labels = self.hold_labels(&task.instance_id, reason);

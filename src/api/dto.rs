@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
@@ -23,7 +24,7 @@ pub fn clamp(number: u64) -> i32 {
 }
 
 /// The contract's history record.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct HistoryRecord {
     /// Task id.
     pub id: String,
@@ -64,7 +65,7 @@ impl From<&Task> for HistoryRecord {
 }
 
 /// What `ttlsweep scan --json` prints: the history record, and the report beside it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ScanOutput {
     /// The contract's record.
     #[serde(flatten)]
@@ -74,7 +75,7 @@ pub struct ScanOutput {
 }
 
 /// Everything that is known of a task.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Report {
     /// Our own, finer state.
     pub state: &'static str,
@@ -92,7 +93,7 @@ pub struct Report {
 }
 
 /// The settings of one sweep.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names are those of the settings")]
 pub struct SettingsDto {
     pub db: Vec<u32>,
@@ -119,7 +120,7 @@ impl From<&ScanSettings> for SettingsDto {
 }
 
 /// Sums.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Totals {
     /// Keys that SCAN looked at.
     pub scanned: u64,
@@ -142,7 +143,7 @@ pub struct Totals {
 }
 
 /// One shard.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ShardDto {
     /// Its name.
     pub shard: String,
@@ -162,7 +163,7 @@ pub struct ShardDto {
 }
 
 /// A server.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ServerDto {
     /// `Redis`, `Valkey`.
     pub product: String,
@@ -179,7 +180,7 @@ impl From<&ServerFacts> for ServerDto {
 }
 
 /// `used_memory` in bytes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct MemoryDto {
     /// When the sweep began.
     pub before: Option<u64>,
@@ -188,7 +189,7 @@ pub struct MemoryDto {
 }
 
 /// One DB of one shard.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct PassDto {
     /// The DB.
     pub db: u32,
@@ -230,7 +231,7 @@ pub struct PassDto {
 }
 
 /// Microseconds: round trip less the smallest PING.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "quantiles")]
 pub struct SliceDto {
     pub p50: u64,
@@ -239,7 +240,7 @@ pub struct SliceDto {
 }
 
 /// When keys expire.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct TtlDto {
     /// Keys that expire within this many seconds, and not within the bound before.
     pub within_s: BTreeMap<u64, u64>,
@@ -249,8 +250,19 @@ pub struct TtlDto {
     pub never: u64,
 }
 
+/// Why a shard stands still.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct HoldDto {
+    /// Which shard.
+    pub shard: String,
+    /// The reason's word.
+    pub reason: &'static str,
+    /// The reason as people read it.
+    pub sentence: &'static str,
+}
+
 /// A failure.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct FailureDto {
     /// Its kind.
     pub kind: &'static str,
@@ -300,11 +312,7 @@ impl PassDto {
             lost_replies: figures.lost_replies,
             restarts: figures.restarts,
             count: figures.count,
-            slice_us: SliceDto {
-                p50: figures.slice.p50_us,
-                p99: figures.slice.p99_us,
-                max: figures.slice.max_us,
-            },
+            slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
             server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
             active_s: seconds(figures.active),
             rested_s: seconds(figures.rested),
@@ -321,7 +329,8 @@ impl From<&TtlHistogram> for TtlDto {
 }
 
 impl ShardDto {
-    fn new(shard: String, view: &ShardView) -> Self {
+    /// What is known of a shard.
+    pub fn new(shard: String, view: &ShardView) -> Self {
         Self {
             shard,
             server: view.server.as_ref().map(ServerDto::from),

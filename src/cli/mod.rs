@@ -5,6 +5,7 @@ pub mod exit;
 pub mod output;
 pub mod progress;
 pub mod scan;
+pub mod serve;
 pub mod settings;
 
 use std::ffi::OsString;
@@ -36,6 +37,8 @@ pub struct Cli {
 enum Command {
     /// Sweep a server once, now
     Scan(scan::ScanArgs),
+    /// Run the daemon: API, schedules, page
+    Serve(serve::ServeArgs),
     /// Show what is in force and where it came from
     Settings(settings::SettingsArgs),
 }
@@ -56,18 +59,17 @@ pub fn main() -> Exit {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    log_to_stderr(cli.verbose);
+    log_to_stderr(cli.verbose + u8::from(matches!(cli.command, Command::Serve(_))));
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
-    let result = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(anyhow::Error::from)
-        .and_then(|runtime| {
-            let exit = runtime.block_on(dispatch(cli.command, inner));
-            // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
-            runtime.shutdown_background();
-            exit
-        });
+    let result =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
+            |runtime| {
+                let exit = runtime.block_on(dispatch(cli.command, inner));
+                // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
+                runtime.shutdown_background();
+                exit
+            },
+        );
     result.unwrap_or_else(|error| {
         output::note(&format!("error: {error:#}"));
         Exit::Failed
@@ -77,6 +79,7 @@ pub fn main() -> Exit {
 async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
     match command {
         Command::Scan(args) => scan::run(args, matches).await,
+        Command::Serve(args) => serve::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
     }
 }
@@ -97,9 +100,9 @@ fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<s
     }
     if inner.try_contains_id("url").ok()? && inner.value_source("url") == Some(clap::parser::ValueSource::CommandLine) {
         let url = inner.get_one::<String>("url")?;
-        let has_password = url.split_once("://").is_some_and(|(_, rest)| {
-            rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':'))
-        });
+        let has_password = url
+            .split_once("://")
+            .is_some_and(|(_, rest)| rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':')));
         if has_password {
             let rest = arguments.iter().skip(1).filter(|&argument| argument.to_str() != Some(url));
             let program = std::env::current_exe().ok()?;

@@ -1,6 +1,7 @@
 //! `ttlsweep settings`: what is in force, and where it came from.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, Subcommand};
 use secrecy::ExposeSecret;
@@ -9,7 +10,7 @@ use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::settings::raw::{KEYS, Raw};
-use crate::settings::{self, Settings};
+use crate::settings::{self, Settings, serve};
 
 /// `ttlsweep settings`
 #[derive(Debug, Args)]
@@ -22,6 +23,14 @@ pub struct SettingsArgs {
 enum SettingsCommand {
     /// Print every setting that is in force and where it came from
     Show(ShowArgs),
+    /// Check a settings file of `ttlsweep serve`, and name every problem
+    Check(CheckArgs),
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// The file
+    file: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -42,7 +51,10 @@ struct ShowArgs {
 /// # Errors
 /// A stdout that cannot be written.
 pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
-    let SettingsCommand::Show(show) = args.command;
+    let show = match args.command {
+        SettingsCommand::Show(show) => show,
+        SettingsCommand::Check(check) => return self::check(&check),
+    };
     let matches = matches.subcommand().map_or(matches, |(_, inner)| inner);
     let raw = match args::layers(matches, show.server.config.as_ref()) {
         Ok(raw) => raw,
@@ -57,6 +69,17 @@ pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         Ok(settings) => {
             let rows = rows(&raw, &settings, password_by_env);
             output::print(&if show.json { json(&rows)? } else { text(&rows) })?;
+            Ok(Exit::Done)
+        }
+        Err(problems) => Ok(scan::usage(&problems)),
+    }
+}
+
+fn check(args: &CheckArgs) -> anyhow::Result<Exit> {
+    match serve::load(&args.file) {
+        Ok(settings) => {
+            let instances = settings.instances.len();
+            output::print(&format!("{}: valid, {instances} instances\n", args.file.display()))?;
             Ok(Exit::Done)
         }
         Err(problems) => Ok(scan::usage(&problems)),

@@ -34,6 +34,8 @@ mod shard_scan;
 pub mod throttle;
 pub mod touch;
 
+pub use shard_scan::may_be_swept;
+
 use std::collections::BTreeMap;
 
 use tokio::sync::{mpsc, watch};

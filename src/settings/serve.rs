@@ -230,18 +230,13 @@ impl<'a> Reader<'a> {
             instances.push(Arc::new(instance));
         }
         root.no_more();
-        Some(ServeSettings {
-            api: api?,
-            store: store?,
-            at_once: at_once? as usize,
-            auto_scan: auto_scan?,
-            instances,
-        })
+        Some(ServeSettings { api: api?, store: store?, at_once: at_once? as usize, auto_scan: auto_scan?, instances })
     }
 
     fn api(&self, table: &Table<'a>) -> Option<ApiSettings> {
         let listen = table.read("listen", |text| {
-            text.parse::<SocketAddr>().map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:8080"))
+            text.parse::<SocketAddr>()
+                .map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:8080"))
         });
         let cert = table.optional("tls-cert", readable);
         let key = table.optional("tls-key", readable);
@@ -280,9 +275,8 @@ impl<'a> Reader<'a> {
 
     fn grant(table: &Table<'a>) -> Option<Grant> {
         let name = table.read("name", some_text);
-        let role = table.read("role", |text| {
-            Role::from_str(text).map_err(|_| format!("`{text}` is neither reader nor operator"))
-        });
+        let role = table
+            .read("role", |text| Role::from_str(text).map_err(|_| format!("`{text}` is neither reader nor operator")));
         let projects = table.read("projects", |text| {
             let projects: BTreeSet<String> = text.split(',').filter(|p| !p.is_empty()).map(str::to_owned).collect();
             match () {
@@ -388,9 +382,8 @@ impl<'a> Reader<'a> {
     }
 
     fn auto_scan(table: &Table<'a>) -> Option<AutoScan> {
-        let enabled = table.read("enabled", |text| {
-            text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false"))
-        });
+        let enabled = table
+            .read("enabled", |text| text.parse::<bool>().map_err(|_| format!("`{text}` is neither true nor false")));
         let first = table.optional("first-scan-at", timestamp);
         let interval_s = table.read("interval", |text| match text {
             "0" | "0s" | "0min" => Ok(0),

@@ -19,9 +19,8 @@ pub(super) struct File {
 impl File {
     /// Reads a file.
     pub(super) fn read(path: &Path) -> Result<Self, Vec<Problem>> {
-        let text = std::fs::read_to_string(path).map_err(|e| {
-            vec![Problem { origin: None, message: format!("cannot read {}: {e}", path.display()) }]
-        })?;
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| vec![Problem { origin: None, message: format!("cannot read {}: {e}", path.display()) }])?;
         Ok(Self::new(path, text))
     }
 
@@ -98,11 +97,7 @@ impl<'a> Table<'a> {
     }
 
     /// Reads a value; `None` with a problem where it is wrong, or missing without a default.
-    pub(super) fn read<T, E: Display>(
-        &self,
-        key: &'static str,
-        parse: impl FnOnce(&str) -> Result<T, E>,
-    ) -> Option<T> {
+    pub(super) fn read<T, E: Display>(&self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         self.asked.borrow_mut().push(key);
         let value = self.own.and_then(|own| own.get(key)).or_else(|| self.defaults.and_then(|d| d.get(key)));
         let Some(value) = value else {
@@ -174,7 +169,9 @@ impl<'a> Table<'a> {
         let Some(own) = self.own else { return };
         for (key, value) in own {
             let asked = self.asked.borrow();
-            if asked.iter().any(|asked| *asked == key.get_ref()) || take(key.get_ref(), value.get_ref(), key.span().start) {
+            if asked.iter().any(|asked| *asked == key.get_ref())
+                || take(key.get_ref(), value.get_ref(), key.span().start)
+            {
                 continue;
             }
             let name: &str = key.get_ref();

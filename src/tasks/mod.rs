@@ -17,11 +17,13 @@ use crate::engine::{self, Outcome, ScanPlan, ShardPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
-use crate::model::schedule::{MinBacklog, Window};
+use crate::model::schedule::{AutoScan, MinBacklog, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
-use crate::node::conn::ConnOptions;
+use crate::node::commands;
+use crate::node::conn::{Conn, ConnOptions};
+use crate::node::error::NodeError;
 use crate::settings::serve::Instance;
 use crate::settings::{ScanSettings, Settings};
 use crate::store::{Store, StoreError};
@@ -192,6 +194,15 @@ impl TaskService {
         &self.store
     }
 
+    /// The automatic scan in force: what the API set, else what the settings say.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
+        let set = self.store.auto_scan(&instance.id).await?;
+        Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
+    }
+
     /// Records a task in state `Waiting`.
     ///
     /// # Errors
@@ -270,16 +281,8 @@ impl TaskService {
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
         let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
         let paused = watch::Sender::new(task.state == TaskState::Paused);
-        let recorder = Recorder::new(
-            self.store.clone(),
-            self.metrics.clone(),
-            control,
-            allowance,
-            paused,
-            inbox,
-            task,
-            view,
-        );
+        let recorder =
+            Recorder::new(self.store.clone(), self.metrics.clone(), control, allowance, paused, inbox, task, view);
         Job { recorder, plan, orders }
     }
 }
@@ -370,6 +373,19 @@ fn wish(spec: &TaskSpec) -> (Task, Vec<ShardId>) {
     };
     let shards = shards_of(&spec.target).into_iter().map(|shard| shard.id).collect();
     (task, shards)
+}
+
+/// One look at an instance: whether it could be swept at all.
+///
+/// # Errors
+/// Why not.
+pub async fn look(settings: &Settings) -> Result<(), Failure> {
+    for shard in shards_of(&settings.target) {
+        let mut conn = Conn::open(&shard.addr, &conn_options(settings)).await.map_err(NodeError::into_failure)?;
+        let info = commands::info(&mut conn).await.map_err(NodeError::into_failure)?;
+        engine::may_be_swept(&info)?;
+    }
+    Ok(())
 }
 
 /// The shards of a target, without anything that is known of them yet.

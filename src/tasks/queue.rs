@@ -143,11 +143,8 @@ impl TaskService {
         // A task of which nothing can be read cannot be counted right: it fails here, and the next start tries again.
         let (plan, snapshot) = self.plan(&task, &spec).await?;
         let mut job = self.job(task, plan, snapshot);
-        let gate = Gate {
-            window: spec.window,
-            places: self.queue.places.clone(),
-            paused: job.recorder.paused.subscribe(),
-        };
+        let gate =
+            Gate { window: spec.window, places: self.queue.places.clone(), paused: job.recorder.paused.subscribe() };
         let live = Live {
             instance_id,
             control: job.recorder.control.clone(),

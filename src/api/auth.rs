@@ -1,0 +1,147 @@
+//! Who is asking, and whether they may. Tokens and signatures are compared in constant time.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, Method, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+use secrecy::ExposeSecret;
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+use crate::api::error::ApiError;
+use crate::api::signature::{SCHEME, Signed};
+use crate::api::{App, AppState};
+use crate::settings::serve::{ApiSettings, Grant, Role};
+
+/// Longest body that any call here takes, in bytes.
+pub const MAX_BODY: usize = 64 << 10;
+
+/// Who is asking. Handlers take it; it is there because [`require`] put it there.
+#[derive(Debug, Clone)]
+pub struct Caller(pub Arc<Grant>);
+
+impl Caller {
+    /// Whether the caller may see a project.
+    ///
+    /// # Errors
+    /// `DCS.1004`.
+    pub fn project(&self, project: &str) -> Result<(), ApiError> {
+        if self.0.allows(project) { Ok(()) } else { Err(ApiError::wrong_project()) }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        parts.extensions.get::<Self>().cloned().ok_or_else(ApiError::no_token)
+    }
+}
+
+/// Lets a request through with its [`Caller`], or answers why not. Whatever changes something needs an operator.
+pub async fn require(State(app): State<App>, request: Request, next: Next) -> Response {
+    match admit(&app, request).await {
+        Ok(request) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn admit(app: &AppState, request: Request) -> Result<Request, ApiError> {
+    let settings = app.settings.borrow().clone();
+    let (mut parts, body) = request.into_parts();
+    // A signature covers the body, so the body must be here before anybody may act on it.
+    let body = axum::body::to_bytes(body, MAX_BODY).await.map_err(|_| ApiError::too_large())?;
+    let grant = if settings.api.is_open() {
+        refuse_foreign_sites(&parts.headers)?;
+        open_grant()
+    } else {
+        grant_of(&settings.api, &parts, &body)?
+    };
+    let looks = matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
+    if !looks && grant.role < Role::Operator {
+        return Err(ApiError::forbidden());
+    }
+    parts.extensions.insert(Caller(Arc::new(grant)));
+    Ok(Request::from_parts(parts, Body::from(body)))
+}
+
+fn open_grant() -> Grant {
+    Grant { name: "loopback".to_owned(), role: Role::Operator, projects: None }
+}
+
+fn grant_of(settings: &ApiSettings, parts: &Parts, body: &[u8]) -> Result<Grant, ApiError> {
+    let text = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
+    let authorization = text(header::AUTHORIZATION.as_str());
+    let bearer = authorization.and_then(|value| value.strip_prefix("Bearer "));
+    if let Some(token) = text("x-auth-token").or(bearer) {
+        return by_token(settings, token.trim());
+    }
+    match authorization {
+        Some(value) if value.starts_with(SCHEME) => by_signature(settings, value, parts, body),
+        Some(_) => Err(ApiError::invalid_token()),
+        None => Err(ApiError::no_token()),
+    }
+}
+
+fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
+    let hash = Sha256::digest(token.as_bytes());
+    // Every token is compared, so that the time tells nothing about which one was near.
+    let found = settings
+        .tokens
+        .iter()
+        .fold(None, |found, known| if bool::from(known.sha256.ct_eq(hash.as_slice())) { Some(known) } else { found });
+    let known = found.ok_or_else(ApiError::invalid_token)?;
+    match known.expires {
+        Some(expires) if expires <= Timestamp::now() => Err(ApiError::token_expired()),
+        _ => Ok(known.grant.clone()),
+    }
+}
+
+fn by_signature(settings: &ApiSettings, value: &str, parts: &Parts, body: &[u8]) -> Result<Grant, ApiError> {
+    let signed = Signed::parse(value).ok_or_else(ApiError::invalid_token)?;
+    let key = settings.keys.iter().find(|key| key.access == signed.access).ok_or_else(ApiError::invalid_token)?;
+    if signed.verify(parts, body, key.secret.expose_secret(), Timestamp::now()) {
+        Ok(key.grant.clone())
+    } else {
+        Err(ApiError::invalid_token())
+    }
+}
+
+/// Without credentials anybody on this machine may command, but no site that a browser on this machine shows: neither
+/// by a request across sites nor by a name that it made resolve to this address.
+fn refuse_foreign_sites(headers: &HeaderMap) -> Result<(), ApiError> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let host = text("host").unwrap_or("");
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(""),
+        None => host.split(':').next().unwrap_or(""),
+    };
+    let is_here = name.eq_ignore_ascii_case("localhost")
+        || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
+    let own = text("origin").is_none_or(|origin| origin.split_once("://").is_some_and(|(_, rest)| rest == host));
+    if is_here && own { Ok(()) } else { Err(ApiError::foreign_site()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_sites_and_other_names_are_refused() {
+        let check = |pairs: &[(&'static str, &'static str)]| {
+            let headers = pairs.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+            refuse_foreign_sites(&headers.collect()).is_ok()
+        };
+        assert!(check(&[("host", "127.0.0.1:8080")]));
+        assert!(check(&[("host", "localhost:8080"), ("origin", "http://localhost:8080")]));
+        assert!(check(&[("host", "[::1]:8080")]));
+        assert!(!check(&[("host", "evil.example:8080")]), "a name made to resolve to this machine");
+        assert!(!check(&[("host", "127.0.0.1:8080"), ("origin", "http://evil.example")]));
+        assert!(!check(&[]));
+    }
+}

@@ -1,0 +1,467 @@
+//! The contract of the Distributed Cache Service for expired-key scans, and nothing else: five calls that existing
+//! clients make. Everything beyond them lives under `/api/v1`.
+
+use axum::Json;
+use axum::extract::{RawQuery, State};
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
+use serde::Serialize;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use utoipa::ToSchema;
+
+use crate::api::auth::Caller;
+use crate::api::dto::{HistoryRecord, clamp, time};
+use crate::api::error::{ApiError, ErrorBody};
+use crate::api::{App, AppState, At, RawBody};
+use crate::model::schedule::{AutoScan, Rhythm};
+use crate::model::task::{Cause, Task, TaskState};
+use crate::settings::COUNT_RANGE;
+use crate::settings::serve::{Instance, MAX_INTERVAL_S, MAX_TIMEOUT_S};
+use crate::store::TaskFilter;
+use crate::tasks::{TaskError, TaskSpec};
+
+/// `offset` and `limit` of a history that names none, and the largest limit.
+const PAGE: (u32, u32, u32) = (0, 10, 1000);
+
+/// A scan task.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TaskRecord {
+    /// Task id.
+    pub id: String,
+    /// Instance id.
+    pub instance_id: String,
+    /// `waiting`, `running`, `success` or `failed`.
+    pub status: String,
+    /// `manual` or `auto`.
+    pub scan_type: String,
+    /// When it was asked for.
+    #[schema(format = DateTime)]
+    pub created_at: String,
+    /// When it began; left out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime, value_type = String, required = false)]
+    pub started_at: Option<String>,
+    /// When it ended; left out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime, value_type = String, required = false)]
+    pub finished_at: Option<String>,
+}
+
+impl From<&Task> for TaskRecord {
+    fn from(task: &Task) -> Self {
+        let record = HistoryRecord::from(task);
+        Self {
+            id: record.id,
+            instance_id: record.instance_id,
+            status: record.status.to_owned(),
+            scan_type: record.scan_type.to_owned(),
+            created_at: record.created_at,
+            started_at: record.started_at,
+            finished_at: record.finished_at,
+        }
+    }
+}
+
+/// One page of an instance's scans, newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct History {
+    /// The scans of this page.
+    pub records: Vec<HistoryRecord>,
+    /// Instance id.
+    pub instance_id: String,
+    /// Expired keys that all scans that match released, on every page; cut to 32 bits.
+    pub total: i32,
+    /// How many scans match, on every page.
+    pub count: i32,
+}
+
+/// The automatic scan of an instance.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AutoScanConfig {
+    /// Instance id.
+    pub instance_id: String,
+    /// Whether it runs.
+    pub enable_auto_scan: bool,
+    /// The first due time; left out where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime, value_type = String, required = false)]
+    pub first_scan_at: Option<String>,
+    /// Seconds from one due time to the next; 0: once.
+    pub interval: u32,
+    /// How long a scan may take, in seconds.
+    pub timeout: u32,
+    /// COUNT that a scan begins with.
+    pub scan_keys_count: u32,
+    /// When it was last changed by the API; left out before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime, value_type = String, required = false)]
+    pub updated_at: Option<String>,
+}
+
+impl AutoScanConfig {
+    fn new(instance: &Instance, config: &AutoScan) -> Self {
+        let (first, interval) = match &config.rhythm {
+            Rhythm::Every { first, interval_s } => (*first, *interval_s),
+            // The contract knows no cron: the next due time is what a client can show.
+            rhythm @ Rhythm::Cron(_) => (rhythm.next_due(Timestamp::now()), 0),
+        };
+        Self {
+            instance_id: instance.id.clone(),
+            enable_auto_scan: config.enabled,
+            first_scan_at: first.map(time),
+            interval,
+            timeout: config.timeout_s,
+            scan_keys_count: config.count,
+            updated_at: config.updated_at.map(time),
+        }
+    }
+}
+
+/// What a client sends to change the automatic scan. With `enable_auto_scan` true the others are required.
+#[derive(Debug, ToSchema)]
+#[schema(as = UpdateAutoScanConfig)]
+#[allow(dead_code, reason = "the schema of a body that is read by hand, for the contract's error codes")]
+pub struct UpdateConfig {
+    /// Whether it runs. False keeps everything else as it was.
+    pub enable_auto_scan: bool,
+    /// The first due time, UTC, later than now.
+    #[schema(required = false, example = "2030-06-15T02:21:18.669Z", value_type = String)]
+    pub first_scan_at: Option<String>,
+    /// Seconds from one due time to the next; 0: once.
+    #[schema(required = false, minimum = 0, maximum = 2_592_000, value_type = i64)]
+    pub interval: Option<i64>,
+    /// How long a scan may take, in seconds: at least twice the interval.
+    #[schema(required = false, minimum = 2, maximum = 5_184_000, value_type = i64)]
+    pub timeout: Option<i64>,
+    /// COUNT that a scan begins with.
+    #[schema(required = false, minimum = 10, maximum = 1000, value_type = i64)]
+    pub scan_keys_count: Option<i64>,
+}
+
+/// Creates an expired-key scan of an instance.
+#[utoipa::path(
+    post, path = "/v2/{project_id}/instances/{instance_id}/scan-expire-keys-task", tag = "contract",
+    operation_id = "CreateAutoExpireScanTask",
+    params(("project_id" = String, Path), ("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = TaskRecord), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    At((project, id)): At<(String, String)>,
+) -> Result<Json<TaskRecord>, ApiError> {
+    let instance = app.instance_in(&caller, &project, &id)?;
+    app.must_be_scannable(&instance).await?;
+    let spec = TaskSpec::of(&instance, &instance.settings, Cause::Api);
+    match app.service.submit(spec, None).await {
+        Ok(task) => Ok(Json((&task).into())),
+        Err(TaskError::Busy(_)) => Err(ApiError::still_running()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Creates an expired-key scan of an instance: the other name of the same call.
+#[utoipa::path(
+    post, path = "/v2/{project_id}/instances/{instance_id}/auto-expire/scan", tag = "contract",
+    operation_id = "ScanExpireKey",
+    params(("project_id" = String, Path), ("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = TaskRecord), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn scan(state: State<App>, caller: Caller, at: At<(String, String)>) -> Result<Json<TaskRecord>, ApiError> {
+    create(state, caller, at).await
+}
+
+/// Lists the scans of an instance, newest first.
+#[utoipa::path(
+    get, path = "/v2/{project_id}/instances/{instance_id}/auto-expire/histories", tag = "contract",
+    operation_id = "ShowExpireKeyScanInfo",
+    params(
+        ("project_id" = String, Path), ("instance_id" = String, Path),
+        ("offset" = Option<i64>, Query, minimum = 0, maximum = 2_147_483_647),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000),
+        ("status" = Option<ContractStatus>, Query),
+    ),
+    responses(
+        (status = 200, body = History), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn history(
+    State(app): State<App>,
+    caller: Caller,
+    At((project, id)): At<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Result<Json<History>, ApiError> {
+    let instance = app.instance_in(&caller, &project, &id)?;
+    let (offset, limit, states) = page_of(query.as_deref().unwrap_or(""))?;
+    let filter = TaskFilter { instance_id: Some(instance.id.clone()), states, ..TaskFilter::default() };
+    let page = app.service.store().page(&filter, offset, limit).await?;
+    Ok(Json(History {
+        records: page.tasks.iter().map(HistoryRecord::from).collect(),
+        instance_id: instance.id.clone(),
+        total: clamp(page.total),
+        count: clamp(page.count),
+    }))
+}
+
+/// The contract's four states.
+#[derive(Debug, ToSchema)]
+#[schema(rename_all = "lowercase")]
+#[allow(dead_code, reason = "the schema of a parameter that is read by hand, for the contract's error codes")]
+pub enum ContractStatus {
+    /// Recorded.
+    Waiting,
+    /// Sweeping, held or interrupted.
+    Running,
+    /// Complete.
+    Success,
+    /// Failed or cancelled.
+    Failed,
+}
+
+fn page_of(query: &str) -> Result<(u32, u32, Vec<TaskState>), ApiError> {
+    let (mut offset, mut limit, most) = PAGE;
+    let mut states = Vec::new();
+    for (key, value) in url::form_urlencoded::parse(query.as_bytes()) {
+        match key.as_ref() {
+            "offset" => match value.parse() {
+                Ok(number) if number <= i32::MAX as u32 => offset = number,
+                _ => return Err(ApiError::invalid("offset")),
+            },
+            "limit" => match value.parse() {
+                Ok(number) if (1..=most).contains(&number) => limit = number,
+                _ => return Err(ApiError::invalid("limit")),
+            },
+            "status" => {
+                states = TaskState::ALL.iter().copied().filter(|state| state.contract_word() == value).collect();
+                if states.is_empty() {
+                    return Err(ApiError::invalid("status"));
+                }
+            }
+            // A parameter that the contract does not know is none of ours.
+            _ => {}
+        }
+    }
+    Ok((offset, limit, states))
+}
+
+/// Shows the automatic scan of an instance.
+#[utoipa::path(
+    get, path = "/v2/{project_id}/instances/{instance_id}/scan-expire-keys/autoscan-config", tag = "contract",
+    operation_id = "ShowExpireAutoScanConfig",
+    params(("project_id" = String, Path), ("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = AutoScanConfig), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn show_config(
+    State(app): State<App>,
+    caller: Caller,
+    At((project, id)): At<(String, String)>,
+) -> Result<Json<AutoScanConfig>, ApiError> {
+    let instance = app.instance_in(&caller, &project, &id)?;
+    let config = app.service.auto_scan(&instance).await?;
+    Ok(Json(AutoScanConfig::new(&instance, &config)))
+}
+
+/// Changes the automatic scan of an instance.
+#[utoipa::path(
+    put, path = "/v2/{project_id}/instances/{instance_id}/scan-expire-keys/autoscan-config", tag = "contract",
+    operation_id = "UpdateExpireAutoScanConfig",
+    params(("project_id" = String, Path), ("instance_id" = String, Path)),
+    request_body = UpdateConfig,
+    responses(
+        (status = 200, body = AutoScanConfig), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn update_config(
+    State(app): State<App>,
+    caller: Caller,
+    At((project, id)): At<(String, String)>,
+    RawBody(body): RawBody,
+) -> Result<Json<AutoScanConfig>, ApiError> {
+    let instance = app.instance_in(&caller, &project, &id)?;
+    let now = Timestamp::now();
+    let wanted = parse_update(&body, now)?;
+    let config = match wanted {
+        Some(config) => {
+            app.must_be_scannable(&instance).await?;
+            config
+        }
+        // Switched off: everything else stays for the day it is switched on again.
+        None => AutoScan { enabled: false, updated_at: Some(now), ..app.service.auto_scan(&instance).await? },
+    };
+    app.service.store().set_auto_scan(&instance.id, &config, now).await?;
+    app.schedule_changed.notify_one();
+    tracing::info!(instance = instance.id, caller = caller.0.name, enabled = config.enabled, "automatic scan changed");
+    Ok(Json(AutoScanConfig::new(&instance, &config)))
+}
+
+/// Reads the body of a PUT. `None`: switch it off.
+fn parse_update(body: &[u8], now: Timestamp) -> Result<Option<AutoScan>, ApiError> {
+    if body.iter().all(u8::is_ascii_whitespace) {
+        return Err(ApiError::empty_body());
+    }
+    let value: Value = serde_json::from_slice(body).map_err(|_| ApiError::not_json())?;
+    let Value::Object(fields) = value else { return Err(ApiError::not_json()) };
+    let enabled = match field(&fields, "enable_auto_scan") {
+        Some(Value::Bool(enabled)) => *enabled,
+        _ => return Err(ApiError::invalid("enable_auto_scan")),
+    };
+    let first = match field(&fields, "first_scan_at") {
+        None => None,
+        Some(Value::String(text)) => Some(text),
+        Some(_) => return Err(ApiError::invalid("first_scan_at")),
+    };
+    let interval = whole(&fields, "interval")?;
+    let timeout = whole(&fields, "timeout")?;
+    let count = whole(&fields, "scan_keys_count")?;
+    if !enabled {
+        return Ok(None);
+    }
+    let first = first.and_then(|text| parse_time(text)).filter(|first| *first > now);
+    let first = first.ok_or_else(ApiError::first_scan_at)?;
+    let interval_s = small(interval, 0, MAX_INTERVAL_S).ok_or_else(ApiError::interval)?;
+    let timeout_s = small(timeout, 2, MAX_TIMEOUT_S).filter(|timeout| *timeout / 2 >= interval_s);
+    let timeout_s = timeout_s.ok_or_else(ApiError::timeout)?;
+    let count = small(count, *COUNT_RANGE.start(), *COUNT_RANGE.end()).ok_or_else(ApiError::scan_keys_count)?;
+    let rhythm = Rhythm::Every { first: Some(first), interval_s };
+    Ok(Some(AutoScan { enabled, rhythm, timeout_s, count, updated_at: Some(now) }))
+}
+
+/// A field that is there and not null.
+fn field<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
+    fields.get(name).filter(|value| !value.is_null())
+}
+
+fn whole(fields: &Map<String, Value>, name: &str) -> Result<Option<i128>, ApiError> {
+    match field(fields, name) {
+        None => Ok(None),
+        Some(Value::Number(number)) => match (number.as_i128(), number.as_f64()) {
+            (Some(whole), _) => Ok(Some(whole)),
+            // A whole number that was written as 60.0 or as one too large for any range.
+            (None, Some(number)) if number.fract() == 0.0 => Ok(Some(number as i128)),
+            _ => Err(ApiError::invalid(name)),
+        },
+        Some(_) => Err(ApiError::invalid(name)),
+    }
+}
+
+fn small(number: Option<i128>, least: u32, most: u32) -> Option<u32> {
+    number.and_then(|n| u32::try_from(n).ok()).filter(|n| (least..=most).contains(n))
+}
+
+/// An ISO date and time in UTC: without a zone, with `z` or with `Z`. Cut to milliseconds, as it is shown and stored.
+fn parse_time(text: &str) -> Option<Timestamp> {
+    let civil = text.strip_suffix(['z', 'Z']).unwrap_or(text);
+    if !civil.contains(['T', 't']) {
+        return None;
+    }
+    let time = civil.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok()?.timestamp();
+    Timestamp::from_millisecond(time.as_millisecond()).ok()
+}
+
+impl AppState {
+    /// An instance of a project that the caller may see.
+    pub(super) fn instance_in(&self, caller: &Caller, project: &str, id: &str) -> Result<Arc<Instance>, ApiError> {
+        caller.project(project)?;
+        let settings = self.settings.borrow();
+        let instance = settings.instance(id).filter(|instance| instance.project_id == project);
+        instance.cloned().ok_or_else(ApiError::no_instance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn now() -> Timestamp {
+        "2026-01-01T00:00:00Z".parse().unwrap()
+    }
+
+    fn code(body: &str) -> String {
+        match parse_update(body.as_bytes(), now()) {
+            Ok(_) => "ok".to_owned(),
+            Err(error) => format!("{} {}", error.code, error.message),
+        }
+    }
+
+    #[test]
+    fn every_rule_of_the_configuration_has_its_code() {
+        let with = |field: &str, value: &str| {
+            let mut fields = std::collections::BTreeMap::from([
+                ("enable_auto_scan", "true"),
+                ("first_scan_at", "\"2026-01-02T00:00:00Z\""),
+                ("interval", "86400"),
+                ("timeout", "172800"),
+                ("scan_keys_count", "50"),
+            ]);
+            if value.is_empty() {
+                fields.remove(field)
+            } else {
+                fields.insert(field, value)
+            };
+            let fields: Vec<_> = fields.iter().map(|(key, value)| format!("\"{key}\": {value}")).collect();
+            format!("{{{}}}", fields.join(", "))
+        };
+        let cases = [
+            ("", ""),
+            ("enable_auto_scan", ""),
+            ("enable_auto_scan", "1"),
+            ("first_scan_at", ""),
+            ("first_scan_at", "5"),
+            ("first_scan_at", "\"soon\""),
+            ("first_scan_at", "\"2025-12-31T00:00:00Z\""),
+            ("first_scan_at", "\"2026-01-01T00:00:00Z\""),
+            ("first_scan_at", "\"2026-01-02T00:00:00+01:00\""),
+            ("first_scan_at", "\"2026-01-02\""),
+            ("first_scan_at", "\"2026-01-02T00:00:00\""),
+            ("first_scan_at", "\"2026-01-02T00:00:00.123z\""),
+            ("interval", ""),
+            ("interval", "-1"),
+            ("interval", "2592001"),
+            ("interval", "\"60\""),
+            ("interval", "0"),
+            ("interval", "86401"),
+            ("timeout", ""),
+            ("timeout", "172799"),
+            ("timeout", "5184001"),
+            ("timeout", "1e99"),
+            ("scan_keys_count", ""),
+            ("scan_keys_count", "9"),
+            ("scan_keys_count", "1001"),
+            ("scan_keys_count", "10.5"),
+            ("scan_keys_count", "1000"),
+        ];
+        let table = cases.map(|(field, value)| format!("{field:<16} {value:<32} {}", code(&with(field, value))));
+        let bodies = ["", " \n", "{", "[]", "\"x\"", "{}", "{\"enable_auto_scan\": false}", "\u{fffd}"];
+        let bodies = bodies.map(|body| format!("{body:<49} {}", code(body)));
+        let once = with("interval", "0").replace("172800", "1");
+        insta::assert_snapshot!([table.join("\n"), bodies.join("\n"), code(&once)].join("\n---\n"));
+    }
+
+    #[test]
+    fn pages_have_bounds() {
+        assert_eq!(page_of("").unwrap(), (0, 10, vec![]));
+        assert_eq!(page_of("offset=3&limit=1000&other=x").unwrap(), (3, 1000, vec![]));
+        assert_eq!(page_of("status=success").unwrap().2, [TaskState::Succeeded]);
+        assert_eq!(page_of("status=failed").unwrap().2, [TaskState::Failed, TaskState::Cancelled]);
+        for bad in ["offset=-1", "offset=x", "limit=0", "limit=1001", "limit=", "status=done", "status="] {
+            assert_eq!(page_of(bad).unwrap_err().code, "DCS.4800", "{bad}");
+        }
+    }
+}

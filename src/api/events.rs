@@ -1,0 +1,60 @@
+//! A task's progress as Server-Sent Events: the latest view, a few times a second, until the task has ended.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use futures_util::{Stream, StreamExt, stream};
+use tokio::sync::watch;
+
+use crate::api::auth::Caller;
+use crate::api::error::{ApiError, ErrorBody};
+use crate::api::tasks::TaskDetails;
+use crate::api::{App, At};
+use crate::tasks::TaskView;
+
+/// Shortest time between two events: more than people can follow is noise.
+const EVENT_EVERY: Duration = Duration::from_millis(200);
+/// A comment is sent after this much silence, so that a proxy does not take the stream for dead.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Follows a task: an event `task` with the task's details whenever they change, and an end after the last.
+#[utoipa::path(
+    get, path = "/api/v1/tasks/{task_id}/events", tag = "tasks", operation_id = "follow_task",
+    params(("task_id" = uuid::Uuid, Path)),
+    responses(
+        (status = 200, body = String, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn follow_task(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
+    let view = app.view(&caller, &id).await?;
+    // One that has ended meanwhile has one view left, its last.
+    let views = app.service.watch(view.task.id).unwrap_or_else(|| watch::channel(view).1);
+    let stopping = app.stopping.clone().cancelled_owned();
+    let events = events(views).take_until(stopping);
+    Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+/// A slow reader is asked for the next event only once it has taken the one before: nothing piles up.
+fn events(mut views: watch::Receiver<std::sync::Arc<TaskView>>) -> impl Stream<Item = Result<Event, Infallible>> {
+    views.mark_changed();
+    stream::unfold((views, false, false), |(mut views, pace, ended)| async move {
+        if ended {
+            return None;
+        }
+        if pace {
+            tokio::time::sleep(EVENT_EVERY).await;
+        }
+        let open = views.changed().await.is_ok();
+        let view = views.borrow_and_update().clone();
+        let event = Event::default().event("task").json_data(TaskDetails::from(view.as_ref())).unwrap_or_default();
+        Some((Ok(event), (views, true, !open || view.task.state.is_final())))
+    })
+}

@@ -1,0 +1,93 @@
+//! What machines ask: is it alive, is it ready, its figures, and the description of the API.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::{OpenApi, ToSchema};
+
+use crate::api::App;
+use crate::api::error::{ApiError, ErrorBody};
+
+/// How long the store may take to say that it is there.
+const STORE_WITHIN: Duration = Duration::from_secs(2);
+
+/// How it is.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// `ok`.
+    pub status: &'static str,
+    /// The version of this program.
+    pub version: &'static str,
+}
+
+const OK: Health = Health { status: "ok", version: env!("CARGO_PKG_VERSION") };
+
+/// Whether the process answers. Asks nobody else, so that a slow disk does not get it restarted.
+#[utoipa::path(get, path = "/healthz", tag = "health", operation_id = "healthz", security(()),
+    responses((status = 200, body = Health)))]
+pub async fn healthz() -> Json<Health> {
+    Json(OK)
+}
+
+/// Whether it can do its work: the records can be read, and it is not about to stop.
+#[utoipa::path(get, path = "/readyz", tag = "health", operation_id = "readyz", security(()),
+    responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
+pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
+    if app.stopping.is_cancelled() {
+        return Err(ApiError::unavailable());
+    }
+    match tokio::time::timeout(STORE_WITHIN, app.service.store().ping()).await {
+        Ok(Ok(())) => Ok(Json(OK)),
+        _ => Err(ApiError::unavailable()),
+    }
+}
+
+/// The figures, in the OpenMetrics text format.
+#[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "metrics",
+    responses(
+        (status = 200, body = String, content_type = "application/openmetrics-text"),
+        (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody),
+    ))]
+pub async fn metrics(State(app): State<App>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], app.metrics.encode()).into_response()
+}
+
+/// The description of the API, made from the code.
+pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(Description::openapi())
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "ttlsweep", description = "Frees expired keys: the expired-key scan of DCS, and what it lacks."),
+    servers((url = "/")),
+    paths(
+        crate::api::dcs::create, crate::api::dcs::scan, crate::api::dcs::history, crate::api::dcs::show_config,
+        crate::api::dcs::update_config, crate::api::tasks::list_instances, crate::api::tasks::get_instance,
+        crate::api::tasks::list_tasks, crate::api::tasks::create_task, crate::api::tasks::get_task,
+        crate::api::tasks::tune_task, crate::api::tasks::pause_task, crate::api::tasks::resume_task,
+        crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::reload, healthz, readyz, metrics,
+    ),
+    modifiers(&Credentials),
+    security(("token" = []), ("bearer" = [])),
+)]
+struct Description;
+
+/// How callers say who they are.
+struct Credentials;
+
+impl utoipa::Modify for Credentials {
+    fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
+        use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+        let components = api.components.get_or_insert_default();
+        let token = SecurityScheme::ApiKey(ApiKey::Header(ApiKeyValue::new("X-Auth-Token")));
+        components.add_security_scheme("token", token);
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    }
+}

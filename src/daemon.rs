@@ -1,0 +1,178 @@
+//! The daemon: wires store, tasks, scheduler and API together, and owns the order in which they start and stop.
+//!
+//! Start: store, recovery of what was unfinished, scheduler, API. Stop: scheduler, tasks (each ends its batch and keeps
+//! its checkpoint), API (answers under way end), store.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use jiff::Timestamp;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::listen::{self, Limits};
+use crate::api::{AppState, router};
+use crate::metrics::Metrics;
+use crate::scheduler::Scheduler;
+use crate::settings::raw::Problem;
+use crate::settings::serve::{self, ServeSettings, StoreSettings};
+use crate::shutdown;
+use crate::store::Store;
+use crate::tasks::TaskService;
+
+/// How often ended tasks that are kept no longer are looked for.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+/// File descriptors that are not for clients: the store, the instances, the log.
+const OWN_FILES: u64 = 256;
+
+/// Runs until a signal. `ready` is told the address once requests are answered.
+///
+/// # Errors
+/// Where it cannot start; running, it fails no more.
+pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    let connections = connections(&settings);
+    let limits = Limits { connections, header_within: settings.api.request_timeout };
+    let tls = match &settings.api.tls {
+        Some((cert, key)) => Some(listen::tls(cert, key).context("TLS cannot be set up")?),
+        None => None,
+    };
+    let listener = TcpListener::bind(settings.api.listen).await;
+    let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
+    let address = listener.local_addr()?;
+
+    let store = Store::open(&settings.store.path).await?;
+    let metrics = Metrics::default();
+    let service = TaskService::with_places(store.clone(), metrics.clone(), settings.at_once);
+    service.recover(&settings).await.context("unfinished tasks cannot be taken up")?;
+
+    let (settings, in_force) = watch::channel(Arc::new(settings));
+    let reload = Reloader { path, settings: Arc::new(settings), service: service.clone() };
+    let stop = CancellationToken::new();
+    shutdown::obey_signals(stop.clone(), {
+        let reload = reload.clone();
+        move || drop(reload.reload())
+    })?;
+
+    let changed = Arc::new(Notify::new());
+    let scheduler = Scheduler {
+        service: service.clone(),
+        settings: in_force.clone(),
+        changed: changed.clone(),
+        metrics: metrics.clone(),
+    };
+    let scheduler = tokio::spawn(scheduler.run(stop.clone()));
+    let pruner = tokio::spawn(prune(store.clone(), in_force.clone(), stop.clone()));
+
+    let app = Arc::new(AppState {
+        service: service.clone(),
+        settings: in_force,
+        metrics,
+        schedule_changed: changed,
+        reload: Box::new(move || reload.reload()),
+        stopping: stop.clone(),
+    });
+    let stop_listening = CancellationToken::new();
+    let api = tokio::spawn(listen::serve(listener, tls, router(app), limits, stop_listening.clone()));
+    tracing::info!(%address, "ready");
+    ready(address);
+
+    stop.cancelled().await;
+    let _ = scheduler.await;
+    service.close().await;
+    stop_listening.cancel();
+    let _ = api.await;
+    let _ = pruner.await;
+    store.close().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// As many connections as the settings say and the limit of open files allows, after raising that as far as it goes.
+fn connections(settings: &ServeSettings) -> usize {
+    let wanted = settings.api.max_connections;
+    let files = rlimit::increase_nofile_limit(wanted as u64 + OWN_FILES).unwrap_or(1024);
+    let allowed = usize::try_from(files.saturating_sub(OWN_FILES).max(16)).unwrap_or(usize::MAX);
+    if allowed < wanted {
+        tracing::warn!(wanted, allowed, "the limit of open files allows fewer connections than the settings");
+    }
+    wanted.min(allowed)
+}
+
+/// Takes changed settings in.
+#[derive(Debug, Clone)]
+struct Reloader {
+    path: PathBuf,
+    settings: Arc<watch::Sender<Arc<ServeSettings>>>,
+    service: TaskService,
+}
+
+impl Reloader {
+    /// Puts the file's settings in force. Running tasks go on with the settings that they began with.
+    fn reload(&self) -> Result<(), Vec<Problem>> {
+        let changed = serve::load(&self.path).and_then(|mut new| {
+            let old = self.settings.borrow().clone();
+            let problems = needs_restart(&old, &new);
+            if !problems.is_empty() {
+                return Err(problems);
+            }
+            // Certificates are read at the start; their paths may stay.
+            new.api.tls = old.api.tls.clone();
+            Ok(new)
+        });
+        match changed {
+            Ok(new) => {
+                tracing::info!(instances = new.instances.len(), "settings read again");
+                self.service.set_places(new.at_once);
+                self.settings.send_replace(Arc::new(new));
+                Ok(())
+            }
+            Err(problems) => {
+                for problem in &problems {
+                    tracing::error!("settings not read again, nothing was changed: {problem}");
+                }
+                Err(problems)
+            }
+        }
+    }
+}
+
+/// What cannot be changed while the daemon runs.
+fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
+    let fixed = [
+        ("[api] listen", old.api.listen != new.api.listen),
+        ("[api] tls-cert and tls-key", old.api.tls != new.api.tls),
+        ("[api] max-connections", old.api.max_connections != new.api.max_connections),
+        ("[store] path", old.store.path != new.store.path),
+    ];
+    let changed = fixed.into_iter().filter(|(_, changed)| *changed);
+    changed
+        .map(|(what, _)| Problem { origin: None, message: format!("{what} was changed: that needs a restart") })
+        .collect()
+}
+
+/// Removes what is kept no longer, now and every hour.
+async fn prune(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
+    loop {
+        let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow().store.clone();
+        let before =
+            jiff::SignedDuration::try_from(keep_for).ok().and_then(|kept| Timestamp::now().checked_sub(kept).ok());
+        loop {
+            match store.prune(before.unwrap_or(Timestamp::MIN), keep_tasks).await {
+                Ok(0) => break,
+                Ok(tasks) => tracing::info!(tasks, "ended tasks removed"),
+                Err(error) => {
+                    tracing::error!(%error, "ended tasks could not be removed");
+                    break;
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(PRUNE_EVERY) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
