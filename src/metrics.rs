@@ -140,6 +140,29 @@ impl Default for Metrics {
     }
 }
 
+/// OpenMetrics in the older format: there a counter is declared by the name of its samples, an info is a gauge, and
+/// there are neither units nor an end mark.
+fn classic(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let declared = |line: &str| line.split(' ').nth(2).map(str::to_owned);
+    let kinds: std::collections::BTreeMap<_, _> = text
+        .lines()
+        .filter(|line| line.starts_with("# TYPE "))
+        .filter_map(|line| Some((declared(line)?, line.rsplit(' ').next()?)))
+        .collect();
+    for line in text.lines().filter(|line| *line != "# EOF" && !line.starts_with("# UNIT ")) {
+        let name = declared(line).filter(|_| line.starts_with("# "));
+        let line = match name.as_deref().and_then(|name| Some((name, *kinds.get(name)?))) {
+            Some((name, "counter")) => line.replacen(name, &format!("{name}_total"), 1),
+            Some((name, "info")) => line.replacen(name, &format!("{name}_info"), 1).replace(" info", " gauge"),
+            _ => line.to_owned(),
+        };
+        out.push_str(&line);
+        out.push('\n');
+    }
+    out
+}
+
 /// Sums of a snapshot, to count what came since the one before.
 #[derive(Debug, Clone, Default)]
 pub struct Totals {
@@ -169,6 +192,11 @@ impl Totals {
 }
 
 impl Metrics {
+    /// Everything, in the text format of Prometheus, for readers that do not ask for OpenMetrics.
+    pub fn encode_classic(&self) -> String {
+        classic(&self.encode())
+    }
+
     /// Everything, in the OpenMetrics text format.
     pub fn encode(&self) -> String {
         let mut text = String::new();
@@ -244,5 +272,21 @@ impl Metrics {
     pub fn answered(&self, route: &str, method: &str, status: u16, took: Duration) {
         let labels = AnswerLabels { route: route.to_owned(), method: method.to_owned(), status };
         self.0.answers.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_older_format_declares_what_its_samples_are_called() {
+        let metrics = Metrics::default();
+        metrics.due("cache", "run");
+        let text = metrics.encode_classic();
+        assert!(text.contains("# TYPE ttlsweep_due_times_total counter\nttlsweep_due_times_total{"), "{text}");
+        assert!(text.contains("# TYPE ttlsweep_build_info gauge\nttlsweep_build_info{"), "{text}");
+        assert!(!text.contains("# EOF") && !text.contains("# UNIT"));
+        assert!(metrics.encode().ends_with("# EOF\n"));
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::header;
+use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
@@ -46,15 +46,21 @@ pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
     }
 }
 
-/// The figures, in the OpenMetrics text format.
+/// The figures: in the OpenMetrics text format for those who accept that, else in Prometheus's older one.
 #[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "metrics",
     responses(
-        (status = 200, body = String, content_type = "application/openmetrics-text"),
+        (status = 200, content((String = "text/plain"), (String = "application/openmetrics-text"))),
         (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody),
     ))]
-pub async fn metrics(State(app): State<App>) -> Response {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], app.metrics.encode()).into_response()
+pub async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
+    let accepted = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or("");
+    if accepted.contains("application/openmetrics-text") {
+        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        ([(header::CONTENT_TYPE, kind)], app.metrics.encode()).into_response()
+    } else {
+        let kind = "text/plain; version=0.0.4; charset=utf-8";
+        ([(header::CONTENT_TYPE, kind)], app.metrics.encode_classic()).into_response()
+    }
 }
 
 /// The description of the API, made from the code.

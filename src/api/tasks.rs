@@ -1,5 +1,7 @@
 //! What the contract lacks: options, progress, pause, resume, cancel, other limits while it runs.
 
+#![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
+
 use std::collections::BTreeMap;
 
 use axum::Json;
@@ -329,7 +331,6 @@ pub async fn get_instance(
 }
 
 /// Lists tasks, newest first.
-#[allow(unused_qualifications, reason = "in the code that the attribute below makes")]
 #[utoipa::path(
     get, path = "/api/v1/tasks", tag = "tasks", operation_id = "list_tasks", params(ListTasks),
     responses(

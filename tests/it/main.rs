@@ -6,9 +6,13 @@
 mod support;
 
 mod cli;
+mod crash;
+mod dcs;
 mod exact;
 mod resume;
 mod rights;
+mod schedule;
+mod service;
 mod support_test;
 mod touch;
 mod trouble;

@@ -1,0 +1,106 @@
+//! Kills at random points: every task ends in one right final state with a right count, and no record is lost or
+//! doubled. A full disk: the API says so, the sweep goes on, and nothing is half written.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::daemon::{Daemon, instance};
+use crate::support::keyspace::{Keyspace, Random};
+use crate::support::server::Server;
+use crate::support::{PATIENCE, probe};
+
+/// Kills in one run.
+const KILLS: u64 = 50;
+/// Dead keys that are there for each round.
+const DEAD: u64 = 400;
+/// A batch that was under way at a kill may be uncounted: what it freed at most.
+const BATCH: u64 = 100;
+
+#[tokio::test]
+async fn fifty_kills_at_random_points_lose_and_double_nothing() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live_ttl(2_000, "live:").await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 20000")).await;
+    let seed = u64::from(std::process::id());
+    let mut random = Random(seed);
+    let mut accepted = BTreeSet::new();
+    for round in 0..KILLS {
+        keys.dead(DEAD, &format!("dead:{round}:")).await;
+        // Between POST and start, in the middle of a sweep, while its end is written: a sweep takes about 100 ms.
+        let answer = daemon.post(&Daemon::path("cache", "scan-expire-keys-task")).await;
+        match answer.code() {
+            (200, _) => {
+                let id = answer.body["id"].as_str().expect("an id").to_owned();
+                assert!(accepted.insert(id), "an id comes once");
+            }
+            (400, "DCS.4017") => {}
+            other => panic!("{other:?}: {}", answer.body),
+        }
+        tokio::time::sleep(Duration::from_millis(random.below(200))).await;
+        daemon.restart().await;
+    }
+    probe("every task has ended", 2 * PATIENCE, async || {
+        let unfinished = daemon.get(&Daemon::path("cache", "auto-expire/histories?status=running&limit=1")).await.ok();
+        let waiting = daemon.get(&Daemon::path("cache", "auto-expire/histories?status=waiting&limit=1")).await.ok();
+        (&unfinished["count"], &waiting["count"]) == (&json!(0), &json!(0))
+    })
+    .await;
+    // One more, undisturbed, frees what may have died behind the cursors of the others.
+    let last = daemon.scan("cache").await;
+    daemon.until(&last, "succeeded").await;
+    accepted.insert(last);
+
+    let history = daemon.history("cache").await;
+    let records = history["records"].as_array().expect("a list");
+    let listed: Vec<_> = records.iter().map(|record| record["id"].as_str().expect("an id").to_owned()).collect();
+    assert_eq!(listed.iter().cloned().collect::<BTreeSet<_>>(), accepted, "seed {seed}: none lost, none invented");
+    assert_eq!(listed.len(), accepted.len(), "seed {seed}: none doubled");
+    assert!(records.iter().all(|record| record["status"] == "success"), "seed {seed}: {history:#}");
+    let total = history["total"].as_u64().expect("a number");
+    let freed = server.expired_keys().await;
+    assert_eq!(freed, KILLS * DEAD, "everything that was dead is gone");
+    assert!(total <= freed, "seed {seed}: counted {total} of {freed}: nothing is counted twice");
+    // A kill hits the microseconds of a batch under way seldom; three of fifty would be a sign of another loss.
+    assert!(total + 3 * BATCH >= freed, "seed {seed}: counted {total} of {freed}");
+    assert_eq!(keys.dbsize().await, 2_000, "every live key is there");
+}
+
+#[tokio::test]
+async fn a_full_disk_is_said_and_survived() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(300, "dead:").await;
+    keys.live_ttl(3_000, "live:").await;
+    let settings = instance("cache", &server.url(), "max-keys-per-sec = 1500");
+    // No file may grow beyond what the fresh store has: SIGXFSZ is ignored, so that writes fail as on a full disk.
+    let mut daemon = Daemon::start(&settings).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    limit_files(&daemon, 1);
+    let refused = daemon.put(&Daemon::path("cache", "scan-expire-keys/autoscan-config"), &off()).await;
+    assert_eq!(refused.code(), (500, "DCS.5000"), "{}", refused.body);
+    assert!(!refused.body.to_string().contains("disk"), "no internals: {}", refused.body);
+    daemon.get("/healthz").await.ok();
+    // The sweep goes on: the server sees all of them freed.
+    probe("the sweep goes on", PATIENCE, async || server.expired_keys().await == 300).await;
+    limit_files(&daemon, 1 << 30);
+    let task = daemon.until(&id, "succeeded").await;
+    assert_eq!(task["reclaimed"], 300);
+    daemon.restart().await;
+    assert_eq!(daemon.task(&id).await["reclaimed"], 300);
+    assert_eq!(daemon.history("cache").await["count"], 1);
+}
+
+fn off() -> Value {
+    json!({"enable_auto_scan": false})
+}
+
+/// No file of the daemon may grow beyond so many bytes.
+fn limit_files(daemon: &Daemon, bytes: u64) {
+    let limit = format!("--fsize={bytes}:");
+    let set = std::process::Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), &limit]).status();
+    assert!(set.expect("prlimit runs").success());
+}

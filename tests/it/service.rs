@@ -1,0 +1,306 @@
+//! What the daemon does beyond the contract: the queue, orders, windows, recovery, reload, and standing up to clients.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::daemon::{Daemon, instance};
+use crate::support::keyspace::Keyspace;
+use crate::support::server::Server;
+use crate::support::{PATIENCE, probe};
+
+/// Slow enough to be met while it runs, and fast enough to be waited for once the ceiling is lifted.
+const SLOW: &str = "max-keys-per-sec = 500";
+
+/// A server with so many live and dead keys.
+async fn filled(live: u64, dead: u64) -> Server {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    if dead > 0 {
+        keys.dead(dead, "dead:").await;
+    }
+    keys.live_ttl(live, "live:").await;
+    server
+}
+
+/// Lets a slow task finish.
+async fn hurry(daemon: &Daemon, id: &str) {
+    let path = format!("/api/v1/tasks/{id}");
+    let request = daemon.request(Method::PATCH, &path).json(&json!({"max_keys_per_sec": 0}));
+    daemon.send(request).await.ok();
+}
+
+fn hold(task: &Value) -> &str {
+    task["holds"][0]["reason"].as_str().unwrap_or("")
+}
+
+#[tokio::test]
+async fn only_so_many_sweep_at_once_and_the_next_one_follows() {
+    let (one, two) = (filled(5_000, 0).await, filled(5_000, 100).await);
+    let settings = [instance("one", &one.url(), SLOW), instance("two", &two.url(), ""), "[tasks]\nat-once = 1\n".into()];
+    let daemon = Daemon::start(&settings.concat()).await;
+    let first = daemon.scan("one").await;
+    daemon.until(&first, "running").await;
+    let second = daemon.scan("two").await;
+    let queued = daemon.task(&second).await;
+    assert_eq!((&queued["state"], &queued["scanned"]), (&json!("waiting"), &json!(0)));
+    hurry(&daemon, &first).await;
+    assert_eq!(daemon.until(&second, "succeeded").await["reclaimed"], 100);
+    let (first, second) = (daemon.task(&first).await, daemon.task(&second).await);
+    let (ended, begun) = (first["finished_at"].as_str(), second["started_at"].as_str());
+    assert!(ended <= begun, "{ended:?} {begun:?}: times of this form sort as text");
+}
+
+#[tokio::test]
+async fn a_task_is_paused_resumed_tuned_and_cancelled() {
+    let server = filled(6_000, 300).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), SLOW)).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    let order = async |what: &str| daemon.post(&format!("/api/v1/tasks/{id}/{what}")).await;
+    assert_eq!(order("pause").await.ok()["state"], "paused");
+    assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
+    assert_eq!(daemon.history("cache").await["records"][0]["status"], "running");
+    probe("it stands still", PATIENCE, async || hold(&daemon.task(&id).await) == "paused").await;
+    // What is not sent cannot be waited for: the server's own count must stay where it is for a while.
+    let scans = async || server.info("commandstats").await["cmdstat_scan"].clone();
+    let before = scans().await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(scans().await, before, "no SCAN is sent to a server whose task is paused");
+    assert_eq!(order("resume").await.ok()["state"], "running");
+    hurry(&daemon, &id).await;
+    let done = daemon.until(&id, "succeeded").await;
+    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(300), &json!("0")));
+    assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
+
+    let next = daemon.create(json!({"instance_id": "cache", "max_keys_per_sec": 100, "touch": "ttl"})).await;
+    daemon.until(&next, "running").await;
+    let cancelled = daemon.post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
+    assert_eq!(cancelled["state"], "cancelled");
+    assert!(cancelled["finished_at"].is_string());
+    let wrong = daemon.request(Method::POST, "/api/v1/tasks").json(&json!({"instance_id": "cache", "intensity": 2}));
+    let wrong = daemon.send(wrong).await;
+    assert_eq!(wrong.code(), (400, "DCS.4800"));
+    assert!(wrong.body["error_msg"].as_str().expect("a text").contains("intensity"), "{}", wrong.body);
+}
+
+#[tokio::test]
+async fn progress_comes_as_events_until_the_end() {
+    let server = filled(2_000, 500).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 4000")).await;
+    let id = daemon.scan("cache").await;
+    let response = daemon.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    let text = response.text().await.expect("it ends");
+    let views: Vec<Value> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("data: "))
+        .map(|data| serde_json::from_str(data).expect("JSON"))
+        .collect();
+    let last = views.last().expect("a view");
+    assert_eq!((&last["state"], &last["reclaimed"], &last["progress"]), (&json!("succeeded"), &json!(500), &json!(1.0)));
+    assert!(views.len() >= 2, "more than the end: {text}");
+    let progress: Vec<_> = views.iter().map(|view| view["progress"].as_f64()).collect();
+    assert!(progress.is_sorted(), "{progress:?}");
+}
+
+/// A window that is open now, or closed for hours.
+fn window(open: bool) -> String {
+    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+    let hour = |ahead: i64| (&now + jiff::SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
+    let (start, end) = if open { (hour(-2), hour(2)) } else { (hour(2), hour(4)) };
+    format!("[instances.window]\nstart = \"{start}\"\nend = \"{end}\"\n")
+}
+
+#[tokio::test]
+async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
+    let server = filled(1_000, 100).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), &window(false))).await;
+    assert_eq!(daemon.get("/api/v1/instances/cache").await.ok()["window_open"], false);
+    let respectful = daemon.create(json!({"instance_id": "cache", "respect_window": true})).await;
+    let task = daemon.task(&respectful).await;
+    assert_eq!((&task["state"], &task["respect_window"]), (&json!("waiting"), &json!(true)));
+    daemon.post(&format!("/api/v1/tasks/{respectful}/cancel")).await.ok();
+    let urgent = daemon.scan("cache").await;
+    assert_eq!(daemon.until(&urgent, "succeeded").await["reclaimed"], 100);
+}
+
+#[tokio::test]
+async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
+    let server = filled(4_000, 2_000).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 2000")).await;
+    let id = daemon.scan("cache").await;
+    probe("it has freed something", PATIENCE, async || daemon.task(&id).await["reclaimed"] != json!(0)).await;
+    let freed = daemon.task(&id).await["reclaimed"].as_u64().expect("a number");
+    daemon.restart().await;
+    let task = daemon.until(&id, "succeeded").await;
+    assert!(freed < 2_000 && server.expired_keys().await == 2_000, "{freed}");
+    let counted = task["reclaimed"].as_u64().expect("a number");
+    // The one batch that was under way at the kill, of COUNT 100 at most, may be uncounted; a second's worth is 2,000.
+    assert!((1_900..=2_000).contains(&counted), "{counted}");
+    assert_eq!(task["shards"][0]["dbs"][0]["restarts"], 0, "the same process: from the same cursor");
+    assert_eq!(daemon.history("cache").await["count"], 1);
+}
+
+#[tokio::test]
+async fn a_stopped_daemon_keeps_what_waits_what_is_paused_and_what_runs() {
+    let (one, two, three) = (filled(3_000, 10).await, filled(10, 10).await, filled(3_000, 10).await);
+    let settings = [
+        instance("one", &one.url(), SLOW),
+        instance("two", &two.url(), &window(false)),
+        instance("three", &three.url(), SLOW),
+    ]
+    .concat();
+    let mut daemon = Daemon::start(&settings).await;
+    let running = daemon.scan("one").await;
+    let waiting = daemon.create(json!({"instance_id": "two", "respect_window": true})).await;
+    let paused = daemon.scan("three").await;
+    daemon.until(&running, "running").await;
+    daemon.until(&paused, "running").await;
+    daemon.post(&format!("/api/v1/tasks/{paused}/pause")).await.ok();
+    assert_eq!(daemon.stop().await, Some(0));
+    daemon.restart().await;
+    assert_eq!(daemon.task(&waiting).await["state"], "waiting");
+    assert_eq!(daemon.task(&paused).await["state"], "paused");
+    daemon.until(&running, "running").await;
+    hurry(&daemon, &running).await;
+    assert_eq!(daemon.until(&running, "succeeded").await["reclaimed"], 10);
+    daemon.post(&format!("/api/v1/tasks/{paused}/resume")).await.ok();
+    hurry(&daemon, &paused).await;
+    assert_eq!(daemon.until(&paused, "succeeded").await["reclaimed"], 10);
+}
+
+#[tokio::test]
+async fn an_instance_that_left_the_settings_leaves_no_task_running() {
+    let server = filled(3_000, 50).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), SLOW)).await;
+    let id = daemon.scan("cache").await;
+    probe("it has freed something", PATIENCE, async || daemon.task(&id).await["reclaimed"] != json!(0)).await;
+    daemon.kill9();
+    let freed = server.expired_keys().await;
+    daemon.write_settings("");
+    daemon.restart().await;
+    let task = daemon.task(&id).await;
+    assert_eq!((&task["state"], &task["reclaimed"]), (&json!("failed"), &json!(freed)));
+    assert!(task["failure"]["message"].as_str().expect("a text").contains("no longer in the settings"));
+}
+
+#[tokio::test]
+async fn settings_are_read_again_without_disturbing_what_runs() {
+    let (one, two) = (filled(3_000, 10).await, filled(10, 10).await);
+    let daemon = Daemon::start(&instance("one", &one.url(), SLOW)).await;
+    let running = daemon.scan("one").await;
+    daemon.until(&running, "running").await;
+
+    daemon.write_settings("[[instances]]\nid = \"broken\"\n");
+    let refused = daemon.post("/api/v1/reload").await;
+    assert_eq!(refused.code(), (400, "DCS.4800"));
+    assert!(refused.body["error_msg"].as_str().expect("a text").contains("needs `project_id`"), "{}", refused.body);
+    daemon.get("/api/v1/instances/one").await.ok();
+
+    daemon.write_settings(&[instance("one", &one.url(), SLOW), instance("two", &two.url(), "")].concat());
+    daemon.signal("HUP");
+    probe("the new instance is there", PATIENCE, async || {
+        daemon.get("/api/v1/instances/two").await.status == 200
+    })
+    .await;
+    assert_eq!(daemon.task(&running).await["state"], "running");
+    let second = daemon.scan("two").await;
+    daemon.until(&second, "succeeded").await;
+    hurry(&daemon, &running).await;
+    daemon.until(&running, "succeeded").await;
+}
+
+#[tokio::test]
+async fn lists_have_filters() {
+    let (one, two) = (filled(10, 5).await, filled(10, 7).await);
+    let daemon = Daemon::start(&[instance("one", &one.url(), ""), instance("two", &two.url(), "")].concat()).await;
+    let mut ids = Vec::new();
+    for id in ["one", "two", "one"] {
+        let id = daemon.scan(id).await;
+        daemon.until(&id, "succeeded").await;
+        ids.push(id);
+    }
+    let list = async |query: &str| {
+        let list = daemon.get(&format!("/api/v1/tasks?{query}")).await.ok();
+        let ids: Vec<_> = list["tasks"].as_array().expect("a list").iter().map(|task| task["id"].clone()).collect();
+        (ids, list["count"].clone(), list["reclaimed"].clone())
+    };
+    assert_eq!(list("").await, (vec![json!(ids[2]), json!(ids[1]), json!(ids[0])], json!(3), json!(12)));
+    assert_eq!(list("instance_id=two").await, (vec![json!(ids[1])], json!(1), json!(7)));
+    assert_eq!(list(&format!("before={}&limit=1", ids[2])).await.0, [json!(ids[1])]);
+    assert_eq!(list("state=failed").await.0, Vec::<Value>::new());
+    assert_eq!(list("cause=schedule").await.0, Vec::<Value>::new());
+    let instances = daemon.get("/api/v1/instances").await.ok();
+    assert_eq!(instances["instances"][0]["latest"]["id"], ids[2]);
+}
+
+#[tokio::test]
+async fn a_thousand_slow_clients_stop_neither_a_sweep_nor_the_health_answer() {
+    let server = filled(20_000, 5_000).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let mut clients = Vec::new();
+    for n in 0..1_000 {
+        let mut stream = TcpStream::connect(daemon.authority()).await.expect("a connection");
+        // Half a header, a body that does not come, and a reader that does not read.
+        let begin = match n % 3 {
+            0 => "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ".to_owned(),
+            1 => format!("PUT {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{{", Daemon::path("cache", "x")),
+            _ => "GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".to_owned(),
+        };
+        stream.write_all(begin.as_bytes()).await.expect("it is taken");
+        clients.push(stream);
+    }
+    let id = daemon.scan("cache").await;
+    let begun = Instant::now();
+    daemon.get("/healthz").await.ok();
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    for (n, client) in clients.iter_mut().enumerate().filter(|(n, _)| n % 3 == 0) {
+        client.write_all(b"s").await.unwrap_or_else(|e| panic!("client {n}: {e}"));
+    }
+    assert_eq!(daemon.until(&id, "succeeded").await["reclaimed"], 5_000);
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_finish_its_header_is_cut() {
+    let settings = "[api]\nlisten = \"127.0.0.1:0\"\nrequest-timeout = \"500ms\"\n";
+    let daemon = Daemon::start(settings).await;
+    let mut stream = TcpStream::connect(daemon.authority()).await.expect("a connection");
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n").await.expect("it is taken");
+    let mut rest = Vec::new();
+    let cut = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest)).await;
+    assert!(cut.is_ok(), "the connection is closed");
+    let long = format!("GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: {}\r\n\r\n", "x".repeat(100_000));
+    let mut stream = TcpStream::connect(daemon.authority()).await.expect("a connection");
+    let _ = stream.write_all(long.as_bytes()).await;
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("an end");
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
+    daemon.get("/healthz").await.ok();
+}
+
+#[tokio::test]
+async fn what_a_sweep_did_is_in_the_figures() {
+    let server = filled(1_000, 250).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "succeeded").await;
+    let text = daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.expect("text");
+    for line in [
+        "ttlsweep_keys_reclaimed_total{instance=\"cache\"} 250",
+        "ttlsweep_tasks_ended_total{instance=\"cache\",cause=\"api\",state=\"succeeded\"} 1",
+        "ttlsweep_tasks_unfinished 0",
+        "ttlsweep_sweep_progress_ratio{instance=\"cache\"} 1.0",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line}\n{text}");
+    }
+    // A path of the client's making is no label.
+    daemon.get("/no/such/path").await;
+    let open = daemon.request(Method::GET, "/metrics").header("Accept", "application/openmetrics-text; version=1.0.0");
+    let text = open.send().await.expect("an answer").text().await.expect("text");
+    assert!(text.ends_with("# EOF\n") && !text.contains("no/such/path"), "{text}");
+}

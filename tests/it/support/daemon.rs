@@ -1,0 +1,261 @@
+//! A real daemon of a test's own, and a client for it.
+
+use std::{
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::Once,
+    time::Duration,
+};
+
+use reqwest::{Client, Method, RequestBuilder, StatusCode};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{PATIENCE, probe, ttlsweep};
+
+/// The project of every instance that the tests configure.
+pub const PROJECT: &str = "0123456789abcdef0123456789abcdef";
+
+/// A daemon with its settings file and its store. Killed, and its folder removed, on drop.
+pub struct Daemon {
+    child: Option<Child>,
+    url: String,
+    token: Option<String>,
+    client: Client,
+    dir: TempDir,
+}
+
+/// An answer of the API.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub body: Value,
+}
+
+impl Answer {
+    /// Panics unless it is a success; gives the body.
+    #[track_caller]
+    pub fn ok(self) -> Value {
+        assert_eq!(self.status, StatusCode::OK, "{}", self.body);
+        self.body
+    }
+
+    /// The status with the contract's code.
+    pub fn code(&self) -> (u16, &str) {
+        (self.status.as_u16(), self.body["error_code"].as_str().unwrap_or(""))
+    }
+}
+
+/// An instance for the settings file: its id, its URL, and more lines.
+pub fn instance(id: &str, url: &str, more: &str) -> String {
+    format!("[[instances]]\nid = \"{id}\"\nproject_id = \"{PROJECT}\"\nurl = \"{url}\"\n{more}\n")
+}
+
+impl Daemon {
+    /// Starts one whose settings file holds this besides listener and store, and waits until it answers.
+    pub async fn start(settings: &str) -> Self {
+        let daemon = Self::prepare(settings);
+        daemon.launched(|command| command).await
+    }
+
+    /// One that is not started yet.
+    pub fn prepare(settings: &str) -> Self {
+        static PROVIDER: Once = Once::new();
+        PROVIDER.call_once(|| {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        });
+        let dir = tempfile::Builder::new().prefix("ttlsweep-daemon-").tempdir().expect("a temporary folder");
+        let client = Client::builder().no_proxy().timeout(PATIENCE).build().expect("a client");
+        let daemon = Self { child: None, url: String::new(), token: None, client, dir };
+        daemon.write_settings(settings);
+        daemon
+    }
+
+    /// Starts it with a command of the caller's making.
+    pub async fn launched(mut self, change: impl FnOnce(Command) -> Command) -> Self {
+        self.launch(change).await;
+        self
+    }
+
+    /// Sends this token from now on.
+    pub fn with_token(mut self, token: &str) -> Self {
+        self.token = Some(token.to_owned());
+        self
+    }
+
+    /// Replaces the settings file. An `[api]` table of the caller's own takes the place of the usual one.
+    pub fn write_settings(&self, settings: &str) {
+        let api = if settings.contains("[api]") { "" } else { "[api]\nlisten = \"127.0.0.1:0\"\n" };
+        let store = self.store();
+        let text = format!("{api}{settings}\n[store]\npath = \"{}\"\n", store.display());
+        std::fs::write(self.settings_path(), text).expect("the settings file");
+    }
+
+    pub fn settings_path(&self) -> PathBuf {
+        self.dir.path().join("ttlsweep.toml")
+    }
+
+    pub fn store(&self) -> PathBuf {
+        self.dir.path().join("store.db")
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// `host:port`.
+    pub fn authority(&self) -> &str {
+        self.url.split("//").nth(1).expect("a URL")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    async fn launch(&mut self, change: impl FnOnce(Command) -> Command) {
+        let (out, log) = (self.dir.path().join("out"), self.dir.path().join("log"));
+        let open = |path: &PathBuf| {
+            std::fs::OpenOptions::new().create(true).append(true).open(path).expect("a file for the output")
+        };
+        let _ = std::fs::remove_file(&out);
+        let mut command = change(ttlsweep());
+        command.args(["serve", "--config"]).arg(self.settings_path());
+        command.stdin(Stdio::null()).stdout(open(&out)).stderr(open(&log));
+        let mut child = command.spawn().expect("the program is built");
+        let mut url = String::new();
+        probe("the daemon says where it listens", PATIENCE, async || {
+            if let Some(status) = child.try_wait().expect("its own child") {
+                panic!("the daemon ended ({status}):\n{}", self.log());
+            }
+            let text = std::fs::read_to_string(&out).unwrap_or_default();
+            url = text.lines().find_map(|line| line.strip_prefix("listening on ")).unwrap_or("").to_owned();
+            text.ends_with('\n') && !url.is_empty()
+        })
+        .await;
+        self.url = url;
+        self.child = Some(child);
+    }
+
+    /// Starts it again, after killing it where it still runs.
+    pub async fn restart(&mut self) {
+        self.kill9();
+        self.launch(|command| command).await;
+    }
+
+    /// Kills it without a chance to say goodbye.
+    pub fn kill9(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Sends a signal by name, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status();
+        assert!(sent.expect("kill runs").success(), "SIG{name} was sent");
+    }
+
+    /// Stops it in order and returns its exit code.
+    pub async fn stop(&mut self) -> Option<i32> {
+        self.signal("TERM");
+        let mut child = self.child.take().expect("it runs");
+        let mut status = None;
+        probe("the daemon stops", PATIENCE, async || {
+            status = child.try_wait().expect("its own child");
+            status.is_some()
+        })
+        .await;
+        status.and_then(|status| status.code())
+    }
+
+    /// A request with the credentials, if any.
+    pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.client.request(method, format!("{}{path}", self.url));
+        match &self.token {
+            Some(token) => request.header("X-Auth-Token", token),
+            None => request,
+        }
+    }
+
+    /// Sends a request. Whatever the answer is, it carries a request id and is JSON.
+    pub async fn send(&self, request: RequestBuilder) -> Answer {
+        let response = request.send().await.expect("an answer");
+        let (status, headers) = (response.status(), response.headers().clone());
+        let text = response.text().await.expect("a body");
+        assert!(headers.contains_key("x-request-id"), "{status} {text}");
+        assert_eq!(headers["content-type"], "application/json", "{status} {text}");
+        Answer { status, body: serde_json::from_str(&text).expect("JSON") }
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    pub async fn post(&self, path: &str) -> Answer {
+        self.send(self.request(Method::POST, path)).await
+    }
+
+    pub async fn put(&self, path: &str, body: &Value) -> Answer {
+        self.send(self.request(Method::PUT, path).json(body)).await
+    }
+
+    /// The path of one of the contract's calls.
+    pub fn path(id: &str, call: &str) -> String {
+        format!("/v2/{PROJECT}/instances/{id}/{call}")
+    }
+
+    /// Asks for a scan by the contract, and gives the task's id.
+    pub async fn scan(&self, id: &str) -> String {
+        let record = self.post(&Self::path(id, "scan-expire-keys-task")).await.ok();
+        record["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// Asks for a task with options, and gives its id.
+    pub async fn create(&self, options: Value) -> String {
+        let answer = self.send(self.request(Method::POST, "/api/v1/tasks").json(&options)).await.ok();
+        answer["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// A task as it is now.
+    pub async fn task(&self, id: &str) -> Value {
+        self.get(&format!("/api/v1/tasks/{id}")).await.ok()
+    }
+
+    /// Waits until a task is in a state, and gives it.
+    pub async fn until(&self, id: &str, state: &str) -> Value {
+        let mut task = json!(null);
+        let what = format!("task {id} is {state}");
+        let found = tokio::time::timeout(PATIENCE, async {
+            loop {
+                task = self.task(id).await;
+                if task["state"] == state {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        if found.await.is_err() {
+            panic!("waited in vain: {what}, it is {task:#}\n{}", self.log());
+        }
+        task
+    }
+
+    /// The contract's history of an instance, all of it.
+    pub async fn history(&self, id: &str) -> Value {
+        self.get(&Self::path(id, "auto-expire/histories?limit=1000")).await.ok()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill9();
+        if std::thread::panicking() {
+            eprintln!("the daemon's log:\n{}", self.log());
+        }
+    }
+}
