@@ -123,6 +123,8 @@ fn log_to_stderr(verbose: u8) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would say so on the same stderr, and panic where that cannot be written either: a full disk.
+        .log_internal_errors(false)
         .init();
 }
 

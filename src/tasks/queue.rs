@@ -142,6 +142,7 @@ impl TaskService {
         let instance_id = task.instance_id.clone();
         // A task of which nothing can be read cannot be counted right: it fails here, and the next start tries again.
         let (plan, snapshot) = self.plan(&task, &spec).await?;
+        let task = Task { num: snapshot.reclaimed(), ..task };
         let mut job = self.job(task, plan, snapshot);
         let gate =
             Gate { window: spec.window, places: self.queue.places.clone(), paused: job.recorder.paused.subscribe() };
