@@ -121,6 +121,17 @@ impl Info {
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
     }
 
+    /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
+    /// mean over its samples in all DBs together.
+    pub fn stale_share(&self) -> Option<f64> {
+        self.parsed::<f64>("expired_stale_perc").map(|percent| percent / 100.0)
+    }
+
+    /// The replication history that the data belongs to: the same on a master and its replicas.
+    pub fn replication_id(&self) -> Option<&str> {
+        self.get("master_replid")
+    }
+
     /// Whether it is a master; `None` where INFO does not say.
     pub fn is_master(&self) -> Option<bool> {
         self.get("role").map(|role| role == "master")

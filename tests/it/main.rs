@@ -3,5 +3,6 @@
 //! They run against the binary that `TTLSWEEP_TEST_SERVER` names (default: the `redis-server` on the PATH);
 //! `make matrix` runs them against each server that the project promises to work with.
 
+mod check;
 mod support;
 mod support_test;
