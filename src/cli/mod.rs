@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod check;
+pub mod demo;
 pub mod exit;
 pub mod output;
 pub mod progress;
@@ -39,6 +40,8 @@ enum Command {
     Scan(scan::ScanArgs),
     /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
+    /// See the problem and the cure on a private server
+    Demo(demo::DemoArgs),
     /// Show what is in force and where it came from
     Settings(settings::SettingsArgs),
 }
@@ -80,6 +83,7 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
     match command {
         Command::Scan(args) => scan::run(args, matches).await,
         Command::Check(args) => check::run(args, matches).await,
+        Command::Demo(args) => demo::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
     }
 }

@@ -4,5 +4,6 @@
 //! `make matrix` runs them against each server that the project promises to work with.
 
 mod check;
+mod demo;
 mod support;
 mod support_test;
