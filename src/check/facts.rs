@@ -202,7 +202,7 @@ impl Facts {
             addr: addr.clone(),
             server: info.server(addr),
             redis_version: info.redis_version(),
-            role: match (info.get("redis_mode"), info.is_master()) {
+            role: match (info.mode(), info.is_master()) {
                 (Some("sentinel"), _) => Role::Sentinel,
                 (_, Some(true)) => Role::Master,
                 (_, Some(false)) => Role::Replica { master: info.master_addr() },

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::check::facts::Right;
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
-use crate::node::commands::ACL_LINE;
+use crate::node::commands::{ACL_LINE, ACL_TOUCH};
 use crate::node::info::ReplicaLine;
 use crate::settings::show_duration;
 
@@ -236,12 +236,10 @@ impl Finding {
             Self::NoRedis => "check the port".to_owned(),
             Self::TooOld(_) => "upgrade the server".to_owned(),
             Self::MissingRights(rights) => {
-                let touch: String = [(Right::Exists, " +exists ~*"), (Right::Ttl, " +ttl ~*")]
-                    .iter()
-                    .filter(|(right, _)| rights.contains(right))
-                    .map(|(_, rules)| *rules)
-                    .collect();
-                format!("grant what a sweep needs: {ACL_LINE}{touch}")
+                let (touch, sweep): (Vec<Right>, Vec<Right>) =
+                    rights.iter().partition(|right| matches!(right, Right::Exists | Right::Ttl));
+                let lines = [(!sweep.is_empty()).then_some(ACL_LINE), (!touch.is_empty()).then_some(ACL_TOUCH)];
+                format!("grant it: {}", lines.into_iter().flatten().collect::<Vec<_>>().join("; "))
             }
             Self::NotCounted(_) => "give --replica the URL of a replica of this very master that is in step".to_owned(),
             Self::Loading => "wait until it is done".to_owned(),
@@ -263,7 +261,7 @@ impl Finding {
             }
             Self::ClusterNode => "look at each of its masters".to_owned(),
             Self::NothingIn(_) => "leave --db out to sweep each DB that holds keys with a TTL".to_owned(),
-            Self::NoAudit => "nothing on Redis and Valkey; otherwise grant +exists ~*".to_owned(),
+            Self::NoAudit => format!("nothing on Redis and Valkey; otherwise grant it: {ACL_TOUCH}"),
             Self::EstimateMayBeLow => {
                 "count exactly on a replica, at no cost to this server: --replica redis://HOST:PORT".to_owned()
             }

@@ -3,7 +3,14 @@
 //! They run against the binary that `TTLSWEEP_TEST_SERVER` names (default: the `redis-server` on the PATH);
 //! `make matrix` runs them against each server that the project promises to work with.
 
-mod check;
-mod demo;
 mod support;
+
+mod check;
+mod cli;
+mod demo;
+mod exact;
+mod resume;
+mod rights;
 mod support_test;
+mod touch;
+mod trouble;

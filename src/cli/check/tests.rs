@@ -9,7 +9,7 @@ use crate::check::facts::{Expiry, Rights};
 use crate::model::shard::DbIndex;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
-use crate::settings::{self, raw::Raw};
+use crate::settings::{self, Touch, raw::Raw};
 
 const INFO: &str = "redis_version:7.0.15\r\nredis_mode:standalone\r\nrun_id:abc\r\nuptime_in_seconds:266400\r\nhz:10\r\n\
     used_memory:100663296\r\nused_memory_dataset:96000000\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n\
@@ -116,6 +116,18 @@ fn what_cannot_be_swept_at_all() {
         assert!(text.contains("error: ") && text.contains(error), "{text}");
         assert!(text.contains("verdict: a sweep cannot run here"), "{text}");
     }
+}
+
+#[test]
+fn a_touch_that_is_not_allowed_names_its_own_grant() {
+    let mut facts = facts(&[]);
+    facts.rights.set(Right::Ttl, Some(false));
+    let mut settings = settings();
+    assert!(!shown(&facts, None, &settings).contains("error: "), "without the touch nobody needs TTL");
+    settings.scan.touch = Touch::Ttl;
+    let text = shown(&facts, None, &settings);
+    assert!(text.contains("error: this user may not run TTL"), "{text}");
+    assert!(text.contains("grant it: ACL SETUSER ttlsweep ~* +exists +ttl"), "{text}");
 }
 
 #[test]
