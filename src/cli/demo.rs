@@ -29,9 +29,9 @@ const EXPIRING: (u64, u64) = (2, 25);
 /// How long those live. Mixed with the others while they are written, so that the share of expired keys never invites
 /// active expiry to more than its slow pace.
 const SHORT_TTL: Duration = Duration::from_millis(100);
-/// How many keys one script writes: some 15 ms of server time.
+/// How many keys one script writes: few enough that a signal is obeyed at once.
 const CHUNK: u64 = 10_000;
-/// Writes the keys ARGV[1] to ARGV[2] on the server itself: over the wire it would take three times as long.
+/// Writes the keys from the first argument to the second, on the server itself: no key goes over the wire.
 const WRITE: &str = "\
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local ttl = 3600000 + i % 3600000
@@ -51,7 +51,7 @@ pub struct DemoArgs {
     #[arg(long, env = "TTLSWEEP_DEMO_SERVER", value_name = "PATH")]
     pub server: Option<PathBuf>,
 
-    /// How many keys to write; a million takes some 130 MB of memory
+    /// How many keys to write; a million takes some 160 MB of memory
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     pub keys: u64,
 

@@ -36,18 +36,20 @@ impl Demo {
         let mut child = self.command.spawn().expect("the program runs");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let mut pid = None;
-        for line in lines.by_ref() {
-            let line = line.expect("text");
+        for line in lines.by_ref().map_while(Result::ok) {
             if let Some((_, rest)) = line.split_once(" pid ") {
                 pid = rest.split(',').next().and_then(|pid| pid.parse().ok());
             }
             if line.contains("freed per second") {
-                // The rest of its words goes nowhere, and the pipe stays open.
-                std::thread::spawn(move || lines.for_each(drop));
-                return (child, pid.expect("the server's process id was printed before"));
+                break;
             }
         }
-        panic!("it ended before it watched");
+        // The rest of its words goes nowhere, and the pipe stays open.
+        std::thread::spawn(move || lines.for_each(drop));
+        match pid {
+            Some(pid) => (child, pid),
+            None => panic!("it ended before it watched: {:?}", child.wait()),
+        }
     }
 
     /// Waits until no process and no file of it is there.
