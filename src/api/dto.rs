@@ -280,7 +280,7 @@ impl From<&Failure> for FailureDto {
     }
 }
 
-fn seconds(span: Duration) -> f64 {
+pub(super) fn seconds(span: Duration) -> f64 {
     // Milliseconds are as fine as anything here is known; more digits would only look exact.
     (span.as_secs_f64() * 1000.0).round() / 1000.0
 }
@@ -300,11 +300,7 @@ impl PassDto {
             lost_replies: figures.lost_replies,
             restarts: figures.restarts,
             count: figures.count,
-            slice_us: SliceDto {
-                p50: figures.slice.p50_us,
-                p99: figures.slice.p99_us,
-                max: figures.slice.max_us,
-            },
+            slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
             server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
             active_s: seconds(figures.active),
             rested_s: seconds(figures.rested),

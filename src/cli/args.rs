@@ -95,6 +95,20 @@ Examples:
     )
 }
 
+/// The examples of `check --help`.
+pub fn check_examples() -> String {
+    format!(
+        "\
+Examples:
+  ttlsweep check                                        look at the server on this machine
+  ttlsweep check redis://cache:6379 --intensity 0.2     how long would this sweep take?
+  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly, on the replica
+
+{}",
+        exit::HELP
+    )
+}
+
 /// The layers in force: defaults, then the file, then environment and command line.
 ///
 /// # Errors

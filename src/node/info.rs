@@ -121,6 +121,17 @@ impl Info {
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
     }
 
+    /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
+    /// mean over its samples in all DBs together.
+    pub fn stale_share(&self) -> Option<f64> {
+        self.parsed::<f64>("expired_stale_perc").map(|percent| percent / 100.0)
+    }
+
+    /// The replication history that the data belongs to: the same on a master and its replicas.
+    pub fn replication_id(&self) -> Option<&str> {
+        self.get("master_replid")
+    }
+
     /// `standalone`, `cluster` or `sentinel`. Valkey calls the field `server_mode`.
     pub fn mode(&self) -> Option<&str> {
         self.get("redis_mode").or_else(|| self.get("server_mode"))

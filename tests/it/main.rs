@@ -5,7 +5,9 @@
 
 mod support;
 
+mod check;
 mod cli;
+mod demo;
 mod exact;
 mod resume;
 mod rights;
