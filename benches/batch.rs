@@ -43,8 +43,13 @@ fn reading(c: &mut Criterion) {
 }
 
 fn deciding(c: &mut Criterion) {
-    let batch =
-        ScanBatch { cursor: 1234, returned: 97, keys_before: 1000, keys_after: 997, round_trip: Duration::from_micros(90) };
+    let batch = ScanBatch {
+        cursor: 1234,
+        returned: 97,
+        keys_before: 1000,
+        keys_after: 997,
+        round_trip: Duration::from_micros(90),
+    };
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
     });

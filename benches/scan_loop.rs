@@ -6,6 +6,8 @@
 //! Every contender is a process of its own, so that CPU time and peak memory are its alone; they take turns, and the
 //! medians are shown. Linux only: CPU time and memory are read from /proc.
 
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -40,7 +42,20 @@ fn main() {
         ("bare socket", vec![this.to_str().expect("a path in UTF-8"), "bare", &addr]),
         (
             "ttlsweep",
-            vec![ours, "scan", &url, "--db", "0", "--count", &count, "--max-slice", "0s", "--intensity", "1", "--quiet"],
+            vec![
+                ours,
+                "scan",
+                &url,
+                "--db",
+                "0",
+                "--count",
+                &count,
+                "--max-slice",
+                "0s",
+                "--intensity",
+                "1",
+                "--quiet",
+            ],
         ),
         ("ttlsweep, steered", vec![ours, "scan", &url, "--db", "0", "--intensity", "1", "--quiet"]),
         // COUNT 10 is redis-cli's own default; --count came with 7.2.
@@ -112,7 +127,8 @@ impl Measured {
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
         let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
         self.cpu_s = self.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
-        let peak = read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+        let peak =
+            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
 }

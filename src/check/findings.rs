@@ -11,11 +11,8 @@ use crate::check::facts::Right;
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
 use crate::node::commands::{ACL_LINE, ACL_TOUCH};
-use crate::node::info::ReplicaLine;
+use crate::node::info::{OLDEST, ReplicaLine};
 use crate::settings::show_duration;
-
-/// Oldest server that can be swept, as (major, minor).
-pub const OLDEST: (u32, u32) = (4, 0);
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

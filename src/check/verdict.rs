@@ -8,10 +8,10 @@ use std::time::Duration;
 use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{self, Span};
 use crate::check::facts::{Access, Facts, Right, Role, sum};
-use crate::check::findings::{Finding, OLDEST, Severity};
+use crate::check::findings::{Finding, Severity};
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
-use crate::node::info::DbKeys;
+use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};
 
 /// From this version on, active expiry walks the table in SCAN's own order and gets stuck in the wake of a slow sweep.

@@ -8,11 +8,15 @@ use clap::{ArgMatches, Args};
 use crate::cli::exit;
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
 
+/// Square brackets stand for themselves here, and not for links as in a doc comment.
+const URL_HELP: &str = "Server: redis://[user[:password]@]host[:port][/db], valkey://..., unix:///path \
+                        [default: redis://127.0.0.1:6379]";
+
 /// Where the server is and who we are. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
 pub struct ServerArgs {
-    /// Server: redis://[user[:password]@]host[:port][/db], valkey://..., unix:///path [default: redis://127.0.0.1:6379]
-    #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true)]
+    /// Where the server is.
+    #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true, help = URL_HELP)]
     pub url: Option<String>,
 
     /// ACL user

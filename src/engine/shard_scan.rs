@@ -20,7 +20,7 @@ use crate::model::throttle::Reason;
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions, ScanBatch};
 use crate::node::error::{Class, NodeError};
-use crate::node::info::Info;
+use crate::node::info::{Info, OLDEST};
 use crate::node::wire::Names;
 use crate::settings::ScanSettings;
 use crate::store::tally::{Tally, TallyDir};
@@ -38,8 +38,6 @@ const DOUBTS: u32 = 2;
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
-/// Oldest server that is scanned, by the contract's rule.
-const OLDEST: (u32, u32) = (4, 0);
 
 /// Why a shard's sweep ends before it is complete.
 enum End {
@@ -566,8 +564,7 @@ impl ShardScan {
             }
             if lost_at.elapsed() >= self.job.settings.retry_for {
                 let mut failure = error.into_failure();
-                failure.message =
-                    format!("{} (tried again for {:?})", failure.message, self.job.settings.retry_for);
+                failure.message = format!("{} (tried again for {:?})", failure.message, self.job.settings.retry_for);
                 return Err(failure.into());
             }
             self.begin_hold(pass.as_deref_mut(), reason, Some(error.to_string())).await;
@@ -694,12 +691,14 @@ fn loading(conn: &Conn) -> NodeError {
 fn may_be_swept(info: &Info) -> Result<(), Failure> {
     match info.redis_version() {
         None => {
-            let failure = Failure::new(FailureKind::Unsupported, "INFO names no redis_version: this is no Redis or Valkey");
+            let failure =
+                Failure::new(FailureKind::Unsupported, "INFO names no redis_version: this is no Redis or Valkey");
             return Err(failure.hint("check the port"));
         }
         Some(version) if version < OLDEST => {
             let (major, minor) = version;
-            let message = format!("Redis {major}.{minor} cannot be swept; 4.0 is the oldest (DCS.4818)");
+            let message =
+                format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest (DCS.4818)", OLDEST.0, OLDEST.1);
             return Err(Failure::new(FailureKind::Unsupported, message).hint("upgrade the server"));
         }
         Some(_) => {}

@@ -6,6 +6,9 @@ use std::str::FromStr;
 use crate::model::progress::ServerFacts;
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 
+/// Oldest Redis that is swept, as (major, minor): the contract's own rule.
+pub const OLDEST: (u32, u32) = (4, 0);
+
 /// The fields of one or more INFO sections.
 #[derive(Debug, Clone, Default)]
 pub struct Info(HashMap<String, String>);

@@ -81,9 +81,8 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let mut reader = Reader { raw, problems: Vec::new() };
     let url = reader.read("url", InstanceUrl::parse);
     let user = reader.read("user", |text| Ok::<_, String>(Some(text.to_owned()).filter(|t| !t.is_empty())));
-    let password_file = reader.read("password-file", |text| {
-        if text.is_empty() { Ok(None) } else { read_password(text).map(Some) }
-    });
+    let password_file =
+        reader.read("password-file", |text| if text.is_empty() { Ok(None) } else { read_password(text).map(Some) });
     let dbs = reader.read("db", parse_dbs);
     let count = reader.read("count", |text| match text.parse() {
         Ok(count) if COUNT_RANGE.contains(&count) => Ok(count),
@@ -106,8 +105,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let connect_timeout = reader.read("connect-timeout", positive_duration);
     let response_timeout = reader.read("response-timeout", positive_duration);
     let retry_for = reader.read("retry-for", positive_duration);
-    let state =
-        reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
+    let state = reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
 
     let problems = reader.problems;
     let resolved = (|| {
