@@ -10,9 +10,11 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+mod common;
+use common::Server;
 
 /// COUNT of every contender.
 const COUNT: u32 = 100;
@@ -27,7 +29,8 @@ fn main() {
     let env = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
     let keys = env("TTLSWEEP_BENCH_KEYS", 5_000_000);
     let rounds = env("TTLSWEEP_BENCH_ROUNDS", 3) as usize;
-    let server = Server::start(keys);
+    let server = Server::start();
+    assert_eq!(server.cli(&["DEBUG", "POPULATE", &keys.to_string(), "session:user", "32"]), "OK");
     let addr = server.addr();
     println!("{keys} live keys, COUNT {COUNT}, {rounds} rounds, medians; {}", server.version());
 
@@ -191,60 +194,5 @@ fn bare(addr: &str) {
         if cursor == b"0" {
             return;
         }
-    }
-}
-
-struct Server {
-    child: Child,
-    port: u16,
-    _dir: tempfile::TempDir,
-}
-
-impl Server {
-    fn start(keys: u64) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = listener.local_addr().expect("it is bound").port();
-        drop(listener);
-        let binary = std::env::var("TTLSWEEP_BENCH_SERVER").unwrap_or_else(|_| "redis-server".to_owned());
-        let arguments = ["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--enable-debug-command", "local"];
-        let child = Command::new(binary)
-            .args(arguments)
-            .args(["--port", &port.to_string(), "--dir"])
-            .arg(dir.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is on the PATH");
-        let server = Self { child, port, _dir: dir };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while server.cli(&["PING"]) != "PONG" {
-            assert!(Instant::now() < deadline, "the server does not answer");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        assert_eq!(server.cli(&["DEBUG", "POPULATE", &keys.to_string(), "session:user", "32"]), "OK");
-        server
-    }
-
-    fn addr(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
-    }
-
-    fn version(&self) -> String {
-        let info = self.cli(&["INFO", "server"]);
-        info.lines().find(|l| l.starts_with("redis_version")).unwrap_or("").to_owned()
-    }
-
-    fn cli(&self, words: &[&str]) -> String {
-        let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(words).output();
-        let output = output.expect("redis-cli is on the PATH");
-        String::from_utf8_lossy(&output.stdout).trim().to_owned()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        assert!(!Path::new(&format!("/proc/{}", self.child.id())).exists() || std::thread::panicking());
     }
 }
