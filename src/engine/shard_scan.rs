@@ -734,3 +734,24 @@ async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Resul
         reason = stop_ordered(orders) => Err(End::Stopped(reason)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_swept_is_refused_with_the_reason() {
+        let refused = |text: &str| {
+            let failure = may_be_swept(&Info::parse(text)).unwrap_err();
+            format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
+        };
+        let cases = [
+            "redis_version:3.2.12\r\nrole:master\r\n",
+            "some_other_engine:1\r\n",
+            "redis_version:7.0.15\r\nredis_mode:sentinel\r\n",
+            "redis_version:7.0.15\r\nrole:slave\r\nmaster_host:10.0.0.1\r\nmaster_port:6379\r\n",
+        ];
+        insta::assert_snapshot!(cases.map(refused).join("\n"));
+        assert_eq!(may_be_swept(&Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
+    }
+}
