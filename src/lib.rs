@@ -20,6 +20,7 @@
 //! | [`store`] | records that outlive the process |
 //! | [`metrics`] | figures for Prometheus |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
+//! | [`check`] | the look at a server that touches nothing |
 //! | [`tasks`] | from wish to record; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
 //! | [`api`] | the contract, our own calls, the page |
@@ -30,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod check;
 pub mod cli;
 pub mod daemon;
 pub mod engine;

@@ -5,6 +5,7 @@
 //! asks `tasks`, and never touches an instance but for the first look that the contract wants.
 
 pub mod auth;
+pub mod check_dto;
 pub mod dcs;
 pub mod dto;
 pub mod error;
@@ -78,6 +79,7 @@ pub fn router(app: App) -> Router {
         )
         .route("/api/v1/instances", get(tasks::list_instances))
         .route("/api/v1/instances/{instance_id}", get(tasks::get_instance))
+        .route("/api/v1/instances/{instance_id}/check", post(tasks::check_instance))
         .route("/api/v1/tasks", get(tasks::list_tasks).post(tasks::create_task))
         .route("/api/v1/tasks/{task_id}", get(tasks::get_task).patch(tasks::tune_task))
         .route("/api/v1/tasks/{task_id}/events", get(events::follow_task))

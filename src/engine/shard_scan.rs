@@ -20,7 +20,7 @@ use crate::model::throttle::Reason;
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions, ScanBatch};
 use crate::node::error::{Class, NodeError};
-use crate::node::info::Info;
+use crate::node::info::{Info, OLDEST};
 use crate::node::wire::Names;
 use crate::settings::ScanSettings;
 use crate::store::tally::{Tally, TallyDir};
@@ -38,8 +38,6 @@ const DOUBTS: u32 = 2;
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
-/// Oldest server that is scanned, by the contract's rule.
-const OLDEST: (u32, u32) = (4, 0);
 
 /// Why a shard's sweep ends before it is complete.
 enum End {
@@ -708,7 +706,8 @@ pub fn may_be_swept(info: &Info) -> Result<(), Failure> {
         }
         Some(version) if version < OLDEST => {
             let (major, minor) = version;
-            let message = format!("Redis {major}.{minor} cannot be swept; 4.0 is the oldest (DCS.4818)");
+            let message =
+                format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest (DCS.4818)", OLDEST.0, OLDEST.1);
             return Err(Failure::new(FailureKind::Unsupported, message).hint("upgrade the server"));
         }
         Some(_) => {}
@@ -742,5 +741,26 @@ async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Resul
     tokio::select! {
         () = tokio::time::sleep(duration) => Ok(()),
         reason = stop_ordered(orders) => Err(End::Stopped(reason)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_swept_is_refused_with_the_reason() {
+        let refused = |text: &str| {
+            let failure = may_be_swept(&Info::parse(text)).unwrap_err();
+            format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
+        };
+        let cases = [
+            "redis_version:3.2.12\r\nrole:master\r\n",
+            "some_other_engine:1\r\n",
+            "redis_version:7.0.15\r\nredis_mode:sentinel\r\n",
+            "redis_version:7.0.15\r\nrole:slave\r\nmaster_host:10.0.0.1\r\nmaster_port:6379\r\n",
+        ];
+        insta::assert_snapshot!(cases.map(refused).join("\n"));
+        assert_eq!(may_be_swept(&Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::target::Credentials;
 use crate::node::error::NodeError;
-use crate::node::wire::{self, Malformed, Names, ScanReader, ScanReply};
+use crate::node::wire::{self, Integer, Malformed, Names, ScanReader, ScanReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
 const READ_BUFFER: usize = 64 << 10;
@@ -336,7 +336,10 @@ impl Conn {
             let unread = &self.buf[self.start..self.end];
             if let Some((len, reply)) = wire::integer(unread).map_err(|e| self.malformed(command, e))? {
                 self.start += len;
-                return Ok(reply.map_err(|text| self.refused(command, &text)));
+                return Ok(match reply {
+                    Integer::Number(number) => Ok(number),
+                    Integer::Refused(text) => Err(self.refused(command, &text)),
+                });
             }
             self.fill().await?;
         }

@@ -1,6 +1,7 @@
 //! Tasks from wish to record. The only writer of task state; command line, API and scheduler all come here.
 
 mod allowance;
+mod backlog;
 mod gate;
 mod queue;
 mod recorder;
@@ -18,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, MinBacklog, Window};
-use crate::model::shard::ShardId;
+use crate::model::shard::{NodeAddr, ShardId};
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
 use crate::node::commands;
@@ -347,8 +348,8 @@ impl Job {
 
     /// Why a due scan is not worth beginning, if it is not.
     async fn nothing_to_gain(&self, min_backlog: Option<MinBacklog>) -> Option<String> {
-        let _ = min_backlog?;
-        None
+        let masters: Vec<NodeAddr> = self.plan.shards.iter().map(|shard| shard.addr.clone()).collect();
+        backlog::nothing_to_gain(&masters, &self.plan.conn, &self.plan.settings, min_backlog?).await
     }
 }
 
@@ -375,13 +376,18 @@ fn wish(spec: &TaskSpec) -> (Task, Vec<ShardId>) {
     (task, shards)
 }
 
+/// The masters of an instance, as they are known without a task.
+pub fn masters(settings: &Settings) -> Vec<NodeAddr> {
+    shards_of(&settings.target).into_iter().map(|shard| shard.addr).collect()
+}
+
 /// One look at an instance: whether it could be swept at all.
 ///
 /// # Errors
 /// Why not.
 pub async fn look(settings: &Settings) -> Result<(), Failure> {
-    for shard in shards_of(&settings.target) {
-        let mut conn = Conn::open(&shard.addr, &conn_options(settings)).await.map_err(NodeError::into_failure)?;
+    for master in masters(settings) {
+        let mut conn = Conn::open(&master, &conn_options(settings)).await.map_err(NodeError::into_failure)?;
         let info = commands::info(&mut conn).await.map_err(NodeError::into_failure)?;
         engine::may_be_swept(&info)?;
     }

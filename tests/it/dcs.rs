@@ -6,9 +6,9 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::daemon::{Daemon, instance};
+use crate::support::free_port;
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
-use crate::support::free_port;
 
 const DEAD: u64 = 3_000;
 

@@ -5,9 +5,11 @@
 
 mod support;
 
+mod check;
 mod cli;
 mod crash;
 mod dcs;
+mod demo;
 mod exact;
 mod resume;
 mod rights;

@@ -35,11 +35,10 @@ async fn an_interval_of_zero_runs_once_with_the_count_that_was_set() {
     let record = &history["records"][0];
     assert_eq!((&record["scan_type"], &history["count"]), (&json!("auto"), &json!(1)));
     let task = daemon.until(record["id"].as_str().expect("an id"), "succeeded").await;
-    assert_eq!((&task["cause"], &task["settings"]["count"], &task["settings"]["timeout"]), (
-        &json!("schedule"),
-        &json!("20"),
-        &json!("60s")
-    ));
+    assert_eq!(
+        (&task["cause"], &task["settings"]["count"], &task["settings"]["timeout"]),
+        (&json!("schedule"), &json!("20"), &json!("60s"))
+    );
 }
 
 #[tokio::test]

@@ -40,7 +40,8 @@ fn hold(task: &Value) -> &str {
 #[tokio::test]
 async fn only_so_many_sweep_at_once_and_the_next_one_follows() {
     let (one, two) = (filled(5_000, 0).await, filled(5_000, 100).await);
-    let settings = [instance("one", &one.url(), SLOW), instance("two", &two.url(), ""), "[tasks]\nat-once = 1\n".into()];
+    let settings =
+        [instance("one", &one.url(), SLOW), instance("two", &two.url(), ""), "[tasks]\nat-once = 1\n".into()];
     let daemon = Daemon::start(&settings.concat()).await;
     let first = daemon.scan("one").await;
     daemon.until(&first, "running").await;
@@ -101,7 +102,10 @@ async fn progress_comes_as_events_until_the_end() {
         .map(|data| serde_json::from_str(data).expect("JSON"))
         .collect();
     let last = views.last().expect("a view");
-    assert_eq!((&last["state"], &last["reclaimed"], &last["progress"]), (&json!("succeeded"), &json!(500), &json!(1.0)));
+    assert_eq!(
+        (&last["state"], &last["reclaimed"], &last["progress"]),
+        (&json!("succeeded"), &json!(500), &json!(1.0))
+    );
     assert!(views.len() >= 2, "more than the end: {text}");
     let progress: Vec<_> = views.iter().map(|view| view["progress"].as_f64()).collect();
     assert!(progress.is_sorted(), "{progress:?}");
@@ -203,10 +207,8 @@ async fn settings_are_read_again_without_disturbing_what_runs() {
 
     daemon.write_settings(&[instance("one", &one.url(), SLOW), instance("two", &two.url(), "")].concat());
     daemon.signal("HUP");
-    probe("the new instance is there", PATIENCE, async || {
-        daemon.get("/api/v1/instances/two").await.status == 200
-    })
-    .await;
+    probe("the new instance is there", PATIENCE, async || daemon.get("/api/v1/instances/two").await.status == 200)
+        .await;
     assert_eq!(daemon.task(&running).await["state"], "running");
     let second = daemon.scan("two").await;
     daemon.until(&second, "succeeded").await;
@@ -248,7 +250,10 @@ async fn a_thousand_slow_clients_stop_neither_a_sweep_nor_the_health_answer() {
         // Half a header, a body that does not come, and a reader that does not read.
         let begin = match n % 3 {
             0 => "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ".to_owned(),
-            1 => format!("PUT {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{{", Daemon::path("cache", "x")),
+            1 => format!(
+                "PUT {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{{",
+                Daemon::path("cache", "x")
+            ),
             _ => "GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".to_owned(),
         };
         stream.write_all(begin.as_bytes()).await.expect("it is taken");
@@ -303,4 +308,29 @@ async fn what_a_sweep_did_is_in_the_figures() {
     let open = daemon.request(Method::GET, "/metrics").header("Accept", "application/openmetrics-text; version=1.0.0");
     let text = open.send().await.expect("an answer").text().await.expect("text");
     assert!(text.ends_with("# EOF\n") && !text.contains("no/such/path"), "{text}");
+}
+
+#[tokio::test]
+async fn an_instance_is_looked_at_without_touching_it() {
+    let server = filled(100, 50).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let checks = daemon.post("/api/v1/instances/cache/check").await.ok();
+    let seen = &checks["masters"][0];
+    assert_eq!((&seen["role"], &seen["dbs"][0]["keys"]), (&json!("master"), &json!(150)));
+    assert_eq!(server.expired_keys().await, 0);
+}
+
+#[tokio::test]
+async fn a_due_scan_with_nothing_to_gain_ends_at_once_and_says_so() {
+    let server = filled(1_000, 0).await;
+    let settings = "min-backlog = 1000000\n[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
+    let daemon = Daemon::start(&instance("cache", &server.url(), settings)).await;
+    probe("a due scan has ended", PATIENCE, async || {
+        daemon.history("cache").await["records"][0]["status"] == "success"
+    })
+    .await;
+    let list = daemon.get("/api/v1/tasks?state=succeeded").await.ok();
+    let note = list["tasks"][0]["note"].as_str().expect("a note");
+    assert!(note.starts_with("nothing to gain: about 0 of 1000 keys"), "{note}");
+    assert!(!server.info("commandstats").await.contains_key("cmdstat_scan"), "no SCAN was sent");
 }
