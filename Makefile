@@ -17,7 +17,7 @@ with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
+.PHONY: help clients setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,10 @@ help: ## list the targets
 demo: setup-demo ## see the problem and the cure on a private server
 	@$(with_redis) $(CARGO) run --release --quiet -- demo
 
-test: setup fmt-check lint docs unit matrix ## format, lint, docs, tests, and the tests against every server
+test: setup clients fmt-check lint docs unit matrix ## format, lint, docs, tests, and the tests against every server
+
+clients: ## get the real clients for the tests: SDK, fuzzer, promtool (cached outside the checkout)
+	$(call step,clients,scripts/clients.sh fetch)
 
 setup: cargo ## get the servers for the tests (cached outside the checkout)
 	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(SERVERS))
@@ -50,7 +53,7 @@ unit: ## the quick tests, without the matrix
 	$(call step,doc tests,$(CARGO) test --doc)
 
 # All servers are tried before the failures are named. On success the last line is the test runner's own.
-matrix: setup ## the integration tests against each server
+matrix: setup clients ## the integration tests against each server
 	@failed=; for server in $(SERVERS); do \
 	  echo "== integration tests against $$server"; \
 	  binary=$$(scripts/servers.sh path $$server) && \

@@ -132,7 +132,7 @@ impl From<TaskError> for ApiError {
         match error {
             TaskError::Store(error) => error.into(),
             TaskError::Transition(error) => error.into(),
-            TaskError::Busy(_) => Self::still_running(),
+            TaskError::Busy(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
             TaskError::Closing => Self::unavailable(),
         }

@@ -19,12 +19,22 @@ const EVENT_EVERY: Duration = Duration::from_millis(200);
 /// A comment is sent after this much silence, so that a proxy does not take the stream for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// One event.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
+pub struct TaskEvent {
+    /// `task`.
+    event: String,
+    /// The task's details, as `GET /api/v1/tasks/{task_id}` gives them, in JSON.
+    data: String,
+}
+
 /// Follows a task: an event `task` with the task's details whenever they change, and an end after the last.
 #[utoipa::path(
     get, path = "/api/v1/tasks/{task_id}/events", tag = "tasks", operation_id = "follow_task",
     params(("task_id" = uuid::Uuid, Path)),
     responses(
-        (status = 200, body = String, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
+        (status = 200, body = TaskEvent, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
         (status = 503, body = ErrorBody),
     )

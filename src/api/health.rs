@@ -80,6 +80,9 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::tasks::tune_task, crate::api::tasks::pause_task, crate::api::tasks::resume_task,
         crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::reload, healthz, readyz, metrics,
     ),
+    components(schemas(
+        crate::api::tasks::CauseWord, crate::api::tasks::StateWord, crate::api::dcs::ContractStatus,
+    )),
     modifiers(&Credentials),
     security(("token" = []), ("bearer" = [])),
 )]

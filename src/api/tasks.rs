@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::extract::State;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::sync::Arc;
 use utoipa::{IntoParams, ToSchema};
 
@@ -182,15 +182,20 @@ pub struct CreateTask {
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub intensity: Option<f64>,
     /// Ceiling in keys per second; 0 for none.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
     /// COUNT to begin with.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 10, maximum = 1000)]
     pub count: Option<u32>,
     /// DBs to sweep; empty: each that holds keys with a TTL.
-    pub db: Option<Vec<u32>>,
+    #[schema(value_type = Option<Vec<DbNumber>>)]
+    pub db: Option<Vec<DbNumber>>,
     /// `auto`, `none`, `exists` or `ttl`.
     pub touch: Option<TouchWord>,
     /// How long it may take, in seconds.
+    #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1, maximum = 31_536_000)]
     pub timeout_s: Option<u32>,
     /// Sweep only while the instance's window is open.
@@ -228,7 +233,31 @@ pub struct TuneTask {
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub intensity: Option<f64>,
     /// Ceiling in keys per second; 0 for none.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
+}
+
+/// The number of a logical database.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[schema(value_type = u32, minimum = 0, maximum = 2_147_483_647)]
+pub struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
+
+/// A whole number in JSON's sense: 60.0 is one.
+fn whole_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let number = f64::deserialize(deserializer)?;
+    if number.fract() == 0.0 && (0.0..=f64::from(i32::MAX)).contains(&number) {
+        // Exact: a double holds every whole number of 32 bits.
+        Ok(number as u32)
+    } else {
+        Err(serde::de::Error::custom(format_args!("{number} is not a whole number of 31 bits")))
+    }
+}
+
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    #[derive(Deserialize)]
+    struct Whole(#[serde(deserialize_with = "whole_number")] u32);
+    Ok(Option::<Whole>::deserialize(deserializer)?.map(|Whole(number)| number))
 }
 
 /// Which tasks to list.
@@ -402,8 +431,8 @@ pub async fn list_tasks(
     post, path = "/api/v1/tasks", tag = "tasks", operation_id = "create_task", request_body = CreateTask,
     responses(
         (status = 200, body = TaskDto), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
 pub async fn create_task(
@@ -417,7 +446,7 @@ pub async fn create_task(
     set("intensity", wish.intensity.map(|share| share.to_string()));
     set("max-keys-per-sec", wish.max_keys_per_sec.map(|keys| keys.to_string()));
     set("count", wish.count.map(|count| count.to_string()));
-    set("db", wish.db.map(|dbs| dbs.iter().map(u32::to_string).collect::<Vec<_>>().join(",")));
+    set("db", wish.db.map(|dbs| dbs.iter().map(|db| db.0.to_string()).collect::<Vec<_>>().join(",")));
     set("touch", wish.touch.map(|touch| touch.as_str().to_owned()));
     set("timeout", wish.timeout_s.map(|seconds| format!("{seconds}s")));
     let settings = serve::with_texts(&instance.settings, &texts).map_err(|problems| {

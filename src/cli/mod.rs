@@ -1,14 +1,18 @@
 //! The command line: parse, hand over, print. One file per subcommand.
 
 pub mod args;
+pub mod autoscan;
 pub mod check;
+pub mod client;
 pub mod demo;
 pub mod exit;
+pub mod instance;
 pub mod output;
 pub mod progress;
 pub mod scan;
 pub mod serve;
 pub mod settings;
+pub mod task;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -41,6 +45,12 @@ enum Command {
     Scan(scan::ScanArgs),
     /// Run the daemon: API, schedules, page
     Serve(serve::ServeArgs),
+    /// The instances of a daemon
+    Instance(instance::InstanceArgs),
+    /// The tasks of a daemon: list, create, follow, pause, cancel
+    Task(task::TaskArgs),
+    /// The automatic scan of an instance of a daemon
+    Autoscan(autoscan::AutoscanArgs),
     /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
     /// See the problem and the cure on a private server
@@ -88,6 +98,9 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Serve(args) => serve::run(args).await,
         Command::Check(args) => check::run(args, matches).await,
         Command::Demo(args) => demo::run(args).await,
+        Command::Instance(args) => instance::run(args).await,
+        Command::Task(args) => task::run(args).await,
+        Command::Autoscan(args) => autoscan::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
     }
 }

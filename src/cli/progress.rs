@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -10,8 +9,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cli::output::{grouped, note, span};
-use crate::model::progress::{PassFigures, ShardView};
-use crate::model::shard::{DbIndex, ShardId};
+use crate::model::progress::PassFigures;
+use crate::model::shard::DbIndex;
 use crate::tasks::TaskView;
 
 /// The bar is drawn anew this often.
@@ -21,9 +20,63 @@ const STEPS: u64 = 10_000;
 /// There is ground for an ETA after this much of the pass, and this long.
 const ETA_GROUND: (f64, Duration) = (0.02, Duration::from_secs(1));
 
-/// Shows the views of a task until its sender is gone.
-pub async fn show(view: watch::Receiver<Arc<TaskView>>) {
-    if std::io::stderr().is_terminal() { bars(view).await } else { lines(view).await }
+/// What is shown of one task, whether it runs in this process or in a daemon.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rows {
+    /// Each shard, in order.
+    pub shards: Vec<ShardRow>,
+}
+
+/// One shard.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ShardRow {
+    /// Its name.
+    pub name: String,
+    /// Why it stands still, as people read it.
+    pub hold: Option<String>,
+    /// Its passes, in order of the DB.
+    pub passes: Vec<PassRow>,
+}
+
+/// One pass.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PassRow {
+    /// The DB.
+    pub db: u32,
+    /// Share that is done, 0 to 1.
+    pub fraction: f64,
+    /// Whether it is complete.
+    pub complete: bool,
+    /// Keys looked at.
+    pub scanned: u64,
+    /// Expired keys freed.
+    pub reclaimed: u64,
+    /// Half of the batches were shorter, in microseconds.
+    pub slice_p50_us: u64,
+}
+
+impl From<&TaskView> for Rows {
+    fn from(view: &TaskView) -> Self {
+        let pass = |(db, figures): (&DbIndex, &PassFigures)| PassRow {
+            db: db.0,
+            fraction: figures.position.fraction(),
+            complete: figures.position.to_send().is_none(),
+            scanned: figures.scanned,
+            reclaimed: figures.reclaimed,
+            slice_p50_us: figures.slice.p50_us,
+        };
+        let shards = view.snapshot.shards.iter().map(|(id, shard)| ShardRow {
+            name: id.to_string(),
+            hold: shard.hold.map(|reason| reason.sentence().to_owned()),
+            passes: shard.passes.iter().map(pass).collect(),
+        });
+        Self { shards: shards.collect() }
+    }
+}
+
+/// Shows a task until the sender of its views is gone.
+pub async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
+    if std::io::stderr().is_terminal() { bars(view, rows).await } else { lines(view, rows).await }
 }
 
 /// How fast a pass goes: by the views since it was first seen.
@@ -34,17 +87,17 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(figures: &PassFigures) -> Self {
-        Self { since: Instant::now(), scanned: figures.scanned, fraction: figures.position.fraction() }
+    fn new(pass: &PassRow) -> Self {
+        Self { since: Instant::now(), scanned: pass.scanned, fraction: pass.fraction }
     }
 
-    fn keys_per_sec(&self, figures: &PassFigures) -> f64 {
-        let keys = figures.scanned.saturating_sub(self.scanned) as f64;
+    fn keys_per_sec(&self, pass: &PassRow) -> f64 {
+        let keys = pass.scanned.saturating_sub(self.scanned) as f64;
         keys / self.since.elapsed().as_secs_f64().max(0.001)
     }
 
-    fn eta(&self, figures: &PassFigures) -> Option<Duration> {
-        eta(self.since.elapsed(), self.fraction, figures.position.fraction())
+    fn eta(&self, pass: &PassRow) -> Option<Duration> {
+        eta(self.since.elapsed(), self.fraction, pass.fraction)
     }
 }
 
@@ -58,50 +111,46 @@ fn eta(elapsed: Duration, fraction_then: f64, fraction_now: f64) -> Option<Durat
 }
 
 /// The figures of a pass in one line.
-fn figures_text(figures: &PassFigures, pace: &Pace) -> String {
-    let eta = pace.eta(figures).map_or_else(|| "N/A".to_owned(), span);
+fn figures_text(pass: &PassRow, pace: &Pace) -> String {
+    let eta = pace.eta(pass).map_or_else(|| "N/A".to_owned(), span);
     format!(
         "{} keys/s, {} reclaimed, slice {}us, ETA {eta}",
-        grouped(pace.keys_per_sec(figures) as u64),
-        grouped(figures.reclaimed),
-        figures.slice.p50_us,
+        grouped(pace.keys_per_sec(pass) as u64),
+        grouped(pass.reclaimed),
+        pass.slice_p50_us,
     )
 }
 
-fn hold_text(shard: &ShardView) -> Option<String> {
-    shard.hold.map(|reason| format!("holding: {}", reason.sentence()))
-}
-
-async fn bars(mut view: watch::Receiver<Arc<TaskView>>) {
+async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let style = ProgressStyle::with_template("{prefix:>14} {bar:28} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     let multi = MultiProgress::new();
-    let mut passes: BTreeMap<(ShardId, DbIndex), (ProgressBar, Pace)> = BTreeMap::new();
+    let mut passes: BTreeMap<(String, u32), (ProgressBar, Pace)> = BTreeMap::new();
     loop {
         let open = view.changed().await.is_ok();
-        let now = view.borrow_and_update().clone();
-        let alone = now.snapshot.shards.len() <= 1;
-        for (id, shard) in &now.snapshot.shards {
-            for (db, figures) in &shard.passes {
-                let (bar, pace) = passes.entry((id.clone(), *db)).or_insert_with(|| {
+        let now = rows(&view.borrow_and_update());
+        let alone = now.shards.len() <= 1;
+        for shard in &now.shards {
+            for pass in &shard.passes {
+                let (bar, pace) = passes.entry((shard.name.clone(), pass.db)).or_insert_with(|| {
                     let bar = multi.add(ProgressBar::new(STEPS).with_style(style.clone()));
-                    bar.set_prefix(if alone { db.to_string() } else { format!("{id} {db}") });
-                    (bar, Pace::new(figures))
+                    let db = DbIndex(pass.db);
+                    bar.set_prefix(if alone { db.to_string() } else { format!("{} {db}", shard.name) });
+                    (bar, Pace::new(pass))
                 });
                 if bar.is_finished() {
                     continue;
                 }
-                bar.set_position((figures.position.fraction() * STEPS as f64) as u64);
-                let complete = figures.position.to_send().is_none();
-                bar.set_message(match hold_text(shard) {
-                    Some(hold) => hold,
-                    None if complete => {
-                        let keys = pace.keys_per_sec(figures) as u64;
-                        format!("{} keys/s, {} reclaimed", grouped(keys), grouped(figures.reclaimed))
+                bar.set_position((pass.fraction * STEPS as f64) as u64);
+                bar.set_message(match &shard.hold {
+                    Some(hold) => format!("holding: {hold}"),
+                    None if pass.complete => {
+                        let keys = pace.keys_per_sec(pass) as u64;
+                        format!("{} keys/s, {} reclaimed", grouped(keys), grouped(pass.reclaimed))
                     }
-                    None => figures_text(figures, pace),
+                    None => figures_text(pass, pace),
                 });
-                if complete {
+                if pass.complete {
                     bar.abandon();
                 }
             }
@@ -125,26 +174,26 @@ fn line_every(elapsed: Duration) -> Duration {
     })
 }
 
-async fn lines(mut view: watch::Receiver<Arc<TaskView>>) {
+async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let begun = Instant::now();
     let mut due = begun + line_every(Duration::ZERO);
-    let mut paces: BTreeMap<(ShardId, DbIndex), Pace> = BTreeMap::new();
+    let mut paces: BTreeMap<(String, u32), Pace> = BTreeMap::new();
     let mut holds = BTreeMap::new();
     while view.changed().await.is_ok() {
-        let now = view.borrow_and_update().clone();
+        let now = rows(&view.borrow_and_update());
         let elapsed = begun.elapsed();
         let is_due = Instant::now() >= due;
-        for (id, shard) in &now.snapshot.shards {
-            if holds.insert(id.clone(), shard.hold) != Some(shard.hold)
-                && let Some(hold) = hold_text(shard)
+        for ShardRow { name, hold, passes } in &now.shards {
+            if holds.insert(name.clone(), hold.clone()).as_ref() != Some(hold)
+                && let Some(hold) = hold
             {
-                note(&format!("{:>7} {id} {hold}", span(elapsed)));
+                note(&format!("{:>7} {name} holding: {hold}", span(elapsed)));
             }
-            let Some((db, figures)) = shard.current.and_then(|db| shard.passes.get_key_value(&db)) else { continue };
-            let pace = paces.entry((id.clone(), *db)).or_insert_with(|| Pace::new(figures));
-            if is_due && shard.hold.is_none() {
-                let percent = figures.position.fraction() * 100.0;
-                note(&format!("{:>7} {id} {db} {percent:.1}%: {}", span(elapsed), figures_text(figures, pace)));
+            let Some(pass) = passes.iter().rfind(|pass| !pass.complete) else { continue };
+            let pace = paces.entry((name.clone(), pass.db)).or_insert_with(|| Pace::new(pass));
+            if is_due && hold.is_none() {
+                let (db, percent) = (DbIndex(pass.db), pass.fraction * 100.0);
+                note(&format!("{:>7} {name} {db} {percent:.1}%: {}", span(elapsed), figures_text(pass, pace)));
             }
         }
         if is_due {

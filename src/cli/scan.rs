@@ -10,7 +10,8 @@ use uuid::Uuid;
 use crate::api::dto::{Report, ScanOutput};
 use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
-use crate::cli::{output, progress};
+use crate::cli::output;
+use crate::cli::progress::{self, Rows};
 use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::target::Target;
@@ -123,7 +124,8 @@ pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Resu
         }
     };
     let signals = tokio::spawn(obey_signals(running.control.clone()));
-    let shown = (show != Show::Quiet).then(|| tokio::spawn(progress::show(running.view.clone())));
+    let shown = (show != Show::Quiet)
+        .then(|| tokio::spawn(progress::show(running.view.clone(), |view| Rows::from(view.as_ref()))));
     let view = running.ended().await;
     signals.abort();
     if let Some(shown) = shown {

@@ -22,7 +22,7 @@ pub struct SettingsArgs {
 #[derive(Debug, Subcommand)]
 enum SettingsCommand {
     /// Print every setting that is in force and where it came from
-    Show(ShowArgs),
+    Show(Box<ShowArgs>),
     /// Check a settings file of `ttlsweep serve`, and name every problem
     Check(CheckArgs),
 }

@@ -74,7 +74,7 @@ pub enum Rhythm {
         interval_s: u32,
     },
     /// By a cron expression.
-    Cron(CronRule),
+    Cron(Box<CronRule>),
 }
 
 impl Rhythm {
@@ -381,7 +381,7 @@ mod tests {
     #[test]
     fn cron_follows_the_clock_of_its_zone() {
         let rule = CronRule::parse("30 2 * * *", TimeZone::get("Europe/Berlin").unwrap()).unwrap();
-        let rhythm = Rhythm::Cron(rule);
+        let rhythm = Rhythm::Cron(Box::new(rule));
         assert_eq!(rhythm.next_due(at("2026-01-10T00:00:00Z")), Some(at("2026-01-10T01:30:00Z")), "winter: +1");
         assert_eq!(rhythm.next_due(at("2026-07-10T00:00:00Z")), Some(at("2026-07-10T00:30:00Z")), "summer: +2");
         assert_eq!(rhythm.latest_due(at("2026-07-10T00:30:00Z")), Some(at("2026-07-10T00:30:00Z")));
@@ -440,7 +440,7 @@ mod tests {
             .prop_map(|(first, interval_s)| Rhythm::Every { first: Some(first), interval_s });
         let cron = (0..60, 0..24, 0..ZONES.len()).prop_map(|(minute, hour, zone)| {
             let zone = TimeZone::get(ZONES[zone]).unwrap();
-            Rhythm::Cron(CronRule::parse(&format!("{minute} {hour} * * *"), zone).unwrap())
+            Rhythm::Cron(Box::new(CronRule::parse(&format!("{minute} {hour} * * *"), zone).unwrap()))
         });
         prop_oneof![every, cron]
     }

@@ -401,7 +401,7 @@ impl<'a> Reader<'a> {
                 return None;
             }
             Some(expression) => match CronRule::parse(&expression, zone) {
-                Ok(rule) => Rhythm::Cron(rule),
+                Ok(rule) => Rhythm::Cron(Box::new(rule)),
                 Err(message) => {
                     table.complain("cron", format!("cron: {message}"));
                     return None;

@@ -37,8 +37,8 @@ pub(super) async fn set_auto_scan(
     .bind(config.enabled)
     .bind(first.map(Timestamp::as_millisecond))
     .bind(interval_s)
-    .bind(cron.map(CronRule::expression))
-    .bind(cron.map(CronRule::zone))
+    .bind(cron.map(|rule| rule.expression()))
+    .bind(cron.map(|rule| rule.zone()))
     .bind(config.timeout_s)
     .bind(config.count)
     .bind(config.updated_at.map(Timestamp::as_millisecond))
@@ -58,7 +58,7 @@ fn auto_scan_of(row: &SqliteRow) -> Result<AutoScan, StoreError> {
             let zone: Option<String> = row.try_get("zone")?;
             let zone = TimeZone::get(zone.as_deref().unwrap_or("UTC"))
                 .map_err(|e| StoreError::Damaged(format!("the zone of an automatic scan: {e}")))?;
-            Rhythm::Cron(CronRule::parse(&expression, zone).map_err(StoreError::Damaged)?)
+            Rhythm::Cron(Box::new(CronRule::parse(&expression, zone).map_err(StoreError::Damaged)?))
         }
         None => Rhythm::Every {
             first: row.try_get::<Option<i64>, _>("first_scan_at")?.map(time).transpose()?,

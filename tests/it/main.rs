@@ -14,6 +14,7 @@ mod exact;
 mod resume;
 mod rights;
 mod schedule;
+mod sdk;
 mod service;
 mod support_test;
 mod touch;

@@ -255,7 +255,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill9();
         if std::thread::panicking() {
-            eprintln!("the daemon's log:\n{}", self.log());
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), self.log().as_bytes());
         }
     }
 }

@@ -1,0 +1,99 @@
+//! `ttlsweep autoscan`: the automatic scan of an instance, by the calls of the contract.
+
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::cli::client::{self, Client, ClientArgs, ClientError};
+use crate::cli::exit::Exit;
+use crate::cli::output;
+
+const COLUMNS: [(&str, &str); 7] = [
+    ("instance", "/instance_id"),
+    ("enabled", "/enable_auto_scan"),
+    ("first", "/first_scan_at"),
+    ("interval s", "/interval"),
+    ("timeout s", "/timeout"),
+    ("count", "/scan_keys_count"),
+    ("updated", "/updated_at"),
+];
+
+/// `ttlsweep autoscan`
+#[derive(Debug, Args)]
+pub struct AutoscanArgs {
+    #[command(subcommand)]
+    command: AutoscanCommand,
+
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum AutoscanCommand {
+    /// Show the automatic scan of an instance
+    Show {
+        /// The instance
+        instance: String,
+    },
+    /// Switch it on
+    Set {
+        /// The instance
+        instance: String,
+        /// First due time, UTC, such as 2030-01-31T02:00:00Z
+        #[arg(long, value_name = "TIME")]
+        first_scan_at: String,
+        /// Seconds from one due time to the next; 0: once
+        #[arg(long, value_name = "SECONDS")]
+        interval: u32,
+        /// Seconds that a scan may take; at least twice the interval
+        #[arg(long, value_name = "SECONDS")]
+        timeout: u32,
+        /// COUNT to begin with, 10 to 1000
+        #[arg(long, value_name = "KEYS")]
+        scan_keys_count: u32,
+    },
+    /// Switch it off; everything else stays as it was
+    Off {
+        /// The instance
+        instance: String,
+    },
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A stdout that cannot be written, a file that cannot be read.
+pub async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
+    let client = Client::new(&args.client)?;
+    let answer = match &args.command {
+        AutoscanCommand::Show { instance } => ask(&client, instance, None).await,
+        AutoscanCommand::Off { instance } => ask(&client, instance, Some(json!({"enable_auto_scan": false}))).await,
+        AutoscanCommand::Set { instance, first_scan_at, interval, timeout, scan_keys_count } => {
+            let body = json!({
+                "enable_auto_scan": true,
+                "first_scan_at": first_scan_at,
+                "interval": interval,
+                "timeout": timeout,
+                "scan_keys_count": scan_keys_count,
+            });
+            ask(&client, instance, Some(body)).await
+        }
+    };
+    match answer {
+        Ok(answer) if args.client.json => client::print_json(&answer)?,
+        Ok(answer) => output::print(&client::table(&[answer], &COLUMNS))?,
+        Err(error) => return Ok(client::failed(&error)),
+    }
+    Ok(Exit::Done)
+}
+
+/// The contract's paths name the project as well: the instance knows it.
+async fn ask(client: &Client, instance: &str, body: Option<Value>) -> Result<Value, ClientError> {
+    let known = client.get(&format!("/api/v1/instances/{instance}")).await?;
+    let project = known["project_id"].as_str().unwrap_or("");
+    let path = format!("/v2/{project}/instances/{instance}/scan-expire-keys/autoscan-config");
+    match &body {
+        None => client.get(&path).await,
+        Some(body) => client.send(Method::PUT, &path, Some(body)).await,
+    }
+}

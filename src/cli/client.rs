@@ -1,0 +1,221 @@
+//! The client of a daemon, for the subcommands that talk to one.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use futures_util::StreamExt;
+use reqwest::{Method, Response, StatusCode};
+use serde_json::Value;
+
+use crate::cli::exit::Exit;
+use crate::cli::output;
+
+/// How long the daemon may take to answer. Streams are not bound by it.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Where the daemon is and who we are there.
+#[derive(Debug, Args)]
+pub struct ClientArgs {
+    /// The daemon
+    #[arg(long, env = "TTLSWEEP_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080", global = true)]
+    pub server: String,
+
+    /// File whose first line is the token (TTLSWEEP_TOKEN works too)
+    #[arg(long, env = "TTLSWEEP_TOKEN_FILE", value_name = "FILE", global = true)]
+    pub token_file: Option<PathBuf>,
+
+    /// Certificate (PEM) of the authority that the daemon's certificate is from
+    #[arg(long, env = "TTLSWEEP_CA_FILE", value_name = "FILE", global = true)]
+    pub ca_file: Option<PathBuf>,
+
+    /// Print JSON as the daemon sends it
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Why the daemon did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// It was not reached.
+    #[error("cannot reach the daemon at {url}: {source}")]
+    Unreachable {
+        /// Where it should be.
+        url: String,
+        /// Why not.
+        source: reqwest::Error,
+    },
+    /// It refused.
+    #[error("{code}: {message}")]
+    Refused {
+        /// The HTTP status.
+        status: StatusCode,
+        /// The contract's code.
+        code: String,
+        /// Its words.
+        message: String,
+    },
+    /// It answered what it never should.
+    #[error("the daemon's answer is not understood: {0}")]
+    Strange(String),
+}
+
+impl ClientError {
+    /// The exit code.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Unreachable { .. } => Exit::NoAccess,
+            Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403) => Exit::NoAccess,
+            Self::Refused { .. } | Self::Strange(_) => Exit::Failed,
+        }
+    }
+}
+
+/// A client of one daemon.
+#[derive(Debug)]
+pub struct Client {
+    http: reqwest::Client,
+    server: String,
+    token: Option<String>,
+}
+
+impl Client {
+    /// A client with these credentials.
+    ///
+    /// # Errors
+    /// Of the files that were named.
+    pub fn new(args: &ClientArgs) -> anyhow::Result<Self> {
+        // Whoever was first has installed it; there is only one to choose from.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let token = match &args.token_file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                Some(text.lines().next().unwrap_or("").trim().to_owned())
+            }
+            None => std::env::var("TTLSWEEP_TOKEN").ok(),
+        };
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN);
+        if let Some(path) = &args.ca_file {
+            let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let certificate = reqwest::Certificate::from_pem(&pem).context("the CA file is no PEM certificate")?;
+            builder = builder.tls_certs_merge([certificate]);
+        }
+        let server = args.server.trim_end_matches('/').to_owned();
+        Ok(Self { http: builder.build()?, server, token: token.filter(|token| !token.is_empty()) })
+    }
+
+    async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        within: Option<Duration>,
+    ) -> Result<Response, ClientError> {
+        let mut request = self.http.request(method, format!("{}{path}", self.server));
+        if let Some(within) = within {
+            request = request.timeout(within);
+        }
+        if let Some(token) = &self.token {
+            request = request.header("X-Auth-Token", token);
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let unreachable = |source: reqwest::Error| ClientError::Unreachable {
+            url: self.server.clone(),
+            source: source.without_url(),
+        };
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body: Value = response.json().await.unwrap_or_default();
+        let text = |name: &str| body[name].as_str().unwrap_or("").to_owned();
+        match body["error_code"].as_str() {
+            Some(code) => Err(ClientError::Refused { status, code: code.to_owned(), message: text("error_msg") }),
+            None => Err(ClientError::Strange(format!("status {status}"))),
+        }
+    }
+
+    /// Asks for something and gives the answer.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+        let response = self.ask(method, path, body, Some(ANSWER_WITHIN)).await?;
+        response.json().await.map_err(|e| ClientError::Strange(e.without_url().to_string()))
+    }
+
+    /// Looks at something.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn get(&self, path: &str) -> Result<Value, ClientError> {
+        self.send(Method::GET, path, None).await
+    }
+
+    /// Follows Server-Sent Events and hands each one's data over, until they end.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn follow(&self, path: &str, mut each: impl FnMut(Value)) -> Result<(), ClientError> {
+        let response = self.ask(Method::GET, path, None, None).await?;
+        let mut chunks = response.bytes_stream();
+        let mut unread: Vec<u8> = Vec::new();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(|e| ClientError::Strange(e.without_url().to_string()))?;
+            unread.extend_from_slice(&chunk);
+            while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = unread.drain(..=end).collect();
+                if let Some(data) = line.strip_prefix(b"data: ") {
+                    each(serde_json::from_slice(data).map_err(|e| ClientError::Strange(e.to_string()))?);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Prints an error and gives its exit code.
+pub fn failed(error: &ClientError) -> Exit {
+    output::note(&format!("error: {error}"));
+    match error {
+        ClientError::Unreachable { .. } => {
+            output::note("  hint: is `ttlsweep serve` running there? --server names another")
+        }
+        ClientError::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => {
+            output::note("  hint: give the token by --token-file or TTLSWEEP_TOKEN");
+        }
+        _ => {}
+    }
+    error.exit()
+}
+
+/// Prints a value as JSON.
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub fn print_json(value: &Value) -> anyhow::Result<()> {
+    output::print(&format!("{}\n", serde_json::to_string_pretty(value)?))?;
+    Ok(())
+}
+
+/// A text of an object as a cell of a table; `-` where there is none.
+pub fn cell(object: &Value, name: &str) -> String {
+    match object.pointer(name) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Number(number)) => number.as_u64().map_or_else(|| number.to_string(), output::grouped),
+        Some(Value::Bool(flag)) => if *flag { "yes" } else { "no" }.to_owned(),
+        _ => "-".to_owned(),
+    }
+}
+
+/// A table of objects: a heading and a JSON pointer for each column.
+pub fn table(objects: &[Value], columns: &[(&str, &str)]) -> String {
+    let mut rows = vec![columns.iter().map(|(heading, _)| (*heading).to_owned()).collect::<Vec<_>>()];
+    rows.extend(objects.iter().map(|object| columns.iter().map(|(_, name)| cell(object, name)).collect()));
+    output::table(&rows)
+}

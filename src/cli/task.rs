@@ -1,0 +1,238 @@
+//! `ttlsweep task`: the tasks of a daemon, and a bar for one that runs.
+
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+use tokio::sync::watch;
+
+use crate::cli::client::{self, Client, ClientArgs, ClientError};
+use crate::cli::exit::Exit;
+use crate::cli::output;
+use crate::cli::progress::{self, PassRow, Rows, ShardRow};
+use crate::settings::positive_duration;
+
+const COLUMNS: [(&str, &str); 8] = [
+    ("id", "/id"),
+    ("instance", "/instance_id"),
+    ("state", "/state"),
+    ("cause", "/cause"),
+    ("created", "/created_at"),
+    ("ended", "/finished_at"),
+    ("reclaimed", "/reclaimed"),
+    ("why", "/failure/message"),
+];
+
+/// `ttlsweep task`
+#[derive(Debug, Args)]
+pub struct TaskArgs {
+    #[command(subcommand)]
+    command: TaskCommand,
+
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum TaskCommand {
+    /// List tasks, newest first
+    List {
+        /// Of this instance
+        #[arg(long, value_name = "ID")]
+        instance: Option<String>,
+        /// In this state: waiting, running, paused, interrupted, succeeded, failed, cancelled
+        #[arg(long)]
+        state: Option<String>,
+        /// At most so many
+        #[arg(long, value_name = "N")]
+        limit: Option<u32>,
+    },
+    /// Show a task
+    Show {
+        /// Its id
+        id: String,
+    },
+    /// Sweep an instance now
+    Create(CreateArgs),
+    /// Follow a task with the bar of `scan`
+    Watch {
+        /// Its id
+        id: String,
+    },
+    /// Hold a task; the time until it is resumed does not count
+    Pause {
+        /// Its id
+        id: String,
+    },
+    /// Let a paused task go on
+    Resume {
+        /// Its id
+        id: String,
+    },
+    /// End a task; what it freed stays freed and counted
+    Cancel {
+        /// Its id
+        id: String,
+    },
+    /// Give a task other limits while it runs
+    Tune {
+        /// Its id
+        id: String,
+        /// Share of the master's time, above 0 and up to 1
+        #[arg(long, value_name = "SHARE")]
+        intensity: Option<f64>,
+        /// Keys per second; 0: no ceiling
+        #[arg(long, value_name = "KEYS")]
+        max_keys_per_sec: Option<u32>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// The instance
+    instance: String,
+    /// Share of the master's time, above 0 and up to 1
+    #[arg(long, value_name = "SHARE")]
+    intensity: Option<f64>,
+    /// Keys per second; 0: no ceiling
+    #[arg(long, value_name = "KEYS")]
+    max_keys_per_sec: Option<u32>,
+    /// COUNT to begin with, 10 to 1000
+    #[arg(long, value_name = "KEYS")]
+    count: Option<u32>,
+    /// DBs, such as 0,3
+    #[arg(long, value_name = "N", value_delimiter = ',')]
+    db: Vec<u32>,
+    /// Ask for each key that SCAN returned: auto, none, exists, ttl
+    #[arg(long, value_name = "MODE")]
+    touch: Option<String>,
+    /// How long it may take, such as 90min
+    #[arg(long, value_name = "TIME", value_parser = positive_duration)]
+    timeout: Option<std::time::Duration>,
+    /// Sweep only while the instance's window is open
+    #[arg(long)]
+    respect_window: bool,
+    /// Follow it to its end
+    #[arg(long)]
+    watch: bool,
+}
+
+impl CreateArgs {
+    fn body(&self) -> Value {
+        let mut body = Map::new();
+        let mut set = |name: &str, value: Value| {
+            if !value.is_null() {
+                body.insert(name.to_owned(), value);
+            }
+        };
+        set("instance_id", json!(self.instance));
+        set("intensity", json!(self.intensity));
+        set("max_keys_per_sec", json!(self.max_keys_per_sec));
+        set("count", json!(self.count));
+        set("db", if self.db.is_empty() { Value::Null } else { json!(self.db) });
+        set("touch", json!(self.touch));
+        set("timeout_s", json!(self.timeout.map(|timeout| timeout.as_secs().max(1))));
+        set("respect_window", json!(self.respect_window));
+        Value::Object(body)
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A stdout that cannot be written, a file that cannot be read.
+pub async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
+    let client = Client::new(&args.client)?;
+    match ask(&client, &args.command).await {
+        Ok(answer) => {
+            let followed = matches!(args.command, TaskCommand::Watch { .. })
+                || matches!(&args.command, TaskCommand::Create(create) if create.watch);
+            show(&answer, args.client.json)?;
+            Ok(if followed && answer["state"] != "succeeded" { Exit::Failed } else { Exit::Done })
+        }
+        Err(error) => Ok(client::failed(&error)),
+    }
+}
+
+async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientError> {
+    let order =
+        async |id: &str, what: &str| client.send(Method::POST, &format!("/api/v1/tasks/{id}/{what}"), None).await;
+    match command {
+        TaskCommand::List { instance, state, limit } => {
+            let mut query = url::form_urlencoded::Serializer::new(String::new());
+            let limit = limit.map(|limit| limit.to_string());
+            let filters = [("instance_id", instance), ("state", state), ("limit", &limit)];
+            for (name, value) in filters.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))) {
+                query.append_pair(name, value);
+            }
+            client.get(&format!("/api/v1/tasks?{}", query.finish())).await
+        }
+        TaskCommand::Show { id } => client.get(&format!("/api/v1/tasks/{id}")).await,
+        TaskCommand::Create(create) => {
+            let task = client.send(Method::POST, "/api/v1/tasks", Some(&create.body())).await?;
+            match task["id"].as_str() {
+                Some(id) if create.watch => follow(client, id).await,
+                _ => Ok(task),
+            }
+        }
+        TaskCommand::Watch { id } => follow(client, id).await,
+        TaskCommand::Pause { id } => order(id, "pause").await,
+        TaskCommand::Resume { id } => order(id, "resume").await,
+        TaskCommand::Cancel { id } => order(id, "cancel").await,
+        TaskCommand::Tune { id, intensity, max_keys_per_sec } => {
+            let mut body = Map::new();
+            body.extend(intensity.map(|share| ("intensity".to_owned(), json!(share))));
+            body.extend(max_keys_per_sec.map(|keys| ("max_keys_per_sec".to_owned(), json!(keys))));
+            client.send(Method::PATCH, &format!("/api/v1/tasks/{id}"), Some(&Value::Object(body))).await
+        }
+    }
+}
+
+/// Shows the bar until the task has ended, and gives its last view.
+async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
+    let (sender, views) = watch::channel(Value::Null);
+    let bar = tokio::spawn(progress::show(views, rows));
+    let followed = client
+        .follow(&format!("/api/v1/tasks/{id}/events"), |view| {
+            sender.send_replace(view);
+        })
+        .await;
+    drop(sender);
+    // It ends with the sender; waiting keeps the bar above what follows.
+    let _ = bar.await;
+    followed?;
+    client.get(&format!("/api/v1/tasks/{id}")).await
+}
+
+/// The daemon's view of a task as the bar shows it.
+fn rows(view: &Value) -> Rows {
+    let hold = |shard: &Value| {
+        let holds = view["holds"].as_array().into_iter().flatten();
+        let mut mine = holds.filter(|hold| hold["shard"] == shard["shard"]);
+        mine.next().and_then(|hold| hold["sentence"].as_str()).map(str::to_owned)
+    };
+    let number = |pass: &Value, name: &str| pass.pointer(name).and_then(Value::as_u64).unwrap_or_default();
+    let pass = |pass: &Value| PassRow {
+        db: u32::try_from(number(pass, "/db")).unwrap_or_default(),
+        fraction: pass["fraction"].as_f64().unwrap_or_default(),
+        complete: pass["complete"].as_bool().unwrap_or_default(),
+        scanned: number(pass, "/scanned"),
+        reclaimed: number(pass, "/reclaimed"),
+        slice_p50_us: number(pass, "/slice_us/p50"),
+    };
+    let shards = view["shards"].as_array().into_iter().flatten().map(|shard| ShardRow {
+        name: shard["shard"].as_str().unwrap_or_default().to_owned(),
+        hold: hold(shard),
+        passes: shard["dbs"].as_array().into_iter().flatten().map(pass).collect(),
+    });
+    Rows { shards: shards.collect() }
+}
+
+fn show(answer: &Value, json: bool) -> anyhow::Result<()> {
+    if json {
+        return client::print_json(answer);
+    }
+    let one = [answer.clone()];
+    let tasks = answer["tasks"].as_array().map_or(one.as_slice(), Vec::as_slice);
+    output::print(&client::table(tasks, &COLUMNS))?;
+    Ok(())
+}

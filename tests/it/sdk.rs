@@ -1,0 +1,138 @@
+//! Real clients: the public Python SDK runs all five calls, a fuzzer that reads the API's own description finds nothing
+//! wrong, and promtool accepts the figures. `make clients` gets them.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::daemon::{Daemon, PROJECT, instance};
+use crate::support::keyspace::Keyspace;
+use crate::support::server::Server;
+
+const DEAD: u64 = 1_500;
+
+/// A key pair whose secret is in the environment, and a token of the SHA-256 of `secret`.
+const CREDENTIALS: &str = r#"
+[api]
+listen = "127.0.0.1:0"
+[[api.keys]]
+name = "sdk"
+role = "operator"
+projects = ["0123456789abcdef0123456789abcdef"]
+access = "AKEXAMPLE"
+secret-env = "SK_OF_THE_TEST"
+[[api.tokens]]
+name = "fuzzer"
+role = "operator"
+projects = ["0123456789abcdef0123456789abcdef"]
+sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
+"#;
+const TOKEN: &str = "secret";
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The path of a client that `make clients` has fetched.
+fn client(name: &str) -> PathBuf {
+    let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
+    let path = PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim());
+    assert!(path.exists(), "{name} is not there: run `make clients`");
+    path
+}
+
+/// Runs a command without blocking the test's own server tasks.
+async fn output(mut command: Command) -> Output {
+    tokio::task::spawn_blocking(move || command.output()).await.expect("it ends").expect("it runs")
+}
+
+async fn daemon(server: &Server) -> Daemon {
+    let settings = format!("{CREDENTIALS}{}", instance("cache", &server.url(), ""));
+    let secret = |mut command: Command| {
+        command.env("SK_OF_THE_TEST", "SKEXAMPLE");
+        command
+    };
+    Daemon::prepare(&settings).launched(secret).await.with_token(TOKEN)
+}
+
+async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(DEAD, "dead:").await;
+    let daemon = daemon(&server).await;
+    let mut sdk = Command::new(client("python"));
+    sdk.arg(root().join("tests/it/sdk.py")).args([daemon.url(), "cache", PROJECT, "AKEXAMPLE", secret]).args(more);
+    let run = output(sdk).await;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert!(run.status.success(), "{said}\n{}", daemon.log());
+    (serde_json::from_slice(&run.stdout).expect("one object"), daemon, server)
+}
+
+fn check(seen: &Value) {
+    assert_eq!(seen["created"]["status"], "waiting");
+    assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(DEAD), &json!(1)));
+    assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(DEAD), &json!(2)));
+    assert_eq!(seen["second"]["records"][0]["id"], seen["again"]["id"], "newest first");
+    assert_eq!(seen["filtered"]["records"].as_array().map(Vec::len), Some(1));
+    assert_eq!(seen["shown"]["interval"], 3600);
+    assert_eq!((&seen["set"]["scan_keys_count"], &seen["shown"]["enable_auto_scan"]), (&json!(20), &json!(true)));
+    assert_eq!(seen["error"], json!([404, "DCS.3022", "This DCS instance does not exist.", true]));
+}
+
+#[tokio::test]
+async fn the_public_sdk_runs_all_five_calls_signed() {
+    let (seen, _daemon, _server) = all_five_calls(&[], "SKEXAMPLE").await;
+    check(&seen);
+}
+
+#[tokio::test]
+async fn the_public_sdk_runs_all_five_calls_with_a_token() {
+    let (seen, _daemon, _server) = all_five_calls(&[TOKEN], "no secret").await;
+    check(&seen);
+}
+
+#[tokio::test]
+async fn a_wrong_secret_is_refused() {
+    let server = Server::start().await;
+    let daemon = daemon(&server).await;
+    let mut sdk = Command::new(client("python"));
+    sdk.arg(root().join("tests/it/sdk.py")).args([daemon.url(), "cache", PROJECT, "AKEXAMPLE", "wrong"]);
+    let run = output(sdk).await;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert!(!run.status.success() && said.contains("DCS.1001"), "{said}");
+    assert_eq!(daemon.history("cache").await["count"], 0);
+}
+
+#[tokio::test]
+async fn a_fuzzer_that_reads_the_description_finds_nothing_wrong() {
+    let server = Server::start().await;
+    let daemon = daemon(&server).await;
+    let schemathesis = client("python").with_file_name("schemathesis");
+    let mut fuzz = Command::new(schemathesis);
+    fuzz.arg("--config-file").arg(root().join("tests/it/schemathesis.toml"));
+    fuzz.args(["run", &format!("{}/openapi.json", daemon.url()), "--header", &format!("X-Auth-Token: {TOKEN}")]);
+    fuzz.args(["--max-examples", "15", "--seed", "1", "--no-color", "--phases", "examples,coverage,fuzzing"]);
+    fuzz.args(["--request-timeout", "20"]).current_dir(std::env::temp_dir());
+    let run = output(fuzz).await;
+    let said = String::from_utf8_lossy(&run.stdout).into_owned();
+    assert!(run.status.success(), "{said}");
+    daemon.get("/healthz").await.ok();
+}
+
+#[tokio::test]
+async fn promtool_accepts_the_figures() {
+    let server = Server::start().await;
+    let daemon = daemon(&server).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "succeeded").await;
+    let response = daemon.request(Method::GET, "/metrics").send().await.expect("an answer");
+    let text = response.text().await.expect("text");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), &text).expect("it is written");
+    let mut check = Command::new(client("promtool"));
+    check.args(["check", "metrics"]).stdin(std::fs::File::open(file.path()).expect("it is there"));
+    let run = output(check).await;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && said.trim().is_empty(), "{said}\n{text}");
+}
