@@ -1,0 +1,77 @@
+//! The command line as a client of the daemon.
+
+use serde_json::json;
+
+use crate::support::daemon::{Daemon, instance};
+use crate::support::keyspace::Keyspace;
+use crate::support::run::{Run, run};
+use crate::support::server::Server;
+
+async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
+    run(args.iter().copied().chain(["--server", daemon.url()])).await
+}
+
+#[tokio::test]
+async fn a_task_is_created_followed_and_listed_from_the_command_line() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(500, "dead:").await;
+    keys.live_ttl(2_500, "live:").await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+
+    let task = ["task", "create", "cache", "--max-keys-per-sec", "2000", "--watch", "--json"];
+    let run = ask(&daemon, &task).await.expect(0);
+    let task = run.json();
+    assert_eq!((&task["state"], &task["reclaimed"]), (&json!("succeeded"), &json!(500)));
+    assert!(run.stderr.contains("keys/s") && run.stderr.contains("ETA"), "the lines of scan: {}", run.stderr);
+    let id = task["id"].as_str().expect("an id");
+
+    let list = ask(&daemon, &["task", "list", "--state", "succeeded"]).await.expect(0);
+    assert!(list.stdout.contains(id) && list.stdout.contains("500"), "{}", list.stdout);
+    let watched = ask(&daemon, &["task", "watch", id]).await.expect(0);
+    assert!(watched.stdout.contains("succeeded"), "one that has ended is shown at once: {}", watched.stdout);
+    let late = ask(&daemon, &["task", "pause", id]).await.expect(1);
+    assert!(late.stderr.contains("DCS.4017: The task has ended."), "{}", late.stderr);
+
+    let instances = ask(&daemon, &["instance", "list"]).await.expect(0);
+    assert!(instances.stdout.contains("cache") && instances.stdout.contains("succeeded"), "{}", instances.stdout);
+    let check = ask(&daemon, &["instance", "check", "cache"]).await.expect(0);
+    assert!(check.stdout.contains("verdict: a sweep can run"), "{}", check.stdout);
+    let unknown = ask(&daemon, &["instance", "show", "other"]).await.expect(1);
+    assert!(unknown.stderr.contains("DCS.3022: This DCS instance does not exist."), "{}", unknown.stderr);
+}
+
+#[tokio::test]
+async fn orders_are_given_from_the_command_line() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(3_000, "live:").await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 200")).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    for (order, state) in [("pause", "paused"), ("resume", "running")] {
+        let run = ask(&daemon, &["task", order, &id, "--json"]).await.expect(0);
+        assert_eq!(run.json()["state"], state);
+    }
+    let tuned = ask(&daemon, &["task", "tune", &id, "--intensity", "0.5", "--json"]).await.expect(0);
+    assert_eq!(tuned.json()["settings"]["intensity"], "0.5");
+    let run = ask(&daemon, &["task", "cancel", &id, "--json"]).await.expect(0);
+    assert_eq!(run.json()["state"], "cancelled");
+
+    let set = ["autoscan", "set", "cache", "--first-scan-at", "2999-01-01T00:00:00Z", "--interval", "60"];
+    let rest = ["--timeout", "120", "--scan-keys-count", "30", "--json"];
+    let run = ask(&daemon, &[&set[..], &rest[..]].concat()).await.expect(0);
+    assert_eq!(run.json()["first_scan_at"], "2999-01-01T00:00:00.000Z");
+    let off = ask(&daemon, &["autoscan", "off", "cache"]).await.expect(0);
+    assert!(off.stdout.contains("2999-01-01T00:00:00.000Z"), "what was set is kept: {}", off.stdout);
+    let bad = ["autoscan", "set", "cache", "--first-scan-at", "2020-01-01T00:00:00Z", "--interval", "60"];
+    let bad = ask(&daemon, &[&bad[..], &rest[..]].concat()).await.expect(1);
+    assert!(bad.stderr.contains("DCS.4819"), "{}", bad.stderr);
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_not_there_is_said_in_one_line() {
+    let port = crate::support::free_port();
+    let run = run(["task", "list", "--server", &format!("http://127.0.0.1:{port}")]).await.expect(3);
+    assert!(run.stderr.starts_with("error: cannot reach the daemon at http://127.0.0.1:"), "{}", run.stderr);
+    assert!(run.stderr.contains("hint: is `ttlsweep serve` running there?"), "{}", run.stderr);
+}
