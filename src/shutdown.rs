@@ -28,8 +28,9 @@ pub fn obey_signals(stop: CancellationToken, on_hangup: impl Fn() + Send + 'stat
                 tracing::warn!("cut by a second signal");
                 std::process::exit(CUT);
             }
-            tracing::info!("stopping: running sweeps end their batch and keep their checkpoint; once more to cut");
+            // First the deed, then the words: nothing that can go wrong with a log may keep the daemon from stopping.
             stop.cancel();
+            tracing::info!("stopping: running sweeps end their batch and keep their checkpoint; once more to cut");
         }
     });
     Ok(())

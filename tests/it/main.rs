@@ -11,6 +11,7 @@ mod client;
 mod crash;
 mod dcs;
 mod demo;
+mod deploy;
 mod exact;
 mod resume;
 mod rights;

@@ -133,6 +133,35 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_sweep_is_held_when_its_window_closes_and_goes_on_when_it_opens() {
+    let server = filled(6_000, 100).await;
+    // Open until three seconds from now, then closed for two.
+    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+    let time = |ahead: i64| (&now + jiff::SignedDuration::from_secs(ahead)).strftime("%H:%M:%S").to_string();
+    let window = format!("[instances.window]\nstart = \"{}\"\nend = \"{}\"\n", time(5), time(3));
+    let daemon = Daemon::start(&instance("cache", &server.url(), &format!("{SLOW}\n{window}"))).await;
+    let id = daemon.create(json!({"instance_id": "cache", "respect_window": true})).await;
+    daemon.until(&id, "running").await;
+    probe("the window closes", PATIENCE, async || hold(&daemon.task(&id).await) == "outside_window").await;
+    let held = daemon.task(&id).await;
+    assert_eq!(held["state"], "running");
+    assert_eq!(daemon.history("cache").await["records"][0]["status"], "running");
+    probe("it goes on", PATIENCE, async || daemon.task(&id).await["scanned"] != held["scanned"]).await;
+    hurry(&daemon, &id).await;
+    let done = daemon.until(&id, "succeeded").await;
+    assert_eq!(done["reclaimed"], 100);
+    let of = |name: &str| done["shards"][0]["dbs"][0]["held_s"][name].as_f64().unwrap_or_default();
+    assert!(of("outside_window") > 1.0, "{done:#}");
+    let seconds = |name: &str| -> i64 {
+        let time: jiff::Timestamp = done[name].as_str().expect("a time").parse().expect("a time");
+        time.as_millisecond()
+    };
+    let took = (seconds("finished_at") - seconds("started_at")) as f64 / 1000.0;
+    let spent = done["spent_s"].as_f64().expect("a number");
+    assert!(spent < took - 1.0, "the closed window does not count: {spent} of {took}");
+}
+
+#[tokio::test]
 async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
     let server = filled(4_000, 2_000).await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 2000")).await;

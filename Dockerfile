@@ -1,0 +1,25 @@
+# The daemon and the command line in one small image: non-root, and content with a read-only root and a volume.
+#
+#   docker build -t ttlsweep .
+#   docker run --read-only -v ttlsweep:/var/lib/ttlsweep -v $PWD/ttlsweep.toml:/etc/ttlsweep/ttlsweep.toml:ro ttlsweep
+
+FROM rust:1.94-slim-bookworm AS build
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY Cargo.toml Cargo.lock ./
+COPY src src
+# Cargo.toml names the benches; they are not built here, but must exist.
+COPY benches benches
+RUN cargo build --release --locked --bin ttlsweep
+
+FROM debian:bookworm-slim
+# Time zones for windows and cron; certificates of public authorities for TLS to servers.
+RUN apt-get update && apt-get install -y --no-install-recommends tzdata ca-certificates && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --home-dir /var/lib/ttlsweep --create-home ttlsweep
+COPY --from=build /src/target/release/ttlsweep /usr/local/bin/ttlsweep
+USER 10001
+WORKDIR /var/lib/ttlsweep
+VOLUME /var/lib/ttlsweep
+EXPOSE 8080
+ENTRYPOINT ["ttlsweep"]
+CMD ["serve", "--config", "/etc/ttlsweep/ttlsweep.toml"]

@@ -1,0 +1,149 @@
+//! What is shipped to run the program: flags that really exist, paths that match, files that parse. The engines that
+//! would run it (Docker, Kubernetes, systemd) are not here.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::support::ttlsweep;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The documents of a YAML file, by the parser of the Python that `make clients` has fetched.
+fn yaml(path: &str) -> Vec<Value> {
+    let python = Command::new(root().join("scripts/clients.sh")).arg("python").output().expect("clients.sh runs");
+    let python = String::from_utf8(python.stdout).expect("a path");
+    let program = "import json, sys, yaml; print(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
+    let parsed = Command::new(python.trim()).args(["-c", program]).arg(root().join(path)).output();
+    let parsed = parsed.unwrap_or_else(|e| panic!("{e}: run `make clients`"));
+    assert!(parsed.status.success(), "{path}: {}", String::from_utf8_lossy(&parsed.stderr));
+    serde_json::from_slice(&parsed.stdout).expect("JSON")
+}
+
+/// Panics unless the program takes these arguments: with `--help` behind them it must only print its help, which it
+/// does for an unknown subcommand or flag just as little as without.
+#[track_caller]
+fn check_arguments(arguments: &[&str]) {
+    let run = ttlsweep().args(arguments).arg("--help").output().expect("it runs");
+    assert!(run.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&run.stderr));
+    let help = String::from_utf8_lossy(&run.stdout).into_owned();
+    for flag in arguments.iter().filter(|argument| argument.starts_with("--")) {
+        assert!(help.contains(flag), "{flag} is no flag of {}", arguments[0]);
+    }
+}
+
+fn words(value: &Value) -> Vec<&str> {
+    value.as_array().expect("a list").iter().map(|word| word.as_str().expect("a word")).collect()
+}
+
+#[test]
+fn every_unit_starts_the_program_with_flags_that_exist() {
+    let mut commands = 0;
+    for unit in ["ttlsweep.service", "ttlsweep-scan.service"] {
+        let text = read(&format!("deploy/systemd/{unit}"));
+        for line in text.lines().filter(|line| line.starts_with("ExecStart")) {
+            let (_, command) = line.split_once('=').expect("a setting");
+            let command: Vec<_> = command.split(' ').collect();
+            assert_eq!(command[0], "/usr/local/bin/ttlsweep");
+            check_arguments(&command[1..]);
+            commands += 1;
+        }
+    }
+    assert_eq!(commands, 3);
+    let daemon = read("deploy/systemd/ttlsweep.service");
+    assert!(daemon.contains("StateDirectory=ttlsweep") && daemon.contains("WorkingDirectory=/var/lib/ttlsweep"));
+    assert!(read("deploy/systemd/ttlsweep-scan.timer").contains("OnCalendar="));
+}
+
+#[test]
+fn the_manifests_start_the_program_with_flags_that_exist() {
+    let cron = &yaml("deploy/kubernetes/cronjob.yaml")[0];
+    let pod = &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"];
+    check_arguments(&words(&pod["containers"][0]["args"]));
+    assert_eq!((&cron["kind"], &cron["apiVersion"]), (&"CronJob".into(), &"batch/v1".into()));
+    assert_eq!(pod["restartPolicy"], "Never");
+    for env in pod["containers"][0]["env"].as_array().expect("a list") {
+        let name = env["name"].as_str().expect("a name");
+        let help = ttlsweep().args(["scan", "--help"]).output().expect("it runs");
+        let help = String::from_utf8_lossy(&help.stdout).into_owned();
+        assert!(help.contains(name), "{name} is read by scan");
+    }
+
+    let daemon = yaml("deploy/kubernetes/deployment.yaml");
+    let kinds: Vec<_> = daemon.iter().map(|object| object["kind"].as_str().expect("a kind")).collect();
+    assert_eq!(kinds, ["Deployment", "PersistentVolumeClaim", "Service"]);
+    let pod = &daemon[0]["spec"]["template"];
+    let container = &pod["spec"]["containers"][0];
+    let arguments = words(&container["args"]);
+    check_arguments(&arguments);
+    let mounts = container["volumeMounts"].as_array().expect("a list");
+    let config = arguments[2].rsplit_once('/').expect("a path").0;
+    assert!(mounts.iter().any(|mount| mount["mountPath"] == config), "the settings are mounted");
+    for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
+        assert_eq!(container[probe]["httpGet"]["path"], path);
+    }
+    assert_eq!(daemon[0]["spec"]["selector"]["matchLabels"], pod["metadata"]["labels"]);
+    assert_eq!(daemon[2]["spec"]["selector"], pod["metadata"]["labels"]);
+    for pod in [&pod["spec"], &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]] {
+        let hardened = &pod["containers"][0]["securityContext"];
+        assert_eq!(hardened["readOnlyRootFilesystem"], true);
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    }
+}
+
+#[test]
+fn the_image_and_the_example_fit_together() {
+    let image = read("Dockerfile");
+    let rust_version =
+        read("Cargo.toml").lines().find_map(|line| line.strip_prefix("rust-version = ")).map(str::to_owned);
+    assert!(image.contains(&format!("FROM rust:{}-slim", rust_version.expect("a version").trim_matches('"'))));
+    for line in image.lines().filter(|line| line.starts_with("COPY ") && !line.contains("--from")) {
+        let sources: Vec<_> = line.split(' ').skip(1).collect();
+        for source in &sources[..sources.len() - 1] {
+            assert!(root().join(source).exists(), "{source} is copied");
+        }
+    }
+    let command = image.lines().find_map(|line| line.strip_prefix("CMD ")).expect("a command");
+    let command: Value = serde_json::from_str(command).expect("JSON");
+    check_arguments(&words(&command));
+    assert!(image.lines().any(|line| line == "USER 10001"));
+
+    let compose = &yaml("docker-compose.yml")[0];
+    let services = compose["services"].as_object().expect("services");
+    for service in services.values() {
+        for volume in service["volumes"].as_array().into_iter().flatten() {
+            let volume = volume.as_str().expect("a text");
+            let (source, rest) = volume.split_once(':').expect("a mount");
+            if source.starts_with('.') {
+                assert!(root().join(source).is_file(), "{source} is mounted");
+            } else {
+                assert!(compose["volumes"].as_object().expect("volumes").contains_key(source), "{source}");
+                assert!(image.contains(&format!("VOLUME {rest}")));
+            }
+        }
+        for needed in service["depends_on"].as_array().into_iter().flatten() {
+            assert!(services.contains_key(needed.as_str().expect("a name")), "{needed}");
+        }
+    }
+    let scrape = &yaml("deploy/compose/prometheus.yml")[0]["scrape_configs"][0];
+    assert_eq!(scrape["static_configs"][0]["targets"][0], "ttlsweep:8080");
+}
+
+#[test]
+fn the_settings_files_that_are_shipped_are_valid() {
+    for path in ["deploy/ttlsweep.toml", "deploy/compose/ttlsweep.toml"] {
+        let run = ttlsweep().args(["settings", "check"]).arg(root().join(path)).output().expect("it runs");
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    }
+    use sha2::{Digest, Sha256};
+    let known = ttlsweep::api::signature::hex(&Sha256::digest(b"try-me"));
+    assert!(read("deploy/compose/ttlsweep.toml").contains(&known), "the token of docker-compose.yml");
+    assert!(read("docker-compose.yml").contains("X-Auth-Token: try-me"));
+}
