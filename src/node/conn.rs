@@ -10,8 +10,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use crate::model::shard::{DbIndex, NodeAddr};
-use crate::model::target::Credentials;
+use crate::model::target::{Credentials, NodeMap};
 use crate::node::error::NodeError;
+use crate::node::tls::{self, Tls};
 use crate::node::wire::{self, Malformed, Names, ScanReader, ScanReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
@@ -22,6 +23,12 @@ const READ_BUFFER: usize = 64 << 10;
 pub struct ConnOptions {
     /// Who we are.
     pub credentials: Credentials,
+    /// Who we are for sentinels.
+    pub sentinel_credentials: Credentials,
+    /// How to encrypt; `None`: not at all. Unix sockets never are.
+    pub tls: Option<Tls>,
+    /// Where to reach nodes that announce other addresses.
+    pub node_map: NodeMap,
     /// Bound on making a connection, handshake included.
     pub connect_timeout: Duration,
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
@@ -95,7 +102,10 @@ impl Conn {
             addr: addr.clone(),
             source: io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("no connection within {:?}", options.connect_timeout),
+                match options.tls {
+                    Some(_) => format!("no TLS connection within {:?} (is it a TLS port?)", options.connect_timeout),
+                    None => format!("no connection within {:?}", options.connect_timeout),
+                },
             ),
         };
         timeout(options.connect_timeout, Self::dial(addr, options)).await.map_err(|_| late())?
@@ -107,7 +117,10 @@ impl Conn {
             NodeAddr::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
-                Box::new(stream)
+                match &options.tls {
+                    Some(tls) => Box::new(tls.encrypt(stream, host, addr).await?),
+                    None => Box::new(stream),
+                }
             }
             NodeAddr::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
         };
@@ -121,8 +134,11 @@ impl Conn {
             out: Vec::new(),
             in_flight: false,
         };
-        conn.handshake(&options.credentials).await?;
-        Ok(conn)
+        let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
+        match conn.handshake(&options.credentials).await {
+            Err(error) if plain => Err(conn.recognise_tls(error)),
+            other => other.map(|()| conn),
+        }
     }
 
     async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
@@ -140,6 +156,22 @@ impl Conn {
             Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
             other => other,
         }
+    }
+
+    /// A server that waits for a TLS handshake takes our first command for garbage: it sends an alert or hangs up.
+    fn recognise_tls(&self, error: NodeError) -> NodeError {
+        /// The first byte of a TLS alert.
+        const ALERT: u8 = 0x15;
+        let problem = match &error {
+            NodeError::Protocol { .. } if self.buf[..self.end].first() == Some(&ALERT) => "sent a TLS alert",
+            NodeError::Lost { source, .. }
+                if matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+            {
+                "closed the connection"
+            }
+            _ => return error,
+        };
+        NodeError::NotPlain { addr: self.addr.clone(), problem }
     }
 
     /// Where it leads.
@@ -378,6 +410,10 @@ impl Conn {
     }
 
     fn lost(&self, source: io::Error) -> NodeError {
+        // With TLS 1.3 a server refuses our certificate only after the handshake, in place of its first answer.
+        if let Some(error) = tls::explain(&self.addr, &source) {
+            return error;
+        }
         NodeError::Lost { addr: self.addr.clone(), source }
     }
 }

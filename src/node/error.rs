@@ -18,6 +18,24 @@ pub enum NodeError {
         #[source]
         source: io::Error,
     },
+    /// The connection was made, and could not be encrypted as it should.
+    #[error("cannot connect to {addr} by TLS: {problem}")]
+    Tls {
+        /// Where.
+        addr: NodeAddr,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// The peer of a connection without TLS speaks TLS, or hung up as such a peer does.
+    #[error("{addr} {problem} in place of an answer to the first command")]
+    NotPlain {
+        /// Where.
+        addr: NodeAddr,
+        /// What it did.
+        problem: &'static str,
+    },
     /// The connection broke.
     #[error("the connection to {addr} was lost: {source}")]
     Lost {
@@ -82,6 +100,8 @@ impl NodeError {
                 Class::Fatal(FailureKind::CannotConnect)
             }
             Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
+            Self::Tls { .. } => Class::Fatal(FailureKind::CannotConnect),
+            Self::NotPlain { .. } => Class::Transient,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
             Self::Server { code, message, .. } => match code.as_str() {
                 "LOADING" => Class::Loading,
@@ -116,6 +136,8 @@ impl NodeError {
 
     fn hint(&self, kind: FailureKind) -> Option<String> {
         let text = match (self, kind) {
+            (Self::Tls { hint, .. }, _) => hint,
+            (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
             (Self::Connect { source, .. }, _) => match source.kind() {
                 io::ErrorKind::ConnectionRefused => {
                     "is the server running there, and is it the right port? Try `redis-cli -h HOST -p PORT ping`"

@@ -9,4 +9,5 @@ pub mod commands;
 pub mod conn;
 pub mod error;
 pub mod info;
+pub mod tls;
 pub mod wire;

@@ -13,7 +13,7 @@ use crate::engine::{self, Outcome, ScanPlan, ShardPlan};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::shard::ShardId;
-use crate::model::target::Target;
+use crate::model::target::{Place, Target};
 use crate::model::task::{Cause, Command, IllegalTransition, Task, TaskId, TaskState, transition};
 use crate::node::conn::ConnOptions;
 use crate::settings::ScanSettings;
@@ -191,12 +191,13 @@ impl TaskService {
 
 /// The shards of a target, without anything that is known of them yet.
 fn shards_of(target: &Target) -> Vec<ShardPlan> {
-    match target {
-        Target::Standalone(addr) => vec![ShardPlan {
+    match &target.place {
+        Place::Standalone(addr) => vec![ShardPlan {
             id: ShardId(addr.to_string()),
             addr: addr.clone(),
             run_id: None,
             passes: Default::default(),
         }],
+        _ => Vec::new(),
     }
 }
