@@ -74,9 +74,16 @@ fn rows(raw: &Raw, settings: &Settings, password_by_env: bool) -> Vec<Row> {
         .iter()
         .map(|key| {
             let (value, origin) = raw.get(key);
-            // The URL may hold a password; the target does not.
-            let value = if *key == "url" { settings.target.to_string() } else { value.to_owned() };
-            Row { key, value, origin: origin.to_string() }
+            let (value, origin) = match *key {
+                // The URL may hold a password; the target does not.
+                "url" => (settings.target.to_string(), origin.to_string()),
+                "db" if value.is_empty() && !settings.scan.dbs.is_empty() => {
+                    let dbs: Vec<_> = settings.scan.dbs.iter().map(|db| db.0.to_string()).collect();
+                    (dbs.join(","), "url".to_owned())
+                }
+                _ => (value.to_owned(), origin.to_string()),
+            };
+            Row { key, value, origin }
         })
         .collect();
     let origin = match &settings.credentials.password {

@@ -276,12 +276,18 @@ impl ShardScan {
         }
         self.pacer.reset_slices();
         self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
-        loop {
-            match self.conn.select(db).await {
-                Ok(()) => break,
+        pass.figures.keys_at_start = loop {
+            // Alone first: beside a DBSIZE that is refused, a SCAN would free keys that nobody counts.
+            let ready = async {
+                self.conn.select(db).await?;
+                commands::dbsize(&mut self.conn).await
+            };
+            match ready.await {
+                Ok(keys) if pass.figures.batches == 0 => break keys,
+                Ok(_) => break pass.figures.keys_at_start,
                 Err(error) => self.recover(error, Some(&mut pass)).await?,
             }
-        }
+        };
         let ended = loop {
             match self.step(&mut pass).await {
                 Ok(()) if pass.figures.position == ScanPosition::Finished => break Ok(()),
@@ -356,7 +362,6 @@ impl ShardScan {
         }
         pass.figures.position = ScanPosition::from_reply(scanned.cursor);
         self.write_tally(pass).await;
-        pass.doubts = 0;
         if scanned.reclaimed() > 0 {
             pass.proven = pass.figures.position;
         }
@@ -364,15 +369,15 @@ impl ShardScan {
             // Nothing was reclaimed in a still pass, so `proven` is its beginning.
             return self.blocked(pass, pass.still.hidden()).await;
         }
+        pass.doubts = 0;
         self.end_hold(Some(pass)).await;
-        match touch {
-            Some(command) if !self.names.is_empty() => self.touch(pass, from, command, &scanned).await?,
-            Some(_) => {}
-            None if scanned.returned > 0 => {
-                pass.untouched = true;
-                self.toucher.passed();
+        match touch.filter(|_| !self.names.is_empty()) {
+            Some(command) => self.touch(pass, from, command, &scanned).await?,
+            None => {
+                pass.untouched |= scanned.returned > 0;
+                let outcome = self.toucher.passed(scanned.reclaimed());
+                self.say_touch(outcome).await;
             }
-            None => {}
         }
         self.pay(pass, &scanned).await?;
         if pass.figures.position == ScanPosition::Finished {
@@ -387,9 +392,6 @@ impl ShardScan {
     fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch) {
         let seen = scanned.returned + scanned.reclaimed();
         let figures = &mut pass.figures;
-        if figures.batches == 0 {
-            figures.keys_at_start = scanned.keys_before;
-        }
         figures.active += self.pacer.worked(seen, scanned.round_trip);
         figures.batches += 1;
         figures.scanned += seen;
@@ -420,7 +422,7 @@ impl ShardScan {
             Ok(touched) => touched,
             Err(error) if error.is_no_permission() => match self.toucher.refused() {
                 Some(outcome) => {
-                    self.reporter.say(ScanEventKind::TouchDecided { outcome }).await;
+                    self.say_touch(Some(outcome)).await;
                     return Ok(());
                 }
                 None => return Err(error.into_failure().into()),
@@ -443,14 +445,19 @@ impl ShardScan {
             touched.answers.iter().for_each(|&ttl| figures.ttl.add(ttl));
         }
         self.write_tally(pass).await;
-        if let Some(outcome) = self.toucher.touched(scanned.reclaimed(), left_dead) {
-            self.reporter.say(ScanEventKind::TouchDecided { outcome }).await;
-            if outcome == TouchOutcome::ScanLeavesDead && pass.untouched {
-                let why = "SCAN left expired keys in memory, and earlier batches were not touched".to_owned();
-                self.begin_again(pass, why).await;
-            }
+        let outcome = self.toucher.touched(scanned.reclaimed(), left_dead);
+        self.say_touch(outcome).await;
+        if outcome == Some(TouchOutcome::ScanLeavesDead) && pass.untouched {
+            let why = "SCAN left expired keys in memory, and earlier batches were not touched".to_owned();
+            self.begin_again(pass, why).await;
         }
         Ok(())
+    }
+
+    async fn say_touch(&self, outcome: Option<TouchOutcome>) {
+        if let Some(outcome) = outcome {
+            self.reporter.say(ScanEventKind::TouchDecided { outcome }).await;
+        }
     }
 
     /// Takes new orders in. Holds while paused.

@@ -134,9 +134,11 @@ impl PassFigures {
 /// What became of the touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TouchOutcome {
-    /// No key was touched and none audited yet.
+    /// No batch was done yet.
     #[default]
     NotNeededYet,
+    /// Neither SCAN nor the audit met an expired key.
+    NothingDead,
     /// The operator asked for none.
     Off,
     /// The operator asked to touch each key.
@@ -153,7 +155,8 @@ impl TouchOutcome {
     /// One sentence for the report.
     pub fn sentence(self) -> &'static str {
         match self {
-            Self::NotNeededYet => "no batch was audited",
+            Self::NotNeededYet => "no batch was done",
+            Self::NothingDead => "audited: no expired key was met",
             Self::Off => "no key was touched, as asked",
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",

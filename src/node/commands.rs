@@ -8,6 +8,9 @@ use crate::node::info::Info;
 /// right; CLIENT SETNAME is a courtesy.
 pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select +client|setname";
 
+/// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
+pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep ~* +exists +ttl";
+
 /// INFO of the default sections and of `commandstats`, in one write.
 ///
 /// # Errors
@@ -29,4 +32,12 @@ pub async fn info(conn: &mut Conn) -> Result<Info, NodeError> {
 /// [`NodeError`].
 pub async fn ping(conn: &mut Conn) -> Result<(), NodeError> {
     conn.call::<String>("PING", &redis::cmd("PING")).await.map(drop)
+}
+
+/// Keys of the selected DB, expired ones that still hold memory included.
+///
+/// # Errors
+/// [`NodeError`].
+pub async fn dbsize(conn: &mut Conn) -> Result<u64, NodeError> {
+    conn.call("DBSIZE", &redis::cmd("DBSIZE")).await
 }

@@ -156,6 +156,10 @@ impl NodeError {
             (_, FailureKind::NotAuthenticated) => {
                 "check user and password; `redis-cli --user USER --askpass ping` must answer PONG"
             }
+            (Self::Server { command: "EXISTS" | "TTL", .. }, FailureKind::NotAllowed) => {
+                let line = crate::node::commands::ACL_TOUCH;
+                return Some(format!("sweep without it (--touch none), or grant what the touch needs: {line}"));
+            }
             (_, FailureKind::NotAllowed) => {
                 return Some(format!("grant what a sweep needs: {}", crate::node::commands::ACL_LINE));
             }

@@ -4,4 +4,11 @@
 //! `make matrix` runs them against each server that the project promises to work with.
 
 mod support;
+
+mod cli;
+mod exact;
+mod resume;
+mod rights;
 mod support_test;
+mod touch;
+mod trouble;

@@ -39,7 +39,7 @@ async fn server_lives_as_long_as_its_handle() {
     let server = Server::start().await;
     let (pid, dir, addr) = (server.pid(), server.dir().to_owned(), server.addr());
     assert!(server.socket().exists());
-    assert_eq!(server.info_number("server", "process_id").await, pid.into());
+    assert_eq!(server.info_number("server", "process_id").await, u64::from(pid));
     let name = match Server::kind() {
         Kind::Redis => "redis_version",
         Kind::Valkey => "valkey_version",

@@ -6,6 +6,7 @@
 
 pub mod keyspace;
 pub mod proxy;
+pub mod run;
 pub mod server;
 
 use std::{

@@ -1,0 +1,169 @@
+//! What people and scripts see: help, errors, settings, streams, exit codes.
+
+use std::process::Stdio;
+
+use crate::support::{
+    PATIENCE,
+    keyspace::Keyspace,
+    probe,
+    run::{Running, run, scan},
+    server::Server,
+    ttlsweep,
+};
+
+#[tokio::test]
+async fn help_is_as_it_was_read() {
+    for (name, args) in [
+        ("help", &["--help"][..]),
+        ("help_scan", &["scan", "--help"]),
+        ("help_settings_show", &["settings", "show", "--help"]),
+    ] {
+        let run = run(args).await.expect(0);
+        insta::assert_snapshot!(name, run.stdout);
+    }
+}
+
+#[tokio::test]
+async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
+    for args in [
+        &["scan", "--count", "5"][..],
+        &["scan", "http://x"],
+        &["scan", "--timeout", "10"],
+        &["scan", "--nonsense"],
+        &["nonsense"],
+        &[],
+        &["scan", "--config", "/nonexistent.toml"],
+    ] {
+        let run = run(args).await.expect(2);
+        assert!(run.stdout.is_empty() && !run.stderr.is_empty(), "{run:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_server_there_is_said_with_the_next_step() {
+    let port = crate::support::free_port();
+    let run = scan(&format!("redis://127.0.0.1:{port}"), &[]).await.expect(3);
+    assert!(run.stderr.contains("Connection refused") && run.stderr.contains("hint: "), "{}", run.stderr);
+    assert_eq!(run.json()["status"], "failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unix_socket_works_and_a_missing_one_is_explained() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(10, "d").await;
+    assert_eq!(scan(&format!("unix://{}", server.socket().display()), &[]).await.expect(0).num(), 10);
+    let run = scan("unix:///nonexistent/redis.sock", &[]).await.expect(3);
+    assert!(run.stderr.contains("no socket is at this path"), "{}", run.stderr);
+}
+
+#[tokio::test]
+async fn settings_show_says_what_is_in_force_and_where_it_came_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("s.toml");
+    std::fs::write(&file, "count = 200\nintensity = 0.5\ntouch = \"none\"\n").unwrap();
+    let mut command = ttlsweep();
+    command.args(["settings", "show", "--config", file.to_str().unwrap(), "--touch", "ttl"]);
+    command.args(["redis://ann:hunter2@cache:7000/3"]);
+    command.env("TTLSWEEP_INTENSITY", "0.25");
+    let output = command.output().unwrap();
+    let shown = String::from_utf8(output.stdout).unwrap().replace(file.to_str().unwrap(), "s.toml");
+    insta::assert_snapshot!(shown);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passwords_come_from_the_environment_or_a_file_too() {
+    let server = Server::options().with_password("pw-of-file").start().await;
+    let url = format!("redis://127.0.0.1:{}", server.port());
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pw");
+    std::fs::write(&file, "pw-of-file\n").unwrap();
+    scan(&url, &["--password-file", file.to_str().unwrap()]).await.expect(0);
+    let status = ttlsweep().args(["scan", &url, "--quiet"]).env("REDISCLI_AUTH", "pw-of-file").output().unwrap();
+    assert!(status.status.success() && status.stdout.is_empty() && status.stderr.is_empty(), "{status:?}");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_process_list_does_not_show_the_password_of_the_url() {
+    let server = Server::options().with_password("hunter2").start().await;
+    Keyspace::of(&server, 0).dead(3_000, "d").await;
+    let running = Running::scan(&server.url(), &["--max-keys-per-sec", "2000"]);
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 100).await;
+    let arguments = std::fs::read(format!("/proc/{}/cmdline", running.pid())).unwrap();
+    assert!(!String::from_utf8_lossy(&arguments).contains("hunter2"), "{}", arguments.escape_ascii());
+    let run = running.end().await.expect(0);
+    assert!(!format!("{run:?}").contains("hunter2"), "{run:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_most_talkative_log_holds_no_secret_and_no_key_name() {
+    let server = Server::options().with_password("hunter2").start().await;
+    Keyspace::of(&server, 0).live(50, "secret-key-").await;
+    Keyspace::of(&server, 0).dead(50, "secret-dead-").await;
+    let mut command = ttlsweep();
+    command.args(["scan", &server.url(), "-vv", "--touch", "ttl"]).env("TTLSWEEP_LOG", "trace");
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("pass complete"), "{said}");
+    assert!(!said.contains("hunter2") && !said.contains("secret-"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_pipe_is_success() {
+    let server = Server::start().await;
+    let mut child = ttlsweep()
+        .args(["scan", &server.url()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(6_000, "d").await;
+    let running = Running::start(["scan", &server.url(), "--max-keys-per-sec", "3000"]);
+    running.says("db0").await;
+    let run = running.end().await.expect(0);
+    assert!(run.stderr.contains("keys/s") && run.stderr.contains("ETA"), "{}", run.stderr);
+    assert!(run.stdout.contains("done: 6,000 expired keys freed"), "{}", run.stdout);
+}
+
+#[test]
+fn a_module_imports_only_from_the_layers_above_it() {
+    // The order of the table in `src/lib.rs`; within one line, none imports another.
+    const LAYERS: &[&[&str]] =
+        &[&["model"], &["settings"], &["node", "store"], &["engine"], &["tasks"], &["api"], &["cli"]];
+    let layer = |module: &str| LAYERS.iter().position(|l| l.contains(&module));
+    let src = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = vec![src.clone()];
+    let mut seen = 0;
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        let inside = path.strip_prefix(&src).unwrap();
+        let first = inside.components().next().unwrap().as_os_str().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        if path.extension().is_none_or(|e| e != "rs") || ["lib", "main"].contains(&module) {
+            continue;
+        }
+        let own = layer(module).unwrap_or_else(|| panic!("`{module}` has no layer"));
+        let code = std::fs::read_to_string(&path).unwrap();
+        let code = code.split("#[cfg(test)]").next().unwrap();
+        for line in code.lines().filter_map(|l| l.trim().strip_prefix("use crate::")) {
+            let used = line.split([':', ';', ' ']).next().unwrap();
+            if used == module {
+                continue;
+            }
+            let below = layer(used).unwrap_or_else(|| panic!("{}: `{used}` has no layer", inside.display()));
+            assert!(below < own, "{}: `{module}` must not import `{used}`", inside.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 20, "the imports were found");
+}

@@ -1,0 +1,216 @@
+//! The count is exact, every dead key goes, and nothing else is touched.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::support::{
+    PATIENCE,
+    keyspace::{Keyspace, Life, assert_same_live},
+    probe,
+    run::{Running, scan},
+    server::Server,
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sixteen_dbs_of_all_types_lose_their_dead_keys_and_nothing_else() {
+    let server = Server::start().await;
+    let (mut before, mut dead) = (BTreeMap::new(), 0);
+    for db in 0..16 {
+        let keys = Keyspace::of(&server, db);
+        keys.zoo(60, "", Life::Forever, u64::from(db)).await;
+        keys.zoo(60, "long", Life::Long, 100 + u64::from(db)).await;
+        // One DB without dead keys, to be passed over as well.
+        let n = 13 * u64::from(db);
+        keys.zoo(n, "dead", Life::Dead, 200 + u64::from(db)).await;
+        dead += n;
+    }
+    for db in 0..16 {
+        before.insert(db, Keyspace::of(&server, db).snapshot_live().await);
+    }
+    let run = scan(&server.url(), &[]).await.expect(0);
+    assert_eq!(run.num(), dead);
+    assert_eq!(server.expired_keys().await, dead);
+    let json = run.json();
+    let dbs = json["report"]["shards"][0]["dbs"].as_array().unwrap();
+    for db in 0..16 {
+        assert_eq!(dbs[db as usize]["reclaimed"], 13 * db, "db{db}");
+        assert_eq!(server.dbsize(db).await, 120, "db{db}");
+        assert_same_live(&before[&db], &Keyspace::of(&server, db).snapshot_live().await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_server_is_swept_with_success() {
+    let server = Server::start().await;
+    let run = scan(&server.url(), &[]).await.expect(0);
+    assert_eq!((run.num(), run.json()["status"].as_str()), (0, Some("success")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_db_without_ttls_is_left_alone_unless_it_is_named() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 2).live(50, "k").await;
+    let scanned = |run: crate::support::run::Run| run.total("scanned");
+    assert_eq!(scanned(scan(&server.url(), &[]).await.expect(0)), 0.0);
+    assert_eq!(scanned(scan(&server.url(), &["--db", "2"]).await.expect(0)), 50.0);
+    let named_by_url = format!("{}/2", server.url().trim_end_matches('/'));
+    assert_eq!(scanned(scan(&named_by_url, &[]).await.expect(0)), 50.0);
+}
+
+/// Writes, overwrites and deletes keys of its own until told to stop. None of them expires.
+async fn write_until(server: &Server, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<u64> {
+    let mut conn = server.conn().await;
+    tokio::spawn(async move {
+        let mut round = 0_u64;
+        while !stop.load(Ordering::Relaxed) {
+            let mut pipeline = redis::pipe();
+            for i in 0..100_u64 {
+                let key = format!("w{}", (round * 37 + i) % 5000);
+                match i % 4 {
+                    0 => pipeline.cmd("SET").arg(&key).arg(i).ignore(),
+                    1 => pipeline.cmd("SET").arg(&key).arg(i).arg("EX").arg(3600).ignore(),
+                    2 => pipeline.cmd("DEL").arg(&key).ignore(),
+                    _ => pipeline.cmd("PERSIST").arg(&key).ignore(),
+                };
+            }
+            let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
+            written.expect("the writer writes");
+            round += 1;
+        }
+        round
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_count_is_exact_while_other_clients_write() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(10_000, "live").await;
+    keys.dead(7_000, "dead").await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers = [write_until(&server, stop.clone()).await, write_until(&server, stop.clone()).await];
+    let run = scan(&server.url(), &["--max-keys-per-sec", "20000"]).await.expect(0);
+    stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        assert!(writer.await.unwrap() > 10, "it wrote all the while");
+    }
+    assert_eq!(run.num(), 7_000);
+    assert_eq!(server.expired_keys().await, 7_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(3_000, "live").await;
+    keys.dead(3_000, "dead").await;
+    let running = Running::scan(&server.url(), &["--max-keys-per-sec", "4000", "--count", "10"]);
+    probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
+    // Four doublings of the table, and back.
+    keys.live(50_000, "more").await;
+    let grown = server.expired_keys().await;
+    let mut conn = server.conn().await;
+    for first in (0..50_000).step_by(1000) {
+        let mut pipeline = redis::pipe();
+        for i in first..first + 1000 {
+            pipeline.cmd("DEL").arg(format!("more{i}")).ignore();
+        }
+        let deleted: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
+        deleted.expect("the keys are deleted");
+    }
+    assert!(grown < 3_000, "the pass was under way while the table grew");
+    let run = running.end().await.expect(0);
+    assert_eq!(run.num(), 3_000);
+    assert_eq!(server.dbsize(0).await, 3_000);
+}
+
+#[test]
+fn any_keyspace_is_swept_exactly() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let server = runtime.block_on(Server::start());
+    let mut runner = TestRunner::new(Config { cases: 12, failure_persistence: None, ..Config::default() });
+    let strategy = (0..400_u64, 0..400_u64, 0..700_u64, 0..16_u32, 10..300_u32, 0_u64..);
+    runner
+        .run(&strategy, |(forever, long, dead, db, count, seed)| {
+            runtime.block_on(async {
+                server.cmd(&["FLUSHALL"]).await;
+                let before_expired = server.expired_keys().await;
+                let keys = Keyspace::of(&server, db);
+                keys.zoo(forever, "f", Life::Forever, seed).await;
+                keys.zoo(long, "l", Life::Long, seed ^ 1).await;
+                keys.zoo(dead, "d", Life::Dead, seed ^ 2).await;
+                let before = keys.snapshot_live().await;
+                let run = scan(&server.url(), &["--db", &db.to_string(), "--count", &count.to_string()]).await.expect(0);
+                assert_eq!(run.num(), dead);
+                assert_eq!(server.expired_keys().await - before_expired, dead);
+                assert_same_live(&before, &keys.snapshot_live().await);
+            });
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// What the server says about each live key's use, in one field of OBJECT.
+async fn object(server: &Server, field: &str, n: u64) -> Vec<u64> {
+    let mut values = Vec::new();
+    for i in 0..n {
+        values.push(server.query(&["OBJECT", field, &format!("live{i}")]).await);
+    }
+    values
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_is_no_use_of_a_key_for_lru() {
+    let server = Server::options().with_config("maxmemory-policy", "allkeys-lru").start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(100, "live").await;
+    keys.dead(100, "dead").await;
+    // The clock of LRU ticks in seconds: wait until every key was idle for two.
+    probe("keys are idle", PATIENCE, async || object(&server, "IDLETIME", 1).await[0] >= 2).await;
+    scan(&server.url(), &[]).await.expect(0);
+    let idle = object(&server, "IDLETIME", 100).await;
+    assert!(idle.iter().all(|&seconds| seconds >= 2), "{idle:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_is_no_use_of_a_key_for_lfu() {
+    let policy = ("maxmemory-policy", "allkeys-lfu");
+    // Any use counts at once, and nothing decays.
+    let server = Server::options()
+        .with_config(policy.0, policy.1)
+        .with_config("lfu-log-factor", "0")
+        .with_config("lfu-decay-time", "0")
+        .start()
+        .await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(100, "live").await;
+    keys.dead(100, "dead").await;
+    let before = object(&server, "FREQ", 100).await;
+    scan(&server.url(), &[]).await.expect(0);
+    assert_eq!(object(&server, "FREQ", 100).await, before);
+    server.cmd(&["GET", "live0"]).await;
+    assert_ne!(object(&server, "FREQ", 1).await[0], before[0], "a use would have shown");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_commands_that_we_promise_are_sent() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(2_000, "live").await;
+    keys.dead(1_000, "dead").await;
+    for (touch, allowed) in [("none", None), ("auto", Some("exists")), ("ttl", Some("ttl")), ("exists", Some("exists"))] {
+        server.cmd(&["CONFIG", "RESETSTAT"]).await;
+        scan(&server.url(), &["--touch", touch]).await.expect(0);
+        let stats = server.info("commandstats").await;
+        for command in stats.keys().filter_map(|field| field.strip_prefix("cmdstat_")) {
+            let ours = ["scan", "dbsize", "info", "ping", "select", "client|setname", "client"];
+            // Of the tests' own connections.
+            let tests = ["config|resetstat", "config", "client|setinfo", "hello"];
+            let known = ours.contains(&command) || tests.contains(&command) || Some(command) == allowed;
+            assert!(known, "touch {touch} sent {command}");
+        }
+    }
+}

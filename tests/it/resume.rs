@@ -1,0 +1,123 @@
+//! A sweep that is interrupted or killed goes on where it was, and its count is right.
+
+use crate::support::{
+    PATIENCE,
+    keyspace::Keyspace,
+    probe,
+    run::{Running, run, scan, state_file},
+    server::Server,
+};
+
+/// Slow enough that a test can do something meanwhile.
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigint_ends_the_batch_prints_the_report_and_resume_finishes() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(2_000, "live").await;
+    keys.dead(4_000, "dead").await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    for signal in ["INT", "TERM"] {
+        let before = server.expired_keys().await;
+        let resume = if before > 0 { &["--resume"][..] } else { &[] };
+        let running = Running::scan(&server.url(), &[&SLOW[..], &["--state", state], resume].concat());
+        probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 300).await;
+        running.signal(signal);
+        let ended = running.end().await.expect(130);
+        assert_eq!(ended.json()["report"]["state"], "interrupted");
+        assert_eq!(ended.num(), server.expired_keys().await, "SIG{signal}");
+        assert!(ended.stderr.contains("--resume"), "{}", ended.stderr);
+    }
+    let first_id = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
+    assert_eq!(first_id.num(), 4_000);
+    assert_eq!(first_id.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0, "the cursor was good");
+    let nothing_left = scan(&server.url(), &["--state", state, "--resume"]).await.expect(2);
+    assert!(nothing_left.stderr.contains("no unfinished sweep"), "{}", nothing_left.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(2_000, "live").await;
+    keys.dead(8_000, "dead").await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    const KILLS: u64 = 5;
+    for kill in 0..KILLS {
+        let before = server.expired_keys().await;
+        let resume = if kill > 0 { &["--resume"][..] } else { &[] };
+        // COUNT cannot grow here: a batch is one hundred keys or fewer, and one key more by the last bucket.
+        let more = ["--max-slice", "1us", "--count", "100", "--state", state];
+        let running = Running::scan(&server.url(), &[&SLOW[..], &more, resume].concat());
+        probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 500).await;
+        running.signal("KILL");
+        assert_eq!(running.end().await.code, None);
+    }
+    let ended = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
+    assert_eq!(server.expired_keys().await, 8_000, "every dead key is gone");
+    let num = ended.num();
+    assert!(num <= 8_000 && num + KILLS * 110 >= 8_000, "{num}");
+    assert_eq!(server.dbsize(0).await, 2_000);
+    assert_eq!(ended.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_of_another_process_is_not_used() {
+    let mut server = Server::start().await;
+    Keyspace::of(&server, 0).dead(3_000, "old").await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let running = Running::scan(&server.url(), &[&SLOW[..], &["--state", state]].concat());
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
+    running.signal("INT");
+    let first = running.end().await.expect(130).num();
+    server.restart().await;
+    Keyspace::of(&server, 0).dead(1_000, "new").await;
+    let ended = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
+    assert_eq!(ended.num(), first + 1_000, "the pass began again and missed nothing");
+    assert_eq!(server.dbsize(0).await, 0);
+    let warnings = ended.json()["report"]["shards"][0]["warnings"].to_string();
+    assert!(warnings.contains("restarted since the checkpoint"), "{warnings}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_cuts_even_where_the_server_hangs() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(3_000, "d").await;
+    let mut running = Running::scan(&server.url(), &SLOW);
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
+    server.sigstop();
+    running.signal("INT");
+    running.says("once more to cut").await;
+    running.signal("INT");
+    probe("it is cut", PATIENCE, async || !running.is_running()).await;
+    server.sigcont();
+    assert_eq!(running.end().await.code, Some(130));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn resume_without_something_to_resume_is_a_usage_error() {
+    let server = Server::start().await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let no_file = scan(&server.url(), &["--resume"]).await.expect(2);
+    assert!(no_file.stderr.contains("--state FILE"), "{}", no_file.stderr);
+    let missing = scan(&server.url(), &["--resume", "--state", state]).await.expect(2);
+    assert!(missing.stderr.contains("there is no state file"), "{}", missing.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(10, "d").await;
+    let (_dir, state) = state_file();
+    std::fs::write(&state, "this is no database, and long enough to be read as one".repeat(100)).unwrap();
+    for path in [state.to_str().unwrap(), "/proc/no/such/place.db"] {
+        let run = run(["scan", &server.url(), "--state", path]).await.expect(1);
+        assert!(run.stderr.contains("cannot open the state file"), "{}", run.stderr);
+    }
+    assert_eq!(server.expired_keys().await, 0);
+}

@@ -1,0 +1,104 @@
+//! A user who may read no value and write no key can sweep; what is missing is named.
+
+use crate::support::{
+    PATIENCE,
+    keyspace::Keyspace,
+    probe,
+    run::{Running, scan},
+    server::Server,
+};
+
+/// Runs the line that we tell operators to run.
+async fn grant(server: &Server, line: &str) {
+    let line = line.replace("'>PASSWORD'", ">pw");
+    let words: Vec<&str> = line.split(' ').collect();
+    server.cmd(&words).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
+    let server = Server::start().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(500, "live").await;
+    keys.dead(500, "dead").await;
+    let url = server.url_as("ttlsweep", "pw");
+    let run = scan(&url, &[]).await.expect(0);
+    assert_eq!(run.num(), 500);
+    assert_eq!(run.json()["report"]["shards"][0]["touch"], "not audited: the user may not run EXISTS");
+
+    let client = redis::Client::open(url).unwrap();
+    let mut conn = client.get_multiplexed_async_connection().await.unwrap();
+    for words in [
+        &["GET", "live1"][..],
+        &["SET", "live1", "x"],
+        &["DEL", "live1"],
+        &["TTL", "live1"],
+        &["EXISTS", "live1"],
+        &["FLUSHALL"],
+        &["CONFIG", "GET", "*"],
+        &["KEYS", "*"],
+        &["SUBSCRIBE", "c"],
+    ] {
+        let mut command = redis::cmd(words[0]);
+        command.arg(&words[1..]);
+        let refused = command.query_async::<redis::Value>(&mut conn).await.unwrap_err();
+        assert_eq!(refused.code(), Some("NOPERM"), "{words:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_missing_right_is_named_with_the_line_that_grants_it() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(10, "d").await;
+    for (missing, command) in [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
+    {
+        grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+        server.cmd(&["ACL", "SETUSER", "ttlsweep", missing]).await;
+        let run = scan(&server.url_as("ttlsweep", "pw"), &["--db", "0"]).await;
+        assert!(run.stderr.contains(&format!("refused {command}: NOPERM")), "{missing}: {}", run.stderr);
+        assert!(run.stderr.contains("ACL SETUSER ttlsweep on '>PASSWORD'"), "{missing}: {}", run.stderr);
+        assert_eq!(run.json()["report"]["failure"]["kind"], "not_allowed");
+        assert_ne!(run.code, Some(0));
+    }
+    assert_eq!(server.expired_keys().await, 0, "nothing was freed that nobody counted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_touch_that_was_asked_for_needs_its_right() {
+    let server = Server::start().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    Keyspace::of(&server, 0).live(10, "k").await;
+    let run = scan(&server.url_as("ttlsweep", "pw"), &["--db", "0", "--touch", "ttl"]).await.expect(1);
+    assert!(run.stderr.contains("+ttl"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_taken_away_during_the_sweep_ends_it_and_what_was_freed_stays_counted() {
+    let server = Server::start().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    Keyspace::of(&server, 0).dead(5_000, "d").await;
+    let running = Running::scan(&server.url_as("ttlsweep", "pw"), &["--max-keys-per-sec", "2000"]);
+    probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
+    server.cmd(&["ACL", "SETUSER", "ttlsweep", "-scan"]).await;
+    let run = running.end().await.expect(1);
+    assert!(run.stderr.contains("refused SCAN: NOPERM"), "{}", run.stderr);
+    assert_eq!(run.json()["status"], "failed");
+    assert_eq!(run.num(), server.expired_keys().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_or_missing_password_is_said_without_showing_it() {
+    let server = Server::options().with_password("right-pw").start().await;
+    let base = format!("127.0.0.1:{}", server.port());
+    for (url, hint) in [
+        (format!("redis://{base}"), "REDISCLI_AUTH"),
+        (format!("redis://:wrong-pw@{base}"), "check user and password"),
+        (format!("redis://nobody:wrong-pw@{base}"), "check user and password"),
+    ] {
+        let run = scan(&url, &[]).await.expect(3);
+        assert!(run.stderr.contains(hint), "{}", run.stderr);
+        assert!(!format!("{run:?}").contains("wrong-pw"), "{run:?}");
+        assert_eq!(run.json()["report"]["failure"]["kind"], "not_authenticated");
+    }
+}
