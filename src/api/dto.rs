@@ -304,11 +304,7 @@ impl PassDto {
             lost_replies: figures.lost_replies,
             restarts: figures.restarts,
             count: figures.count,
-            slice_us: SliceDto {
-                p50: figures.slice.p50_us,
-                p99: figures.slice.p99_us,
-                max: figures.slice.max_us,
-            },
+            slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
             server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
             active_s: seconds(figures.active),
             rested_s: seconds(figures.rested),

@@ -35,7 +35,9 @@ impl Exit {
     /// The code of a failure. `begun`: whether anything was swept before it.
     pub fn of(failure: &Failure, begun: bool) -> Self {
         match failure.kind {
-            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if begun => Self::Failed,
+            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if begun => {
+                Self::Failed
+            }
             FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => Self::NoAccess,
             FailureKind::NoSuchDb => Self::Usage,
             FailureKind::TimedOut => Self::TimedOut,

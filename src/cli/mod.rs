@@ -60,16 +60,15 @@ pub fn main() -> Exit {
     };
     log_to_stderr(cli.verbose);
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
-    let result = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(anyhow::Error::from)
-        .and_then(|runtime| {
-            let exit = runtime.block_on(dispatch(cli.command, inner));
-            // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
-            runtime.shutdown_background();
-            exit
-        });
+    let result =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
+            |runtime| {
+                let exit = runtime.block_on(dispatch(cli.command, inner));
+                // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
+                runtime.shutdown_background();
+                exit
+            },
+        );
     result.unwrap_or_else(|error| {
         output::note(&format!("error: {error:#}"));
         Exit::Failed
@@ -99,9 +98,9 @@ fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<s
     }
     if inner.try_contains_id("url").ok()? && inner.value_source("url") == Some(clap::parser::ValueSource::CommandLine) {
         let url = inner.get_one::<String>("url")?;
-        let has_password = url.split_once("://").is_some_and(|(_, rest)| {
-            rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':'))
-        });
+        let has_password = url
+            .split_once("://")
+            .is_some_and(|(_, rest)| rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':')));
         if has_password {
             let rest = arguments.iter().skip(1).filter(|&argument| argument.to_str() != Some(url));
             let program = std::env::current_exe().ok()?;

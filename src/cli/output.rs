@@ -140,7 +140,18 @@ fn pass_table(shard: &ShardView) -> String {
         return "no DB holds keys with a TTL: nothing to sweep\n".to_owned();
     }
     let heading = [
-        "", "done", "scanned", "reclaimed", "touched", "batches", "active", "rested", "held", "slice p50", "p99", "max",
+        "",
+        "done",
+        "scanned",
+        "reclaimed",
+        "touched",
+        "batches",
+        "active",
+        "rested",
+        "held",
+        "slice p50",
+        "p99",
+        "max",
     ];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for (db, figures) in &shard.passes {
@@ -210,7 +221,9 @@ fn ttl_table(ttl: &TtlHistogram) -> String {
 mod tests {
     use super::*;
     use crate::model::failure::FailureKind;
-    use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome};
+    use crate::model::progress::{
+        PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome,
+    };
     use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
     use crate::model::task::{Cause, Task, TaskId};
     use crate::model::throttle::Reason;

@@ -566,8 +566,7 @@ impl ShardScan {
             }
             if lost_at.elapsed() >= self.job.settings.retry_for {
                 let mut failure = error.into_failure();
-                failure.message =
-                    format!("{} (tried again for {:?})", failure.message, self.job.settings.retry_for);
+                failure.message = format!("{} (tried again for {:?})", failure.message, self.job.settings.retry_for);
                 return Err(failure.into());
             }
             self.begin_hold(pass.as_deref_mut(), reason, Some(error.to_string())).await;
@@ -694,7 +693,8 @@ fn loading(conn: &Conn) -> NodeError {
 fn may_be_swept(info: &Info) -> Result<(), Failure> {
     match info.redis_version() {
         None => {
-            let failure = Failure::new(FailureKind::Unsupported, "INFO names no redis_version: this is no Redis or Valkey");
+            let failure =
+                Failure::new(FailureKind::Unsupported, "INFO names no redis_version: this is no Redis or Valkey");
             return Err(failure.hint("check the port"));
         }
         Some(version) if version < OLDEST => {

@@ -122,10 +122,9 @@ impl FromStr for ScanPosition {
         match text {
             "start" => Ok(Self::NotStarted),
             "end" => Ok(Self::Finished),
-            number => number
-                .parse::<NonZeroU64>()
-                .map(|c| Self::At(Cursor(c)))
-                .map_err(|_| BadPosition(text.to_owned())),
+            number => {
+                number.parse::<NonZeroU64>().map(|c| Self::At(Cursor(c))).map_err(|_| BadPosition(text.to_owned()))
+            }
         }
     }
 }

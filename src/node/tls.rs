@@ -105,7 +105,8 @@ impl Tls {
                 })?
             }
         };
-        let sni = settings.sni.clone().map(|name| ServerName::try_from(name.clone()).map_err(|_| TlsFileError::Name(name)));
+        let sni =
+            settings.sni.clone().map(|name| ServerName::try_from(name.clone()).map_err(|_| TlsFileError::Name(name)));
         Ok(Self { config: Arc::new(config), sni: sni.transpose()? })
     }
 
@@ -142,7 +143,8 @@ impl Tls {
     }
 }
 
-const PLAIN: &str = "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
+const PLAIN: &str =
+    "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
 
 /// What a TLS error inside an I/O error means, or `None` where there is none inside.
 pub(super) fn explain(addr: &NodeAddr, error: &io::Error) -> Option<NodeError> {
@@ -160,6 +162,7 @@ pub(super) fn explain(addr: &NodeAddr, error: &io::Error) -> Option<NodeError> {
             | AlertDescription::CertificateExpired
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
+            | AlertDescription::DecryptError
             | AlertDescription::AccessDenied),
         ) => (
             format!("the server does not accept our certificate ({alert:?})"),
@@ -170,9 +173,10 @@ pub(super) fn explain(addr: &NodeAddr, error: &io::Error) -> Option<NodeError> {
             "the server ended the TLS handshake (HandshakeFailure)".to_owned(),
             "it may want a certificate (--cert FILE and --key FILE), or offer no cipher that is safe today",
         ),
-        rustls::Error::AlertReceived(AlertDescription::ProtocolVersion) | rustls::Error::PeerIncompatible(_) => {
-            (format!("no version of TLS that both speak: {tls}"), "the server must offer TLS 1.2 or 1.3 (`tls-protocols`)")
-        }
+        rustls::Error::AlertReceived(AlertDescription::ProtocolVersion) | rustls::Error::PeerIncompatible(_) => (
+            format!("no version of TLS that both speak: {tls}"),
+            "the server must offer TLS 1.2 or 1.3 (`tls-protocols`)",
+        ),
         other => (other.to_string(), "check the server's TLS settings and what stands in between"),
     };
     Some(NodeError::Tls { addr: addr.clone(), problem, hint })
@@ -193,6 +197,11 @@ fn certificate_problem(problem: &CertificateError) -> (String, &'static str) {
             "its certificate comes from an authority that is not trusted here".to_owned(),
             "name the authority's certificate with --cacert FILE",
         ),
+        // An authority that was made anew under its old name.
+        E::BadSignature => (
+            "its certificate was not signed by the authority of that name that is trusted here".to_owned(),
+            "name the authority's present certificate with --cacert FILE",
+        ),
         E::ExpiredContext { not_after, .. } => {
             (format!("its certificate expired at {}", date(*not_after)), "renew the server's certificate")
         }
@@ -210,7 +219,9 @@ fn certificate_problem(problem: &CertificateError) -> (String, &'static str) {
 }
 
 fn names(presented: &[String]) -> String {
-    if presented.is_empty() { return "no name at all".to_owned() }
+    if presented.is_empty() {
+        return "no name at all".to_owned();
+    }
     // The crate writes DnsName("x") and IpAddress(x); people write x.
     let bare = presented.iter().map(|name| {
         let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')')).unwrap_or(name);

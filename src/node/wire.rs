@@ -230,11 +230,7 @@ impl ScanReader {
     ///
     /// # Errors
     /// [`Malformed`] as soon as the bytes cannot become a SCAN reply within the bounds.
-    pub fn feed(
-        &mut self,
-        buf: &[u8],
-        mut names: Option<&mut Names>,
-    ) -> Result<(usize, Option<ScanReply>), Malformed> {
+    pub fn feed(&mut self, buf: &[u8], mut names: Option<&mut Names>) -> Result<(usize, Option<ScanReply>), Malformed> {
         let mut at = 0;
         loop {
             if self.step == Step::NameHeader && self.left == 0 {

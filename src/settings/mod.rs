@@ -137,8 +137,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let connect_timeout = reader.read("connect-timeout", positive_duration);
     let response_timeout = reader.read("response-timeout", positive_duration);
     let retry_for = reader.read("retry-for", positive_duration);
-    let state =
-        reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
+    let state = reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
 
     let problems = reader.problems;
     let resolved = (|| {

@@ -73,12 +73,10 @@ impl Store {
             // With WAL this is safe against a killed process; a power cut may lose the last checkpoints, never the file.
             .synchronous(SqliteSynchronous::Normal)
             .busy_timeout(BUSY_TIMEOUT);
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
-        let pool = SqlitePoolOptions::new()
-            .max_connections(4)
-            .connect_with(options)
-            .await
-            .map_err(|e| failed(Box::new(e)))?;
+        let failed =
+            |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
+        let pool =
+            SqlitePoolOptions::new().max_connections(4).connect_with(options).await.map_err(|e| failed(Box::new(e)))?;
         let store = Self { pool, tallies: Some(TallyDir::beside(path)) };
         store.migrate().await.map_err(|e| failed(Box::new(e)))?;
         Ok(store)

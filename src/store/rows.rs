@@ -66,9 +66,8 @@ pub(super) async fn task(pool: &SqlitePool, id: TaskId) -> Result<Option<Task>, 
 }
 
 pub(super) async fn latest(pool: &SqlitePool, instance_id: &str) -> Result<Option<Task>, StoreError> {
-    let sql = sqlx::AssertSqlSafe(format!(
-        "SELECT {TASK_COLUMNS} FROM tasks WHERE instance_id = ? ORDER BY id DESC LIMIT 1"
-    ));
+    let sql =
+        sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE instance_id = ? ORDER BY id DESC LIMIT 1"));
     let row = sqlx::query(sql).bind(instance_id).fetch_optional(pool).await?;
     row.as_ref().map(task_of).transpose()
 }

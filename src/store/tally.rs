@@ -85,7 +85,9 @@ impl TallyLine {
 
 /// Tells a whole line from a torn or foreign one; an attacker who can write the file needs no collision.
 fn checksum(fields: &[u64]) -> u64 {
-    fields.iter().fold(0x9E37_79B9_7F4A_7C15, |sum, field| (sum ^ field).rotate_left(23).wrapping_mul(0xFF51_AFD7_ED55_8CCD))
+    fields
+        .iter()
+        .fold(0x9E37_79B9_7F4A_7C15, |sum, field| (sum ^ field).rotate_left(23).wrapping_mul(0xFF51_AFD7_ED55_8CCD))
 }
 
 /// The directory of all tallies of one store.

@@ -111,12 +111,8 @@ async fn the_most_talkative_log_holds_no_secret_and_no_key_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_closed_pipe_is_success() {
     let server = Server::start().await;
-    let mut child = ttlsweep()
-        .args(["scan", &server.url()])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child =
+        ttlsweep().args(["scan", &server.url()]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }

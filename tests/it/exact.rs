@@ -143,7 +143,8 @@ fn any_keyspace_is_swept_exactly() {
                 keys.zoo(long, "l", Life::Long, seed ^ 1).await;
                 keys.zoo(dead, "d", Life::Dead, seed ^ 2).await;
                 let before = keys.snapshot_live().await;
-                let run = scan(&server.url(), &["--db", &db.to_string(), "--count", &count.to_string()]).await.expect(0);
+                let run =
+                    scan(&server.url(), &["--db", &db.to_string(), "--count", &count.to_string()]).await.expect(0);
                 assert_eq!(run.num(), dead);
                 assert_eq!(server.expired_keys().await - before_expired, dead);
                 assert_same_live(&before, &keys.snapshot_live().await);
@@ -201,7 +202,8 @@ async fn only_the_commands_that_we_promise_are_sent() {
     let keys = Keyspace::of(&server, 0);
     keys.live(2_000, "live").await;
     keys.dead(1_000, "dead").await;
-    for (touch, allowed) in [("none", None), ("auto", Some("exists")), ("ttl", Some("ttl")), ("exists", Some("exists"))] {
+    for (touch, allowed) in [("none", None), ("auto", Some("exists")), ("ttl", Some("ttl")), ("exists", Some("exists"))]
+    {
         server.cmd(&["CONFIG", "RESETSTAT"]).await;
         scan(&server.url(), &["--touch", touch]).await.expect(0);
         let stats = server.info("commandstats").await;

@@ -10,5 +10,6 @@ mod exact;
 mod resume;
 mod rights;
 mod support_test;
+mod tls;
 mod touch;
 mod trouble;

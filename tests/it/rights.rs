@@ -51,7 +51,8 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
 async fn each_missing_right_is_named_with_the_line_that_grants_it() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(10, "d").await;
-    for (missing, command) in [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
+    for (missing, command) in
+        [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
     {
         grant(&server, ttlsweep::node::commands::ACL_LINE).await;
         server.cmd(&["ACL", "SETUSER", "ttlsweep", missing]).await;

@@ -7,11 +7,7 @@ use redis::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{
-    keyspace::Keyspace,
-    run::scan,
-    server::Server,
-};
+use crate::support::{keyspace::Keyspace, run::scan, server::Server};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_ttl_touch_shows_when_keys_expire() {

@@ -37,10 +37,8 @@ async fn a_cut_connection_is_made_again_and_the_sweep_goes_on_from_the_last_curs
     for _ in 0..3 {
         let (accepted, freed) = (proxy.accepted(), server.expired_keys().await);
         proxy.cut().await;
-        probe("it is back", PATIENCE, async || {
-            proxy.accepted() > accepted && server.expired_keys().await > freed
-        })
-        .await;
+        probe("it is back", PATIENCE, async || proxy.accepted() > accepted && server.expired_keys().await > freed)
+            .await;
     }
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 1_000);
@@ -85,7 +83,8 @@ async fn a_restarted_server_gets_a_pass_from_the_beginning() {
 async fn a_frozen_server_is_waited_for() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(3_000, "dead").await;
-    let running = under_way(&server, &server.url(), &["--response-timeout", "300ms", "--connect-timeout", "300ms"]).await;
+    let running =
+        under_way(&server, &server.url(), &["--response-timeout", "300ms", "--connect-timeout", "300ms"]).await;
     server.sigstop();
     running.says("holding: the connection was lost").await;
     server.sigcont();
@@ -260,7 +259,9 @@ async fn nothing_hangs_where_nobody_answers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_that_are_no_redis_reply_end_in_a_clear_error() {
     let server = Server::start().await;
-    for garbage in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"$99999999999999\r\n", b"*1000000000\r\n", b"\x16\x03\x01"] {
+    for garbage in
+        [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"$99999999999999\r\n", b"*1000000000\r\n", b"\x16\x03\x01"]
+    {
         let proxy = Proxy::start(server.addr()).await;
         proxy.garbage(garbage);
         let run = scan(&proxy.url(), &[]).await.expect(1);
