@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Names a shard for the life of its task: the address of a standalone server, the name that sentinels give a master,
-/// or the lowest range of hash slots that a cluster master owned when the task met it (`slots 0-5460`). A failover
-/// changes none of these.
+/// or the hash slots that a cluster master owned when the task met it (`slots 0-5460`). A failover changes none of these,
+/// so a task that is resumed finds its shards; one whose slots have changed meanwhile has another name and is swept anew.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardId(pub String);
 

@@ -39,6 +39,18 @@ impl SlotSet {
         self.0.iter().map(|r| u32::from(r.end() - r.start()) + 1).sum()
     }
 
+    /// A short name that tells sets apart: the ranges, or of many the first and a checksum over all.
+    pub fn name(&self) -> String {
+        const SHOWN: usize = 3;
+        if self.0.len() <= SHOWN {
+            return self.to_string();
+        }
+        let sum = self.0.iter().flat_map(|r| [*r.start(), *r.end()]).fold(0x811C_9DC5_u32, |sum, slot| {
+            slot.to_be_bytes().iter().fold(sum, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+        });
+        format!("{},+{} ranges #{sum:08x}", Self(self.0[..SHOWN].to_vec()), self.0.len() - SHOWN)
+    }
+
     /// The lowest range.
     pub fn first(&self) -> Option<&RangeInclusive<u16>> {
         self.0.first()
@@ -192,5 +204,9 @@ mod tests {
     fn slots_are_shown_as_ranges() {
         let set = SlotSet::new([7..=7, 0..=3, 4..=5, 100..=200]);
         assert_eq!(set.to_string(), "0-5,7,100-200");
+        assert_eq!(set.name(), "0-5,7,100-200");
+        let many = |last| SlotSet::new([0..=1, 3..=4, 6..=7, 9..=10, 12..=last]).name();
+        assert!(many(13).starts_with("0-1,3-4,6-7,+2 ranges #"), "{}", many(13));
+        assert_ne!(many(13), many(14));
     }
 }

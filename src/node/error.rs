@@ -55,6 +55,16 @@ pub enum NodeError {
         /// How long we waited.
         after: Duration,
     },
+    /// Nobody could say where the master is, or who was said to be it is none.
+    #[error("{problem}")]
+    NoMaster {
+        /// What was asked and answered.
+        problem: String,
+        /// What to do about it.
+        hint: Option<String>,
+        /// Whether it may pass.
+        class: Class,
+    },
     /// The peer does not speak RESP, or answered with a shape that the command does not have.
     #[error("{addr} answered {command} with something that is not a valid reply: {detail}")]
     Protocol {
@@ -102,6 +112,7 @@ impl NodeError {
             Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
             Self::Tls { .. } => Class::Fatal(FailureKind::CannotConnect),
             Self::NotPlain { .. } => Class::Transient,
+            Self::NoMaster { class, .. } => *class,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
             Self::Server { code, message, .. } => match code.as_str() {
                 "LOADING" => Class::Loading,
@@ -136,6 +147,7 @@ impl NodeError {
 
     fn hint(&self, kind: FailureKind) -> Option<String> {
         let text = match (self, kind) {
+            (Self::NoMaster { hint, .. }, _) => return hint.clone(),
             (Self::Tls { hint, .. }, _) => hint,
             (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
             (Self::Connect { source, .. }, _) => match source.kind() {

@@ -126,9 +126,14 @@ impl Info {
         self.get("role").map(|role| role == "master")
     }
 
+    /// A replica's master as host and port.
+    pub fn master_endpoint(&self) -> Option<(String, u16)> {
+        Some((self.get("master_host")?.to_owned(), self.parsed("master_port")?))
+    }
+
     /// A replica's master as `host:port`.
     pub fn master_addr(&self) -> Option<String> {
-        Some(format!("{}:{}", self.get("master_host")?, self.get("master_port")?))
+        self.master_endpoint().map(|(host, port)| format!("{host}:{port}"))
     }
 }
 

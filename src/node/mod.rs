@@ -10,4 +10,5 @@ pub mod conn;
 pub mod error;
 pub mod info;
 pub mod tls;
+pub mod topology;
 pub mod wire;

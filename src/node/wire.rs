@@ -130,12 +130,15 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
     Ok(Some(at))
 }
 
+/// A number, or the text of the error that the server sent in its place.
+pub type IntegerReply = Result<i64, String>;
+
 /// The integer at the start of `buf` with its length in bytes, or the text of an error that stands in its place;
 /// `None` while a part is missing. The quick way for the replies of DBSIZE and EXISTS.
 ///
 /// # Errors
 /// [`Malformed`] where another kind of reply stands there.
-pub fn integer(buf: &[u8]) -> Result<Option<(usize, Result<i64, String>)>, Malformed> {
+pub fn integer(buf: &[u8]) -> Result<Option<(usize, IntegerReply)>, Malformed> {
     let Some(line) = line(buf)? else { return Ok(None) };
     match line.kind {
         b':' => Ok(Some((line.len, Ok(line.number()?)))),

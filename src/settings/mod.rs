@@ -188,7 +188,7 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     let key = reader.read("key", file);
     let sni = reader.read("sni", given);
     let insecure = reader.read("insecure", switch);
-    let (cacert, cert, key, sni, insecure) = (cacert?, cert?, key?, sni?, insecure?);
+    let (cacert, cert, key, sni) = (cacert?, cert?, key?, sni?);
     if !wanted {
         for name in ["cacert", "cert", "sni"] {
             let (text, origin) = reader.raw.get(name);
@@ -208,7 +208,7 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
             return None;
         }
     };
-    Some(TlsSettings { cacert, identity, sni, insecure })
+    Some(TlsSettings { cacert, identity, sni, insecure: insecure? })
 }
 
 fn given(text: &str) -> Result<Option<String>, String> {
