@@ -146,7 +146,7 @@ impl ShardScan {
             conn,
             observer: Observer::start(job.shard.addr.clone(), job.options.clone(), observation.clone()),
             run_id: observation.run_id,
-            judges: info.get("redis_mode") == Some("standalone"),
+            judges: info.mode() == Some("standalone"),
             pacer: Pacer::new(job.settings.count, job.settings.max_slice, tuning, floor),
             toucher: Toucher::new(job.settings.touch, info.redis_version()),
             names: Names::default(),
@@ -704,7 +704,7 @@ fn may_be_swept(info: &Info) -> Result<(), Failure> {
         }
         Some(_) => {}
     }
-    if info.get("redis_mode") == Some("sentinel") {
+    if info.mode() == Some("sentinel") {
         let failure = Failure::new(FailureKind::Unsupported, "this is a sentinel; it holds no keys");
         return Err(failure.hint("give the URL of the master that it watches"));
     }

@@ -121,6 +121,11 @@ impl Info {
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
     }
 
+    /// `standalone`, `cluster` or `sentinel`. Valkey calls the field `server_mode`.
+    pub fn mode(&self) -> Option<&str> {
+        self.get("redis_mode").or_else(|| self.get("server_mode"))
+    }
+
     /// Whether it is a master; `None` where INFO does not say.
     pub fn is_master(&self) -> Option<bool> {
         self.get("role").map(|role| role == "master")

@@ -202,7 +202,7 @@ async fn a_server_that_loads_its_data_is_waited_for() {
     for i in 0..10 {
         server.cmd(&["SET", &format!("k{i}"), &value]).await;
     }
-    server.cmd(&["CONFIG", "SET", "key-load-delay", "300000"]).await;
+    server.cmd(&["CONFIG", "SET", "key-load-delay", "200000"]).await;
     let mut conn = server.conn().await;
     let reload = tokio::spawn(async move {
         let words = redis::cmd("DEBUG").arg("RELOAD").to_owned();
@@ -211,7 +211,6 @@ async fn a_server_that_loads_its_data_is_waited_for() {
     probe("it loads", PATIENCE, async || server.info("persistence").await["loading"] == "1").await;
     let running = Running::scan(&server.url(), &["--db", "0"]);
     running.says("holding: the server is loading").await;
-    server.cmd(&["CONFIG", "SET", "key-load-delay", "0"]).await;
     let run = running.end().await.expect(0);
     assert_eq!(run.total("scanned"), 10.0);
     reload.await.unwrap();
