@@ -80,6 +80,11 @@ impl SlotSet {
         Self(left)
     }
 
+    /// The slots that are in both sets.
+    pub fn common(&self, other: &Self) -> Self {
+        self.minus(&self.minus(other))
+    }
+
     /// How many slots the two have in common.
     pub fn overlap(&self, other: &Self) -> u32 {
         self.len() - self.minus(other).len()

@@ -11,6 +11,8 @@ use crate::model::task::words;
 pub enum Reason {
     /// The connection was lost and is being made again.
     Reconnecting,
+    /// The master is gone or demoted, and the one that takes its place is looked for.
+    NoMaster,
     /// The server loads its data set.
     Loading,
     /// A script or a module keeps the server busy.
@@ -27,6 +29,7 @@ words!(
     Reason,
     "hold reason",
     Reconnecting = "reconnecting",
+    NoMaster = "no_master",
     Loading = "loading",
     Busy = "busy",
     DeletionBlocked = "deletion_blocked",
@@ -39,6 +42,7 @@ impl Reason {
     pub fn sentence(self) -> &'static str {
         match self {
             Self::Reconnecting => "the connection was lost; connecting again",
+            Self::NoMaster => "the master is gone or is a replica now; looking for the one that takes its place",
             Self::Loading => "the server is loading its data set",
             Self::Busy => "a script keeps the server busy",
             Self::DeletionBlocked => {

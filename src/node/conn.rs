@@ -63,8 +63,9 @@ impl ScanBatch {
 /// What touching the keys of one batch did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TouchBatch {
-    /// The server's answer for each name, in order.
-    pub answers: Vec<i64>,
+    /// The server's answer for each name, in order; `None` where a cluster node sent us elsewhere: the key's slot is on
+    /// its way from one node to another.
+    pub answers: Vec<Option<i64>>,
     /// DBSIZE just before.
     pub keys_before: u64,
     /// DBSIZE just after.
@@ -278,7 +279,8 @@ impl Conn {
             let mut refused = None;
             for _ in 0..names.len() {
                 match conn.read_integer(command).await? {
-                    Ok(answer) => answers.push(answer),
+                    Ok(answer) => answers.push(Some(answer)),
+                    Err(error) if error.is_redirection() => answers.push(None),
                     Err(error) => refused = refused.or(Some(error)),
                 }
             }

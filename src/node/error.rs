@@ -130,6 +130,12 @@ impl NodeError {
         }
     }
 
+    /// Whether a cluster node does not answer for a key because of its slot.
+    pub fn is_redirection(&self) -> bool {
+        let Self::Server { code, .. } = self else { return false };
+        matches!(code.as_str(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN")
+    }
+
     /// Whether the server said that a right is missing.
     pub fn is_no_permission(&self) -> bool {
         matches!(self, Self::Server { code, .. } if code == "NOPERM")

@@ -113,57 +113,79 @@ impl Topology {
     /// [`NodeError`]: the one of the only node, or [`NodeError::NoMaster`] with what each of several said.
     pub async fn view(&self, kind: Option<Kind>) -> Result<View, NodeError> {
         match (&self.target.place, kind) {
-            (Place::Sentinel { master, .. }, _) => {
-                let addr = self.ask(async |addr| self.ask_sentinel(addr, master).await).await?;
-                Ok(View { kind: Kind::Sentinel, masters: vec![Master::at(addr)] })
-            }
-            (Place::Standalone(addr), None | Some(Kind::Standalone)) => self.standalone(addr.clone()).await,
+            (Place::Sentinel { master, .. }, _) => self.sentinel(master).await,
+            (Place::Standalone(_), None | Some(Kind::Standalone)) => self.standalone().await,
             (Place::Standalone(_) | Place::Cluster(_), _) => self.cluster().await,
         }
     }
 
     /// One server, or the cluster that it turns out to belong to.
-    async fn standalone(&self, mut addr: NodeAddr) -> Result<View, NodeError> {
+    async fn standalone(&self) -> Result<View, NodeError> {
+        let mut errors = Vec::new();
+        for addr in self.turns() {
+            match self.lead(addr).await {
+                Ok(None) => return self.cluster().await,
+                Ok(Some(master)) => {
+                    if self.follow {
+                        self.remember(vec![master.clone()]);
+                    }
+                    return Ok(View { kind: Kind::Standalone, masters: vec![Master::at(master)] });
+                }
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(one_of(errors))
+    }
+
+    /// From a server to its master, where that is wanted. `None`: it is a node of a cluster.
+    async fn lead(&self, mut addr: NodeAddr) -> Result<Option<NodeAddr>, NodeError> {
         for _ in 0..HOPS {
             let mut conn = Conn::open(&addr, &self.options).await?;
             let info = commands::info(&mut conn).await?;
-            if info.get("redis_mode") == Some("cluster") {
-                return self.cluster().await;
+            if info.mode() == Some("cluster") {
+                return Ok(None);
             }
             match info.master_endpoint().filter(|_| self.follow && info.is_master() == Some(false)) {
                 Some((host, port)) => addr = self.options.node_map.reach(NodeAddr::Tcp { host, port }),
-                None => return Ok(View { kind: Kind::Standalone, masters: vec![Master::at(addr)] }),
+                None => return Ok(Some(addr)),
             }
         }
         Err(NodeError::NoMaster {
-            problem: format!("{} replicas in a row lead from {} to no master", HOPS, self.target),
+            problem: format!("{HOPS} replicas in a row lead from {} to no master", self.target),
             hint: Some("see `replicaof` on each; do they replicate from each other?".to_owned()),
             class: Class::Fatal(FailureKind::NotAMaster),
         })
     }
 
-    async fn cluster(&self) -> Result<View, NodeError> {
-        let mut in_trouble = None;
-        let healthy = self.ask(async |addr| {
-            let (masters, replicas, ok) = self.ask_node(addr).await?;
-            self.remember(masters.iter().map(|master| master.addr.clone()).chain(replicas).collect());
-            if ok {
-                return Ok(Some(masters));
+    async fn sentinel(&self, master: &str) -> Result<View, NodeError> {
+        let mut errors = Vec::new();
+        for addr in self.turns() {
+            match self.ask_sentinel(&addr, master).await {
+                Ok(addr) => return Ok(View { kind: Kind::Sentinel, masters: vec![Master::at(addr)] }),
+                Err(error) => errors.push(error),
             }
-            // Its view may be old: it is in the smaller part of a cluster that was torn, or all are in trouble.
-            in_trouble.get_or_insert(masters);
-            Err(NodeError::Server {
-                addr: addr.clone(),
-                command: "CLUSTER INFO",
-                code: "CLUSTERDOWN".to_owned(),
-                message: "The cluster is down".to_owned(),
-            })
-        });
-        let masters = match (healthy.await, in_trouble) {
-            (Ok(masters), _) => masters.unwrap_or_default(),
-            (Err(_), Some(masters)) => masters,
-            (Err(error), None) => return Err(error),
-        };
+        }
+        Err(one_of(errors))
+    }
+
+    async fn cluster(&self) -> Result<View, NodeError> {
+        let mut errors = Vec::new();
+        let mut in_trouble = None;
+        for addr in self.turns() {
+            match self.ask_node(&addr).await {
+                Ok((masters, true)) => return self.cluster_view(masters),
+                // Its view may be old: it is in the smaller part of a cluster that was torn. Or all are in trouble.
+                Ok((masters, false)) => in_trouble = in_trouble.or(Some(masters)),
+                Err(error) => errors.push(error),
+            }
+        }
+        match in_trouble {
+            Some(masters) => self.cluster_view(masters),
+            None => Err(one_of(errors)),
+        }
+    }
+
+    fn cluster_view(&self, masters: Vec<Master>) -> Result<View, NodeError> {
         if masters.is_empty() {
             return Err(NodeError::NoMaster {
                 problem: format!("no node of the cluster {} owns a hash slot", self.target),
@@ -174,8 +196,8 @@ impl Topology {
         Ok(View { kind: Kind::Cluster, masters })
     }
 
-    /// Masters, addresses of replicas, and whether the node thinks that the cluster is well.
-    async fn ask_node(&self, addr: &NodeAddr) -> Result<(Vec<Master>, Vec<NodeAddr>, bool), NodeError> {
+    /// The masters, and whether the node thinks that the cluster is well.
+    async fn ask_node(&self, addr: &NodeAddr) -> Result<(Vec<Master>, bool), NodeError> {
         let mut conn = Conn::open(addr, &self.options).await?;
         let slots = redis::cmd("CLUSTER").arg("SLOTS").to_owned();
         let reply: Value = conn.call("CLUSTER SLOTS", &slots).await?;
@@ -188,7 +210,8 @@ impl Topology {
             Err(error) if error.is_no_permission() => true,
             Err(error) => return Err(error),
         };
-        Ok((masters, replicas, ok))
+        self.remember(masters.iter().map(|master| master.addr.clone()).chain(replicas).collect());
+        Ok((masters, ok))
     }
 
     async fn ask_sentinel(&self, addr: &NodeAddr, master: &str) -> Result<NodeAddr, NodeError> {
@@ -219,25 +242,14 @@ impl Topology {
         }
     }
 
-    /// Asks the known nodes one after the other until one answers.
-    async fn ask<T>(&self, mut question: impl AsyncFnMut(&NodeAddr) -> Result<T, NodeError>) -> Result<T, NodeError> {
-        let mut errors = Vec::new();
-        for _ in 0..self.lock().len().min(ASK_AT_MOST) {
-            let Some(addr) = self.next() else { break };
-            match question(&addr).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(one_of(errors))
-    }
-
-    /// The node whose turn it is. It goes to the end of the line.
-    fn next(&self) -> Option<NodeAddr> {
+    /// The nodes to ask, one after the other until one answers. The next call begins with another one.
+    fn turns(&self) -> Vec<NodeAddr> {
         let mut known = self.lock();
-        let first = known.first().cloned()?;
-        known.rotate_left(1);
-        Some(first)
+        let turns = known.iter().take(ASK_AT_MOST).cloned().collect();
+        if !known.is_empty() {
+            known.rotate_left(1);
+        }
+        turns
     }
 
     /// Keeps the nodes that a view named and those of the URL, in the order of turns, and forgets the others.
