@@ -13,6 +13,7 @@ use crate::engine::control::{Orders, stop_ordered};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
 use crate::engine::roster::Found;
+use crate::engine::seats::Seat;
 use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan, wait};
 use crate::engine::throttle;
 use crate::engine::touch::Toucher;
@@ -126,8 +127,12 @@ impl Patience {
 }
 
 impl ShardScan {
-    pub(super) async fn connect(job: Job, reporter: Reporter, orders: watch::Receiver<Orders>) -> Result<Self, End> {
-        let (reached, seat) = Self::first_contact(&job, &reporter, orders.clone()).await?;
+    pub(super) async fn connect(
+        mut job: Job,
+        reporter: Reporter,
+        orders: watch::Receiver<Orders>,
+    ) -> Result<Self, End> {
+        let (reached, seat) = Self::first_contact(&mut job, &reporter, orders.clone()).await?;
         let Reached { conn, info, floor, master } = reached;
         let observation = Observation::from_info(&info);
         let tuning = orders.borrow().tuning;
@@ -155,15 +160,18 @@ impl ShardScan {
     /// A server that is loading or busy is waited for. One that cannot be reached when the sweep begins is the
     /// operator's to mend, unless somebody can say who takes its place: a failover may be under way.
     async fn first_contact(
-        job: &Job,
+        job: &mut Job,
         reporter: &Reporter,
         mut orders: watch::Receiver<Orders>,
-    ) -> Result<(Reached, crate::engine::seats::Seat), End> {
+    ) -> Result<(Reached, Seat), End> {
         let mut patience = Patience::new(job.settings.retry_for);
         let mut held: Option<(Reason, Instant)> = None;
         let ended = loop {
             let attempt = async {
-                let seat = job.seats.take(&job.shard.master.addr).await;
+                let seat = match job.line.take() {
+                    Some(line) => line.await,
+                    None => job.seats.take(&job.shard.master.addr).await,
+                };
                 reach(job, &job.shard.master).await.map(|reached| (reached, seat))
             };
             let attempt = tokio::select! {

@@ -29,8 +29,8 @@
 //! A key that was dead before its shard's sweep began, and that is still in the instance at the end, was met by a SCAN of a
 //! master that had it all the time. Each shard's record says which node was swept and which slots it owned from the
 //! beginning of its last pass to the end. When all shards are done the topology is read once more: a shard whose master is
-//! another node by then, or that has come by slots since its pass began, and a node that has joined, get another pass, up to
-//! [`ROUNDS`] times. If slots still move after those, the task fails and says so. (MIGRATE never moves a dead key: it frees
+//! another node by then, or that has come by slots since its pass began, and a node that has joined, get another pass once the
+//! slots stay where they are, up to [`ROUNDS`] times. If slots still move after those, the task fails and says so. (MIGRATE never moves a dead key: it frees
 //! it. The rule covers the ways that do: failovers, and servers that move whole slots.)
 //!
 //! Called by `tasks` and by nobody else. Never writes a record, never prints.
@@ -62,6 +62,8 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind};
 use crate::model::shard::{DbIndex, RunId, ShardId};
 use crate::model::task::TaskId;
+use crate::model::throttle::Reason;
+use crate::node::error::NodeError;
 use crate::node::topology::{Kind, Master, Topology};
 use crate::settings::ScanSettings;
 use crate::store::StoredShard;
@@ -69,7 +71,7 @@ use crate::store::tally::TallyDir;
 
 /// How often shards are swept again because masters or slots moved during the sweep.
 pub const ROUNDS: u32 = 4;
-/// Pause between attempts to read the topology once more.
+/// Pause between looks at a topology that is unknown or moves.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// At most this many shards are named in a failure; the report has all of them.
 const NAMED_AT_MOST: usize = 5;
@@ -183,6 +185,7 @@ impl Sweep {
         for shard in plans {
             self.say(&shard.id, ScanEventKind::ShardFound { addr: shard.master.addr.clone() }).await;
             let id = shard.id.clone();
+            let line = self.seats.line_up(&shard.master.addr).await;
             let job = Job {
                 shard,
                 task: self.plan.task,
@@ -190,6 +193,7 @@ impl Sweep {
                 settings: self.plan.settings.clone(),
                 roster: self.roster.clone(),
                 seats: self.seats.clone(),
+                line: Some(line),
             };
             let handle = shards.spawn(shard_scan::run(job, self.orders.clone(), self.events.clone()));
             names.insert(handle.id(), id);
@@ -221,33 +225,59 @@ impl Sweep {
         if self.roster.kind() == Kind::Standalone || !any_complete {
             return Ok(Ok(Vec::new()));
         }
-        let begun = Instant::now();
-        let now = loop {
-            let attempt = async {
-                let seen = self.roster.look_again().await;
-                if seen.is_err() {
-                    tokio::time::sleep(LOOK_EVERY).await;
-                }
-                seen
-            };
-            let seen = tokio::select! {
-                seen = attempt => seen,
-                reason = stop_ordered(&mut self.orders) => return Err(reason),
-            };
-            match seen {
-                Ok(now) => break now,
-                Err(error) if begun.elapsed() >= self.plan.settings.retry_for => {
-                    let mut failure = error.into_failure();
-                    failure.message = format!(
-                        "every shard was swept, but whether one moved meanwhile is unknown: {}",
-                        failure.message
-                    );
-                    return Ok(Err(failure));
-                }
+        let mut orders = self.orders.clone();
+        let settled = tokio::select! {
+            settled = self.settled() => settled,
+            reason = stop_ordered(&mut orders) => return Err(reason),
+        };
+        Ok(settled.map_err(|error| {
+            let mut failure = error.into_failure();
+            failure.message =
+                format!("every shard was swept, but whether one moved meanwhile is unknown: {}", failure.message);
+            failure
+        }))
+    }
+
+    /// Where something moved, waits until two looks agree, so that a long resharding costs one more pass and not one for
+    /// each slot.
+    async fn settled(&self) -> Result<Vec<ShardPlan>, NodeError> {
+        let patience = Instant::now() + self.plan.settings.retry_for;
+        let mut plans = self.uncovered(patience).await?;
+        if plans.is_empty() {
+            return Ok(plans);
+        }
+        let held = Instant::now();
+        let reason = Reason::SlotsMoving;
+        let holding: Vec<ShardId> = plans.iter().map(|plan| plan.id.clone()).collect();
+        for id in &holding {
+            self.say(id, ScanEventKind::HoldStarted { reason, detail: None }).await;
+        }
+        let place = |plan: &ShardPlan| (plan.id.clone(), plan.master.addr.clone(), plan.master.slots.clone());
+        while Instant::now() < patience {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let next = self.uncovered(patience).await?;
+            let settled = plans.iter().map(place).eq(next.iter().map(place));
+            plans = next;
+            if settled {
+                break;
+            }
+        }
+        for id in &holding {
+            self.say(id, ScanEventKind::HoldEnded { reason, lasted: held.elapsed() }).await;
+        }
+        Ok(plans)
+    }
+
+    /// Looks where the masters are, again and again while nobody answers, and plans what has to be swept again.
+    async fn uncovered(&self, patience: Instant) -> Result<Vec<ShardPlan>, NodeError> {
+        loop {
+            match self.roster.look_again().await {
+                Ok(now) => return Ok(now.into_iter().filter_map(|(id, master)| self.again(id, master)).collect()),
+                Err(error) if Instant::now() >= patience => return Err(error),
                 Err(error) => tracing::warn!(%error, "the topology cannot be read again"),
             }
-        };
-        Ok(Ok(now.into_iter().filter_map(|(id, master)| self.again(id, master)).collect()))
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// The plan to sweep a shard again, where what was swept does not cover what is there now.

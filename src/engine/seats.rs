@@ -2,8 +2,11 @@
 //! that one bad shard holds up nobody.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::num::NonZeroUsize;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -21,6 +24,9 @@ enum Kind {
     OnEachHost(Mutex<HashMap<String, Arc<Semaphore>>>),
 }
 
+/// A place in the line for a seat.
+pub(super) type Line = Pin<Box<dyn Future<Output = Seat> + Send + Sync>>;
+
 /// The right to sweep. Given back on drop.
 #[derive(Debug)]
 pub(super) struct Seat {
@@ -33,6 +39,18 @@ impl Seats {
             Some(all) => Kind::InAll(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
             None => Kind::OnEachHost(Mutex::default()),
         }))
+    }
+
+    /// Stands in line for a seat now, in the order of the calls, whenever the line is awaited.
+    pub(super) async fn line_up(&self, master: &NodeAddr) -> Line {
+        let seats = self.clone();
+        let master = master.clone();
+        let mut line: Line = Box::pin(async move { seats.take(&master).await });
+        // The semaphore knows of those who were polled once.
+        match poll_fn(|cx| Poll::Ready(line.as_mut().poll(cx))).await {
+            Poll::Ready(seat) => Box::pin(std::future::ready(seat)),
+            Poll::Pending => line,
+        }
     }
 
     /// Waits for a seat to sweep the master at this address.
@@ -77,6 +95,20 @@ mod tests {
         assert!(is_free(&seats, &addr("b", 1)).await);
         drop(first);
         assert!(is_free(&seats, &addr("a", 2)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_line_is_in_the_order_of_calls_not_of_awaits() {
+        let seats = Seats::new(None);
+        let first = seats.line_up(&addr("a", 1)).await;
+        let second = seats.line_up(&addr("a", 2)).await;
+        let third = tokio::spawn(seats.line_up(&addr("a", 3)).await);
+        let seat = first.await;
+        tokio::task::yield_now().await;
+        assert!(!third.is_finished());
+        drop(seat);
+        drop(second.await);
+        third.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]

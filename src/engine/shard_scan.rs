@@ -11,7 +11,7 @@ use crate::engine::control::{Orders, StopReason, stop_ordered};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
 use crate::engine::roster::Roster;
-use crate::engine::seats::{Seat, Seats};
+use crate::engine::seats::{Line, Seat, Seats};
 use crate::engine::throttle::{self, Decision};
 use crate::engine::touch::Toucher;
 use crate::engine::{Outcome, ShardPlan};
@@ -64,6 +64,8 @@ pub(super) struct Job {
     pub(super) settings: ScanSettings,
     pub(super) roster: Roster,
     pub(super) seats: Seats,
+    /// Where the shard stands in the line for its first seat.
+    pub(super) line: Option<Line>,
 }
 
 /// How the sweep of one shard ended.

@@ -178,6 +178,10 @@ impl NodeError {
                 let line = crate::node::commands::ACL_TOUCH;
                 return Some(format!("sweep without it (--touch none), or grant what the touch needs: {line}"));
             }
+            (Self::Server { command, .. }, FailureKind::NotAllowed) if command.starts_with("CLUSTER") => {
+                let (line, cluster) = (crate::node::commands::ACL_LINE, crate::node::commands::ACL_CLUSTER);
+                return Some(format!("grant on every node what the sweep of a cluster needs: {line} {cluster}"));
+            }
             (_, FailureKind::NotAllowed) => {
                 return Some(format!("grant what a sweep needs: {}", crate::node::commands::ACL_LINE));
             }

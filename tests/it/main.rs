@@ -6,6 +6,7 @@
 mod support;
 
 mod cli;
+mod cluster;
 mod exact;
 mod resume;
 mod rights;
