@@ -265,11 +265,16 @@ impl Cluster {
             let mut views = BTreeSet::new();
             for node in &self.nodes {
                 if let Ok(lines) = node.try_query::<String>(&["CLUSTER", "NODES"]).await {
+                    // The id and the slots of each line; a node shows its own open migrations in brackets.
                     let mut owned: Vec<String> = lines
                         .lines()
-                        .map(|line| line.split(' ').enumerate().filter(|(n, _)| *n == 0 || *n > 7))
-                        .map(|fields| fields.map(|(_, field)| field.to_owned()).collect::<Vec<_>>().join(" "))
-                        .filter(|line| line.contains(' ') && !line.contains('['))
+                        .map(|line| {
+                            let fields = line.split(' ').enumerate().filter(|(n, field)| {
+                                *n == 0 || (*n > 7 && !field.starts_with('['))
+                            });
+                            fields.map(|(_, field)| field).collect::<Vec<_>>().join(" ")
+                        })
+                        .filter(|line| line.contains(' '))
                         .collect();
                     owned.sort();
                     views.insert(owned);
