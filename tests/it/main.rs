@@ -10,6 +10,7 @@ mod cluster;
 mod exact;
 mod resume;
 mod rights;
+mod sentinel;
 mod support_test;
 mod tls;
 mod touch;

@@ -139,6 +139,13 @@ impl Cluster {
         self.write(&mortal, Some(SHORT_MS)).await;
         self.until_short_ttls_are_over().await;
         assert_eq!(self.keys_in_memory().await, before + live + dead, "all dead keys are in memory");
+        for replica in self.masters..self.nodes.len().min(2 * self.masters) {
+            let (master, replica) = (&self.nodes[replica - self.masters], &self.nodes[replica]);
+            if replica.info("replication").await.get("role").map(String::as_str) == Some("slave") {
+                let keys = master.dbsize(0).await;
+                probe("the replica has the keys", PATIENCE, async || replica.dbsize(0).await == keys).await;
+            }
+        }
         names
     }
 
@@ -269,9 +276,10 @@ impl Cluster {
                     let mut owned: Vec<String> = lines
                         .lines()
                         .map(|line| {
-                            let fields = line.split(' ').enumerate().filter(|(n, field)| {
-                                *n == 0 || (*n > 7 && !field.starts_with('['))
-                            });
+                            let fields = line
+                                .split(' ')
+                                .enumerate()
+                                .filter(|(n, field)| *n == 0 || (*n > 7 && !field.starts_with('[')));
                             fields.map(|(_, field)| field).collect::<Vec<_>>().join(" ")
                         })
                         .filter(|line| line.contains(' '))
@@ -296,7 +304,7 @@ impl Cluster {
     pub async fn until_promoted(&self, master: usize) {
         let replica = self.replica_of(master);
         probe("the replica is promoted", PATIENCE, async || {
-            replica.info("replication").await.get("role").map(String::as_str) == Some("master")
+            replica.try_query::<String>(&["INFO", "replication"]).await.is_ok_and(|info| info.contains("role:master"))
         })
         .await;
     }
