@@ -17,7 +17,7 @@ with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-demo cargo demo test fmt-check lint docs unit matrix bench
+.PHONY: help setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -58,5 +58,9 @@ matrix: setup ## the integration tests against each server
 	done; \
 	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi
 
-bench: setup-demo ## the benchmarks
-	@$(with_redis) $(CARGO) bench
+bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
+	@$(with_redis) $(CARGO) bench --bench batch
+	@$(with_redis) $(CARGO) bench --bench scan_loop
+
+impact: setup-demo ## what a sweep costs other clients, beside other ways to sweep (minutes)
+	@$(with_redis) $(CARGO) bench --bench impact

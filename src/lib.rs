@@ -19,6 +19,7 @@
 //! | [`node`] | everything that speaks RESP |
 //! | [`store`] | records that outlive the process |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
+//! | [`check`] | the look at a server that touches nothing |
 //! | [`tasks`] | from wish to record; the only writer of task state |
 //! | [`api`] | wire shapes |
 //! | [`cli`] | parse, hand over, print |
@@ -26,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod check;
 pub mod cli;
 pub mod engine;
 pub mod model;

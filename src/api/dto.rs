@@ -284,7 +284,7 @@ impl From<&Failure> for FailureDto {
     }
 }
 
-fn seconds(span: Duration) -> f64 {
+pub(super) fn seconds(span: Duration) -> f64 {
     // Milliseconds are as fine as anything here is known; more digits would only look exact.
     (span.as_secs_f64() * 1000.0).round() / 1000.0
 }

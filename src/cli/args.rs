@@ -8,12 +8,16 @@ use clap::{ArgMatches, Args};
 use crate::cli::exit;
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
 
+/// Square brackets stand for themselves here, and not for links as in a doc comment.
+const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[user[:password]@]host[:port][/db], \
+                        rediss://... (TLS), redis+sentinel://host:26379,.../MASTER, unix:///path \
+                        [default: redis://127.0.0.1:6379]";
+
 /// Where the server is and who we are. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
 pub struct ServerArgs {
-    /// Server, any node of a cluster, or sentinels: redis://[user[:password]@]host[:port][/db], rediss://... (TLS),
-    /// redis+sentinel://host:26379,.../MASTER, unix:///path [default: redis://127.0.0.1:6379]
-    #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true)]
+    /// Where the server is.
+    #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true, help = URL_HELP)]
     pub url: Option<String>,
 
     /// ACL user
@@ -135,6 +139,20 @@ Examples:
   ttlsweep scan rediss://node1 --parallel 3             a cluster by TLS, three masters at a time
   ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that sentinels watch
   ttlsweep scan --state sweep.db --timeout 2h           keep a checkpoint; later: --state sweep.db --resume
+
+{}",
+        exit::HELP
+    )
+}
+
+/// The examples of `check --help`.
+pub fn check_examples() -> String {
+    format!(
+        "\
+Examples:
+  ttlsweep check                                        look at the server on this machine
+  ttlsweep check redis://cache:6379 --intensity 0.2     how long would this sweep take?
+  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly, on the replica
 
 {}",
         exit::HELP

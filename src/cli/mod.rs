@@ -1,6 +1,8 @@
 //! The command line: parse, hand over, print. One file per subcommand.
 
 pub mod args;
+pub mod check;
+pub mod demo;
 pub mod exit;
 pub mod output;
 pub mod progress;
@@ -37,6 +39,10 @@ pub struct Cli {
 enum Command {
     /// Sweep a server once, now
     Scan(scan::ScanArgs),
+    /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
+    Check(check::CheckArgs),
+    /// See the problem and the cure on a private server
+    Demo(demo::DemoArgs),
     /// Show what is in force and where it came from
     Settings(settings::SettingsArgs),
 }
@@ -78,6 +84,8 @@ pub fn main() -> Exit {
 async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
     match command {
         Command::Scan(args) => scan::run(args, matches).await,
+        Command::Check(args) => check::run(args, matches).await,
+        Command::Demo(args) => demo::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
     }
 }
@@ -88,26 +96,57 @@ fn usage(error: &clap::Error) -> Exit {
     if error.use_stderr() { Exit::Usage } else { Exit::Done }
 }
 
-/// Starts this program again without the URL among its arguments, where that holds a password: everybody on the
-/// machine can read a process's arguments, but only its user the environment. Returns only if nothing had to be hidden
-/// or if it failed.
+/// Arguments that are URLs and may hold a password, each with the environment variable that does as well. The
+/// positional one comes last: what is left of its text then is not the value of a flag.
+const URLS: [(&str, &str); 2] = [("replica", "TTLSWEEP_REPLICA"), ("url", "TTLSWEEP_URL")];
+
+/// Starts this program again without the URLs among its arguments that hold a password: everybody on the machine can
+/// read a process's arguments, but only its user the environment. Returns only if nothing had to be hidden or if it
+/// failed.
 fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<std::io::Error> {
-    let (_, mut inner) = matches.subcommand()?;
+    let (rest, hidden) = without_secrets(arguments, matches);
+    if hidden.is_empty() {
+        return None;
+    }
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return Some(error),
+    };
+    Some(std::process::Command::new(program).args(rest).envs(hidden).exec())
+}
+
+/// The arguments behind the program's name without URLs that hold a password, and those as environment variables.
+fn without_secrets(arguments: &[OsString], matches: &clap::ArgMatches) -> (Vec<OsString>, Vec<(&'static str, String)>) {
+    let mut inner = matches;
     while let Some((_, deeper)) = inner.subcommand() {
         inner = deeper;
     }
-    if inner.try_contains_id("url").ok()? && inner.value_source("url") == Some(clap::parser::ValueSource::CommandLine) {
-        let url = inner.get_one::<String>("url")?;
+    let mut rest: Vec<OsString> = arguments.iter().skip(1).cloned().collect();
+    let mut hidden = Vec::new();
+    for (id, variable) in URLS {
+        let Ok(Some(url)) = inner.try_get_one::<String>(id) else { continue };
         let has_password = url
             .split_once("://")
             .is_some_and(|(_, rest)| rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':')));
-        if has_password {
-            let rest = arguments.iter().skip(1).filter(|&argument| argument.to_str() != Some(url));
-            let program = std::env::current_exe().ok()?;
-            return Some(std::process::Command::new(program).args(rest).env("TTLSWEEP_URL", url).exec());
+        if !has_password || inner.value_source(id) != Some(clap::parser::ValueSource::CommandLine) {
+            continue;
         }
+        let flag = format!("--{id}");
+        let mut kept: Vec<OsString> = Vec::with_capacity(rest.len());
+        for argument in rest {
+            let is_value = kept.last().is_some_and(|last| last.to_str() == Some(&flag));
+            if argument.to_str() == Some(url) && (is_value || id == "url") {
+                if is_value {
+                    kept.pop();
+                }
+            } else if argument.to_str() != Some(&format!("{flag}={url}")) {
+                kept.push(argument);
+            }
+        }
+        rest = kept;
+        hidden.push((variable, url.clone()));
     }
-    None
+    (rest, hidden)
 }
 
 fn log_to_stderr(verbose: u8) {
@@ -144,5 +183,41 @@ mod tests {
             let env = argument.get_env().and_then(|e| e.to_str());
             assert_eq!(env, Some(format!("TTLSWEEP_{}", id.to_uppercase()).as_str()));
         }
+    }
+    #[track_caller]
+    fn check_hidden(line: &str, rest: &str, hidden: &[(&str, &str)]) {
+        let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        let matches = Cli::command().try_get_matches_from(&arguments).unwrap();
+        let (kept, variables) = without_secrets(&arguments, &matches);
+        assert_eq!(kept.join(std::ffi::OsStr::new(" ")), rest);
+        let variables: Vec<_> = variables.iter().map(|(name, url)| (*name, url.as_str())).collect();
+        assert_eq!(variables, hidden);
+    }
+
+    #[test]
+    fn urls_with_a_password_leave_the_arguments_and_others_stay() {
+        check_hidden("ttlsweep scan redis://h --db 0", "scan redis://h --db 0", &[]);
+        check_hidden("ttlsweep scan redis://ann@h", "scan redis://ann@h", &[]);
+        check_hidden("ttlsweep -v scan redis://:pw@h --db 0", "-v scan --db 0", &[("TTLSWEEP_URL", "redis://:pw@h")]);
+        check_hidden(
+            "ttlsweep check redis://:a@h --replica redis://:b@r --json",
+            "check --json",
+            &[("TTLSWEEP_REPLICA", "redis://:b@r"), ("TTLSWEEP_URL", "redis://:a@h")],
+        );
+        check_hidden(
+            "ttlsweep check --replica=redis://:b@r redis://h",
+            "check redis://h",
+            &[("TTLSWEEP_REPLICA", "redis://:b@r")],
+        );
+        check_hidden(
+            "ttlsweep check --replica redis://:a@h redis://:a@h",
+            "check",
+            &[("TTLSWEEP_REPLICA", "redis://:a@h"), ("TTLSWEEP_URL", "redis://:a@h")],
+        );
+        check_hidden(
+            "ttlsweep settings show redis://:a@h --json",
+            "settings show --json",
+            &[("TTLSWEEP_URL", "redis://:a@h")],
+        );
     }
 }

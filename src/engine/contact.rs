@@ -25,7 +25,7 @@ use crate::model::throttle::Reason;
 use crate::node::commands;
 use crate::node::conn::Conn;
 use crate::node::error::{Class, NodeError};
-use crate::node::info::Info;
+use crate::node::info::{Info, OLDEST};
 use crate::node::topology::{Kind, Master};
 use crate::node::wire::Names;
 
@@ -33,8 +33,6 @@ use crate::node::wire::Names;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// The smallest of this many PINGs is the network's share of a round trip.
 const PINGS: usize = 20;
-/// Oldest server that is scanned, by the contract's rule.
-const OLDEST: (u32, u32) = (4, 0);
 
 /// A master that was reached and may be swept.
 struct Reached {
@@ -69,7 +67,7 @@ async fn reach(job: &Job, last: &Master) -> Result<Reached, Trouble> {
     if info.flag("loading") == Some(true) {
         return Err(Trouble::Node(loading(&conn)));
     }
-    may_be_swept(job, &info).map_err(|failure| refused(job, failure))?;
+    may_be_swept(job.roster.kind(), &info).map_err(|failure| refused(job, failure))?;
     let floor = smallest_ping(&mut conn).await?;
     Ok(Reached { conn, info, floor, master })
 }
@@ -237,7 +235,7 @@ impl ShardScan {
     /// A pass is complete only where its server was a master to the end.
     pub(super) async fn confirm_master(&mut self, pass: &mut Pass) -> Result<(), End> {
         match commands::info(&mut self.conn).await {
-            Ok(info) => match may_be_swept(&self.job, &info) {
+            Ok(info) => match may_be_swept(self.job.roster.kind(), &info) {
                 Ok(()) => Ok(()),
                 Err(failure) => self.demoted(failure, pass).await,
             },
@@ -324,7 +322,7 @@ fn loading(conn: &Conn) -> NodeError {
     }
 }
 
-fn may_be_swept(job: &Job, info: &Info) -> Result<(), Failure> {
+fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
     match info.redis_version() {
         None => {
             let failure =
@@ -333,7 +331,8 @@ fn may_be_swept(job: &Job, info: &Info) -> Result<(), Failure> {
         }
         Some(version) if version < OLDEST => {
             let (major, minor) = version;
-            let message = format!("Redis {major}.{minor} cannot be swept; 4.0 is the oldest (DCS.4818)");
+            let message =
+                format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest (DCS.4818)", OLDEST.0, OLDEST.1);
             return Err(Failure::new(FailureKind::Unsupported, message).hint("upgrade the server"));
         }
         Some(_) => {}
@@ -344,7 +343,7 @@ fn may_be_swept(job: &Job, info: &Info) -> Result<(), Failure> {
             return Err(failure.hint("give the master that it watches: redis+sentinel://HOST:26379/MASTER"));
         }
         // It was busy or loading when we asked what it is, and now it answers.
-        Some("cluster") if job.roster.kind() == Kind::Standalone => {
+        Some("cluster") if kind == Kind::Standalone => {
             let message = "this is a node of a cluster, which it could not say when the sweep began";
             return Err(Failure::new(FailureKind::Unsupported, message).hint("start again: the whole cluster is swept"));
         }
@@ -364,4 +363,26 @@ async fn smallest_ping(conn: &mut Conn) -> Result<Duration, NodeError> {
         smallest = smallest.min(begun.elapsed());
     }
     Ok(smallest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_swept_is_refused_with_the_reason() {
+        let refused = |text: &str| {
+            let failure = may_be_swept(Kind::Standalone, &Info::parse(text)).unwrap_err();
+            format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
+        };
+        let cases = [
+            "redis_version:3.2.12\r\nrole:master\r\n",
+            "some_other_engine:1\r\n",
+            "redis_version:7.0.15\r\nredis_mode:sentinel\r\n",
+            "redis_version:7.0.15\r\nredis_mode:cluster\r\nrole:master\r\n",
+            "redis_version:7.0.15\r\nrole:slave\r\nmaster_host:10.0.0.1\r\nmaster_port:6379\r\n",
+        ];
+        insta::assert_snapshot!(cases.map(refused).join("\n"));
+        assert_eq!(may_be_swept(Kind::Standalone, &Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
+    }
 }

@@ -86,7 +86,7 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// A pacer that begins with `count` and knows the smallest PING round trip.
+    /// A pacer that begins with `count`, keeps it where `max_slice` is zero, and knows the smallest PING round trip.
     pub fn new(count: u32, max_slice: Duration, tuning: Tuning, floor: Duration) -> Self {
         Self {
             max_slice,
@@ -133,7 +133,7 @@ impl Pacer {
         self.since_stat.1 += slice;
         let held = slice.mul_f64(self.correction);
         self.owed += held.div_f64(self.tuning.intensity).saturating_sub(held);
-        if keys > 0 {
+        if keys > 0 && !self.max_slice.is_zero() {
             self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
             if self.costs.len() == STEER_EVERY {
                 self.steer();
@@ -245,6 +245,13 @@ mod tests {
         assert!((27..=33).contains(&settle(&mut pacer, 2.5)));
         assert_eq!(settle(&mut pacer, 100.0), 10);
         assert_eq!(settle(&mut pacer, 0.01), 1000);
+    }
+
+    #[test]
+    fn without_a_slice_count_stays() {
+        let tuning = Tuning { intensity: 1.0, max_keys_per_sec: None };
+        let mut pacer = Pacer::new(100, Duration::ZERO, tuning, 20 * US);
+        assert_eq!(settle(&mut pacer, 100.0), 100);
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The commands that we send, each in one place.
 
+use redis::{Cmd, FromRedisValue, Value};
+
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
@@ -43,4 +45,86 @@ pub async fn ping(conn: &mut Conn) -> Result<(), NodeError> {
 /// [`NodeError`].
 pub async fn dbsize(conn: &mut Conn) -> Result<u64, NodeError> {
     conn.call("DBSIZE", &redis::cmd("DBSIZE")).await
+}
+
+/// One parameter of the server's configuration; `None` where it has none of that name or does not let us look.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn config(conn: &mut Conn, parameter: &str) -> Result<Option<String>, NodeError> {
+    let pair = told(conn.call::<Vec<String>>("CONFIG GET", redis::cmd("CONFIG").arg("GET").arg(parameter)).await)?;
+    Ok(pair.and_then(|pair| pair.into_iter().nth(1)))
+}
+
+/// The ACL user of this connection; `None` before Redis 6 or without the right to ask.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn whoami(conn: &mut Conn) -> Result<Option<String>, NodeError> {
+    told(conn.call("ACL WHOAMI", redis::cmd("ACL").arg("WHOAMI")).await)
+}
+
+/// Whether `user` may run a command, asked without running it; `None` before Redis 7.0 or without the right to ask.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn dry_run(conn: &mut Conn, user: &str, command: &[&str]) -> Result<Option<bool>, NodeError> {
+    let verdict = conn.call::<String>("ACL DRYRUN", redis::cmd("ACL").arg("DRYRUN").arg(user).arg(command)).await;
+    match verdict {
+        // A command that was renamed away is an error of DRYRUN itself, and a no to our question.
+        Err(NodeError::Server { code, message, .. }) if code == "ERR" && message.starts_with("Command ") => {
+            Ok(Some(false))
+        }
+        verdict => Ok(told(verdict)?.map(|verdict| verdict == "OK")),
+    }
+}
+
+/// Whether `user` may run every command on every key, as the flags of ACL GETUSER tell on Redis 6 (later servers have
+/// no such flags, but they have [`dry_run`]); `None` without the right to ask.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn may_do_everything(conn: &mut Conn, user: &str) -> Result<Option<bool>, NodeError> {
+    let rules = told(conn.call::<Vec<Value>>("ACL GETUSER", redis::cmd("ACL").arg("GETUSER").arg(user)).await)?;
+    let Some(rules) = rules else { return Ok(None) };
+    let flags = rules.chunks(2).find_map(|pair| match pair {
+        [name, flags] if String::from_redis_value_ref(name).is_ok_and(|name| name == "flags") => {
+            Vec::<String>::from_redis_value_ref(flags).ok()
+        }
+        _ => None,
+    });
+    Ok(flags.map(|flags| ["allcommands", "allkeys"].iter().all(|flag| flags.iter().any(|f| f == flag))))
+}
+
+/// Whether a command is accepted, by running it: for those that are harmless. An error that is not about rights is an
+/// answer of the command itself, so it was accepted; a command that is unknown was not.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn is_accepted(conn: &mut Conn, name: &'static str, cmd: &Cmd) -> Result<Option<bool>, NodeError> {
+    match conn.call::<Value>(name, cmd).await {
+        Ok(_) => Ok(Some(true)),
+        Err(NodeError::Server { code, message, .. }) => Ok(match code.as_str() {
+            "NOPERM" => Some(false),
+            "ERR" => Some(!message.starts_with("unknown command")),
+            // LOADING, BUSY and the like say nothing certain about rights.
+            _ => None,
+        }),
+        Err(error) => Err(error),
+    }
+}
+
+/// A SCAN that looks at no key: the server checks the rights, then refuses the cursor (or the COUNT) before it looks at
+/// the keyspace. For [`is_accepted`].
+pub fn scan_that_does_nothing() -> Cmd {
+    redis::cmd("SCAN").arg("none").arg("COUNT").arg("none").to_owned()
+}
+
+/// What the server told, or `None` where it refused.
+fn told<T>(answer: Result<T, NodeError>) -> Result<Option<T>, NodeError> {
+    match answer {
+        Ok(told) => Ok(Some(told)),
+        Err(NodeError::Server { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }

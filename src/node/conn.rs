@@ -13,7 +13,7 @@ use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::target::{Credentials, NodeMap};
 use crate::node::error::NodeError;
 use crate::node::tls::{self, Tls};
-use crate::node::wire::{self, Malformed, Names, ScanReader, ScanReply};
+use crate::node::wire::{self, Integer, Malformed, Names, ScanReader, ScanReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
 const READ_BUFFER: usize = 64 << 10;
@@ -33,6 +33,20 @@ pub struct ConnOptions {
     pub connect_timeout: Duration,
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
     pub response_timeout: Duration,
+}
+
+impl ConnOptions {
+    /// Options for plain connections that lead where they say.
+    pub fn plain(credentials: Credentials, connect_timeout: Duration, response_timeout: Duration) -> Self {
+        Self {
+            credentials,
+            sentinel_credentials: Credentials::default(),
+            tls: None,
+            node_map: NodeMap::default(),
+            connect_timeout,
+            response_timeout,
+        }
+    }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
@@ -370,7 +384,10 @@ impl Conn {
             let unread = &self.buf[self.start..self.end];
             if let Some((len, reply)) = wire::integer(unread).map_err(|e| self.malformed(command, e))? {
                 self.start += len;
-                return Ok(reply.map_err(|text| self.refused(command, &text)));
+                return Ok(match reply {
+                    Integer::Number(number) => Ok(number),
+                    Integer::Refused(text) => Err(self.refused(command, &text)),
+                });
             }
             self.fill().await?;
         }

@@ -223,4 +223,43 @@ mod tests {
         check("ERR", "DB index is out of range", Class::Fatal(FailureKind::NoSuchDb));
         check("ERR", "unknown command 'SCAN'", Class::Fatal(FailureKind::Unsupported));
     }
+
+    #[test]
+    fn every_error_says_what_happened_and_what_to_do() {
+        let addr = NodeAddr::Tcp { host: "cache".into(), port: 6379 };
+        let connect = |kind, text: &str| NodeError::Connect { addr: addr.clone(), source: io::Error::new(kind, text) };
+        let server = |command, code: &str, message: &str| NodeError::Server {
+            addr: addr.clone(),
+            command,
+            code: code.into(),
+            message: message.into(),
+        };
+        let errors = [
+            connect(io::ErrorKind::ConnectionRefused, "Connection refused"),
+            connect(io::ErrorKind::NotFound, "No such file or directory"),
+            connect(io::ErrorKind::PermissionDenied, "Permission denied"),
+            connect(io::ErrorKind::TimedOut, "no connection within 5s"),
+            connect(io::ErrorKind::Other, "failed to lookup address information"),
+            NodeError::Lost { addr: addr.clone(), source: io::Error::other("Connection reset by peer") },
+            NodeError::Timeout { addr: addr.clone(), command: "SCAN", after: Duration::from_secs(30) },
+            NodeError::Protocol { addr: addr.clone(), command: "PING", detail: "it begins with the byte 0x48".into() },
+            server("PING", "NOAUTH", "Authentication required."),
+            server("AUTH", "WRONGPASS", "invalid username-password pair or user is disabled."),
+            server("SCAN", "NOPERM", "this user has no permissions to run the 'scan' command"),
+            server("TTL", "NOPERM", "this user has no permissions to run the 'ttl' command"),
+            server("PING", "DENIED", "Redis is running in protected mode because protected mode is enabled"),
+            server("SELECT", "ERR", "DB index is out of range"),
+            server("SCAN", "LOADING", "Redis is loading the dataset in memory"),
+            server("SCAN", "BUSY", "Redis is busy running a script."),
+            server("SCAN", "ERR", "unknown command 'SCAN'"),
+        ];
+        let shown: Vec<_> = errors
+            .into_iter()
+            .map(|error| {
+                let failure = error.into_failure();
+                format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
+            })
+            .collect();
+        insta::assert_snapshot!(shown.join("\n"));
+    }
 }

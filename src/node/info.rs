@@ -6,6 +6,9 @@ use std::str::FromStr;
 use crate::model::progress::ServerFacts;
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 
+/// Oldest Redis that is swept, as (major, minor): the contract's own rule.
+pub const OLDEST: (u32, u32) = (4, 0);
+
 /// The fields of one or more INFO sections.
 #[derive(Debug, Clone, Default)]
 pub struct Info(HashMap<String, String>);
@@ -123,6 +126,17 @@ impl Info {
         let value = self.get("cmdstat_scan")?;
         let part = |name| pairs(value).find(|(k, _)| *k == name).and_then(|(_, v)| v.parse().ok());
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
+    }
+
+    /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
+    /// mean over its samples in all DBs together.
+    pub fn stale_share(&self) -> Option<f64> {
+        self.parsed::<f64>("expired_stale_perc").map(|percent| percent / 100.0)
+    }
+
+    /// The replication history that the data belongs to: the same on a master and its replicas.
+    pub fn replication_id(&self) -> Option<&str> {
+        self.get("master_replid")
     }
 
     /// `standalone`, `cluster` or `sentinel`. Valkey calls the field `server_mode`.

@@ -130,19 +130,25 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
     Ok(Some(at))
 }
 
-/// A number, or the text of the error that the server sent in its place.
-pub type IntegerReply = Result<i64, String>;
+/// What stands where an integer is expected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Integer {
+    /// The number.
+    Number(i64),
+    /// The text of an error.
+    Refused(String),
+}
 
 /// The integer at the start of `buf` with its length in bytes, or the text of an error that stands in its place;
 /// `None` while a part is missing. The quick way for the replies of DBSIZE and EXISTS.
 ///
 /// # Errors
 /// [`Malformed`] where another kind of reply stands there.
-pub fn integer(buf: &[u8]) -> Result<Option<(usize, IntegerReply)>, Malformed> {
+pub fn integer(buf: &[u8]) -> Result<Option<(usize, Integer)>, Malformed> {
     let Some(line) = line(buf)? else { return Ok(None) };
     match line.kind {
-        b':' => Ok(Some((line.len, Ok(line.number()?)))),
-        b'-' => Ok(Some((line.len, Err(String::from_utf8_lossy(line.content).into_owned())))),
+        b':' => Ok(Some((line.len, Integer::Number(line.number()?)))),
+        b'-' => Ok(Some((line.len, Integer::Refused(String::from_utf8_lossy(line.content).into_owned())))),
         kind => malformed(format!("`{}` stands where a number is expected", kind as char)),
     }
 }

@@ -42,7 +42,7 @@ pub struct ScanSettings {
     pub dbs: Vec<DbIndex>,
     /// COUNT of the first SCAN, within [`COUNT_RANGE`].
     pub count: u32,
-    /// How long one batch may hold the master.
+    /// How long one batch may hold the master; zero: COUNT is not steered.
     pub max_slice: Duration,
     /// Share of the master's time that batches may take, in (0, 1].
     pub intensity: f64,
@@ -120,7 +120,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
         Ok(count) if COUNT_RANGE.contains(&count) => Ok(count),
         _ => Err(format!("`{text}` is not a COUNT between {} and {}", COUNT_RANGE.start(), COUNT_RANGE.end())),
     });
-    let max_slice = reader.read("max-slice", positive_duration);
+    let max_slice = reader.read("max-slice", duration);
     let intensity = reader.read("intensity", |text| match text.parse::<f64>() {
         Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
         _ => Err(format!("`{text}` is not a share above 0 and up to 1, such as 0.25")),
@@ -257,18 +257,26 @@ fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
     Ok(dbs)
 }
 
-/// A duration with its unit, above zero: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
+/// A duration with its unit: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
+///
+/// # Errors
+/// A sentence that shows the right form.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
+    match parsed {
+        Some(duration) => Ok(duration),
+        None if text.parse::<f64>().is_ok() => Err(format!("`{text}` needs a unit, such as {text}s or {text}min")),
+        None => Err(format!("`{text}` is not a duration such as 75us, 20ms, 30s, 90min or 6h")),
+    }
+}
+
+/// As [`duration`], above zero.
 ///
 /// # Errors
 /// A sentence that shows the right form.
 pub fn positive_duration(text: &str) -> Result<Duration, String> {
-    let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
-    match parsed {
-        Some(duration) if !duration.is_zero() => Ok(duration),
-        Some(_) => Err(format!("`{text}` must be above zero")),
-        None if text.parse::<f64>().is_ok() => Err(format!("`{text}` needs a unit, such as {text}s or {text}min")),
-        None => Err(format!("`{text}` is not a duration such as 75us, 20ms, 30s, 90min or 6h")),
-    }
+    let duration = duration(text)?;
+    if duration.is_zero() { Err(format!("`{text}` must be above zero")) } else { Ok(duration) }
 }
 
 /// A duration as [`positive_duration`] reads it.

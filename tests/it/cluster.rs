@@ -7,7 +7,7 @@ use crate::support::{
     cluster::Cluster,
     probe,
     proxy::Proxy,
-    run::{Run, Running, scan, state_file},
+    run::{Run, Running, run, scan, state_file},
 };
 
 /// Slow enough that a test can do something meanwhile.
@@ -267,4 +267,23 @@ async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
         assert_eq!(cluster.nodes[place].dbsize(0).await, names.len() as u64, "no dead key is left");
     }
     assert!(run.stderr.contains("1 of 3 shards"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_looks_at_every_master_and_touches_nothing() {
+    let mut cluster = Cluster::start(3, false).await;
+    cluster.fill(300, 900).await;
+    let run = run(["check", &cluster.url(), "--json"]).await.expect(0);
+    let shards = run.json()["shards"].as_array().unwrap().clone();
+    assert_eq!(shards.len(), 3);
+    let with_ttl: u64 = shards.iter().map(|shard| shard["backlog"]["expires"].as_u64().unwrap_or(0)).sum();
+    assert_eq!(with_ttl, 900, "{shards:#?}");
+    assert_eq!(cluster.keys_in_memory().await, 1_200);
+    let text = self::run(["check", &cluster.url()]).await.expect(0).stdout;
+    assert!(text.contains("== slots 5461-10921") && text.contains("cluster: "), "{text}");
+
+    cluster.nodes[2].kill9();
+    let run = self::run(["check", &cluster.url(), "--json"]).await.expect(1);
+    let bad = &run.json()["shards"][2];
+    assert_eq!(bad["failure"]["kind"], "cannot_connect", "{bad}");
 }

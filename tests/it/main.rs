@@ -5,8 +5,10 @@
 
 mod support;
 
+mod check;
 mod cli;
 mod cluster;
+mod demo;
 mod exact;
 mod resume;
 mod rights;

@@ -1,0 +1,68 @@
+//! The pure parts of a batch: reading the reply, judging it, pacing. `cargo bench --bench batch`.
+//!
+//! The rival in the same run is the redis crate's parser on the same bytes, which allocates each key name.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ttlsweep::engine::batch::hidden;
+use ttlsweep::engine::control::Tuning;
+use ttlsweep::engine::pacer::Pacer;
+use ttlsweep::model::shard::ScanPosition;
+use ttlsweep::node::conn::ScanBatch;
+use ttlsweep::node::wire::{Names, ScanReader, frame_len};
+
+/// A SCAN reply with names as operators have them.
+fn reply(names: usize) -> Vec<u8> {
+    let mut bytes = format!("*2\r\n$7\r\n1234567\r\n*{names}\r\n").into_bytes();
+    for i in 0..names {
+        let name = format!("session:user:{i:012}");
+        bytes.extend_from_slice(format!("${}\r\n{name}\r\n", name.len()).as_bytes());
+    }
+    bytes
+}
+
+fn reading(c: &mut Criterion) {
+    let bytes = reply(100);
+    let mut group = c.benchmark_group("reply_of_100_names");
+    group.throughput(Throughput::Elements(100));
+    group.bench_function("names_dropped", |b| {
+        b.iter(|| ScanReader::default().feed(black_box(&bytes), None).unwrap());
+    });
+    let mut names = Names::default();
+    group.bench_function("names_kept", |b| {
+        b.iter(|| {
+            names.clear();
+            ScanReader::default().feed(black_box(&bytes), Some(&mut names)).unwrap()
+        });
+    });
+    group.bench_function("length_only", |b| b.iter(|| frame_len(black_box(&bytes)).unwrap()));
+    group.bench_function("redis_crate", |b| b.iter(|| redis::parse_redis_value(black_box(&bytes)).unwrap()));
+    group.finish();
+}
+
+fn deciding(c: &mut Criterion) {
+    let batch = ScanBatch {
+        cursor: 1234,
+        returned: 97,
+        keys_before: 1000,
+        keys_after: 997,
+        round_trip: Duration::from_micros(90),
+    };
+    c.bench_function("judge_one_batch", |b| {
+        b.iter(|| hidden(black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
+    });
+    let tuning = Tuning { intensity: 0.5, max_keys_per_sec: Some(1_000_000) };
+    let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));
+    c.bench_function("pace_one_batch", |b| {
+        b.iter(|| {
+            pacer.worked(black_box(100), black_box(Duration::from_micros(90)));
+            pacer.rested(Duration::from_secs(1));
+            pacer.count()
+        });
+    });
+}
+
+criterion_group!(benches, reading, deciding);
+criterion_main!(benches);

@@ -1,0 +1,198 @@
+//! How fast the loop is: ours beside a bare socket and redis-cli, on one real server, in one run.
+//!
+//! `make bench`, or `cargo bench --bench scan_loop`. By environment: `TTLSWEEP_BENCH_KEYS` (5,000,000),
+//! `TTLSWEEP_BENCH_ROUNDS` (3), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
+//!
+//! Every contender is a process of its own, so that CPU time and peak memory are its alone; they take turns, and the
+//! medians are shown. Linux only: CPU time and memory are read from /proc.
+
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+mod common;
+use common::Server;
+
+/// COUNT of every contender.
+const COUNT: u32 = 100;
+/// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
+const TICKS: f64 = 100.0;
+
+fn main() {
+    let mut args = std::env::args().skip(1).skip_while(|a| a.starts_with("--bench"));
+    if args.next().as_deref() == Some("bare") {
+        return bare(&args.next().expect("an address"));
+    }
+    let env = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let keys = env("TTLSWEEP_BENCH_KEYS", 5_000_000);
+    let rounds = env("TTLSWEEP_BENCH_ROUNDS", 3) as usize;
+    let server = Server::start();
+    assert_eq!(server.cli(&["DEBUG", "POPULATE", &keys.to_string(), "session:user", "32"]), "OK");
+    let addr = server.addr();
+    println!("{keys} live keys, COUNT {COUNT}, {rounds} rounds, medians; {}", server.version());
+
+    let this = std::env::current_exe().expect("it has a path");
+    let ours = env!("CARGO_BIN_EXE_ttlsweep");
+    let (host, port) = addr.split_once(':').expect("host and port");
+    let count = COUNT.to_string();
+    let url = format!("redis://{addr}");
+    let help = Command::new("redis-cli").arg("--help").output().expect("redis-cli is on the PATH");
+    let help = String::from_utf8_lossy(&help.stdout).into_owned() + &String::from_utf8_lossy(&help.stderr);
+    let mut contenders: Vec<(&str, Vec<&str>)> = vec![
+        ("bare socket", vec![this.to_str().expect("a path in UTF-8"), "bare", &addr]),
+        (
+            "ttlsweep",
+            vec![
+                ours,
+                "scan",
+                &url,
+                "--db",
+                "0",
+                "--count",
+                &count,
+                "--max-slice",
+                "0s",
+                "--intensity",
+                "1",
+                "--quiet",
+            ],
+        ),
+        ("ttlsweep, steered", vec![ours, "scan", &url, "--db", "0", "--intensity", "1", "--quiet"]),
+        // COUNT 10 is redis-cli's own default; --count came with 7.2.
+        ("redis-cli --scan", vec!["redis-cli", "-h", host, "-p", port, "--scan"]),
+    ];
+    if help.contains("--count") {
+        let command = vec!["redis-cli", "-h", host, "-p", port, "--scan", "--count", &count];
+        contenders.push(("redis-cli --scan --count", command));
+    }
+    let mut results: Vec<Vec<Measured>> = vec![Vec::new(); contenders.len()];
+    for _ in 0..rounds {
+        for (contender, results) in contenders.iter().zip(&mut results) {
+            results.push(measure(&contender.1));
+        }
+    }
+    let median = |results: &[Measured], of: fn(&Measured) -> f64| {
+        let mut values: Vec<f64> = results.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let per_sec = |results: &[Measured]| keys as f64 / median(results, |m| m.wall.as_secs_f64());
+    let bare_speed = per_sec(&results[0]);
+    println!("| contender | keys/s | of the bare socket | client CPU s per million keys | peak memory MiB |");
+    println!("|---|---|---|---|---|");
+    for ((name, _), results) in contenders.iter().zip(&results) {
+        let speed = per_sec(results);
+        println!(
+            "| {name} | {speed:.0} | {:.2} | {:.2} | {:.1} |",
+            speed / bare_speed,
+            median(results, |m| m.cpu_s) * 1e6 / keys as f64,
+            median(results, |m| m.peak_kib) / 1024.0,
+        );
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Measured {
+    wall: Duration,
+    cpu_s: f64,
+    peak_kib: f64,
+}
+
+/// Runs one contender to its end, looking at /proc meanwhile.
+fn measure(command: &[&str]) -> Measured {
+    let begun = Instant::now();
+    let mut child = Command::new(command[0])
+        .args(&command[1..])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{} cannot be run: {e}", command[0]));
+    let mut measured = Measured::default();
+    loop {
+        let status = child.try_wait().expect("it can be asked");
+        if let Some(status) = status {
+            assert!(status.success(), "{command:?} ended with {status}");
+            measured.wall = begun.elapsed();
+            return measured;
+        }
+        measured.look(child.id());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Measured {
+    fn look(&mut self, pid: u32) {
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let stat = read("stat");
+        // Behind the name in parentheses: state is field 3, utime 14, stime 15.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+        let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+        self.cpu_s = self.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
+        let peak =
+            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+        self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
+    }
+}
+
+/// The least that a client can do: one blocking socket, no parsing beyond the lengths.
+fn bare(addr: &str) {
+    let mut stream = TcpStream::connect(addr).expect("the server is there");
+    stream.set_nodelay(true).expect("a TCP socket");
+    let (mut buf, mut end) = (vec![0_u8; 64 << 10], 0);
+    let mut cursor = b"0".to_vec();
+    loop {
+        let mut out = format!("*4\r\n$4\r\nSCAN\r\n${}\r\n", cursor.len()).into_bytes();
+        out.extend_from_slice(&cursor);
+        out.extend_from_slice(format!("\r\n$5\r\nCOUNT\r\n${}\r\n{COUNT}\r\n", COUNT.to_string().len()).as_bytes());
+        stream.write_all(&out).expect("the server reads");
+        let (mut at, mut next, mut left) = (0, Vec::new(), None::<u64>);
+        loop {
+            // Header lines: *2, $n, the cursor, *n, then $n and a name for each.
+            let line_end = |buf: &[u8], at: usize| buf[at..].windows(2).position(|w| w == b"\r\n").map(|p| at + p);
+            let number = |line: &[u8]| std::str::from_utf8(&line[1..]).ok().and_then(|t| t.parse::<u64>().ok());
+            let mut stuck = true;
+            while let Some(stop) = line_end(&buf[..end], at) {
+                let line = &buf[at..stop];
+                match (line[0], left) {
+                    (b'*', None) if next.is_empty() => at = stop + 2,
+                    (b'*', None) => {
+                        left = number(line);
+                        at = stop + 2;
+                    }
+                    (b'$', _) => {
+                        let len = number(line).expect("a length") as usize;
+                        if end < stop + 2 + len + 2 {
+                            break;
+                        }
+                        if left.is_none() {
+                            next = buf[stop + 2..stop + 2 + len].to_vec();
+                        }
+                        left = left.map(|n| n - 1);
+                        at = stop + 2 + len + 2;
+                    }
+                    other => panic!("no SCAN reply: {other:?}"),
+                }
+                if left == Some(0) {
+                    stuck = false;
+                    break;
+                }
+            }
+            if !stuck {
+                break;
+            }
+            if end == buf.len() {
+                buf.resize(buf.len() * 2, 0);
+            }
+            let n = stream.read(&mut buf[end..]).expect("the server answers");
+            assert!(n > 0, "the server closed the connection");
+            end += n;
+        }
+        end = 0;
+        cursor = next;
+        if cursor == b"0" {
+            return;
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! What was seen of a server. `None`: a right or a version hides it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::model::progress::ServerFacts;
+use crate::model::shard::{DbIndex, NodeAddr};
+use crate::model::task::words;
+use crate::node::info::{DbKeys, Info, ReplicaLine};
+use crate::settings::{ScanSettings, Touch};
+
+/// What a server is to a sweep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Frees expired keys.
+    Master,
+    /// Hides them.
+    Replica {
+        /// Its master as `host:port`.
+        master: Option<String>,
+    },
+    /// Holds no keys.
+    Sentinel,
+    /// INFO does not say.
+    Unknown,
+}
+
+/// How the server frees expired keys by itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Expiry {
+    /// `lazyfree-lazy-expire`: whether the value of an expired key is freed in the background.
+    pub lazyfree: Option<bool>,
+    /// `active-expire-effort`, 1 to 10; `None` also before Redis 6.
+    pub effort: Option<u32>,
+    /// How many cycles a second.
+    pub hz: Option<u32>,
+}
+
+/// Memory and eviction.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// `used_memory` in bytes.
+    pub used: Option<u64>,
+    /// `used_memory_dataset` in bytes: without what the server needs for itself.
+    pub dataset: Option<u64>,
+    /// `maxmemory` in bytes; 0: no limit.
+    pub max: Option<u64>,
+    /// `maxmemory_policy`.
+    pub policy: Option<String>,
+    /// Keys evicted since the start.
+    pub evicted: Option<u64>,
+}
+
+/// What the server is busy with that a sweep should know of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Busy {
+    /// A child writes an RDB file or a full synchronisation; `None`: INFO does not say.
+    pub bgsave: Option<bool>,
+    /// A child rewrites the AOF.
+    pub aof_rewrite: Option<bool>,
+    /// The data set is being loaded.
+    pub loading: bool,
+    /// A coordinated failover is under way.
+    pub failover: bool,
+    /// CLIENT PAUSE keeps writes back.
+    pub writes_paused: bool,
+}
+
+/// A command that a sweep sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "each is the command of its name")]
+pub enum Right {
+    Scan,
+    Dbsize,
+    Info,
+    Ping,
+    Select,
+    ClientSetname,
+    Exists,
+    Ttl,
+}
+
+words!(
+    Right,
+    "right",
+    Scan = "SCAN",
+    Dbsize = "DBSIZE",
+    Info = "INFO",
+    Ping = "PING",
+    Select = "SELECT",
+    ClientSetname = "CLIENT SETNAME",
+    Exists = "EXISTS",
+    Ttl = "TTL",
+);
+
+impl Right {
+    /// The command with arguments that it can have.
+    pub fn example(self) -> &'static [&'static str] {
+        match self {
+            Self::Scan => &["SCAN", "0"],
+            Self::Dbsize => &["DBSIZE"],
+            Self::Info => &["INFO"],
+            Self::Ping => &["PING"],
+            Self::Select => &["SELECT", "0"],
+            Self::ClientSetname => &["CLIENT", "SETNAME", "ttlsweep"],
+            Self::Exists => &["EXISTS", "ttlsweep"],
+            Self::Ttl => &["TTL", "ttlsweep"],
+        }
+    }
+
+    /// Whether a sweep with these settings cannot do without.
+    pub fn is_needed(self, settings: &ScanSettings) -> bool {
+        match self {
+            Self::Scan | Self::Dbsize | Self::Info | Self::Ping | Self::Select => true,
+            Self::ClientSetname => false,
+            Self::Exists => settings.touch == Touch::Exists,
+            Self::Ttl => settings.touch == Touch::Ttl,
+        }
+    }
+}
+
+/// Whether a command may be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Access {
+    /// It may.
+    Allowed,
+    /// It may not.
+    Denied,
+    /// Only trying would tell, and trying is not harmless.
+    #[default]
+    Unknown,
+}
+
+words!(Access, "access", Allowed = "yes", Denied = "no", Unknown = "unknown");
+
+/// What this user may run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Rights(pub BTreeMap<Right, Access>);
+
+impl Rights {
+    /// Whether it may be run.
+    pub fn get(&self, right: Right) -> Access {
+        self.0.get(&right).copied().unwrap_or_default()
+    }
+
+    /// Writes down what was answered; `None`: nothing was.
+    pub fn set(&mut self, right: Right, allowed: Option<bool>) {
+        let access = match allowed {
+            Some(true) => Access::Allowed,
+            Some(false) => Access::Denied,
+            None => Access::Unknown,
+        };
+        self.0.insert(right, access);
+    }
+}
+
+/// Everything that was seen of a server.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// Where it was reached.
+    pub addr: NodeAddr,
+    /// Product and version; `None` where INFO does not tell.
+    pub server: Option<ServerFacts>,
+    /// The Redis version whose commands it has, as (major, minor).
+    pub redis_version: Option<(u32, u32)>,
+    /// What it is to a sweep.
+    pub role: Role,
+    /// It is one node of a cluster.
+    pub cluster: bool,
+    /// How long the process runs.
+    pub uptime: Option<Duration>,
+    /// DBs that hold keys.
+    pub dbs: BTreeMap<DbIndex, DbKeys>,
+    /// Share of the keys with a TTL that have expired and are still in memory: see [`Info::stale_share`].
+    pub stale_share: Option<f64>,
+    /// Keys that were freed since the start because they had expired.
+    pub expired_keys: Option<u64>,
+    /// How it frees expired keys.
+    pub expiry: Expiry,
+    /// Memory and eviction.
+    pub memory: Memory,
+    /// Its replicas.
+    pub replicas: Vec<ReplicaLine>,
+    /// Its own replication offset in bytes.
+    pub replication_offset: Option<u64>,
+    /// The replication history that its data belongs to.
+    pub replication_id: Option<String>,
+    /// What it is busy with.
+    pub busy: Busy,
+    /// What this user may run.
+    pub rights: Rights,
+    /// The smallest PING round trip.
+    pub round_trip: Option<Duration>,
+}
+
+impl Facts {
+    /// Puts together what was read.
+    pub fn new(addr: &NodeAddr, info: Info, expiry: Expiry, rights: Rights, round_trip: Option<Duration>) -> Self {
+        Self {
+            addr: addr.clone(),
+            server: info.server(addr),
+            redis_version: info.redis_version(),
+            role: match (info.mode(), info.is_master()) {
+                (Some("sentinel"), _) => Role::Sentinel,
+                (_, Some(true)) => Role::Master,
+                (_, Some(false)) => Role::Replica { master: info.master_addr() },
+                (_, None) => Role::Unknown,
+            },
+            cluster: info.flag("cluster_enabled") == Some(true),
+            uptime: info.parsed("uptime_in_seconds").map(Duration::from_secs),
+            dbs: info.keyspace(),
+            stale_share: info.stale_share(),
+            expired_keys: info.parsed("expired_keys"),
+            expiry,
+            memory: Memory {
+                used: info.parsed("used_memory"),
+                dataset: info.parsed("used_memory_dataset"),
+                max: info.parsed("maxmemory"),
+                policy: info.get("maxmemory_policy").map(str::to_owned),
+                evicted: info.parsed("evicted_keys"),
+            },
+            replicas: info.replicas(),
+            replication_offset: info.parsed("master_repl_offset"),
+            replication_id: info.replication_id().map(str::to_owned),
+            busy: Busy {
+                bgsave: info.flag("rdb_bgsave_in_progress"),
+                aof_rewrite: info.flag("aof_rewrite_in_progress"),
+                loading: info.flag("loading") == Some(true),
+                failover: info.get("master_failover_state").is_some_and(|state| state != "no-failover"),
+                writes_paused: info.get("paused_actions").is_some_and(|actions| actions != "none"),
+            },
+            rights,
+            round_trip,
+        }
+    }
+
+    /// Sizes of all DBs together.
+    pub fn total(&self) -> DbKeys {
+        sum(self.dbs.values())
+    }
+
+    /// The DBs that a sweep with these settings walks: those that are named, else each that holds keys with a TTL.
+    pub fn swept(&self, settings: &ScanSettings) -> BTreeMap<DbIndex, DbKeys> {
+        if settings.dbs.is_empty() {
+            self.dbs.iter().filter(|(_, keys)| keys.expires > 0).map(|(db, keys)| (*db, *keys)).collect()
+        } else {
+            settings.dbs.iter().map(|db| (*db, self.dbs.get(db).copied().unwrap_or_default())).collect()
+        }
+    }
+
+    /// Expired keys among these, by the sample of active expiry. A replica has no such sample: it expires nothing.
+    pub fn stale_keys(&self, keys: DbKeys) -> Option<u64> {
+        if matches!(self.role, Role::Replica { .. }) {
+            return None;
+        }
+        self.stale_share.map(|share| (keys.expires as f64 * share).round() as u64)
+    }
+
+    /// Bytes that so many keys hold if they are as large as the mean of all: the data set over the number of keys.
+    pub fn bytes_of(&self, keys: u64) -> Option<u64> {
+        let all = self.total().keys;
+        if all == 0 {
+            return Some(0);
+        }
+        self.memory.dataset.map(|dataset| (dataset as f64 / all as f64 * keys as f64) as u64)
+    }
+
+    /// How many bytes a replica is behind.
+    pub fn behind(&self, replica: &ReplicaLine) -> Option<u64> {
+        self.replication_offset.map(|offset| offset.saturating_sub(replica.offset))
+    }
+}
+
+/// Sizes of several DBs together.
+pub fn sum<'a>(dbs: impl IntoIterator<Item = &'a DbKeys>) -> DbKeys {
+    dbs.into_iter()
+        .fold(DbKeys::default(), |sum, db| DbKeys { keys: sum.keys + db.keys, expires: sum.expires + db.expires })
+}

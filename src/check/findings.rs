@@ -1,0 +1,267 @@
+//! Everything that a look can find, one variant for each thing worth saying. [`super::verdict`] decides which apply.
+//!
+//! A finding says what was seen, why it matters and what to do. Its numbers are fields; its sentences are written here
+//! once, so that text and JSON say the same.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::check::facts::Right;
+use crate::model::shard::DbIndex;
+use crate::model::task::words;
+use crate::node::commands::{ACL_LINE, ACL_TOUCH};
+use crate::node::info::{OLDEST, ReplicaLine};
+use crate::settings::show_duration;
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// A sweep cannot run here.
+    Error,
+    /// A sweep can run; look at this first.
+    Warning,
+    /// Good to know.
+    Note,
+}
+
+words!(Severity, "severity", Error = "error", Warning = "warning", Note = "note");
+
+/// One thing worth saying.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Finding {
+    /// It is a replica of this master.
+    Replica(Option<String>),
+    /// It watches others and holds no keys.
+    Sentinel,
+    /// INFO was read and names no version.
+    NoRedis,
+    /// Older than [`OLDEST`].
+    TooOld((u32, u32)),
+    /// Commands that a sweep needs and this user may not run.
+    MissingRights(Vec<Right>),
+    /// The replica could not be used for the count.
+    NotCounted(String),
+    /// It loads its data.
+    Loading,
+    /// A coordinated failover is under way.
+    Failover,
+    /// CLIENT PAUSE keeps writes back.
+    WritesPaused,
+    /// A child process shares memory with it.
+    Fork {
+        /// It writes an RDB file; otherwise it rewrites the AOF.
+        bgsave: bool,
+    },
+    /// Values of expired keys are freed in the main thread.
+    FreesInTheForeground,
+    /// A replica that is behind, silent, or still taking over the data.
+    ReplicaBehind(ReplicaLine, Option<u64>),
+    /// Live keys are evicted while dead ones hold memory.
+    Evicting {
+        /// Keys evicted since the start.
+        evicted: u64,
+        /// `maxmemory_policy`.
+        policy: Option<String>,
+    },
+    /// The ceiling is too low for the rate at which keys expire.
+    TooSlow {
+        /// Keys a second that the sweep would look at.
+        keys_per_sec: u64,
+        /// Keys a second that expired, on the mean since the start.
+        expired_per_sec: u64,
+    },
+    /// The sweep may not end in the time allowed.
+    LongerThanTimeout {
+        /// How long it may take at most.
+        most: Duration,
+        /// The time allowed.
+        timeout: Duration,
+    },
+    /// DBs that were named and hold no key with a TTL.
+    NothingIn(Vec<DbIndex>),
+    /// `touch` is `auto` and EXISTS is not allowed.
+    NoAudit,
+    /// The backlog is an estimate that may be far too low.
+    EstimateMayBeLow,
+    /// Active expiry works at low effort.
+    LowEffort {
+        /// `active-expire-effort`.
+        effort: u32,
+    },
+}
+
+impl Finding {
+    /// A stable word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Replica(_) => "replica",
+            Self::Sentinel => "sentinel",
+            Self::NoRedis => "no_redis",
+            Self::TooOld(_) => "too_old",
+            Self::MissingRights(_) => "missing_rights",
+            Self::NotCounted(_) => "not_counted",
+            Self::Loading => "loading",
+            Self::Failover => "failover",
+            Self::WritesPaused => "writes_paused",
+            Self::Fork { .. } => "fork",
+            Self::FreesInTheForeground => "frees_in_the_foreground",
+            Self::ReplicaBehind(..) => "replica_behind",
+            Self::Evicting { .. } => "evicting",
+            Self::TooSlow { .. } => "too_slow",
+            Self::LongerThanTimeout { .. } => "longer_than_timeout",
+            Self::NothingIn(_) => "nothing_in_db",
+            Self::NoAudit => "no_audit",
+            Self::EstimateMayBeLow => "estimate_may_be_low",
+            Self::LowEffort { .. } => "low_effort",
+        }
+    }
+
+    /// How bad it is.
+    pub fn severity(&self) -> Severity {
+        match self {
+            Self::Replica(_) | Self::Sentinel | Self::NoRedis | Self::TooOld(_) | Self::MissingRights(_) => {
+                Severity::Error
+            }
+            Self::NotCounted(_)
+            | Self::Loading
+            | Self::Failover
+            | Self::WritesPaused
+            | Self::Fork { .. }
+            | Self::FreesInTheForeground
+            | Self::ReplicaBehind(..)
+            | Self::Evicting { .. }
+            | Self::TooSlow { .. }
+            | Self::LongerThanTimeout { .. } => Severity::Warning,
+            Self::NothingIn(_) | Self::NoAudit | Self::EstimateMayBeLow | Self::LowEffort { .. } => Severity::Note,
+        }
+    }
+
+    /// What was seen and why it matters.
+    pub fn message(&self) -> String {
+        match self {
+            Self::Replica(master) => {
+                let of = master.as_deref().map_or_else(String::new, |master| format!(" of {master}"));
+                format!("this is a replica{of}: it hides expired keys and frees none until its master does")
+            }
+            Self::Sentinel => "this is a sentinel: it holds no keys".to_owned(),
+            Self::NoRedis => "INFO names no redis_version: this is no Redis or Valkey".to_owned(),
+            Self::TooOld((major, minor)) => {
+                format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest", OLDEST.0, OLDEST.1)
+            }
+            Self::MissingRights(rights) => {
+                format!("this user may not run {}, which a sweep sends", list(rights.iter().map(|r| r.as_str())))
+            }
+            Self::NotCounted(why) => format!("the backlog was not counted: {why}"),
+            Self::Loading => "the server is loading its data set; a sweep would hold until that is done".to_owned(),
+            Self::Failover => "a failover is under way; deletions are blocked and a sweep would hold".to_owned(),
+            Self::WritesPaused => {
+                "CLIENT PAUSE keeps writes back; expired keys are hidden and not freed, and a sweep would hold".to_owned()
+            }
+            Self::Fork { bgsave } => {
+                let what = if *bgsave { "writes a snapshot (RDB)" } else { "rewrites the AOF" };
+                format!(
+                    "a child process {what}; while it runs, each page that a deletion changes is copied, so a sweep \
+                     makes memory grow before it shrinks"
+                )
+            }
+            Self::FreesInTheForeground => {
+                "lazyfree-lazy-expire is `no`: the value of an expired key is freed inside the SCAN that meets it, and a \
+                 huge list, set, hash or sorted set holds the server for as long as that takes"
+                    .to_owned()
+            }
+            Self::ReplicaBehind(replica, behind) => {
+                let behind = behind.map_or_else(|| "an unknown number of".to_owned(), |bytes| bytes.to_string());
+                let silent = replica.lag_s.map_or_else(String::new, |s| format!(", last heard of {s} s ago"));
+                format!(
+                    "replica {} is {}, {behind} bytes behind{silent}; each key that a sweep frees sends it one more DEL",
+                    replica.addr, replica.state
+                )
+            }
+            Self::Evicting { evicted, policy } => {
+                let policy = policy.as_deref().unwrap_or("unknown");
+                format!(
+                    "{evicted} keys were evicted since the start (policy {policy}): live keys made room that expired ones \
+                     still held"
+                )
+            }
+            Self::TooSlow { keys_per_sec, expired_per_sec } => format!(
+                "this sweep would look at {keys_per_sec} keys/s while {expired_per_sec} keys/s expire (mean since the \
+                 start); from Redis 7.2 on active expiry walks in SCAN's order and gets stuck in the wake of a slow \
+                 sweep, so that more stays behind than without one"
+            ),
+            Self::LongerThanTimeout { most, timeout } => format!(
+                "the sweep may take {} and is allowed {}; what it freed until then stays freed",
+                show_duration(Duration::from_secs(most.as_secs())),
+                show_duration(*timeout)
+            ),
+            Self::NothingIn(dbs) => {
+                let names = list(dbs.iter().map(ToString::to_string));
+                format!("{names} {} no key with a TTL: there is nothing to free", if dbs.len() == 1 { "holds" } else { "hold" })
+            }
+            Self::NoAudit => {
+                "this user may not run EXISTS: `touch auto` cannot audit whether SCAN frees what it meets (Redis and \
+                 Valkey do; some proxies and other engines do not)"
+                    .to_owned()
+            }
+            Self::EstimateMayBeLow => {
+                "the backlog is estimated from the server's own sample, which can be far too low: from Redis 7.2 on it is \
+                 taken where active expiry just was, and it needs some seconds to follow a wave of expiries"
+                    .to_owned()
+            }
+            Self::LowEffort { effort } => format!(
+                "active-expire-effort is {effort}: active expiry stops trying at about 10 % of leftovers (at 10 it \
+                 goes on to about 1 %)"
+            ),
+        }
+    }
+
+    /// What to do about it.
+    pub fn advice(&self) -> String {
+        match self {
+            Self::Replica(Some(master)) => format!("look at its master: ttlsweep check redis://{master}"),
+            Self::Replica(None) => "look at its master".to_owned(),
+            Self::Sentinel => "give the URL of the master that it watches".to_owned(),
+            Self::NoRedis => "check the port".to_owned(),
+            Self::TooOld(_) => "upgrade the server".to_owned(),
+            Self::MissingRights(rights) => {
+                let (touch, sweep): (Vec<Right>, Vec<Right>) =
+                    rights.iter().partition(|right| matches!(right, Right::Exists | Right::Ttl));
+                let lines = [(!sweep.is_empty()).then_some(ACL_LINE), (!touch.is_empty()).then_some(ACL_TOUCH)];
+                format!("grant it: {}", lines.into_iter().flatten().collect::<Vec<_>>().join("; "))
+            }
+            Self::NotCounted(_) => "give --replica the URL of a replica of this very master that is in step".to_owned(),
+            Self::Loading => "wait until it is done".to_owned(),
+            Self::Failover => "wait for its end, then look at the new master".to_owned(),
+            Self::WritesPaused => "wait for its end, or CLIENT UNPAUSE".to_owned(),
+            Self::Fork { .. } => "wait until it has ended".to_owned(),
+            Self::FreesInTheForeground => {
+                "CONFIG SET lazyfree-lazy-expire yes, at least for the time of the sweep".to_owned()
+            }
+            Self::ReplicaBehind(..) => {
+                "wait until it has caught up, or sweep with a lower --intensity and watch it".to_owned()
+            }
+            Self::Evicting { .. } => "sweep before the peak hours, and regularly".to_owned(),
+            Self::TooSlow { .. } => {
+                "raise --max-keys-per-sec and --intensity: fast in short slices and be done".to_owned()
+            }
+            Self::LongerThanTimeout { .. } => {
+                "allow more with --timeout, or keep a checkpoint with --state and go on with --resume".to_owned()
+            }
+            Self::NothingIn(_) => "leave --db out to sweep each DB that holds keys with a TTL".to_owned(),
+            Self::NoAudit => format!("nothing on Redis and Valkey; otherwise grant it: {ACL_TOUCH}"),
+            Self::EstimateMayBeLow => {
+                "count exactly on a replica, at no cost to this server: --replica redis://HOST:PORT".to_owned()
+            }
+            Self::LowEffort { .. } => {
+                "where few of many keys have a TTL, CONFIG SET active-expire-effort 10 may be the cheaper cure; its \
+                 cycles can hold the server for 43 % of 1/hz"
+                    .to_owned()
+            }
+        }
+    }
+}
+
+fn list(words: impl IntoIterator<Item = impl ToString>) -> String {
+    words.into_iter().map(|word| word.to_string()).collect::<Vec<_>>().join(", ")
+}

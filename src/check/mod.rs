@@ -1,0 +1,100 @@
+//! The look at a server that touches nothing.
+//!
+//! [`look`] reads facts, [`verdict::judge`] says what they mean for a sweep, [`estimate`] how long one would take,
+//! and [`backlog::count`] counts exactly, on a replica. Called by `cli::check`.
+//!
+//! Nothing here frees a key, changes when one was last used, or writes: the commands are INFO, PING, DBSIZE, SELECT,
+//! CONFIG GET, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. Where the server cannot be asked about a right, SCAN is sent with
+//! a cursor that is no number, which is refused after the check of rights and before any key is looked at. What a right
+//! or a version hides is unknown, never an error.
+
+pub mod backlog;
+pub mod estimate;
+pub mod facts;
+pub mod findings;
+pub mod verdict;
+
+use std::time::{Duration, Instant};
+
+use crate::check::facts::{Expiry, Facts, Right, Rights};
+use crate::model::shard::NodeAddr;
+use crate::node::commands;
+use crate::node::conn::{Conn, ConnOptions};
+use crate::node::error::NodeError;
+use crate::node::info::Info;
+
+/// How many PINGs find the smallest round trip.
+const PINGS: u32 = 10;
+
+/// Looks at a server.
+///
+/// # Errors
+/// [`NodeError`] where it is not reached, does not let us in, or does not speak RESP.
+pub async fn look(addr: &NodeAddr, options: &ConnOptions) -> Result<Facts, NodeError> {
+    let mut conn = Conn::open(addr, options).await?;
+    let (info, may_info) = match commands::info(&mut conn).await {
+        Ok(info) => (info, true),
+        Err(error) if error.is_no_permission() => (Info::default(), false),
+        Err(error) => return Err(error),
+    };
+    let mut rights = rights(&mut conn).await?;
+    rights.set(Right::Info, Some(may_info));
+    let expiry = Expiry {
+        lazyfree: commands::config(&mut conn, "lazyfree-lazy-expire").await?.map(|value| value == "yes"),
+        effort: commands::config(&mut conn, "active-expire-effort").await?.and_then(|value| value.parse().ok()),
+        hz: match info.parsed("hz") {
+            Some(hz) => Some(hz),
+            None => commands::config(&mut conn, "hz").await?.and_then(|value| value.parse().ok()),
+        },
+    };
+    let round_trip = smallest_ping(&mut conn).await?;
+    Ok(Facts::new(addr, info, expiry, rights, round_trip))
+}
+
+/// What this connection's user may run: by DRYRUN (Redis 7.0), by the user's flags (Redis 6), else by running what is
+/// harmless. EXISTS and TTL are not: they free an expired key.
+async fn rights(conn: &mut Conn) -> Result<Rights, NodeError> {
+    let mut rights = Rights::default();
+    if let Some(user) = commands::whoami(conn).await? {
+        let mut told = false;
+        for &right in Right::ALL {
+            let allowed = commands::dry_run(conn, &user, right.example()).await?;
+            rights.set(right, allowed);
+            told |= allowed.is_some();
+        }
+        if told {
+            return Ok(rights);
+        }
+        if commands::may_do_everything(conn, &user).await? == Some(true) {
+            Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
+            return Ok(rights);
+        }
+    }
+    for (right, cmd) in [
+        (Right::Ping, redis::cmd("PING")),
+        (Right::Dbsize, redis::cmd("DBSIZE")),
+        (Right::Select, redis::cmd("SELECT").arg(0).to_owned()),
+        (Right::ClientSetname, redis::cmd("CLIENT").arg("SETNAME").arg("ttlsweep").to_owned()),
+        (Right::Scan, commands::scan_that_does_nothing()),
+    ] {
+        let accepted = commands::is_accepted(conn, right.as_str(), &cmd).await?;
+        rights.set(right, accepted);
+    }
+    Ok(rights)
+}
+
+async fn smallest_ping(conn: &mut Conn) -> Result<Option<Duration>, NodeError> {
+    let mut smallest = None;
+    for _ in 0..PINGS {
+        let begun = Instant::now();
+        match commands::ping(conn).await {
+            Ok(()) => {
+                let took = begun.elapsed();
+                smallest = Some(smallest.map_or(took, |least: Duration| least.min(took)));
+            }
+            Err(NodeError::Server { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(smallest)
+}

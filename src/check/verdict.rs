@@ -1,0 +1,208 @@
+//! What the facts mean for a sweep. Pure: facts in, findings and figures out.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::check::backlog::{Backlog, NoCount};
+use crate::check::estimate::{self, Span};
+use crate::check::facts::{Access, Facts, Right, Role, sum};
+use crate::check::findings::{Finding, Severity};
+use crate::model::shard::DbIndex;
+use crate::model::task::words;
+use crate::node::info::{DbKeys, OLDEST};
+use crate::settings::{ScanSettings, Touch};
+
+/// From this version on, active expiry walks the table in SCAN's own order and gets stuck in the wake of a slow sweep.
+const SAME_ORDER: (u32, u32) = (7, 2);
+/// A sweep should read this many times as many keys as expire meanwhile.
+const OUTRUN: f64 = 2.0;
+/// A replica that is further behind in bytes, or has been silent for more seconds, is worth a word.
+const BEHIND: (u64, u64) = (8 << 20, 10);
+
+/// What a look found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Verdict {
+    /// The worst first.
+    pub findings: Vec<Finding>,
+    /// Each DB that holds keys, and those that were named.
+    pub dbs: BTreeMap<DbIndex, DbLook>,
+    /// The DBs that would be swept, together.
+    pub swept: DbLook,
+    /// How long a sweep would take; `None` where INFO does not tell the sizes.
+    pub sweep: Option<Span>,
+    /// The round trip that the time assumes.
+    pub round_trip: Duration,
+}
+
+/// What is known of one DB, or of several together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DbLook {
+    /// Keys and keys with a TTL, as the server counts them.
+    pub size: DbKeys,
+    /// Expired keys that are still in memory.
+    pub expired: Option<Expired>,
+    /// Bytes that they hold, always an estimate: [`Facts::bytes_of`].
+    pub bytes: Option<u64>,
+}
+
+/// A number of expired keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expired {
+    /// So many.
+    pub keys: u64,
+    /// How that is known.
+    pub known: Known,
+    /// It may be wrong by as much, because the DB changed during the count; 0 for an estimate.
+    pub moved: u64,
+}
+
+/// How well a number of keys is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// By the sample of active expiry.
+    Estimated,
+    /// Counted on a replica.
+    Counted,
+}
+
+words!(Known, "way of knowing", Estimated = "estimated", Counted = "counted");
+
+impl Verdict {
+    /// Whether a sweep could run at all.
+    pub fn can_sweep(&self) -> bool {
+        !self.has(Severity::Error)
+    }
+
+    /// Whether there is a finding of this severity.
+    pub fn has(&self, severity: Severity) -> bool {
+        self.findings.iter().any(|finding| finding.severity() == severity)
+    }
+}
+
+/// Judges the facts, with what a replica told where one was asked.
+pub fn judge(facts: &Facts, counted: Option<&Result<Backlog, NoCount>>, settings: &ScanSettings) -> Verdict {
+    let backlog = counted.and_then(|counted| counted.as_ref().ok());
+    let chosen = facts.swept(settings);
+    let sizes = facts.dbs.iter().chain(&chosen).map(|(db, size)| (*db, *size));
+    let dbs: BTreeMap<DbIndex, DbLook> = sizes.map(|(db, size)| (db, look_of(facts, backlog, db, size))).collect();
+    let swept = total(facts, dbs.iter().filter(|(db, _)| chosen.contains_key(db)).map(|(_, look)| look));
+    let stale = swept.expired.map_or(0, |expired| expired.keys.min(swept.size.keys));
+    let round_trip = facts.round_trip.unwrap_or_default();
+    // A server that does not tell its version has not answered INFO: its sizes are unknown, not zero.
+    let sweep =
+        facts.server.is_some().then(|| estimate::sweep_time(swept.size.keys - stale, stale, settings, round_trip));
+    let mut findings = Vec::new();
+    blockers(facts, settings, &mut findings);
+    if let Some(Err(error)) = counted {
+        findings.push(Finding::NotCounted(error.to_string()));
+    }
+    state(facts, &mut findings);
+    if let Some(sweep) = sweep {
+        pace(facts, settings, swept.size.keys, sweep, &mut findings);
+    }
+    notes(facts, settings, swept, &mut findings);
+    findings.sort_by_key(Finding::severity);
+    Verdict { findings, dbs, swept, sweep, round_trip }
+}
+
+fn look_of(facts: &Facts, backlog: Option<&Backlog>, db: DbIndex, size: DbKeys) -> DbLook {
+    let estimate = || facts.stale_keys(size).map(|keys| Expired { keys, known: Known::Estimated, moved: 0 });
+    let expired = match backlog.and_then(|backlog| backlog.dbs.get(&db)) {
+        Some(counted) => Some(Expired { keys: counted.expired, known: Known::Counted, moved: counted.moved }),
+        None if size.expires == 0 => Some(Expired { keys: 0, known: Known::Counted, moved: 0 }),
+        None => estimate(),
+    };
+    DbLook { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
+}
+
+/// Several DBs together: one estimate among them makes the sum an estimate, and one unknown makes it unknown.
+fn total<'a>(facts: &Facts, looks: impl Iterator<Item = &'a DbLook>) -> DbLook {
+    let none = Expired { keys: 0, known: Known::Counted, moved: 0 };
+    let (size, expired) = looks.fold((DbKeys::default(), Some(none)), |(size, expired), look| {
+        let both = expired.zip(look.expired).map(|(one, other)| Expired {
+            keys: one.keys + other.keys,
+            known: if one.known == Known::Counted { other.known } else { one.known },
+            moved: one.moved + other.moved,
+        });
+        (sum([&size, &look.size]), both)
+    });
+    // Without INFO nothing is known, and nothing is not zero.
+    let expired = expired.filter(|_| facts.server.is_some());
+    DbLook { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
+}
+
+fn blockers(facts: &Facts, settings: &ScanSettings, findings: &mut Vec<Finding>) {
+    match &facts.role {
+        Role::Replica { master } => findings.push(Finding::Replica(master.clone())),
+        Role::Sentinel => findings.push(Finding::Sentinel),
+        Role::Master | Role::Unknown => {}
+    }
+    match facts.redis_version {
+        Some(version) if version < OLDEST => findings.push(Finding::TooOld(version)),
+        None if facts.rights.get(Right::Info) == Access::Allowed => findings.push(Finding::NoRedis),
+        _ => {}
+    }
+    let missing: Vec<Right> = Right::ALL
+        .iter()
+        .copied()
+        .filter(|right| right.is_needed(settings) && facts.rights.get(*right) == Access::Denied)
+        .collect();
+    // A sentinel knows no keyspace command at all; that it is one says enough.
+    if !missing.is_empty() && facts.role != Role::Sentinel {
+        findings.push(Finding::MissingRights(missing));
+    }
+}
+
+fn state(facts: &Facts, findings: &mut Vec<Finding>) {
+    let busy = facts.busy;
+    findings.extend(busy.loading.then_some(Finding::Loading));
+    findings.extend(busy.failover.then_some(Finding::Failover));
+    findings.extend(busy.writes_paused.then_some(Finding::WritesPaused));
+    findings.extend((busy.bgsave == Some(true)).then_some(Finding::Fork { bgsave: true }));
+    findings.extend((busy.aof_rewrite == Some(true)).then_some(Finding::Fork { bgsave: false }));
+    findings.extend((facts.expiry.lazyfree == Some(false)).then_some(Finding::FreesInTheForeground));
+    for replica in &facts.replicas {
+        let behind = facts.behind(replica);
+        let late = behind.is_some_and(|bytes| bytes > BEHIND.0) || replica.lag_s.is_some_and(|s| s > BEHIND.1);
+        if replica.state != "online" || late {
+            findings.push(Finding::ReplicaBehind(replica.clone(), behind));
+        }
+    }
+    if let Some(evicted) = facts.memory.evicted.filter(|&evicted| evicted > 0) {
+        findings.push(Finding::Evicting { evicted, policy: facts.memory.policy.clone() });
+    }
+}
+
+fn pace(facts: &Facts, settings: &ScanSettings, keys: u64, sweep: Span, findings: &mut Vec<Finding>) {
+    if sweep.most > settings.timeout {
+        findings.push(Finding::LongerThanTimeout { most: sweep.most, timeout: settings.timeout });
+    }
+    let (Some(expired), Some(uptime)) = (facts.expired_keys, facts.uptime) else { return };
+    if keys == 0 || uptime.is_zero() || sweep.most.is_zero() || facts.redis_version < Some(SAME_ORDER) {
+        return;
+    }
+    let expired_per_sec = expired as f64 / uptime.as_secs_f64();
+    let keys_per_sec = keys as f64 / sweep.most.as_secs_f64();
+    if keys_per_sec < OUTRUN * expired_per_sec {
+        let (keys_per_sec, expired_per_sec) = (keys_per_sec as u64, expired_per_sec as u64);
+        findings.push(Finding::TooSlow { keys_per_sec, expired_per_sec });
+    }
+}
+
+fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut Vec<Finding>) {
+    let empty: Vec<DbIndex> = facts.swept(settings).iter().filter(|(_, k)| k.expires == 0).map(|(db, _)| *db).collect();
+    if !empty.is_empty() && facts.server.is_some() {
+        findings.push(Finding::NothingIn(empty));
+    }
+    if settings.touch == Touch::Auto && facts.rights.get(Right::Exists) == Access::Denied {
+        findings.push(Finding::NoAudit);
+    }
+    if swept.expired.is_some_and(|expired| expired.known == Known::Estimated) && facts.role == Role::Master {
+        findings.push(Finding::EstimateMayBeLow);
+    }
+    if let (Some(effort @ 1..10), Some(Expired { keys: 1.., .. })) = (facts.expiry.effort, swept.expired) {
+        findings.push(Finding::LowEffort { effort });
+    }
+}

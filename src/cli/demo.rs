@@ -1,0 +1,273 @@
+//! `ttlsweep demo`: the problem and the cure, on a private server.
+//!
+//! Writes keys of which some expire at once, watches how slowly the server itself frees those, sweeps, and compares.
+//! Every number is read from the server: expired keys are DBSIZE less the keys that were written to live.
+
+mod server;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep};
+
+use crate::cli::demo::server::DemoServer;
+use crate::cli::exit::Exit;
+use crate::cli::output::{self, bytes, grouped, note, span};
+use crate::cli::scan::{self, Show};
+use crate::node::commands;
+use crate::node::conn::Conn;
+use crate::node::error::NodeError;
+use crate::settings::raw::{Origin, Raw};
+use crate::settings::{self, Settings};
+
+/// Two keys of each 25 expire: 8 %, just below the share at which active expiry stops trying.
+const EXPIRING: (u64, u64) = (2, 25);
+/// How long those live. Mixed with the others while they are written, so that the share of expired keys never invites
+/// active expiry to more than its slow pace.
+const SHORT_TTL: Duration = Duration::from_millis(100);
+/// How many keys one script writes: few enough that a signal is obeyed at once.
+const CHUNK: u64 = 10_000;
+/// Writes the keys from the first argument to the second, on the server itself: no key goes over the wire.
+const WRITE: &str = "\
+for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+  local ttl = 3600000 + i % 3600000
+  if i % tonumber(ARGV[4]) < tonumber(ARGV[3]) then ttl = ARGV[5] end
+  redis.call('SET', 'session:' .. i, 'the state of a session, forty bytes long', 'PX', ttl)
+end";
+/// How often the backlog is read while we watch: on a terminal, and for a log.
+const WATCH_TICK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// What a machine without a server is told.
+const NO_SERVER: &str = "error: the demo needs redis-server or valkey-server and neither is on the PATH: \
+    `apt install redis-server` (Debian, Ubuntu), `brew install redis` (macOS), or name one with --server PATH";
+
+/// `ttlsweep demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// The server program [default: redis-server or valkey-server on the PATH]
+    #[arg(long, env = "TTLSWEEP_DEMO_SERVER", value_name = "PATH")]
+    pub server: Option<PathBuf>,
+
+    /// How many keys to write; a million takes some 160 MB of memory
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
+    pub keys: u64,
+
+    /// How long to watch the server before the sweep
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = settings::positive_duration)]
+    pub watch: Duration,
+}
+
+/// What was read from the server at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reading {
+    keys: u64,
+    expired: u64,
+    used_memory: Option<u64>,
+}
+
+/// What active expiry did while we watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Watched {
+    freed: u64,
+    during: Duration,
+}
+
+impl Watched {
+    fn per_sec(self) -> f64 {
+        self.freed as f64 / self.during.as_secs_f64().max(0.001)
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A server that does not start or is lost, and a stdout that cannot be written.
+pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
+    let Some(program) = args.server.clone().or_else(server::find) else {
+        note(NO_SERVER);
+        return Ok(Exit::Failed);
+    };
+    // Before anything is started: from here on a signal ends the demo through the drop of its server.
+    let mut signals = Signals::listen()?;
+    let server = tokio::select! {
+        server = DemoServer::start(&program) => server?,
+        () = signals.next() => return Ok(Exit::Interrupted),
+    };
+    let (mut conn, live, watched, before) = tokio::select! {
+        prepared = prepare(&server, &args) => match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => return Ok(lost(error)),
+        },
+        () = signals.next() => return Ok(Exit::Interrupted),
+    };
+    note("\nnow a sweep:");
+    let begun = Instant::now();
+    // The sweep obeys signals in its own way: it ends its batch and reports.
+    let exit = scan::sweep(settings_for(&server)?, server.conn_options(), false, Show::Text).await?;
+    let took = begun.elapsed();
+    if exit != Exit::Done {
+        return Ok(exit);
+    }
+    let after = match read(&mut conn, live).await {
+        Ok(after) => after,
+        Err(error) => return Ok(lost(error)),
+    };
+    output::print(&comparison(before, after, watched, took))?;
+    if after.keys != live {
+        note(&format!("error: {} keys were to live and {} are there", grouped(live), grouped(after.keys)));
+        return Ok(Exit::Failed);
+    }
+    Ok(Exit::Done)
+}
+
+/// The private server was lost: somebody killed it, or the machine ran out of memory.
+fn lost(error: NodeError) -> Exit {
+    note(&output::failure_text(&error.into_failure()));
+    Exit::Failed
+}
+
+/// Writes the keys and watches. Returns how many were written to live, what active expiry did, and the last reading.
+async fn prepare(server: &DemoServer, args: &DemoArgs) -> Result<(Conn, u64, Watched, Reading), NodeError> {
+    let mut conn = Conn::open(&server.addr(), &server.conn_options()).await?;
+    let info = commands::info(&mut conn).await?;
+    let name = info.server(conn.addr()).map_or_else(String::new, |s| format!("{} {}, ", s.product, s.version));
+    note(&format!("a private server: {name}pid {}, on {}", server.pid(), server.addr()));
+    let live = args.keys - expiring(args.keys);
+    note(&format!("writing {} keys with a TTL, of which {} expire now", grouped(args.keys), grouped(args.keys - live)));
+    write(&mut conn, args.keys).await?;
+    sleep(SHORT_TTL * 2).await;
+    note(&format!("watching for {} how the server frees them by itself:", span(args.watch)));
+    let watched = watch(&mut conn, live, args.watch).await?;
+    let before = read(&mut conn, live).await?;
+    Ok((conn, live, watched, before))
+}
+
+/// How many of the first `keys` keys expire.
+fn expiring(keys: u64) -> u64 {
+    let (some, of) = EXPIRING;
+    keys / of * some + (keys % of).min(some)
+}
+
+async fn write(conn: &mut Conn, keys: u64) -> Result<(), NodeError> {
+    for first in (0..keys).step_by(CHUNK as usize) {
+        let last = (first + CHUNK).min(keys) - 1;
+        let mut script = redis::cmd("EVAL");
+        script.arg(WRITE).arg(0).arg(first).arg(last).arg(EXPIRING.0).arg(EXPIRING.1);
+        script.arg(SHORT_TTL.as_millis() as u64);
+        conn.call::<()>("EVAL", &script).await?;
+    }
+    Ok(())
+}
+
+async fn watch(conn: &mut Conn, live: u64, during: Duration) -> Result<Watched, NodeError> {
+    let bar = std::io::stderr().is_terminal().then(|| {
+        let style =
+            ProgressStyle::with_template("  {spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        ProgressBar::new_spinner().with_style(style)
+    });
+    let tick = if bar.is_some() { WATCH_TICK.0 } else { WATCH_TICK.1 };
+    let begun = Instant::now();
+    let first = commands::dbsize(conn).await?;
+    loop {
+        sleep(tick.min(during.saturating_sub(begun.elapsed()))).await;
+        let now = commands::dbsize(conn).await?;
+        let watched = Watched { freed: first.saturating_sub(now), during: begun.elapsed() };
+        let line = format!(
+            "{} expired keys in memory, {:.0} freed per second",
+            grouped(now.saturating_sub(live)),
+            watched.per_sec()
+        );
+        match &bar {
+            Some(bar) => {
+                bar.set_message(line);
+                bar.tick();
+            }
+            None => note(&format!("  {:>5} {line}", span(watched.during))),
+        }
+        if watched.during >= during {
+            if let Some(bar) = bar {
+                bar.abandon();
+            }
+            return Ok(watched);
+        }
+    }
+}
+
+async fn read(conn: &mut Conn, live: u64) -> Result<Reading, NodeError> {
+    let keys = commands::dbsize(conn).await?;
+    let used_memory = commands::info(conn).await?.parsed("used_memory");
+    Ok(Reading { keys, expired: keys.saturating_sub(live), used_memory })
+}
+
+/// The settings of a plain `ttlsweep scan` of this server: the defaults.
+fn settings_for(server: &DemoServer) -> anyhow::Result<Settings> {
+    let mut raw = Raw::defaults();
+    raw.set("url", format!("redis://{}", server.addr()), Origin::Flag("URL".to_owned()));
+    settings::resolve(&raw, Some(server.password().into())).map_err(|problems| {
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!(problems.join("; "))
+    })
+}
+
+fn comparison(before: Reading, after: Reading, watched: Watched, took: Duration) -> String {
+    let row = |name: &str, reading: Reading| {
+        let memory = reading.used_memory.map_or_else(|| "unknown".to_owned(), bytes);
+        vec![name.to_owned(), grouped(reading.keys), grouped(reading.expired), memory]
+    };
+    let heading = ["", "keys", "expired", "used memory"].map(str::to_owned).to_vec();
+    let table = output::table(&[heading, row("before", before), row("after", after)]);
+    let alone = if watched.freed == 0 {
+        format!("active expiry alone freed none in {}", span(watched.during))
+    } else {
+        let needed = Duration::try_from_secs_f64(before.expired as f64 / watched.per_sec()).unwrap_or(Duration::MAX);
+        format!("active expiry alone, at the {:.0} keys/s seen: {}", watched.per_sec(), span(needed))
+    };
+    format!("\n{table}\nthe sweep took {}; {alone}\n", span(took))
+}
+
+/// Ctrl-C and the polite end.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_expiring_keys_are_counted_as_the_script_picks_them() {
+        for keys in [1_000, 1_001, 1_002, 1_003, 20_000, 20_024] {
+            let picked = (0..keys).filter(|i| i % EXPIRING.1 < EXPIRING.0).count() as u64;
+            assert_eq!(expiring(keys), picked, "{keys}");
+        }
+    }
+
+    #[test]
+    fn before_and_after_stand_side_by_side() {
+        let before = Reading { keys: 999_900, expired: 79_900, used_memory: Some(140_000_000) };
+        let after = Reading { keys: 920_000, expired: 0, used_memory: Some(130_000_000) };
+        let watched = Watched { freed: 100, during: Duration::from_secs(4) };
+        let took = Duration::from_millis(1640);
+        insta::assert_snapshot!(comparison(before, after, watched, took));
+        let idle = Watched { freed: 0, ..watched };
+        let text = comparison(before, after, idle, took);
+        assert!(text.contains("active expiry alone freed none in 4.0s"), "{text}");
+    }
+}
