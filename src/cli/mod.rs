@@ -17,6 +17,7 @@ use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::exit::Exit;
+use crate::node::tls;
 
 /// Frees the memory of expired keys that Redis and Valkey still hold.
 ///
@@ -58,6 +59,7 @@ pub fn main() -> Exit {
         output::note("  hint: give it by REDISCLI_AUTH or --password-file instead");
         return Exit::Failed;
     }
+    tls::install_provider();
     let cli = match Cli::from_arg_matches(&matches) {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -35,7 +35,7 @@ struct Pace {
 
 impl Pace {
     fn new(figures: &PassFigures) -> Self {
-        Self { since: Instant::now(), scanned: figures.scanned, fraction: figures.position.fraction() }
+        Self { since: Instant::now(), scanned: figures.scanned, fraction: figures.fraction() }
     }
 
     fn keys_per_sec(&self, figures: &PassFigures) -> f64 {
@@ -44,7 +44,7 @@ impl Pace {
     }
 
     fn eta(&self, figures: &PassFigures) -> Option<Duration> {
-        eta(self.since.elapsed(), self.fraction, figures.position.fraction())
+        eta(self.since.elapsed(), self.fraction, figures.fraction())
     }
 }
 
@@ -91,7 +91,7 @@ async fn bars(mut view: watch::Receiver<Arc<TaskView>>) {
                 if bar.is_finished() {
                     continue;
                 }
-                bar.set_position((figures.position.fraction() * STEPS as f64) as u64);
+                bar.set_position((figures.fraction() * STEPS as f64) as u64);
                 let complete = figures.position.to_send().is_none();
                 bar.set_message(match hold_text(shard) {
                     Some(hold) => hold,
@@ -143,7 +143,7 @@ async fn lines(mut view: watch::Receiver<Arc<TaskView>>) {
             let Some((db, figures)) = shard.current.and_then(|db| shard.passes.get_key_value(&db)) else { continue };
             let pace = paces.entry((id.clone(), *db)).or_insert_with(|| Pace::new(figures));
             if is_due && shard.hold.is_none() {
-                let percent = figures.position.fraction() * 100.0;
+                let percent = figures.fraction() * 100.0;
                 note(&format!("{:>7} {id} {db} {percent:.1}%: {}", span(elapsed), figures_text(figures, pace)));
             }
         }

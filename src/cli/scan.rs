@@ -16,6 +16,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::target::Target;
 use crate::model::task::{Cause, TaskState};
 use crate::node::conn::ConnOptions;
+use crate::node::tls::Tls;
 use crate::settings::raw::Problem;
 use crate::settings::{self, Settings};
 use crate::store::Store;
@@ -71,7 +72,11 @@ pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         (false, true) => Show::Quiet,
         (false, false) => Show::Text,
     };
-    sweep(settings, args.resume, show).await
+    let conn = match conn_options(&settings) {
+        Ok(conn) => conn,
+        Err(problems) => return Ok(usage(&problems)),
+    };
+    sweep(settings, conn, args.resume, show).await
 }
 
 /// Settings out of what was typed.
@@ -112,20 +117,28 @@ pub fn instance_id(target: &Target) -> String {
 }
 
 /// How to connect with these settings.
-pub fn conn_options(settings: &Settings) -> ConnOptions {
-    ConnOptions {
+///
+/// # Errors
+/// A certificate or key file that cannot be used.
+pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Vec<Problem>> {
+    let tls = settings.tls.as_ref().map(Tls::load).transpose();
+    let tls = tls.map_err(|error| vec![Problem { origin: None, message: error.to_string() }])?;
+    Ok(ConnOptions {
         credentials: settings.credentials.clone(),
+        sentinel_credentials: settings.sentinel_credentials.clone(),
+        tls,
+        node_map: settings.node_map.clone(),
         connect_timeout: settings.connect_timeout,
         response_timeout: settings.response_timeout,
-    }
+    })
 }
 
 /// One sweep with bar, summary and signals.
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Result<Exit> {
-    let running = match begin(&settings, resume).await {
+pub async fn sweep(settings: Settings, conn: ConnOptions, resume: bool, show: Show) -> anyhow::Result<Exit> {
+    let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
         Err(failure) => {
             output::note(&output::failure_text(&failure));
@@ -144,7 +157,7 @@ pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Resu
     Ok(exit_of(&view))
 }
 
-async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure> {
+async fn begin(settings: &Settings, conn: ConnOptions, resume: bool) -> Result<RunningTask, Failure> {
     let store_failure = |e: &dyn std::fmt::Display| Failure::new(FailureKind::Store, e.to_string());
     let store = match &settings.state {
         Some(path) if resume && !path.exists() => {
@@ -164,7 +177,7 @@ async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure
         target: settings.target.clone(),
         cause: Cause::Cli,
         settings: settings.scan.clone(),
-        conn: conn_options(settings),
+        conn,
     };
     let task = if resume {
         let found = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;

@@ -6,6 +6,7 @@
 pub mod failure;
 pub mod progress;
 pub mod shard;
+pub mod slots;
 pub mod target;
 pub mod task;
 pub mod throttle;

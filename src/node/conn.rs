@@ -11,8 +11,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use crate::model::shard::{DbIndex, NodeAddr};
-use crate::model::target::Credentials;
+use crate::model::target::{Credentials, NodeMap};
 use crate::node::error::NodeError;
+use crate::node::tls::{self, Tls};
 use crate::node::wire::{self, Integer, Malformed, Names, ScanReader, ScanReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
@@ -23,6 +24,12 @@ const READ_BUFFER: usize = 64 << 10;
 pub struct ConnOptions {
     /// Who we are.
     pub credentials: Credentials,
+    /// Who we are for sentinels.
+    pub sentinel_credentials: Credentials,
+    /// How to encrypt; `None`: not at all. Unix sockets never are.
+    pub tls: Option<Tls>,
+    /// Where to reach nodes that announce other addresses.
+    pub node_map: NodeMap,
     /// Bound on making a connection, handshake included.
     pub connect_timeout: Duration,
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
@@ -31,6 +38,20 @@ pub struct ConnOptions {
 
 /// DBSIZE as it goes over the wire.
 const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
+
+impl ConnOptions {
+    /// Options for plain connections that lead where they say.
+    pub fn plain(credentials: Credentials, connect_timeout: Duration, response_timeout: Duration) -> Self {
+        Self {
+            credentials,
+            sentinel_credentials: Credentials::default(),
+            tls: None,
+            node_map: NodeMap::default(),
+            connect_timeout,
+            response_timeout,
+        }
+    }
+}
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
@@ -60,8 +81,9 @@ impl ScanBatch {
 /// What touching the keys of one batch did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TouchBatch {
-    /// The server's answer for each name, in order.
-    pub answers: Vec<i64>,
+    /// The server's answer for each name, in order; `None` where a cluster node sent us elsewhere: the key's slot is on
+    /// its way from one node to another.
+    pub answers: Vec<Option<i64>>,
     /// DBSIZE just before.
     pub keys_before: u64,
     /// DBSIZE just after.
@@ -119,7 +141,10 @@ impl Conn {
             addr: addr.clone(),
             source: io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("no connection within {:?}", options.connect_timeout),
+                match options.tls {
+                    Some(_) => format!("no TLS connection within {:?} (is it a TLS port?)", options.connect_timeout),
+                    None => format!("no connection within {:?}", options.connect_timeout),
+                },
             ),
         };
         timeout(options.connect_timeout, Self::dial(addr, options)).await.map_err(|_| late())?
@@ -131,7 +156,10 @@ impl Conn {
             NodeAddr::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
-                Box::new(stream)
+                match &options.tls {
+                    Some(tls) => Box::new(tls.encrypt(stream, host, addr).await?),
+                    None => Box::new(stream),
+                }
             }
             NodeAddr::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
         };
@@ -146,8 +174,11 @@ impl Conn {
             in_flight: false,
             watchdog: None,
         };
-        conn.handshake(&options.credentials).await?;
-        Ok(conn)
+        let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
+        match conn.handshake(&options.credentials).await {
+            Err(error) if plain => Err(conn.recognise_tls(error)),
+            other => other.map(|()| conn),
+        }
     }
 
     async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
@@ -165,6 +196,22 @@ impl Conn {
             Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
             other => other,
         }
+    }
+
+    /// A server that waits for a TLS handshake takes our first command for garbage: it sends an alert or hangs up.
+    fn recognise_tls(&self, error: NodeError) -> NodeError {
+        /// The first byte of a TLS alert.
+        const ALERT: u8 = 0x15;
+        let problem = match &error {
+            NodeError::Protocol { .. } if self.buf[..self.end].first() == Some(&ALERT) => "sent a TLS alert",
+            NodeError::Lost { source, .. }
+                if matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+            {
+                "closed the connection"
+            }
+            _ => return error,
+        };
+        NodeError::NotPlain { addr: self.addr.clone(), problem }
     }
 
     /// Where it leads.
@@ -277,7 +324,8 @@ impl Conn {
             let mut refused = None;
             for _ in 0..names.len() {
                 match conn.read_integer(command).await? {
-                    Ok(answer) => answers.push(answer),
+                    Ok(answer) => answers.push(Some(answer)),
+                    Err(error) if error.is_redirection() => answers.push(None),
                     Err(error) => refused = refused.or(Some(error)),
                 }
             }
@@ -417,6 +465,10 @@ impl Conn {
     }
 
     fn lost(&self, source: io::Error) -> NodeError {
+        // With TLS 1.3 a server refuses our certificate only after the handshake, in place of its first answer.
+        if let Some(error) = tls::explain(&self.addr, &source) {
+            return error;
+        }
         NodeError::Lost { addr: self.addr.clone(), source }
     }
 }

@@ -9,13 +9,13 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::engine::control::{Control, StopReason};
-use crate::engine::{self, Outcome, ScanPlan, ShardPlan};
+use crate::engine::{self, Outcome, ScanPlan};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
-use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, Task, TaskId, TaskState, transition};
 use crate::node::conn::ConnOptions;
+use crate::node::topology::Topology;
 use crate::settings::ScanSettings;
 use crate::store::{Store, StoreError};
 
@@ -107,8 +107,8 @@ impl TaskService {
             num: 0,
             failure: None,
         };
-        let shards: Vec<ShardId> = shards_of(&spec.target).into_iter().map(|shard| shard.id).collect();
-        self.store.insert(&task, &shards).await?;
+        // Which shards it has is known once its masters were asked; the first checkpoint names them.
+        self.store.insert(&task, &[]).await?;
         Ok(task)
     }
 
@@ -133,21 +133,14 @@ impl TaskService {
         task.state = transition(task.state, Command::Start)?;
         task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
         task.failure = None;
-        let mut shards = shards_of(&spec.target);
-        let mut stored = self.store.shards(task.id).await?;
-        for shard in &mut shards {
-            if let Some(stored) = stored.remove(&shard.id) {
-                shard.run_id = stored.run_id;
-                shard.passes = stored.passes;
-            }
-        }
+        let known = self.store.shards(task.id).await?;
         self.store.update(&task).await?;
         let plan = ScanPlan {
             task: task.id,
             tallies: self.store.tallies().cloned(),
-            shards,
+            topology: Arc::new(Topology::new(spec.target, spec.conn, spec.settings.follow)),
+            known,
             settings: spec.settings,
-            conn: spec.conn,
         };
         Ok(self.launch(task, plan))
     }
@@ -157,10 +150,11 @@ impl TaskService {
         let timeout = plan.settings.timeout;
         let (sender, events) = tokio::sync::mpsc::channel(EVENT_BUFFER);
         let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
-        for shard in &plan.shards {
-            // What the checkpoint holds counts from the first view on, however soon the task is stopped again.
+        for (id, shard) in &plan.known {
+            // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
+            // where its slots have gone to other shards since.
             let view = ShardView { passes: shard.passes.clone(), ..ShardView::default() };
-            snapshot.shards.insert(shard.id.clone(), view);
+            snapshot.shards.insert(id.clone(), view);
         }
         let (view_sender, view) = watch::channel(Arc::new(TaskView { task: task.clone(), snapshot }));
         let engine = tokio::spawn({
@@ -186,17 +180,5 @@ impl TaskService {
             recorder.finish(outcome, timeout).await;
         });
         RunningTask { control, view, ended }
-    }
-}
-
-/// The shards of a target, without anything that is known of them yet.
-fn shards_of(target: &Target) -> Vec<ShardPlan> {
-    match target {
-        Target::Standalone(addr) => vec![ShardPlan {
-            id: ShardId(addr.to_string()),
-            addr: addr.clone(),
-            run_id: None,
-            passes: Default::default(),
-        }],
     }
 }

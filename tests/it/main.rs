@@ -7,10 +7,13 @@ mod support;
 
 mod check;
 mod cli;
+mod cluster;
 mod demo;
 mod exact;
 mod resume;
 mod rights;
+mod sentinel;
 mod support_test;
+mod tls;
 mod touch;
 mod trouble;
