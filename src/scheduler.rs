@@ -130,7 +130,7 @@ impl Scheduler {
         let spec = TaskSpec {
             window: instance.window.clone(),
             min_backlog: instance.min_backlog,
-            ..TaskSpec::of(instance, &settings, Cause::Schedule)
+            ..TaskSpec::of(instance, &settings, Cause::Schedule)?
         };
         let task = self.service.submit(spec, Some(due)).await?;
         tracing::info!(instance = instance.id, task = %task.id, %due, "a scan is due");

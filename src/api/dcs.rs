@@ -158,7 +158,7 @@ pub async fn create(
 ) -> Result<Json<TaskRecord>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
     app.must_be_scannable(&instance).await?;
-    let spec = TaskSpec::of(&instance, &instance.settings, Cause::Api);
+    let spec = TaskSpec::of(&instance, &instance.settings, Cause::Api)?;
     match app.service.submit(spec, None).await {
         Ok(task) => Ok(Json((&task).into())),
         Err(TaskError::Busy(_)) => Err(ApiError::still_running()),

@@ -103,6 +103,8 @@ pub struct SettingsDto {
     pub max_keys_per_sec: u32,
     pub touch: &'static str,
     pub timeout: String,
+    pub parallel: usize,
+    pub follow: bool,
 }
 
 impl From<&ScanSettings> for SettingsDto {
@@ -115,6 +117,8 @@ impl From<&ScanSettings> for SettingsDto {
             max_keys_per_sec: settings.max_keys_per_sec.unwrap_or(0),
             touch: settings.touch.as_str(),
             timeout: show_duration(settings.timeout),
+            parallel: settings.parallel.map_or(0, usize::from),
+            follow: settings.follow,
         }
     }
 }
@@ -302,7 +306,7 @@ impl PassDto {
         Self {
             db,
             complete: figures.position.to_send().is_none(),
-            fraction: figures.position.fraction(),
+            fraction: figures.fraction(),
             keys_at_start: figures.keys_at_start,
             scanned: figures.scanned,
             reclaimed: figures.reclaimed,

@@ -134,6 +134,10 @@ impl From<TaskError> for ApiError {
             TaskError::Transition(error) => error.into(),
             TaskError::Busy(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
+            TaskError::Settings(problem) => {
+                tracing::error!(%problem, "a request failed");
+                Self::internal()
+            }
             TaskError::Closing => Self::unavailable(),
         }
     }

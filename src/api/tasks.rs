@@ -16,6 +16,7 @@ use crate::api::dto::{FailureDto, HoldDto, ShardDto, time};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check::{self, verdict};
+use crate::model::failure::Failure;
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
@@ -386,10 +387,12 @@ pub async fn check_instance(
     let instance = app.instance_of(&caller, &id)?;
     let settings = &instance.settings;
     let mut masters = Vec::new();
-    for master in crate::tasks::masters(settings) {
-        let facts = check::look(&master, &crate::tasks::conn_options(settings)).await;
-        // An operator may know why the instance does not answer; no secret is in it.
-        let facts = facts.map_err(|error| ApiError::conflict(error.into_failure().to_string()))?;
+    // An operator may know why the instance does not answer; no secret is in it.
+    let unreachable = |failure: Failure| ApiError::conflict(failure.to_string());
+    let (view, options) = crate::tasks::masters(settings).await.map_err(unreachable)?;
+    for master in view.masters {
+        let master = master.addr;
+        let facts = check::look(&master, &options).await.map_err(|error| unreachable(error.into_failure()))?;
         let verdict = verdict::judge(&facts, None, &settings.scan);
         let words = if verdict.can_sweep() { "a sweep can run" } else { "a sweep cannot run here; see the findings" };
         masters.push(CheckOutput::new(master.to_string(), &facts, &verdict, &settings.scan, words.to_owned()));
@@ -455,7 +458,7 @@ pub async fn create_task(
     })?;
     app.must_be_scannable(&instance).await?;
     let window = instance.window.clone().filter(|_| wish.respect_window);
-    let spec = TaskSpec { window, ..TaskSpec::of(&instance, &settings, Cause::Api) };
+    let spec = TaskSpec { window, ..TaskSpec::of(&instance, &settings, Cause::Api)? };
     let task = app.service.submit(spec, None).await?;
     tracing::info!(task = %task.id, instance = instance.id, caller = caller.0.name, "task created");
     Ok(Json((&task).into()))

@@ -78,8 +78,6 @@ pub enum Finding {
         /// The time allowed.
         timeout: Duration,
     },
-    /// Only this node of a cluster is looked at.
-    ClusterNode,
     /// DBs that were named and hold no key with a TTL.
     NothingIn(Vec<DbIndex>),
     /// `touch` is `auto` and EXISTS is not allowed.
@@ -112,7 +110,6 @@ impl Finding {
             Self::Evicting { .. } => "evicting",
             Self::TooSlow { .. } => "too_slow",
             Self::LongerThanTimeout { .. } => "longer_than_timeout",
-            Self::ClusterNode => "cluster_node",
             Self::NothingIn(_) => "nothing_in_db",
             Self::NoAudit => "no_audit",
             Self::EstimateMayBeLow => "estimate_may_be_low",
@@ -136,11 +133,7 @@ impl Finding {
             | Self::Evicting { .. }
             | Self::TooSlow { .. }
             | Self::LongerThanTimeout { .. } => Severity::Warning,
-            Self::ClusterNode
-            | Self::NothingIn(_)
-            | Self::NoAudit
-            | Self::EstimateMayBeLow
-            | Self::LowEffort { .. } => Severity::Note,
+            Self::NothingIn(_) | Self::NoAudit | Self::EstimateMayBeLow | Self::LowEffort { .. } => Severity::Note,
         }
     }
 
@@ -202,7 +195,6 @@ impl Finding {
                 show_duration(Duration::from_secs(most.as_secs())),
                 show_duration(*timeout)
             ),
-            Self::ClusterNode => "this is one node of a cluster: only its own keys were looked at".to_owned(),
             Self::NothingIn(dbs) => {
                 let names = list(dbs.iter().map(ToString::to_string));
                 format!("{names} {} no key with a TTL: there is nothing to free", if dbs.len() == 1 { "holds" } else { "hold" })
@@ -256,7 +248,6 @@ impl Finding {
             Self::LongerThanTimeout { .. } => {
                 "allow more with --timeout, or keep a checkpoint with --state and go on with --resume".to_owned()
             }
-            Self::ClusterNode => "look at each of its masters".to_owned(),
             Self::NothingIn(_) => "leave --db out to sweep each DB that holds keys with a TTL".to_owned(),
             Self::NoAudit => format!("nothing on Redis and Valkey; otherwise grant it: {ACL_TOUCH}"),
             Self::EstimateMayBeLow => {

@@ -192,7 +192,6 @@ fn pace(facts: &Facts, settings: &ScanSettings, keys: u64, sweep: Span, findings
 }
 
 fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut Vec<Finding>) {
-    findings.extend(facts.cluster.then_some(Finding::ClusterNode));
     let empty: Vec<DbIndex> = facts.swept(settings).iter().filter(|(_, k)| k.expires == 0).map(|(db, _)| *db).collect();
     if !empty.is_empty() && facts.server.is_some() {
         findings.push(Finding::NothingIn(empty));

@@ -9,7 +9,8 @@ use crate::cli::exit;
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
 
 /// Square brackets stand for themselves here, and not for links as in a doc comment.
-const URL_HELP: &str = "Server: redis://[user[:password]@]host[:port][/db], valkey://..., unix:///path \
+const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[user[:password]@]host[:port][/db], \
+                        rediss://... (TLS), redis+sentinel://host:26379,.../MASTER, unix:///path \
                         [default: redis://127.0.0.1:6379]";
 
 /// Where the server is and who we are. Every field's default is in `default.toml`.
@@ -30,6 +31,45 @@ pub struct ServerArgs {
     /// Ask for the password on the terminal
     #[arg(long, help_heading = "Connection", conflicts_with = "password_file")]
     pub askpass: bool,
+
+    /// PEM file with the authorities to trust (for rediss://) [default: the system's]
+    #[arg(long, env = "TTLSWEEP_CACERT", value_name = "FILE", help_heading = "TLS")]
+    pub cacert: Option<String>,
+
+    /// PEM file with our certificate, for a server that asks for one
+    #[arg(long, env = "TTLSWEEP_CERT", value_name = "FILE", help_heading = "TLS")]
+    pub cert: Option<String>,
+
+    /// PEM file with the key of our certificate
+    #[arg(long, env = "TTLSWEEP_KEY", value_name = "FILE", help_heading = "TLS")]
+    pub key: Option<String>,
+
+    /// Name that the server's certificate must hold [default: the host]
+    #[arg(long, env = "TTLSWEEP_SNI", value_name = "HOST", help_heading = "TLS")]
+    pub sni: Option<String>,
+
+    /// Accept any certificate: anybody in between can read along
+    #[arg(long, env = "TTLSWEEP_INSECURE", value_name = "BOOL", help_heading = "TLS")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub insecure: Option<String>,
+
+    /// ACL user for the sentinels
+    #[arg(long, env = "TTLSWEEP_SENTINEL_USER", value_name = "NAME", help_heading = "Topology")]
+    pub sentinel_user: Option<String>,
+
+    /// File whose first line is the sentinels' password
+    #[arg(long, env = "TTLSWEEP_SENTINEL_PASSWORD_FILE", value_name = "FILE", help_heading = "Topology")]
+    pub sentinel_password_file: Option<String>,
+
+    /// Where announced node addresses are reached, such as 10.0.0.5:6379=localhost:7001 or 10.0.0.5=gateway
+    #[arg(long, env = "TTLSWEEP_NODE_MAP", value_name = "ANNOUNCED=REACHABLE", value_delimiter = ',')]
+    #[arg(help_heading = "Topology")]
+    pub node_map: Vec<String>,
+
+    /// Go on with the master when a standalone server is or becomes a replica
+    #[arg(long, env = "TTLSWEEP_FOLLOW", value_name = "BOOL", help_heading = "Topology")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub follow: Option<String>,
 
     /// How long to wait for a connection [default: 5s]
     #[arg(long, env = "TTLSWEEP_CONNECT_TIMEOUT", value_name = "TIME", help_heading = "Connection")]
@@ -67,6 +107,10 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_KEYS_PER_SEC", value_name = "KEYS", help_heading = "Pace")]
     pub max_keys_per_sec: Option<String>,
 
+    /// Masters to sweep at a time [default: one on each host]
+    #[arg(long, env = "TTLSWEEP_PARALLEL", value_name = "N", help_heading = "Pace")]
+    pub parallel: Option<String>,
+
     /// Ask for each key that SCAN returned: auto, none, exists, ttl [default: auto]
     #[arg(long, env = "TTLSWEEP_TOUCH", value_name = "MODE")]
     pub touch: Option<String>,
@@ -92,6 +136,8 @@ Examples:
   ttlsweep scan                                         sweep the server on this machine
   ttlsweep scan redis://cache:6379 --intensity 0.2      leave four fifths of its time to others
   ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, a record for a script
+  ttlsweep scan rediss://node1 --parallel 3             a cluster by TLS, three masters at a time
+  ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that sentinels watch
   ttlsweep scan --state sweep.db --timeout 2h           keep a checkpoint; later: --state sweep.db --resume
 
 {}",

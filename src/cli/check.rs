@@ -1,5 +1,7 @@
 //! `ttlsweep check`: look, touch nothing.
 
+mod cluster;
+
 use std::fmt::Write as _;
 
 use clap::{ArgMatches, Args};
@@ -16,8 +18,10 @@ use crate::cli::exit::Exit;
 use crate::cli::output::{self, bytes, grouped, span};
 use crate::cli::scan;
 use crate::model::shard::NodeAddr;
-use crate::model::target::{InstanceUrl, Target};
+use crate::model::target::{InstanceUrl, Place};
 use crate::node::conn::ConnOptions;
+use crate::node::error::NodeError;
+use crate::node::topology::{Kind, Topology};
 use crate::settings::raw::{Origin, Problem};
 use crate::settings::{ScanSettings, Settings, show_duration};
 use crate::tasks::conn_options;
@@ -55,19 +59,30 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         Ok(settings) => settings,
         Err(problems) => return Ok(scan::usage(&problems)),
     };
-    let options = conn_options(&settings);
+    let options = match conn_options(&settings) {
+        Ok(options) => options,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
     let replica = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
         Ok(replica) => replica,
         Err(problem) => return Ok(scan::usage(&[problem])),
     };
-    let Target::Standalone(addr) = &settings.target;
+    let topology = Topology::new(settings.target.clone(), options.clone(), settings.scan.follow);
+    let view = match topology.view(None).await {
+        Ok(view) => view,
+        Err(error) => return Ok(refused(error)),
+    };
+    if view.kind == Kind::Cluster {
+        if replica.is_some() {
+            let message = "--replica counts for one master, and this is a cluster".to_owned();
+            return Ok(scan::usage(&[Problem { origin: None, message }]));
+        }
+        return cluster::run(&view.masters, &options, &settings, args.json).await;
+    }
+    let addr = &view.masters[0].addr;
     let facts = match check::look(addr, &options).await {
         Ok(facts) => facts,
-        Err(error) => {
-            let failure = error.into_failure();
-            output::note(&output::failure_text(&failure));
-            return Ok(Exit::of(&failure, false));
-        }
+        Err(error) => return Ok(refused(error)),
     };
     let counted = match replica {
         Some((addr, options)) => Some(backlog::count(&addr, &options, &facts, &settings.scan).await),
@@ -84,12 +99,26 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
     Ok(if verdict.can_sweep() { Exit::Done } else { Exit::Failed })
 }
 
+fn refused(error: NodeError) -> Exit {
+    let failure = error.into_failure();
+    output::note(&output::failure_text(&failure));
+    Exit::of(&failure, false)
+}
+
 /// Where the replica is and how to connect to it.
 fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOptions), Problem> {
-    let url = InstanceUrl::parse(url)
-        .map_err(|e| Problem { origin: Some(Origin::Flag("--replica".to_owned())), message: e.to_string() })?;
-    let Target::Standalone(addr) = url.target;
+    let problem = |message| Problem { origin: Some(Origin::Flag("--replica".to_owned())), message };
+    let url = InstanceUrl::parse(url).map_err(|e| problem(e.to_string()))?;
+    let Place::Standalone(addr) = url.target.place else {
+        return Err(problem("name one server, the replica itself".to_owned()));
+    };
     let mut options = main.clone();
+    if !url.target.tls {
+        options.tls = None;
+    } else if options.tls.is_none() {
+        let message = "a replica by TLS needs the server's own URL to be rediss:// too".to_owned();
+        return Err(problem(message));
+    }
     if url.credentials.user.is_some() || url.credentials.password.is_some() {
         options.credentials = url.credentials;
     }

@@ -42,9 +42,11 @@ impl Exit {
             FailureKind::NoSuchDb => Self::Usage,
             FailureKind::TimedOut => Self::TimedOut,
             FailureKind::Interrupted => Self::Interrupted,
-            FailureKind::NotAMaster | FailureKind::Unsupported | FailureKind::Protocol | FailureKind::Store => {
-                Self::Failed
-            }
+            FailureKind::NotAMaster
+            | FailureKind::Unsupported
+            | FailureKind::TopologyChanged
+            | FailureKind::Protocol
+            | FailureKind::Store => Self::Failed,
         }
     }
 }

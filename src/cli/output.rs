@@ -158,7 +158,7 @@ fn pass_table(shard: &ShardView) -> String {
         let us = |us: u64| if figures.batches == 0 { "-".to_owned() } else { format!("{us}us") };
         rows.push(vec![
             db.to_string(),
-            format!("{:.0}%", figures.position.fraction() * 100.0),
+            format!("{:.0}%", figures.fraction() * 100.0),
             grouped(figures.scanned),
             grouped(figures.reclaimed),
             grouped(figures.touched),

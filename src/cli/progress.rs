@@ -59,7 +59,7 @@ impl From<&TaskView> for Rows {
     fn from(view: &TaskView) -> Self {
         let pass = |(db, figures): (&DbIndex, &PassFigures)| PassRow {
             db: db.0,
-            fraction: figures.position.fraction(),
+            fraction: figures.fraction(),
             complete: figures.position.to_send().is_none(),
             scanned: figures.scanned,
             reclaimed: figures.reclaimed,
@@ -122,7 +122,7 @@ fn figures_text(pass: &PassRow, pace: &Pace) -> String {
 }
 
 async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
-    let style = ProgressStyle::with_template("{prefix:>14} {bar:28} {percent:>3}% {wide_msg}")
+    let style = ProgressStyle::with_template("{prefix:4} {bar:16} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     let multi = MultiProgress::new();
     let mut passes: BTreeMap<(String, u32), (ProgressBar, Pace)> = BTreeMap::new();

@@ -16,10 +16,11 @@ use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::target::Target;
 use crate::model::task::{Cause, TaskState};
+use crate::node::conn::ConnOptions;
 use crate::settings::raw::Problem;
 use crate::settings::{self, Settings};
 use crate::store::Store;
-use crate::tasks::{RunningTask, TaskService, TaskSpec, TaskView};
+use crate::tasks::{self, RunningTask, TaskService, TaskSpec, TaskView};
 
 /// `ttlsweep scan`
 #[derive(Debug, Args)]
@@ -71,7 +72,11 @@ pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         (false, true) => Show::Quiet,
         (false, false) => Show::Text,
     };
-    sweep(settings, args.resume, show).await
+    let conn = match tasks::conn_options(&settings).map_err(|problem| vec![problem]) {
+        Ok(conn) => conn,
+        Err(problems) => return Ok(usage(&problems)),
+    };
+    sweep(settings, conn, args.resume, show).await
 }
 
 /// Settings out of what was typed.
@@ -115,8 +120,8 @@ pub fn instance_id(target: &Target) -> String {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Result<Exit> {
-    let running = match begin(&settings, resume).await {
+pub async fn sweep(settings: Settings, conn: ConnOptions, resume: bool, show: Show) -> anyhow::Result<Exit> {
+    let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
         Err(failure) => {
             output::note(&output::failure_text(&failure));
@@ -136,7 +141,7 @@ pub async fn sweep(settings: Settings, resume: bool, show: Show) -> anyhow::Resu
     Ok(exit_of(&view))
 }
 
-async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure> {
+async fn begin(settings: &Settings, conn: ConnOptions, resume: bool) -> Result<RunningTask, Failure> {
     let store_failure = |e: &dyn std::fmt::Display| Failure::new(FailureKind::Store, e.to_string());
     let store = match &settings.state {
         Some(path) if resume && !path.exists() => {
@@ -151,7 +156,7 @@ async fn begin(settings: &Settings, resume: bool) -> Result<RunningTask, Failure
         None => Store::in_memory().await,
     };
     let service = TaskService::new(store.map_err(|e| store_failure(&e))?);
-    let spec = TaskSpec::new(instance_id(&settings.target), settings, Cause::Cli);
+    let spec = TaskSpec::new(instance_id(&settings.target), settings, conn, Cause::Cli);
     let task = if resume {
         let found = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
         found.ok_or_else(|| {

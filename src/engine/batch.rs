@@ -1,6 +1,7 @@
 //! What one batch proves. Pure arithmetic on replies; the loop acts on it.
 
 use crate::model::shard::ScanPosition;
+use crate::model::slots::CursorSpace;
 use crate::node::conn::ScanBatch;
 
 /// The most buckets that one SCAN walks, found keys or not: the loop of the server counts down from 10 x COUNT and looks
@@ -17,15 +18,18 @@ fn bucket_limit(count: u32) -> u64 {
 /// hidden. How many buckets it walked shows in the cursors: each bucket adds one unit, 2^(64 - bits of the table), to the
 /// bit-reversed cursor. So a walk that ended at the limit advanced by the limit times a power of two.
 ///
-/// Holds for servers that are not in cluster mode, where a cursor belongs to one table.
-pub fn hidden(from: ScanPosition, count: u32, batch: &ScanBatch) -> u64 {
-    let ScanPosition::At(next) = ScanPosition::from_reply(batch.cursor) else { return 0 };
-    let begin = match from {
-        ScanPosition::NotStarted => 0,
-        ScanPosition::At(cursor) => cursor.0.get().reverse_bits(),
-        ScanPosition::Finished => return 0,
-    };
-    let walked = next.0.get().reverse_bits().wrapping_sub(begin);
+/// Where each slot has a table of its own, a walk through several tables proves nothing: how many buckets those had that
+/// lie behind it cannot be told from the cursor.
+pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, batch: &ScanBatch) -> u64 {
+    let next = ScanPosition::from_reply(batch.cursor);
+    if next == ScanPosition::Finished || from == ScanPosition::Finished {
+        return 0;
+    }
+    let ((table, begin), (next_table, end)) = (space.rank(from), space.rank(next));
+    if table != next_table {
+        return 0;
+    }
+    let walked = end.wrapping_sub(begin);
     if walked != 0 && walked >> walked.trailing_zeros() == bucket_limit(count) {
         return 0;
     }
@@ -73,7 +77,12 @@ mod tests {
     #[test]
     fn fewer_keys_than_count_before_the_bucket_limit_are_hidden_keys() {
         let walked = |buckets, returned, before, after| {
-            hidden(ScanPosition::NotStarted, 100, &batch(cursor(buckets, 12), returned, before, after))
+            hidden(
+                &CursorSpace::OneTable,
+                ScanPosition::NotStarted,
+                100,
+                &batch(cursor(buckets, 12), returned, before, after),
+            )
         };
         assert_eq!(walked(131, 30, 3700, 3700), 70, "returned 30 of 100");
         assert_eq!(walked(131, 30, 3700, 3630), 0, "the other 70 were freed");
@@ -86,14 +95,28 @@ mod tests {
             for bits in [14, 20, 30] {
                 let limit = bucket_limit(count);
                 let from = ScanPosition::from_reply(cursor(limit, bits));
-                assert_eq!(hidden(from, count, &batch(cursor(2 * limit, bits), 0, 5, 5)), 0, "{count} {bits}");
+                assert_eq!(
+                    hidden(&CursorSpace::OneTable, from, count, &batch(cursor(2 * limit, bits), 0, 5, 5)),
+                    0,
+                    "{count} {bits}"
+                );
             }
         }
     }
 
     #[test]
+    fn a_walk_within_one_slots_table_is_judged_and_one_through_several_is_not() {
+        let space = CursorSpace::BySlot(crate::model::slots::SlotSet::new([0..=100]));
+        let at = |buckets: u64, bits: u32, slot: u64| cursor(buckets, bits) << 14 | slot;
+        let from = ScanPosition::from_reply(at(100, 12, 7));
+        assert_eq!(hidden(&space, from, 100, &batch(at(231, 12, 7), 30, 3700, 3700)), 70);
+        assert_eq!(hidden(&space, from, 100, &batch(at(1101, 12, 7), 30, 3700, 3700)), 0, "the bucket limit");
+        assert_eq!(hidden(&space, from, 100, &batch(at(231, 12, 8), 30, 3700, 3700)), 0, "another table");
+    }
+
+    #[test]
     fn the_end_of_the_table_proves_nothing() {
-        assert_eq!(hidden(ScanPosition::NotStarted, 100, &batch(0, 3, 50, 50)), 0);
+        assert_eq!(hidden(&CursorSpace::OneTable, ScanPosition::NotStarted, 100, &batch(0, 3, 50, 50)), 0);
     }
 
     #[test]

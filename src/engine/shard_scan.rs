@@ -1,5 +1,6 @@
 //! The sweep of one shard: DB after DB, batch after batch, through whatever trouble its master has.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -9,28 +10,28 @@ use crate::engine::batch::{self, StillPass};
 use crate::engine::control::{Orders, StopReason, stop_ordered};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
+use crate::engine::roster::Roster;
+use crate::engine::seats::{Line, Seat, Seats};
 use crate::engine::throttle::{self, Decision};
 use crate::engine::touch::Toucher;
 use crate::engine::{Outcome, ShardPlan};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, TouchOutcome};
 use crate::model::shard::{DbIndex, RunId, ScanPosition, ShardId};
+use crate::model::slots::CursorSpace;
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::commands;
-use crate::node::conn::{Conn, ConnOptions, ScanBatch};
-use crate::node::error::{Class, NodeError};
-use crate::node::info::{Info, OLDEST};
+use crate::node::conn::{Conn, ScanBatch};
+use crate::node::error::NodeError;
+use crate::node::info::Info;
+use crate::node::topology::Master;
 use crate::node::wire::Names;
 use crate::settings::ScanSettings;
 use crate::store::tally::{Tally, TallyDir};
 
 /// Progress is reported this often.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
-/// First and longest wait before another attempt.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// The smallest of this many PINGs is the network's share of a round trip.
-const PINGS: usize = 20;
 /// How often a batch that proved hidden keys is asked again before we say so: a table that was resized in the middle
 /// of a SCAN can look like it once, but not again at the same cursor.
 const DOUBTS: u32 = 2;
@@ -38,11 +39,15 @@ const DOUBTS: u32 = 2;
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
+/// A real server's cursor moves forward with every batch. One that did not this often never ends.
+const BACKWARDS_AT_MOST: u32 = 1_000;
 
 /// Why a shard's sweep ends before it is complete.
-enum End {
+pub(super) enum End {
     Stopped(StopReason),
     Failed(Failure),
+    /// The shard is no more: others own its slots.
+    Dissolved,
 }
 
 impl From<Failure> for End {
@@ -57,65 +62,97 @@ pub(super) struct Job {
     pub(super) task: TaskId,
     pub(super) tallies: Option<TallyDir>,
     pub(super) settings: ScanSettings,
-    pub(super) options: ConnOptions,
+    pub(super) roster: Roster,
+    pub(super) seats: Seats,
+    /// Where the shard stands in the line for its first seat.
+    pub(super) line: Option<Line>,
+}
+
+/// How the sweep of one shard ended.
+pub(super) struct Ended {
+    pub(super) outcome: Outcome,
+    /// What was swept completely: the node, and the slots that it owned from beginning to end.
+    pub(super) swept: Option<Master>,
+    /// The figures of each DB.
+    pub(super) passes: BTreeMap<DbIndex, PassFigures>,
 }
 
 /// Sweeps one shard to its end.
-pub(super) async fn run(job: Job, orders: watch::Receiver<Orders>, events: mpsc::Sender<ScanEvent>) -> Outcome {
+pub(super) async fn run(job: Job, orders: watch::Receiver<Orders>, events: mpsc::Sender<ScanEvent>) -> Ended {
     let reporter = Reporter { shard: job.shard.id.clone(), events };
-    let ended = match ShardScan::connect(job, reporter.clone(), orders).await {
-        Ok(mut scan) => scan.sweep().await,
-        Err(end) => Err(end),
+    let passes = job.shard.passes.clone();
+    let (ended, swept, passes) = match ShardScan::connect(job, reporter.clone(), orders).await {
+        Ok(mut scan) => (scan.sweep().await, Some(scan.master), scan.job.shard.passes),
+        Err(end) => (Err(end), None, passes),
     };
-    match ended {
-        Ok(()) => Outcome::Complete,
-        Err(End::Stopped(reason)) => Outcome::Stopped(reason),
+    let (outcome, swept) = match ended {
+        Ok(()) => (Outcome::Complete, swept),
+        Err(End::Stopped(reason)) => (Outcome::Stopped(reason), None),
+        Err(End::Dissolved) => {
+            let message = "this shard is no more: its slots went to other masters, which are swept for them".to_owned();
+            reporter.say(ScanEventKind::Warned { message }).await;
+            reporter.say(ScanEventKind::ShardFinished { used_memory: None }).await;
+            (Outcome::Complete, None)
+        }
         Err(End::Failed(failure)) => {
             reporter.say(ScanEventKind::ShardEnded { failure: failure.clone() }).await;
-            Outcome::Failed(failure)
+            (Outcome::Failed(failure), None)
         }
-    }
+    };
+    Ended { outcome, swept, passes }
 }
 
 /// Says what happened. A consumer that is gone has ended the task: nothing is left to tell it.
 #[derive(Clone)]
-struct Reporter {
+pub(super) struct Reporter {
     shard: ShardId,
     events: mpsc::Sender<ScanEvent>,
 }
 
 impl Reporter {
-    async fn say(&self, what: ScanEventKind) {
+    pub(super) async fn say(&self, what: ScanEventKind) {
         let _ = self.events.send(ScanEvent { shard: self.shard.clone(), what }).await;
     }
 }
 
-struct ShardScan {
-    job: Job,
-    reporter: Reporter,
-    orders: watch::Receiver<Orders>,
-    conn: Conn,
-    observer: Observer,
-    run_id: Option<RunId>,
-    /// Whether cursors follow the rules of one hash table, so that [`batch::hidden`] may judge.
-    judges: bool,
-    pacer: Pacer,
-    toucher: Toucher,
-    names: Names,
-    hold: Option<(Reason, Instant)>,
+pub(super) struct ShardScan {
+    pub(super) job: Job,
+    pub(super) reporter: Reporter,
+    pub(super) orders: watch::Receiver<Orders>,
+    pub(super) conn: Conn,
+    pub(super) observer: Observer,
+    pub(super) run_id: Option<RunId>,
+    /// Counts the server processes that were met. Passes that an earlier one finished are not finished.
+    pub(super) process: u32,
+    /// DBs that are finished, and by which process.
+    pub(super) done: BTreeMap<DbIndex, u32>,
+    /// The node that is swept, and the slots that it owned since the pass began.
+    pub(super) master: Master,
+    /// Whether cursors follow the rules of a hash table, so that [`batch::hidden`] may judge.
+    pub(super) judges: bool,
+    /// How this process's cursors are to be read.
+    pub(super) space: CursorSpace,
+    pub(super) pacer: Pacer,
+    pub(super) toucher: Toucher,
+    pub(super) names: Names,
+    pub(super) hold: Option<(Reason, Instant)>,
     /// Whether the hold is one that the orders asked for, and only they can end.
-    ordered_hold: bool,
+    pub(super) ordered_hold: bool,
+    /// The right to sweep now. Given back while the server is away.
+    pub(super) seat: Option<Seat>,
 }
 
 /// One pass over one DB while it runs.
-struct Pass {
-    db: DbIndex,
-    figures: PassFigures,
+pub(super) struct Pass {
+    pub(super) db: DbIndex,
+    pub(super) figures: PassFigures,
     /// From here on deletions were proven to work: where to go back to when they stop.
     proven: ScanPosition,
     doubts: u32,
     still: StillPass,
     untouched: bool,
+    /// Batches after which the cursor was not further on than before.
+    backwards: u32,
     reported: Instant,
     tally: Option<Tally>,
 }
@@ -125,6 +162,7 @@ impl Pass {
         self.figures.restarts += 1;
         self.proven = ScanPosition::NotStarted;
         self.untouched = false;
+        self.backwards = 0;
         self.go_back();
     }
 
@@ -138,76 +176,8 @@ impl Pass {
 }
 
 impl ShardScan {
-    async fn connect(job: Job, reporter: Reporter, orders: watch::Receiver<Orders>) -> Result<Self, End> {
-        let (conn, info, floor) = Self::first_contact(&job, &reporter, orders.clone()).await?;
-        let observation = Observation::from_info(&info);
-        let tuning = orders.borrow().tuning;
-        Ok(Self {
-            conn,
-            observer: Observer::start(job.shard.addr.clone(), job.options.clone(), observation.clone()),
-            run_id: observation.run_id,
-            judges: info.mode() == Some("standalone"),
-            pacer: Pacer::new(job.settings.count, job.settings.max_slice, tuning, floor),
-            toucher: Toucher::new(job.settings.touch, info.redis_version()),
-            names: Names::default(),
-            hold: None,
-            ordered_hold: false,
-            job,
-            reporter,
-            orders,
-        })
-    }
-
-    /// Connects once, without retrying: a server that is not there when the sweep begins is the operator's to mend.
-    /// One that is loading is waited for.
-    async fn first_contact(
-        job: &Job,
-        reporter: &Reporter,
-        mut orders: watch::Receiver<Orders>,
-    ) -> Result<(Conn, Info, Duration), End> {
-        let mut waited: Option<Instant> = None;
-        loop {
-            let contact = async {
-                let mut conn = Conn::open(&job.shard.addr, &job.options).await?;
-                let info = commands::info(&mut conn).await?;
-                Ok::<_, NodeError>((conn, info))
-            };
-            let contact = tokio::select! {
-                contact = contact => contact,
-                reason = stop_ordered(&mut orders) => return Err(End::Stopped(reason)),
-            };
-            let reason = match contact {
-                Ok((_, info)) if info.flag("loading") == Some(true) => Reason::Loading,
-                Ok((mut conn, info)) => {
-                    may_be_swept(&info)?;
-                    let floor = smallest_ping(&mut conn).await.map_err(|e| e.into_failure())?;
-                    if let Some(since) = waited {
-                        let ended = ScanEventKind::HoldEnded { reason: Reason::Loading, lasted: since.elapsed() };
-                        reporter.say(ended).await;
-                    }
-                    return Ok((conn, info, floor));
-                }
-                Err(error) => match error.class() {
-                    Class::Loading => Reason::Loading,
-                    Class::Busy => Reason::Busy,
-                    Class::Transient | Class::Fatal(_) => return Err(error.into_failure().into()),
-                },
-            };
-            if waited.is_none() {
-                waited = Some(Instant::now());
-                reporter.say(ScanEventKind::HoldStarted { reason, detail: None }).await;
-            }
-            wait(&mut orders, BACKOFF.1).await?;
-        }
-    }
-
     async fn sweep(&mut self) -> Result<(), End> {
-        let info = loop {
-            match commands::info(&mut self.conn).await {
-                Ok(info) => break info,
-                Err(error) => self.recover(error, None).await?,
-            }
-        };
+        let info = self.info().await?;
         let server = info.server(self.conn.addr()).ok_or_else(|| {
             Failure::new(FailureKind::Unsupported, "INFO names neither a redis_version nor a valkey_version")
         })?;
@@ -216,17 +186,43 @@ impl ShardScan {
         self.reporter.say(ScanEventKind::ShardStarted { server, used_memory, dbs: dbs.clone() }).await;
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.toucher.outcome() }).await;
         self.check_checkpoint().await;
-        for db in dbs {
+        let mut dbs = dbs;
+        while let Some(db) = dbs.iter().copied().find(|db| self.done.get(db) != Some(&self.process)) {
+            let process = self.process;
             self.sweep_db(db).await?;
+            self.done.insert(db, self.process);
+            if self.process != process {
+                // Another node may hold keys in other DBs.
+                let info = self.info().await?;
+                dbs = self.choose_dbs(&info);
+            }
         }
+        self.seat = None;
         let used_memory = self.settled_memory().await;
         self.reporter.say(ScanEventKind::ShardFinished { used_memory }).await;
         Ok(())
     }
 
-    /// A cursor of the checkpoint is worth nothing to another process.
+    async fn info(&mut self) -> Result<Info, End> {
+        loop {
+            match commands::info(&mut self.conn).await {
+                Ok(info) => return Ok(info),
+                Err(error) => self.recover(error, None).await?,
+            }
+        }
+    }
+
+    /// A cursor of the checkpoint is worth nothing to another process, and neither is a pass that it finished.
     async fn check_checkpoint(&mut self) {
+        if self.job.shard.again.is_some() {
+            return;
+        }
         if self.job.shard.run_id == self.run_id {
+            let finished = self.job.shard.passes.iter().filter(|(_, f)| f.position == ScanPosition::Finished);
+            self.done = finished.map(|(db, _)| (*db, self.process)).collect();
+            for (&db, figures) in self.job.shard.passes.iter().filter(|(db, _)| self.done.contains_key(*db)) {
+                self.reporter.say(ScanEventKind::PassFinished { db, figures: figures.clone() }).await;
+            }
             return;
         }
         let mut lost = false;
@@ -256,10 +252,13 @@ impl ShardScan {
     }
 
     async fn sweep_db(&mut self, db: DbIndex) -> Result<(), End> {
-        let figures = self.job.shard.passes.remove(&db).unwrap_or_default();
+        let mut figures = self.job.shard.passes.remove(&db).unwrap_or_default();
+        figures.space = self.space.clone();
         if figures.position == ScanPosition::Finished {
-            self.reporter.say(ScanEventKind::PassFinished { db, figures }).await;
-            return Ok(());
+            figures.position = ScanPosition::NotStarted;
+            figures.restarts += 1;
+            let why = self.job.shard.again.clone().unwrap_or_else(|| "another server process answers".to_owned());
+            self.reporter.say(ScanEventKind::PassRestarted { db, why, figures: figures.clone() }).await;
         }
         let mut pass = Pass {
             db,
@@ -268,6 +267,7 @@ impl ShardScan {
             doubts: 0,
             still: StillPass::default(),
             untouched: false,
+            backwards: 0,
             reported: Instant::now(),
             tally: self.open_tally(db).await,
         };
@@ -299,6 +299,7 @@ impl ShardScan {
         self.end_hold(Some(&mut pass)).await;
         self.fill_in(&mut pass);
         let figures = pass.figures;
+        self.job.shard.passes.insert(db, figures.clone());
         match ended {
             Ok(()) => self.reporter.say(ScanEventKind::PassFinished { db, figures }).await,
             Err(_) => self.reporter.say(ScanEventKind::Progressed { db, figures }).await,
@@ -338,6 +339,7 @@ impl ShardScan {
     /// One batch with everything around it. Leaves the position where it was when the batch has to be asked again.
     async fn step(&mut self, pass: &mut Pass) -> Result<(), End> {
         self.obey(pass).await?;
+        self.sit_down().await?;
         self.look(pass).await?;
         self.rest(pass).await?;
         let from = pass.figures.position;
@@ -356,12 +358,13 @@ impl ShardScan {
         };
         self.account(pass, &scanned);
         if self.judges {
-            let hidden = batch::hidden(from, count, &scanned);
+            let hidden = batch::hidden(&self.space, from, count, &scanned);
             if hidden > 0 {
                 return self.blocked(pass, hidden).await;
             }
         }
         pass.figures.position = ScanPosition::from_reply(scanned.cursor);
+        self.check_way(pass, from)?;
         self.write_tally(pass).await;
         if scanned.reclaimed() > 0 {
             pass.proven = pass.figures.position;
@@ -372,6 +375,10 @@ impl ShardScan {
         }
         pass.doubts = 0;
         self.end_hold(Some(pass)).await;
+        if touch.is_some() {
+            self.names.truncate(self.toucher.keys());
+            pass.untouched |= scanned.returned > self.names.len() as u64;
+        }
         match touch.filter(|_| !self.names.is_empty()) {
             Some(command) => self.touch(pass, from, command, &scanned).await?,
             None => {
@@ -386,6 +393,33 @@ impl ShardScan {
         }
         if pass.reported.elapsed() >= REPORT_EVERY {
             self.report(pass).await;
+        }
+        Ok(())
+    }
+
+    /// A server, or something in between, whose cursors lead round in a circle must not hold us for ever.
+    fn check_way(&self, pass: &mut Pass, from: ScanPosition) -> Result<(), Failure> {
+        if self.space.rank(pass.figures.position) > self.space.rank(from) {
+            return Ok(());
+        }
+        pass.backwards += 1;
+        if pass.backwards < BACKWARDS_AT_MOST {
+            return Ok(());
+        }
+        let addr = self.conn.addr();
+        let message =
+            format!("the cursors of {addr} lead nowhere: {BACKWARDS_AT_MOST} times SCAN answered no later one");
+        let failure = Failure::new(FailureKind::Protocol, message);
+        Err(failure.hint("is this a Redis or Valkey server, and is nothing in between that answers for it?"))
+    }
+
+    /// Waits for a seat where there is none: it was given back while the server was away.
+    async fn sit_down(&mut self) -> Result<(), End> {
+        if self.seat.is_none() {
+            self.seat = tokio::select! {
+                seat = self.job.seats.take(&self.master.addr) => Some(seat),
+                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+            };
         }
         Ok(())
     }
@@ -436,14 +470,14 @@ impl ShardScan {
             }
         };
         let gone = if command == "TTL" { -2 } else { 0 };
-        let left_dead = touched.answers.iter().filter(|&&answer| answer == gone).count() as u64;
+        let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;
         let figures = &mut pass.figures;
         figures.active += self.pacer.worked(0, touched.round_trip);
-        figures.touched += touched.answers.len() as u64;
+        figures.touched += touched.answers.iter().flatten().count() as u64;
         figures.found_by_touch += left_dead;
         figures.reclaimed += touched.keys_before.saturating_sub(touched.keys_after);
         if command == "TTL" {
-            touched.answers.iter().for_each(|&ttl| figures.ttl.add(ttl));
+            touched.answers.iter().flatten().for_each(|&ttl| figures.ttl.add(ttl));
         }
         self.write_tally(pass).await;
         let outcome = self.toucher.touched(scanned.reclaimed(), left_dead);
@@ -498,6 +532,11 @@ impl ShardScan {
                     }
                     return Ok(());
                 }
+                Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
+                    self.demoted(failure, pass).await?;
+                    // The one that was found was looked at when it was reached.
+                    return Ok(());
+                }
                 Decision::Abort(failure) => return Err(failure.into()),
                 Decision::Hold(reason) => {
                     // What was swept since the last proof may have been swept under the same condition.
@@ -541,102 +580,26 @@ impl ShardScan {
         Ok(slept)
     }
 
-    /// A pass is complete only where its server was a master to the end.
-    async fn confirm_master(&mut self, pass: &mut Pass) -> Result<(), End> {
-        match commands::info(&mut self.conn).await {
-            Ok(info) => may_be_swept(&info).map_err(End::from),
-            // Coming back checks the role as well.
-            Err(error) => self.recover(error, Some(pass)).await,
-        }
-    }
-
-    /// Brings the connection back after `error`, or ends the sweep where that cannot help. Afterwards the position is
-    /// the last one where the process is the same, else the beginning.
-    async fn recover(&mut self, error: NodeError, mut pass: Option<&mut Pass>) -> Result<(), End> {
-        let mut error = error;
-        let mut lost_at = Instant::now();
-        let mut backoff = BACKOFF.0;
-        loop {
-            let reason = match error.class() {
-                Class::Fatal(_) => return Err(error.into_failure().into()),
-                Class::Transient => Reason::Reconnecting,
-                Class::Loading => Reason::Loading,
-                Class::Busy => Reason::Busy,
-            };
-            if reason != Reason::Reconnecting {
-                // It answers: only the task's own time limits how long it may stay so.
-                lost_at = Instant::now();
-            }
-            if lost_at.elapsed() >= self.job.settings.retry_for {
-                let mut failure = error.into_failure();
-                failure.message = format!("{} (tried again for {:?})", failure.message, self.job.settings.retry_for);
-                return Err(failure.into());
-            }
-            self.begin_hold(pass.as_deref_mut(), reason, Some(error.to_string())).await;
-            wait(&mut self.orders, backoff).await?;
-            backoff = (backoff * 2).min(BACKOFF.1);
-            error = match self.reconnect(pass.as_deref_mut()).await {
-                Ok(()) => return Ok(()),
-                Err(Retry::Again(error)) => error,
-                Err(Retry::End(end)) => return Err(end),
-            };
-        }
-    }
-
-    async fn reconnect(&mut self, mut pass: Option<&mut Pass>) -> Result<(), Retry> {
-        let contact = async {
-            let mut conn = Conn::open(&self.job.shard.addr, &self.job.options).await?;
-            let info = commands::info(&mut conn).await?;
-            if info.flag("loading") == Some(true) {
-                return Err(loading(&conn));
-            }
-            let floor = smallest_ping(&mut conn).await?;
-            if let Some(pass) = &pass {
-                conn.select(pass.db).await?;
-            }
-            Ok::<_, NodeError>((conn, info, floor))
-        };
-        let mut orders = self.orders.clone();
-        let (conn, info, floor) = tokio::select! {
-            contact = contact => contact.map_err(Retry::Again)?,
-            reason = stop_ordered(&mut orders) => return Err(Retry::End(End::Stopped(reason))),
-        };
-        may_be_swept(&info).map_err(|failure| Retry::End(failure.into()))?;
-        self.conn = conn;
-        self.pacer.set_floor(floor);
-        let run_id = Observation::from_info(&info).run_id;
-        self.end_hold(pass.as_deref_mut()).await;
-        if run_id != self.run_id {
-            self.run_id = run_id;
-            if let Some(pass) = pass
-                && pass.figures.position != ScanPosition::NotStarted
-            {
-                self.begin_again(pass, "the server was restarted".to_owned()).await;
-            }
-            if let Some(server) = info.server(self.conn.addr()) {
-                self.reporter.say(ScanEventKind::ServerChanged { server }).await;
-            }
-        }
-        Ok(())
-    }
-
-    async fn begin_again(&self, pass: &mut Pass, why: String) {
+    pub(super) async fn begin_again(&self, pass: &mut Pass, why: String) {
         pass.begin_again();
         self.write_tally(pass).await;
         let figures = pass.figures.clone();
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
     }
 
-    async fn begin_hold(&mut self, pass: Option<&mut Pass>, reason: Reason, detail: Option<String>) {
+    pub(super) async fn begin_hold(&mut self, pass: Option<&mut Pass>, reason: Reason, detail: Option<String>) {
         if self.hold.is_some_and(|(current, _)| current == reason) {
             return;
         }
         self.end_hold(pass).await;
+        if matches!(reason, Reason::Reconnecting | Reason::NoMaster | Reason::Loading | Reason::Busy) {
+            self.seat = None;
+        }
         self.hold = Some((reason, Instant::now()));
         self.reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
     }
 
-    async fn end_hold(&mut self, pass: Option<&mut Pass>) {
+    pub(super) async fn end_hold(&mut self, pass: Option<&mut Pass>) {
         let Some((reason, since)) = self.hold.take() else { return };
         let lasted = since.elapsed();
         if let Some(pass) = pass {
@@ -675,92 +638,18 @@ impl ShardScan {
     }
 }
 
-enum Retry {
-    Again(NodeError),
-    End(End),
-}
-
 /// A batch that moved DBSIZE: after it a [`StillPass`] proves nothing.
 const MOVED: ScanBatch =
     ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, round_trip: Duration::ZERO };
-
-fn loading(conn: &Conn) -> NodeError {
-    NodeError::Server {
-        addr: conn.addr().clone(),
-        command: "SCAN",
-        code: "LOADING".to_owned(),
-        message: "the server is loading its data set".to_owned(),
-    }
-}
-
-/// Whether a server, by its INFO, is one that can be swept.
-///
-/// # Errors
-/// Why it is not.
-pub fn may_be_swept(info: &Info) -> Result<(), Failure> {
-    match info.redis_version() {
-        None => {
-            let failure =
-                Failure::new(FailureKind::Unsupported, "INFO names no redis_version: this is no Redis or Valkey");
-            return Err(failure.hint("check the port"));
-        }
-        Some(version) if version < OLDEST => {
-            let (major, minor) = version;
-            let message =
-                format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest (DCS.4818)", OLDEST.0, OLDEST.1);
-            return Err(Failure::new(FailureKind::Unsupported, message).hint("upgrade the server"));
-        }
-        Some(_) => {}
-    }
-    if info.mode() == Some("sentinel") {
-        let failure = Failure::new(FailureKind::Unsupported, "this is a sentinel; it holds no keys");
-        return Err(failure.hint("give the URL of the master that it watches"));
-    }
-    match info.is_master() {
-        Some(false) => Err(throttle::not_a_master(info.master_addr().as_deref())),
-        Some(true) | None => Ok(()),
-    }
-}
-
-async fn smallest_ping(conn: &mut Conn) -> Result<Duration, NodeError> {
-    let mut smallest = Duration::MAX;
-    for _ in 0..PINGS {
-        let begun = std::time::Instant::now();
-        commands::ping(conn).await?;
-        smallest = smallest.min(begun.elapsed());
-    }
-    Ok(smallest)
-}
 
 fn stop_of(orders: &Orders) -> Result<(), End> {
     orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
 }
 
 /// Sleeps, unless a stop is ordered.
-async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Result<(), End> {
+pub(super) async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Result<(), End> {
     tokio::select! {
         () = tokio::time::sleep(duration) => Ok(()),
         reason = stop_ordered(orders) => Err(End::Stopped(reason)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_may_not_be_swept_is_refused_with_the_reason() {
-        let refused = |text: &str| {
-            let failure = may_be_swept(&Info::parse(text)).unwrap_err();
-            format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
-        };
-        let cases = [
-            "redis_version:3.2.12\r\nrole:master\r\n",
-            "some_other_engine:1\r\n",
-            "redis_version:7.0.15\r\nredis_mode:sentinel\r\n",
-            "redis_version:7.0.15\r\nrole:slave\r\nmaster_host:10.0.0.1\r\nmaster_port:6379\r\n",
-        ];
-        insta::assert_snapshot!(cases.map(refused).join("\n"));
-        assert_eq!(may_be_swept(&Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
     }
 }

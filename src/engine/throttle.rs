@@ -42,7 +42,7 @@ pub fn not_a_master(master: Option<&str>) -> Failure {
         },
     );
     match master {
-        Some(master) => failure.hint(format!("sweep its master: redis://{master}")),
+        Some(master) => failure.hint(format!("sweep its master, redis://{master}, or let --follow find it")),
         None => failure,
     }
 }

@@ -24,6 +24,8 @@ pub enum FailureKind {
     TimedOut,
     /// The process was asked to end.
     Interrupted,
+    /// Masters or slots moved faster than they could be swept.
+    TopologyChanged,
     /// The server or the network answered what it never should.
     Protocol,
     /// The records could not be written.
@@ -41,6 +43,7 @@ words!(
     NoSuchDb = "no_such_db",
     TimedOut = "timed_out",
     Interrupted = "interrupted",
+    TopologyChanged = "topology_changed",
     Protocol = "protocol",
     Store = "store",
 );

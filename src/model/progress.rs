@@ -11,6 +11,7 @@ use jiff::Timestamp;
 
 use crate::model::failure::Failure;
 use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
+use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;
 
 /// What a server says of itself.
@@ -84,6 +85,8 @@ impl TtlHistogram {
 pub struct PassFigures {
     /// How far the pass is.
     pub position: ScanPosition,
+    /// How to read the position. Not stored: the engine knows it as soon as it has met the server.
+    pub space: CursorSpace,
     /// DBSIZE when the pass began.
     pub keys_at_start: u64,
     /// Keys that SCAN looked at: returned and reclaimed.
@@ -117,6 +120,11 @@ pub struct PassFigures {
 }
 
 impl PassFigures {
+    /// Share of the pass that is done, in `[0, 1]`.
+    pub fn fraction(&self) -> f64 {
+        self.space.fraction(self.position)
+    }
+
     /// Time held for all reasons together.
     pub fn held_total(&self) -> Duration {
         self.held.values().sum()
@@ -170,6 +178,11 @@ pub struct ScanEvent {
 /// The kinds of [`ScanEvent`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum ScanEventKind {
+    /// The shard is part of the sweep. Its turn may come later.
+    ShardFound {
+        /// Where its master is at this moment.
+        addr: NodeAddr,
+    },
     /// The shard's master was reached and may be swept.
     ShardStarted {
         /// What it is.
@@ -303,6 +316,8 @@ impl Snapshot {
     pub fn apply(&mut self, event: ScanEvent) {
         let shard = self.shards.entry(event.shard).or_default();
         match event.what {
+            // A shard that ended early and is swept again has not ended early.
+            ScanEventKind::ShardFound { .. } => shard.failure = None,
             ScanEventKind::ShardStarted { server, used_memory, dbs } => {
                 shard.server = Some(server);
                 shard.dbs = dbs;
@@ -362,7 +377,7 @@ impl Snapshot {
         for shard in self.shards.values() {
             for pass in shard.passes.values() {
                 let weight = pass.keys_at_start.max(1) as f64;
-                done += weight * pass.position.fraction();
+                done += weight * pass.fraction();
                 all += weight;
             }
             // A DB that was not begun yet counts as much as the mean of the others: its size is not known here.

@@ -5,7 +5,9 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Names a shard for its whole life: the address of its master as it was when the task began.
+/// Names a shard for the life of its task: the address of a standalone server, the name that sentinels give a master,
+/// or the hash slots that a cluster master owned when the task met it (`slots 0-5460`). A failover changes none of these,
+/// so a task that is resumed finds its shards; one whose slots have changed meanwhile has another name and is swept anew.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardId(pub String);
 
@@ -62,7 +64,8 @@ impl Cursor {
     /// The share of the hash space that lies behind this cursor, in `[0, 1)`.
     ///
     /// SCAN counts with the bits of the cursor reversed, highest bit first, so the reversed cursor grows evenly
-    /// from 0 to 2^64 whatever the size of the table. Holds for a server that is not in cluster mode.
+    /// from 0 to 2^64 whatever the size of the table. Holds where a DB is one table: see
+    /// [`CursorSpace`](crate::model::slots::CursorSpace), which every caller asks.
     pub fn fraction(self) -> f64 {
         // 2^64 as a float; the division cannot reach 1.0 for any cursor that a real table yields.
         self.0.get().reverse_bits() as f64 / 18_446_744_073_709_551_616.0
@@ -93,15 +96,6 @@ impl ScanPosition {
             Self::NotStarted => Some(0),
             Self::At(cursor) => Some(cursor.0.get()),
             Self::Finished => None,
-        }
-    }
-
-    /// Share of the pass that is done, in `[0, 1]`.
-    pub fn fraction(self) -> f64 {
-        match self {
-            Self::NotStarted => 0.0,
-            Self::At(cursor) => cursor.fraction(),
-            Self::Finished => 1.0,
         }
     }
 }
@@ -138,6 +132,7 @@ impl FromStr for ScanPosition {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::slots::CursorSpace;
     use proptest::prelude::*;
 
     #[test]
@@ -149,12 +144,12 @@ mod tests {
 
     #[test]
     fn fraction_follows_the_reversed_bits() {
-        let at = |c| ScanPosition::from_reply(c).fraction();
+        let at = |c| CursorSpace::OneTable.fraction(ScanPosition::from_reply(c));
         assert_eq!(at(1), 0.5);
         assert_eq!(at(2), 0.25);
         assert_eq!(at(3), 0.75);
-        assert_eq!(ScanPosition::Finished.fraction(), 1.0);
-        assert_eq!(ScanPosition::NotStarted.fraction(), 0.0);
+        assert_eq!(CursorSpace::OneTable.fraction(ScanPosition::Finished), 1.0);
+        assert_eq!(CursorSpace::OneTable.fraction(ScanPosition::NotStarted), 0.0);
     }
 
     #[test]
@@ -172,7 +167,7 @@ mod tests {
 
         #[test]
         fn fraction_stays_within_one_for_every_cursor(cursor: u64) {
-            let fraction = ScanPosition::from_reply(cursor).fraction();
+            let fraction = CursorSpace::OneTable.fraction(ScanPosition::from_reply(cursor));
             prop_assert!((0.0..=1.0).contains(&fraction));
         }
     }

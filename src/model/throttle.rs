@@ -11,6 +11,10 @@ use crate::model::task::words;
 pub enum Reason {
     /// The connection was lost and is being made again.
     Reconnecting,
+    /// The master is gone or demoted, and the one that takes its place is looked for.
+    NoMaster,
+    /// The shard is swept, and slots have come to its master since: they are given time to arrive before it is swept again.
+    SlotsMoving,
     /// The server loads its data set.
     Loading,
     /// A script or a module keeps the server busy.
@@ -31,6 +35,8 @@ words!(
     Reason,
     "hold reason",
     Reconnecting = "reconnecting",
+    NoMaster = "no_master",
+    SlotsMoving = "slots_moving",
     Loading = "loading",
     Busy = "busy",
     DeletionBlocked = "deletion_blocked",
@@ -45,6 +51,8 @@ impl Reason {
     pub fn sentence(self) -> &'static str {
         match self {
             Self::Reconnecting => "the connection was lost; connecting again",
+            Self::NoMaster => "the master is gone or is a replica now; looking for the one that takes its place",
+            Self::SlotsMoving => "slots are moving between masters; waiting until they stay, to sweep where they went",
             Self::Loading => "the server is loading its data set",
             Self::Busy => "a script keeps the server busy",
             Self::DeletionBlocked => {

@@ -10,6 +10,9 @@ use crate::node::info::Info;
 /// right; CLIENT SETNAME is a courtesy.
 pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select +client|setname";
 
+/// What a cluster needs beside that: to be asked who its masters are, and (it works without) whether it is well.
+pub const ACL_CLUSTER: &str = "+cluster|slots +cluster|info";
+
 /// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
 pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep ~* +exists +ttl";
 

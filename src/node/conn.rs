@@ -1,6 +1,7 @@
 //! One connection to one server, with a bound on every wait.
 
-use std::io;
+use std::io::{self, Write as _};
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use redis::{Cmd, FromRedisValue, Value};
@@ -10,8 +11,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
 use crate::model::shard::{DbIndex, NodeAddr};
-use crate::model::target::Credentials;
+use crate::model::target::{Credentials, NodeMap};
 use crate::node::error::NodeError;
+use crate::node::tls::{self, Tls};
 use crate::node::wire::{self, Integer, Malformed, Names, ScanReader, ScanReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
@@ -22,10 +24,33 @@ const READ_BUFFER: usize = 64 << 10;
 pub struct ConnOptions {
     /// Who we are.
     pub credentials: Credentials,
+    /// Who we are for sentinels.
+    pub sentinel_credentials: Credentials,
+    /// How to encrypt; `None`: not at all. Unix sockets never are.
+    pub tls: Option<Tls>,
+    /// Where to reach nodes that announce other addresses.
+    pub node_map: NodeMap,
     /// Bound on making a connection, handshake included.
     pub connect_timeout: Duration,
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
     pub response_timeout: Duration,
+}
+
+/// DBSIZE as it goes over the wire.
+const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
+
+impl ConnOptions {
+    /// Options for plain connections that lead where they say.
+    pub fn plain(credentials: Credentials, connect_timeout: Duration, response_timeout: Duration) -> Self {
+        Self {
+            credentials,
+            sentinel_credentials: Credentials::default(),
+            tls: None,
+            node_map: NodeMap::default(),
+            connect_timeout,
+            response_timeout,
+        }
+    }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
@@ -56,8 +81,9 @@ impl ScanBatch {
 /// What touching the keys of one batch did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TouchBatch {
-    /// The server's answer for each name, in order.
-    pub answers: Vec<i64>,
+    /// The server's answer for each name, in order; `None` where a cluster node sent us elsewhere: the key's slot is on
+    /// its way from one node to another.
+    pub answers: Vec<Option<i64>>,
     /// DBSIZE just before.
     pub keys_before: u64,
     /// DBSIZE just after.
@@ -77,6 +103,26 @@ pub struct Conn {
     end: usize,
     out: Vec<u8>,
     in_flight: bool,
+    watchdog: Option<Watchdog>,
+}
+
+/// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
+/// is armed once and, when it fires, looks whether the deadline has moved on meanwhile.
+#[derive(Default)]
+struct Watchdog(Option<Pin<Box<tokio::time::Sleep>>>);
+
+impl Watchdog {
+    /// Completes at the deadline.
+    async fn bites(&mut self, deadline: tokio::time::Instant) {
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        loop {
+            timer.as_mut().await;
+            if tokio::time::Instant::now() >= deadline {
+                return;
+            }
+            timer.as_mut().reset(deadline);
+        }
+    }
 }
 
 impl std::fmt::Debug for Conn {
@@ -95,7 +141,10 @@ impl Conn {
             addr: addr.clone(),
             source: io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("no connection within {:?}", options.connect_timeout),
+                match options.tls {
+                    Some(_) => format!("no TLS connection within {:?} (is it a TLS port?)", options.connect_timeout),
+                    None => format!("no connection within {:?}", options.connect_timeout),
+                },
             ),
         };
         timeout(options.connect_timeout, Self::dial(addr, options)).await.map_err(|_| late())?
@@ -107,7 +156,10 @@ impl Conn {
             NodeAddr::Tcp { host, port } => {
                 let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
-                Box::new(stream)
+                match &options.tls {
+                    Some(tls) => Box::new(tls.encrypt(stream, host, addr).await?),
+                    None => Box::new(stream),
+                }
             }
             NodeAddr::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
         };
@@ -120,9 +172,13 @@ impl Conn {
             end: 0,
             out: Vec::new(),
             in_flight: false,
+            watchdog: None,
         };
-        conn.handshake(&options.credentials).await?;
-        Ok(conn)
+        let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
+        match conn.handshake(&options.credentials).await {
+            Err(error) if plain => Err(conn.recognise_tls(error)),
+            other => other.map(|()| conn),
+        }
     }
 
     async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
@@ -140,6 +196,22 @@ impl Conn {
             Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
             other => other,
         }
+    }
+
+    /// A server that waits for a TLS handshake takes our first command for garbage: it sends an alert or hangs up.
+    fn recognise_tls(&self, error: NodeError) -> NodeError {
+        /// The first byte of a TLS alert.
+        const ALERT: u8 = 0x15;
+        let problem = match &error {
+            NodeError::Protocol { .. } if self.buf[..self.end].first() == Some(&ALERT) => "sent a TLS alert",
+            NodeError::Lost { source, .. }
+                if matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+            {
+                "closed the connection"
+            }
+            _ => return error,
+        };
+        NodeError::NotPlain { addr: self.addr.clone(), problem }
     }
 
     /// Where it leads.
@@ -203,10 +275,16 @@ impl Conn {
         mut names: Option<&mut Names>,
     ) -> Result<ScanBatch, NodeError> {
         self.out.clear();
-        let dbsize = redis::cmd("DBSIZE");
-        dbsize.write_packed_command(&mut self.out);
-        redis::cmd("SCAN").arg(cursor).arg("COUNT").arg(count).write_packed_command(&mut self.out);
-        dbsize.write_packed_command(&mut self.out);
+        // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
+        let (cursor, count) = (cursor.to_string(), count.to_string());
+        for part in [DBSIZE, "*4\r\n$4\r\nSCAN\r\n"] {
+            self.out.extend_from_slice(part.as_bytes());
+        }
+        for word in [&cursor, "COUNT", &count] {
+            // A write into memory cannot fail.
+            let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
+        }
+        self.out.extend_from_slice(DBSIZE.as_bytes());
         if let Some(names) = names.as_deref_mut() {
             names.clear();
         }
@@ -246,7 +324,8 @@ impl Conn {
             let mut refused = None;
             for _ in 0..names.len() {
                 match conn.read_integer(command).await? {
-                    Ok(answer) => answers.push(answer),
+                    Ok(answer) => answers.push(Some(answer)),
+                    Err(error) if error.is_redirection() => answers.push(None),
                     Err(error) => refused = refused.or(Some(error)),
                 }
             }
@@ -272,10 +351,15 @@ impl Conn {
         }
         self.in_flight = true;
         let after = self.response_timeout;
-        let result = match timeout(after, exchange(self)).await {
-            Ok(result) => result,
-            Err(_) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
+        // Taken out for the time of the exchange, which needs the rest of the connection for itself.
+        let mut watchdog = self.watchdog.take().unwrap_or_default();
+        let deadline = tokio::time::Instant::now() + after;
+        let result = tokio::select! {
+            biased;
+            result = exchange(self) => result,
+            () = watchdog.bites(deadline) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
         };
+        self.watchdog = Some(watchdog);
         self.in_flight = !matches!(result, Ok(_) | Err(NodeError::Server { .. }));
         result
     }
@@ -381,6 +465,10 @@ impl Conn {
     }
 
     fn lost(&self, source: io::Error) -> NodeError {
+        // With TLS 1.3 a server refuses our certificate only after the handshake, in place of its first answer.
+        if let Some(error) = tls::explain(&self.addr, &source) {
+            return error;
+        }
         NodeError::Lost { addr: self.addr.clone(), source }
     }
 }

@@ -18,6 +18,24 @@ pub enum NodeError {
         #[source]
         source: io::Error,
     },
+    /// The connection was made, and could not be encrypted as it should.
+    #[error("cannot connect to {addr} by TLS: {problem}")]
+    Tls {
+        /// Where.
+        addr: NodeAddr,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// The peer of a connection without TLS speaks TLS, or hung up as such a peer does.
+    #[error("{addr} {problem} in place of an answer to the first command")]
+    NotPlain {
+        /// Where.
+        addr: NodeAddr,
+        /// What it did.
+        problem: &'static str,
+    },
     /// The connection broke.
     #[error("the connection to {addr} was lost: {source}")]
     Lost {
@@ -36,6 +54,16 @@ pub enum NodeError {
         command: &'static str,
         /// How long we waited.
         after: Duration,
+    },
+    /// Nobody could say where the master is, or who was said to be it is none.
+    #[error("{problem}")]
+    NoMaster {
+        /// What was asked and answered.
+        problem: String,
+        /// What to do about it.
+        hint: Option<String>,
+        /// Whether it may pass.
+        class: Class,
     },
     /// The peer does not speak RESP, or answered with a shape that the command does not have.
     #[error("{addr} answered {command} with something that is not a valid reply: {detail}")]
@@ -82,6 +110,9 @@ impl NodeError {
                 Class::Fatal(FailureKind::CannotConnect)
             }
             Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
+            Self::Tls { .. } => Class::Fatal(FailureKind::CannotConnect),
+            Self::NotPlain { .. } => Class::Transient,
+            Self::NoMaster { class, .. } => *class,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
             Self::Server { code, message, .. } => match code.as_str() {
                 "LOADING" => Class::Loading,
@@ -97,6 +128,12 @@ impl NodeError {
                 _ => Class::Fatal(FailureKind::Unsupported),
             },
         }
+    }
+
+    /// Whether a cluster node does not answer for a key because of its slot.
+    pub fn is_redirection(&self) -> bool {
+        let Self::Server { code, .. } = self else { return false };
+        matches!(code.as_str(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN")
     }
 
     /// Whether the server said that a right is missing.
@@ -116,6 +153,9 @@ impl NodeError {
 
     fn hint(&self, kind: FailureKind) -> Option<String> {
         let text = match (self, kind) {
+            (Self::NoMaster { hint, .. }, _) => return hint.clone(),
+            (Self::Tls { hint, .. }, _) => hint,
+            (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
             (Self::Connect { source, .. }, _) => match source.kind() {
                 io::ErrorKind::ConnectionRefused => {
                     "is the server running there, and is it the right port? Try `redis-cli -h HOST -p PORT ping`"
@@ -137,6 +177,10 @@ impl NodeError {
             (Self::Server { command: "EXISTS" | "TTL", .. }, FailureKind::NotAllowed) => {
                 let line = crate::node::commands::ACL_TOUCH;
                 return Some(format!("sweep without it (--touch none), or grant what the touch needs: {line}"));
+            }
+            (Self::Server { command, .. }, FailureKind::NotAllowed) if command.starts_with("CLUSTER") => {
+                let (line, cluster) = (crate::node::commands::ACL_LINE, crate::node::commands::ACL_CLUSTER);
+                return Some(format!("grant on every node what the sweep of a cluster needs: {line} {cluster}"));
             }
             (_, FailureKind::NotAllowed) => {
                 return Some(format!("grant what a sweep needs: {}", crate::node::commands::ACL_LINE));

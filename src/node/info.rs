@@ -80,10 +80,14 @@ impl Info {
         Some(ServerFacts { product, version: version.to_owned(), run_id, addr: addr.clone() })
     }
 
+    /// Valkey's own version as (major, minor); `None` where it is no Valkey.
+    pub fn valkey_version(&self) -> Option<(u32, u32)> {
+        major_minor(self.get("valkey_version")?)
+    }
+
     /// The Redis version whose commands the server has, as (major, minor).
     pub fn redis_version(&self) -> Option<(u32, u32)> {
-        let mut parts = self.get("redis_version")?.split('.').map(|p| p.parse().ok());
-        Some((parts.next()??, parts.next().flatten().unwrap_or(0)))
+        major_minor(self.get("redis_version")?)
     }
 
     /// DBs that hold keys, with their sizes.
@@ -145,10 +149,20 @@ impl Info {
         self.get("role").map(|role| role == "master")
     }
 
+    /// A replica's master as host and port.
+    pub fn master_endpoint(&self) -> Option<(String, u16)> {
+        Some((self.get("master_host")?.to_owned(), self.parsed("master_port")?))
+    }
+
     /// A replica's master as `host:port`.
     pub fn master_addr(&self) -> Option<String> {
-        Some(format!("{}:{}", self.get("master_host")?, self.get("master_port")?))
+        self.master_endpoint().map(|(host, port)| format!("{host}:{port}"))
     }
+}
+
+fn major_minor(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split('.').map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next().flatten().unwrap_or(0)))
 }
 
 fn pairs(value: &str) -> impl Iterator<Item = (&str, &str)> {

@@ -9,4 +9,6 @@ pub mod commands;
 pub mod conn;
 pub mod error;
 pub mod info;
+pub mod tls;
+pub mod topology;
 pub mod wire;

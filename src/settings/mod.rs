@@ -7,6 +7,7 @@ pub mod serve;
 mod table;
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use crate::model::shard::DbIndex;
-use crate::model::target::{Credentials, InstanceUrl, Target};
+use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{Origin, Problem, Raw};
 
@@ -55,6 +56,23 @@ pub struct ScanSettings {
     pub timeout: Duration,
     /// How long a lost connection is tried again.
     pub retry_for: Duration,
+    /// Masters to sweep at a time; `None`: one on each host.
+    pub parallel: Option<NonZeroUsize>,
+    /// Whether a standalone server that is a replica leads on to its master.
+    pub follow: bool,
+}
+
+/// The files and names of TLS, as they were given.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TlsSettings {
+    /// PEM file of the authorities to trust; `None`: the system's.
+    pub cacert: Option<PathBuf>,
+    /// PEM files of our certificate and of its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// The name that the certificate must hold; `None`: the host.
+    pub sni: Option<String>,
+    /// Accept any certificate.
+    pub insecure: bool,
 }
 
 /// Everything that is in force.
@@ -64,6 +82,12 @@ pub struct Settings {
     pub target: Target,
     /// Who we are there.
     pub credentials: Credentials,
+    /// Who we are for the sentinels.
+    pub sentinel_credentials: Credentials,
+    /// How to encrypt, where the target wants it.
+    pub tls: Option<TlsSettings>,
+    /// Where to reach nodes that announce other addresses.
+    pub node_map: NodeMap,
     /// Bound on making a connection.
     pub connect_timeout: Duration,
     /// Bound on one answer.
@@ -84,9 +108,17 @@ pub struct Settings {
 pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Vec<Problem>> {
     let mut reader = Reader { raw, problems: Vec::new() };
     let url = reader.read("url", InstanceUrl::parse);
-    let user = reader.read("user", |text| Ok::<_, String>(Some(text.to_owned()).filter(|t| !t.is_empty())));
-    let password_file =
-        reader.read("password-file", |text| if text.is_empty() { Ok(None) } else { read_password(text).map(Some) });
+    let user = reader.read("user", given);
+    let password_file = reader.read("password-file", password_in);
+    let sentinel_user = reader.read("sentinel-user", given);
+    let sentinel_password = reader.read("sentinel-password-file", password_in);
+    let tls = resolve_tls(&mut reader, url.as_ref().is_none_or(|url| url.target.tls));
+    let node_map = reader.read("node-map", NodeMap::parse);
+    let follow = reader.read("follow", switch);
+    let parallel = reader.read("parallel", |text| match text.parse::<usize>() {
+        Ok(shards) => Ok(NonZeroUsize::new(shards)),
+        Err(_) => Err(format!("`{text}` is not a number of masters (0: one on each host)")),
+    });
     let dbs = reader.read("db", parse_dbs);
     let count = reader.read("count", |text| match text.parse() {
         Ok(count) if COUNT_RANGE.contains(&count) => Ok(count),
@@ -114,6 +146,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let problems = reader.problems;
     let resolved = (|| {
         let InstanceUrl { target, credentials, db } = url?;
+        let target_tls = target.tls;
         let mut dbs = dbs?;
         if dbs.is_empty() {
             dbs.extend(db);
@@ -124,6 +157,9 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
                 user: user?.or(credentials.user),
                 password: password_file?.or(password).or(credentials.password),
             },
+            sentinel_credentials: Credentials { user: sentinel_user?, password: sentinel_password? },
+            tls: target_tls.then_some(tls?),
+            node_map: node_map?,
             connect_timeout: connect_timeout?,
             response_timeout: response_timeout?,
             scan: ScanSettings {
@@ -135,6 +171,8 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
                 touch: touch?,
                 timeout: timeout?,
                 retry_for: retry_for?,
+                parallel: parallel?,
+                follow: follow?,
             },
             state: state?,
             sweep_texts: raw.sweep_texts(),
@@ -144,6 +182,50 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
         Some(settings) if problems.is_empty() => Ok(settings),
         _ => Err(problems),
     }
+}
+
+/// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a
+/// mistake that would send a password in the clear.
+fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
+    let file = |text: &str| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from));
+    let cacert = reader.read("cacert", file);
+    let cert = reader.read("cert", file);
+    let key = reader.read("key", file);
+    let sni = reader.read("sni", given);
+    let insecure = reader.read("insecure", switch);
+    let (cacert, cert, key, sni) = (cacert?, cert?, key?, sni?);
+    if !wanted {
+        for name in ["cacert", "cert", "sni"] {
+            let (text, origin) = reader.raw.get(name);
+            if !text.is_empty() {
+                let message = format!("{name} means nothing without TLS; write the URL as rediss://...");
+                reader.problems.push(Problem { origin: Some(origin.clone()), message });
+            }
+        }
+    }
+    let identity = match (cert, key) {
+        (Some(cert), Some(key)) => Some((cert, key)),
+        (None, None) => None,
+        (cert, _) => {
+            let (name, missing) = if cert.is_some() { ("cert", "key") } else { ("key", "cert") };
+            let message = format!("{name} needs {missing} beside it: certificate and private key go together");
+            reader.problems.push(Problem { origin: Some(reader.raw.get(name).1.clone()), message });
+            return None;
+        }
+    };
+    Some(TlsSettings { cacert, identity, sni, insecure: insecure? })
+}
+
+fn given(text: &str) -> Result<Option<String>, String> {
+    Ok(Some(text.to_owned()).filter(|t| !t.is_empty()))
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
+}
+
+fn password_in(path: &str) -> Result<Option<SecretString>, String> {
+    if path.is_empty() { Ok(None) } else { read_password(path).map(Some) }
 }
 
 struct Reader<'a> {
@@ -250,6 +332,11 @@ mod tests {
             ("touch", "maybe"),
             ("timeout", "0s"),
             ("retry-for", "soon"),
+            ("cert", "me.pem"),
+            ("insecure", "yes"),
+            ("node-map", "10.0.0.1"),
+            ("follow", "maybe"),
+            ("parallel", "all"),
         ]);
         let problems = resolve(&raw, None).unwrap_err();
         let shown: Vec<_> = problems.iter().map(ToString::to_string).collect();
@@ -270,6 +357,21 @@ mod tests {
         assert_eq!(settings.credentials.password.as_ref().unwrap().expose_secret(), "two");
         let shown = format!("{settings:?}");
         assert!(!shown.contains("one@") && !shown.contains("two"), "{shown}");
+    }
+
+    #[test]
+    fn tls_files_without_tls_or_without_their_other_half_are_refused() {
+        let problems = |pairs: &[(&'static str, &str)]| {
+            let problems = resolve(&with(pairs), None).map(drop).unwrap_err();
+            problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+        };
+        let plain = problems(&[("url", "redis://h"), ("cacert", "ca.pem"), ("sni", "name")]);
+        assert_eq!(plain.matches("rediss://").count(), 2, "{plain}");
+        let half = problems(&[("url", "rediss://h"), ("key", "k.pem")]);
+        assert!(half.contains("key needs cert"), "{half}");
+        let settings = resolve(&with(&[("url", "rediss://h"), ("insecure", "true")]), None).unwrap();
+        assert!(settings.tls.unwrap().insecure);
+        assert!(resolve(&with(&[("url", "redis://h")]), None).unwrap().tls.is_none());
     }
 
     #[test]

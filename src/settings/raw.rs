@@ -9,6 +9,16 @@ pub const KEYS: &[&str] = &[
     "url",
     "user",
     "password-file",
+    "cacert",
+    "cert",
+    "key",
+    "sni",
+    "insecure",
+    "sentinel-user",
+    "sentinel-password-file",
+    "node-map",
+    "follow",
+    "parallel",
     "db",
     "count",
     "max-slice",
@@ -23,7 +33,20 @@ pub const KEYS: &[&str] = &[
 ];
 
 /// The keys that say where an instance is, who we are there and where records go, not how to sweep.
-pub const PLACE_KEYS: &[&str] = &["url", "user", "password-file", "state"];
+pub const PLACE_KEYS: &[&str] = &[
+    "url",
+    "user",
+    "password-file",
+    "cacert",
+    "cert",
+    "key",
+    "sni",
+    "insecure",
+    "sentinel-user",
+    "sentinel-password-file",
+    "node-map",
+    "state",
+];
 
 /// The defaults, as text that people read.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");

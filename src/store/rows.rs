@@ -12,6 +12,7 @@ use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
 use crate::model::failure::Failure;
 use crate::model::progress::{PassFigures, SliceSummary};
 use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::slots::CursorSpace;
 use crate::model::task::{SweepTexts, Task, TaskId};
 use crate::store::{StoreError, StoredShard};
 
@@ -183,6 +184,7 @@ fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
     let number = |column| number(row, column);
     Ok(PassFigures {
         position: word(row, "position")?,
+        space: CursorSpace::default(),
         keys_at_start: number("keys_at_start")?,
         scanned: number("scanned")?,
         reclaimed: number("reclaimed")?,

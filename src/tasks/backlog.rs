@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::check;
 use crate::check::verdict::{self, DbLook};
 use crate::model::schedule::MinBacklog;
-use crate::model::shard::NodeAddr;
 use crate::node::conn::ConnOptions;
+use crate::node::topology::Master;
 use crate::settings::ScanSettings;
 
 /// How long the look at one master may take.
@@ -22,14 +22,14 @@ struct Backlog {
 
 /// Why a sweep is not worth beginning, if it is not. A backlog that cannot be estimated may be any: the sweep begins.
 pub(super) async fn nothing_to_gain(
-    masters: &[NodeAddr],
+    masters: &[Master],
     options: &ConnOptions,
     settings: &ScanSettings,
     least: MinBacklog,
 ) -> Option<String> {
     let mut all = Backlog { bytes: Some(0), ..Backlog::default() };
     for master in masters {
-        let facts = tokio::time::timeout(WITHIN, check::look(master, options)).await.ok()?.ok()?;
+        let facts = tokio::time::timeout(WITHIN, check::look(&master.addr, options)).await.ok()?.ok()?;
         let DbLook { size, expired, bytes } = verdict::judge(&facts, None, settings).swept;
         all.keys += expired?.keys;
         all.expires += size.expires;

@@ -14,17 +14,19 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::control::{Control, StopReason, Tuning};
-use crate::engine::{self, Outcome, ScanPlan, ShardPlan};
+use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, MinBacklog, Window};
-use crate::model::shard::{NodeAddr, ShardId};
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
+use crate::node::tls::Tls;
+use crate::node::topology::{Topology, View};
+use crate::settings::raw::Problem;
 use crate::settings::serve::Instance;
 use crate::settings::{ScanSettings, Settings};
 use crate::store::{Store, StoreError};
@@ -57,6 +59,9 @@ pub enum TaskError {
     /// The task has ended meanwhile.
     #[error("the task has ended")]
     Ended,
+    /// A file that the settings name cannot be used.
+    #[error("{0}")]
+    Settings(Problem),
     /// No task is begun any more.
     #[error("the daemon is stopping")]
     Closing,
@@ -87,7 +92,7 @@ pub struct TaskSpec {
 
 impl TaskSpec {
     /// A sweep with these settings that respects no window.
-    pub fn new(instance_id: String, settings: &Settings, cause: Cause) -> Self {
+    pub fn new(instance_id: String, settings: &Settings, conn: ConnOptions, cause: Cause) -> Self {
         Self {
             instance_id,
             project_id: String::new(),
@@ -95,25 +100,37 @@ impl TaskSpec {
             cause,
             settings: settings.scan.clone(),
             sweep: settings.sweep_texts.clone(),
-            conn: conn_options(settings),
+            conn,
             window: None,
             min_backlog: None,
         }
     }
 
     /// A sweep of an instance of the daemon, with settings that may differ from the instance's own.
-    pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Self {
-        Self { project_id: instance.project_id.clone(), ..Self::new(instance.id.clone(), settings, cause) }
+    ///
+    /// # Errors
+    /// [`TaskError::Settings`] where a certificate or key of the instance cannot be used.
+    pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Result<Self, TaskError> {
+        let conn = conn_options(settings).map_err(TaskError::Settings)?;
+        let spec = Self::new(instance.id.clone(), settings, conn, cause);
+        Ok(Self { project_id: instance.project_id.clone(), ..spec })
     }
 }
 
 /// How to connect with these settings.
-pub fn conn_options(settings: &Settings) -> ConnOptions {
-    ConnOptions {
+///
+/// # Errors
+/// A certificate or key file that cannot be used.
+pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
+    let tls = settings.tls.as_ref().map(Tls::load).transpose();
+    Ok(ConnOptions {
         credentials: settings.credentials.clone(),
+        sentinel_credentials: settings.sentinel_credentials.clone(),
+        tls: tls.map_err(|error| Problem { origin: None, message: error.to_string() })?,
+        node_map: settings.node_map.clone(),
         connect_timeout: settings.connect_timeout,
         response_timeout: settings.response_timeout,
-    }
+    })
 }
 
 /// Other limits for a task that runs. `None` leaves a limit as it is.
@@ -209,8 +226,9 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
     pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
-        let (task, shards) = wish(spec);
-        self.store.insert(&task, &shards).await?;
+        let task = wish(spec);
+        // Which shards it has is known once its masters were asked; the first checkpoint names them.
+        self.store.insert(&task, &[]).await?;
         Ok(task)
     }
 
@@ -250,28 +268,20 @@ impl TaskService {
 
     /// What the engine is to do, from the checkpoint on, and what the checkpoint shows.
     async fn plan(&self, task: &Task, spec: &TaskSpec) -> Result<(ScanPlan, Snapshot), TaskError> {
-        let mut shards = shards_of(&spec.target);
-        let mut stored = self.store.shards(task.id).await?;
+        let known = self.store.shards(task.id).await?;
         let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
-        for shard in &mut shards {
-            if let Some(stored) = stored.remove(&shard.id) {
-                shard.run_id = stored.run_id;
-                shard.passes = stored.passes;
-            }
-            // What the checkpoint holds counts from the first view on, however soon the task is stopped again.
+        for (id, shard) in &known {
+            // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
+            // where its slots have gone to other shards since.
             let view = ShardView { passes: shard.passes.clone(), ..ShardView::default() };
-            snapshot.shards.insert(shard.id.clone(), view);
-        }
-        // A master that is no longer there has freed what it freed.
-        for (id, gone) in stored {
-            snapshot.shards.insert(id, ShardView { passes: gone.passes, ..ShardView::default() });
+            snapshot.shards.insert(id.clone(), view);
         }
         let plan = ScanPlan {
             task: task.id,
             tallies: self.store.tallies().cloned(),
-            shards,
+            topology: Arc::new(Topology::new(spec.target.clone(), spec.conn.clone(), spec.settings.follow)),
+            known,
             settings: spec.settings.clone(),
-            conn: spec.conn.clone(),
         };
         Ok((plan, snapshot))
     }
@@ -348,14 +358,16 @@ impl Job {
 
     /// Why a due scan is not worth beginning, if it is not.
     async fn nothing_to_gain(&self, min_backlog: Option<MinBacklog>) -> Option<String> {
-        let masters: Vec<NodeAddr> = self.plan.shards.iter().map(|shard| shard.addr.clone()).collect();
-        backlog::nothing_to_gain(&masters, &self.plan.conn, &self.plan.settings, min_backlog?).await
+        let least = min_backlog?;
+        let topology = &self.plan.topology;
+        let masters = topology.view(None).await.ok()?.masters;
+        backlog::nothing_to_gain(&masters, topology.options(), &self.plan.settings, least).await
     }
 }
 
 /// A task as it is first recorded.
-fn wish(spec: &TaskSpec) -> (Task, Vec<ShardId>) {
-    let task = Task {
+fn wish(spec: &TaskSpec) -> Task {
+    Task {
         id: TaskId::generate(),
         instance_id: spec.instance_id.clone(),
         project_id: spec.project_id.clone(),
@@ -371,14 +383,17 @@ fn wish(spec: &TaskSpec) -> (Task, Vec<ShardId>) {
         spent: Default::default(),
         failure: None,
         note: None,
-    };
-    let shards = shards_of(&spec.target).into_iter().map(|shard| shard.id).collect();
-    (task, shards)
+    }
 }
 
-/// The masters of an instance, as they are known without a task.
-pub fn masters(settings: &Settings) -> Vec<NodeAddr> {
-    shards_of(&settings.target).into_iter().map(|shard| shard.addr).collect()
+/// The masters of an instance, and how to connect to them.
+///
+/// # Errors
+/// Why they cannot be found.
+pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure> {
+    let conn = conn_options(settings).map_err(|problem| Failure::new(FailureKind::CannotConnect, problem.message))?;
+    let topology = Topology::new(settings.target.clone(), conn.clone(), settings.scan.follow);
+    Ok((topology.view(None).await.map_err(NodeError::into_failure)?, conn))
 }
 
 /// One look at an instance: whether it could be swept at all.
@@ -386,22 +401,11 @@ pub fn masters(settings: &Settings) -> Vec<NodeAddr> {
 /// # Errors
 /// Why not.
 pub async fn look(settings: &Settings) -> Result<(), Failure> {
-    for master in masters(settings) {
-        let mut conn = Conn::open(&master, &conn_options(settings)).await.map_err(NodeError::into_failure)?;
+    let (view, options) = masters(settings).await?;
+    for master in view.masters {
+        let mut conn = Conn::open(&master.addr, &options).await.map_err(NodeError::into_failure)?;
         let info = commands::info(&mut conn).await.map_err(NodeError::into_failure)?;
-        engine::may_be_swept(&info)?;
+        engine::may_be_swept(view.kind, &info)?;
     }
     Ok(())
-}
-
-/// The shards of a target, without anything that is known of them yet.
-fn shards_of(target: &Target) -> Vec<ShardPlan> {
-    match target {
-        Target::Standalone(addr) => vec![ShardPlan {
-            id: ShardId(addr.to_string()),
-            addr: addr.clone(),
-            run_id: None,
-            passes: Default::default(),
-        }],
-    }
 }

@@ -75,10 +75,10 @@ impl TaskService {
         if let Some(id) = self.on_hand(&spec.instance_id) {
             return Err(Busy(id).into());
         }
-        let (task, shards) = wish(&spec);
+        let task = wish(&spec);
         let written = match due {
-            Some(due) => self.store.insert_due(&task, &shards, due).await,
-            None => self.store.insert(&task, &shards).await,
+            Some(due) => self.store.insert_due(&task, &[], due).await,
+            None => self.store.insert(&task, &[]).await,
         };
         written.inspect_err(|_| self.metrics.store_failed())?;
         self.enqueue(task.clone(), spec).await?;
@@ -263,5 +263,6 @@ fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
         format!("its settings are no longer valid: {}", problems.join("; "))
     })?;
     let window: Option<Window> = instance.window.clone().filter(|_| task.respect_window);
-    Ok(TaskSpec { window, ..TaskSpec::of(instance, &settings, task.cause) })
+    let spec = TaskSpec::of(instance, &settings, task.cause).map_err(|error| error.to_string())?;
+    Ok(TaskSpec { window, ..spec })
 }

@@ -278,6 +278,7 @@ impl Recorder {
 fn log(event: &ScanEvent) {
     let shard = &event.shard;
     match &event.what {
+        ScanEventKind::ShardFound { addr } => tracing::debug!(%shard, %addr, "part of the sweep"),
         ScanEventKind::ShardStarted { server, dbs, .. } => {
             let (product, version) = (&server.product, &server.version);
             tracing::info!(%shard, product, version, dbs = dbs.len(), "sweep begun");

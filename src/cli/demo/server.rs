@@ -184,11 +184,8 @@ impl DemoServer {
 
     /// How to connect to it.
     pub fn conn_options(&self) -> ConnOptions {
-        ConnOptions {
-            credentials: Credentials { user: None, password: Some(self.password.clone().into()) },
-            connect_timeout: Duration::from_secs(5),
-            response_timeout: Duration::from_secs(30),
-        }
+        let credentials = Credentials { user: None, password: Some(self.password.clone().into()) };
+        ConnOptions::plain(credentials, Duration::from_secs(5), Duration::from_secs(30))
     }
 
     fn last_words(&self) -> String {

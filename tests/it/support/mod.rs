@@ -4,6 +4,8 @@
 
 #![allow(dead_code, reason = "a toolbox: not every test theme uses every tool")]
 
+pub mod certs;
+pub mod cluster;
 pub mod daemon;
 pub mod keyspace;
 pub mod proxy;

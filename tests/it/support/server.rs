@@ -130,6 +130,18 @@ impl Server {
         binary().kind
     }
 
+    /// Whether the binary under test was built with TLS.
+    pub fn has_tls() -> bool {
+        static HAS_TLS: OnceLock<bool> = OnceLock::new();
+        *HAS_TLS.get_or_init(|| {
+            // A TLS port without a certificate: every binary ends at once, and says why.
+            let output = Command::new(binary_path()).args(["--port", "0", "--tls-port", "1"]).output();
+            let output = output.unwrap_or_else(|error| panic!("cannot run {}: {error}", binary_path().display()));
+            let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+            !said.contains("Bad directive") && !said.contains("finding TLS support")
+        })
+    }
+
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))

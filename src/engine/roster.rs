@@ -1,0 +1,284 @@
+//! Which master is which shard's, now that some of them have moved.
+//!
+//! A shard keeps its name for the whole task while its master fails over, its slots migrate and nodes join and leave. The
+//! roster remembers for each shard the nodes and the slots that it had, and finds it again in each new view of the
+//! cluster: [`assign`] is pure, and the table of its tests is its whole behaviour.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::model::shard::ShardId;
+use crate::model::slots::SlotSet;
+use crate::model::target::Place;
+use crate::node::error::{Class, NodeError};
+use crate::node::topology::{Kind, Master, Topology, View};
+
+/// What is known of one shard.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Member {
+    /// The node that was its master when it was last seen.
+    master: Option<String>,
+    /// Every node that was its master or a replica of it.
+    nodes: BTreeSet<String>,
+    /// The slots that it owned when it was last seen.
+    slots: SlotSet,
+}
+
+impl Member {
+    fn update(&mut self, master: &Master) {
+        self.master.clone_from(&master.node_id);
+        self.nodes.extend(master.node_id.clone());
+        self.nodes.extend(master.replicas.iter().cloned());
+        self.slots = master.slots.clone();
+    }
+}
+
+/// Where a shard is.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Found {
+    /// This is its master now.
+    At(Master),
+    /// It is no more: other shards own all of its slots.
+    Dissolved,
+}
+
+/// The shards of a task.
+#[derive(Debug, Clone)]
+pub(super) struct Roster {
+    topology: Arc<Topology>,
+    kind: Kind,
+    members: Arc<Mutex<BTreeMap<ShardId, Member>>>,
+}
+
+impl Roster {
+    /// Looks for the masters for the first time, and names the shards.
+    ///
+    /// # Errors
+    /// [`NodeError`]; then nothing can be swept.
+    pub(super) async fn begin(topology: Arc<Topology>) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
+        let view = match (topology.view(None).await, &topology.target().place) {
+            // It is there and answers later: its shard waits for it, and says so.
+            (Err(error), Place::Standalone(addr)) if matches!(error.class(), Class::Loading | Class::Busy) => {
+                let master =
+                    Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
+                View { kind: Kind::Standalone, masters: vec![master] }
+            }
+            (view, _) => view?,
+        };
+        let mut members = BTreeMap::new();
+        let mut shards = Vec::new();
+        for master in view.masters {
+            let id = name(topology.target(), &master, &members);
+            members.entry(id.clone()).or_insert_with(Member::default).update(&master);
+            shards.push((id, master));
+        }
+        Ok((Self { topology, kind: view.kind, members: Arc::new(Mutex::new(members)) }, shards))
+    }
+
+    /// What the instance is.
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How its nodes are connected to.
+    pub(super) fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// Whether a master that is gone or demoted is looked for elsewhere.
+    pub(super) fn follows(&self) -> bool {
+        self.kind != Kind::Standalone || self.topology.follow()
+    }
+
+    /// Looks for one shard's master. Without anything to follow this is `last`, and nobody is asked.
+    ///
+    /// # Errors
+    /// [`NodeError`]: nobody could say.
+    pub(super) async fn find(&self, id: &ShardId, last: &Master) -> Result<Found, NodeError> {
+        if !self.follows() {
+            return Ok(Found::At(last.clone()));
+        }
+        let view = self.topology.view(Some(self.kind)).await?;
+        let mut members = self.lock();
+        let (owners, _) = assign(self.kind, &members, &view);
+        if let Some(master) = owners.get(id) {
+            if let Some(member) = members.get_mut(id) {
+                member.update(master);
+            }
+            return Ok(Found::At(master.clone()));
+        }
+        let slots = members.get(id).map(|member| member.slots.clone()).unwrap_or_default();
+        let owned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
+        if owned.is_empty() {
+            return Ok(Found::Dissolved);
+        }
+        Err(NodeError::NoMaster {
+            problem: format!("no node owns the slots {owned} of the shard `{id}`"),
+            hint: Some("see `redis-cli --cluster check`".to_owned()),
+            class: Class::Transient,
+        })
+    }
+
+    /// Where every shard's master is now, shards that are new included.
+    ///
+    /// # Errors
+    /// [`NodeError`]: nobody could say.
+    pub(super) async fn look_again(&self) -> Result<Vec<(ShardId, Master)>, NodeError> {
+        let view = self.topology.view(Some(self.kind)).await?;
+        let mut members = self.lock();
+        let (owners, strangers) = assign(self.kind, &members, &view);
+        let mut all: Vec<(ShardId, Master)> = owners.into_iter().collect();
+        for master in strangers {
+            all.push((name(self.topology.target(), &master, &members), master));
+        }
+        for (id, master) in &all {
+            members.entry(id.clone()).or_default().update(master);
+        }
+        Ok(all)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, Member>> {
+        // Each change is one call of `update`; a panic inside it would leave facts that the next view corrects.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Names a shard that was met for the first time.
+fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap<ShardId, Member>) -> ShardId {
+    let base = match &target.place {
+        _ if !master.slots.is_empty() => format!("slots {}", master.slots.name()),
+        Place::Sentinel { master, .. } => master.clone(),
+        // The address in the URL, wherever it led.
+        Place::Standalone(addr) => addr.to_string(),
+        Place::Cluster(_) => master.addr.to_string(),
+    };
+    let mut id = ShardId(base.clone());
+    let mut number = 1;
+    while taken.contains_key(&id) {
+        number += 1;
+        id = ShardId(format!("{base} ({number})"));
+    }
+    id
+}
+
+/// Finds the shards in a view. Returns the master of each shard that has one, and the masters that belong to none.
+///
+/// The node that was a shard's master stays it while it owns slots. Else the shard's master is the one of the remaining
+/// masters that was its replica, or else the one that owns most of its slots: a promotion changes the node and keeps the
+/// slots, a node that is replaced hands all of them to another.
+fn assign(kind: Kind, members: &BTreeMap<ShardId, Member>, view: &View) -> (BTreeMap<ShardId, Master>, Vec<Master>) {
+    if kind != Kind::Cluster {
+        let owners = members.keys().cloned().zip(view.masters.iter().cloned()).collect();
+        return (owners, Vec::new());
+    }
+    let mut owners = BTreeMap::new();
+    let mut free: Vec<&Master> = view.masters.iter().filter(|master| !master.slots.is_empty()).collect();
+    for (id, member) in members {
+        let same = free.iter().position(|master| master.node_id.is_some() && master.node_id == member.master);
+        if let Some(place) = same {
+            owners.insert(id.clone(), free.remove(place).clone());
+        }
+    }
+    let mut pairs: Vec<(bool, u32, &ShardId, &Master)> = Vec::new();
+    for (id, member) in members.iter().filter(|(id, _)| !owners.contains_key(*id)) {
+        for &master in &free {
+            let overlap = master.slots.overlap(&member.slots);
+            if overlap > 0 {
+                let promoted = master.node_id.as_ref().is_some_and(|node| member.nodes.contains(node));
+                pairs.push((promoted, overlap, id, master));
+            }
+        }
+    }
+    pairs.sort_by_key(|&(promoted, overlap, ..)| std::cmp::Reverse((promoted, overlap)));
+    for (_, _, id, master) in pairs {
+        if !owners.contains_key(id)
+            && let Some(place) = free.iter().position(|&other| std::ptr::eq(other, master))
+        {
+            owners.insert(id.clone(), free.remove(place).clone());
+        }
+    }
+    (owners, free.into_iter().cloned().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shard::NodeAddr;
+
+    fn master(node: &str, replicas: &[&str], slots: &[std::ops::RangeInclusive<u16>]) -> Master {
+        Master {
+            addr: NodeAddr::Tcp { host: node.to_owned(), port: 1 },
+            node_id: Some(node.to_owned()),
+            replicas: replicas.iter().map(|id| (*id).to_owned()).collect(),
+            slots: SlotSet::new(slots.iter().cloned()),
+        }
+    }
+
+    fn members(masters: &[Master]) -> BTreeMap<ShardId, Member> {
+        let mut members = BTreeMap::new();
+        for (master, name) in masters.iter().zip(["A", "B", "C"]) {
+            members.entry(ShardId(name.to_owned())).or_insert_with(Member::default).update(master);
+        }
+        members
+    }
+
+    /// Begins with a (0-99, replica ra), b (100-199, replica rb); checks who owns what in the next view.
+    #[track_caller]
+    fn check(view: &[Master], expected: &str) {
+        let before = members(&[master("a", &["ra"], &[0..=99]), master("b", &["rb"], &[100..=199])]);
+        let view = View { kind: Kind::Cluster, masters: view.to_vec() };
+        let (owners, strangers) = assign(Kind::Cluster, &before, &view);
+        let mut shown: Vec<String> =
+            owners.iter().map(|(id, master)| format!("{id}={}", master.node_id.as_ref().unwrap())).collect();
+        shown.extend(strangers.iter().map(|master| format!("new={}", master.node_id.as_ref().unwrap())));
+        assert_eq!(shown.join(" "), expected);
+    }
+
+    #[test]
+    fn nothing_moved() {
+        check(&[master("a", &[], &[0..=99]), master("b", &[], &[100..=199])], "A=a B=b");
+    }
+
+    #[test]
+    fn a_promoted_replica_is_the_shards_master() {
+        check(&[master("ra", &["a"], &[0..=99]), master("b", &[], &[100..=199])], "A=ra B=b");
+    }
+
+    #[test]
+    fn slots_that_migrate_leave_each_shard_its_master() {
+        check(&[master("a", &[], &[0..=9]), master("b", &[], &[10..=199])], "A=a B=b");
+    }
+
+    #[test]
+    fn a_node_that_joins_is_a_new_shard() {
+        check(
+            &[master("a", &[], &[0..=49]), master("b", &[], &[100..=199]), master("n", &[], &[50..=99])],
+            "A=a B=b new=n",
+        );
+    }
+
+    #[test]
+    fn a_node_that_takes_all_slots_of_another_takes_its_shard() {
+        check(&[master("n", &[], &[0..=99]), master("b", &[], &[100..=199])], "A=n B=b");
+    }
+
+    #[test]
+    fn a_shard_whose_slots_went_to_another_is_dissolved() {
+        check(&[master("b", &[], &[0..=199])], "B=b");
+    }
+
+    #[test]
+    fn both_masters_failed_over_and_slots_migrated_between() {
+        check(&[master("rb", &[], &[60..=199]), master("ra", &[], &[0..=59])], "A=ra B=rb");
+    }
+
+    #[test]
+    fn a_shards_name_is_its_slots_and_never_taken_twice() {
+        let target = crate::model::target::Target::standalone(NodeAddr::Tcp { host: "seed".into(), port: 1 });
+        let one = master("a", &[], &[0..=99]);
+        let mut taken = BTreeMap::new();
+        assert_eq!(name(&target, &one, &taken).0, "slots 0-99");
+        taken.insert(ShardId("slots 0-99".into()), Member::default());
+        assert_eq!(name(&target, &one, &taken).0, "slots 0-99 (2)");
+    }
+}

@@ -1,0 +1,289 @@
+//! Sweeps of real clusters: every master is swept, and whatever moves meanwhile is followed.
+
+use serde_json::Value;
+
+use crate::support::{
+    PATIENCE,
+    cluster::Cluster,
+    probe,
+    proxy::Proxy,
+    run::{Run, Running, run, scan, state_file},
+};
+
+/// Slow enough that a test can do something meanwhile.
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+
+fn shards(run: &Run) -> Vec<Value> {
+    run.json()["report"]["shards"].as_array().expect("a list of shards").clone()
+}
+
+/// The shard whose name begins with this.
+#[track_caller]
+fn shard(run: &Run, name: &str) -> Value {
+    let found = shards(run).into_iter().find(|shard| shard["shard"].as_str().unwrap().starts_with(name));
+    found.unwrap_or_else(|| panic!("no shard {name}: {run:#?}"))
+}
+
+fn warnings(shard: &Value) -> String {
+    shard["warnings"].to_string()
+}
+
+fn restarts(shard: &Value) -> u64 {
+    shard["dbs"].as_array().unwrap().iter().map(|db| db["restarts"].as_u64().unwrap()).sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_seed_is_enough_to_sweep_every_master_exactly() {
+    let cluster = Cluster::start(3, true).await;
+    let live = cluster.fill(2_000, 6_000).await;
+    // A replica as the seed: it holds no keys that may be swept, and knows who does.
+    let run = scan(&cluster.replica_of(1).url(), &[]).await.expect(0);
+    assert_eq!(run.num(), 6_000);
+    cluster.assert_only(&live).await;
+    let names: Vec<_> = shards(&run).iter().map(|shard| shard["shard"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(names, ["slots 0-5460", "slots 10922-16383", "slots 5461-10921"]);
+    for shard in shards(&run) {
+        assert_eq!(shard["dbs"][0]["complete"], true);
+        assert_eq!(shard["dbs"][0]["restarts"], 0);
+        let port = shard["server"]["addr"].as_str().unwrap().rsplit_once(':').unwrap().1.to_owned();
+        assert!(cluster.nodes[..3].iter().any(|node| node.port().to_string() == port), "{port} is a master");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn masters_on_one_host_take_turns_unless_a_number_is_given() {
+    let cluster = Cluster::start(3, false).await;
+    cluster.fill(0, 6_000).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    assert_eq!(cluster.freed_by(1).await + cluster.freed_by(2).await, 0, "the others wait for their turn");
+    running.signal("INT");
+    running.end().await.expect(130);
+
+    let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--parallel", "3"]].concat());
+    probe("all are under way", PATIENCE, async || cluster.freed_by(1).await > 100 && cluster.freed_by(2).await > 100)
+        .await;
+    assert!(cluster.nodes[0].dbsize(0).await > 0, "and none is done");
+    running.end().await.expect(0);
+    assert_eq!(cluster.keys_in_memory().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_fraction_follows_the_keys() {
+    let cluster = Cluster::start(1, false).await;
+    cluster.fill(3_000, 3_000).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    probe("half of it is done", PATIENCE, async || cluster.freed_by(0).await > 1_500).await;
+    running.signal("INT");
+    let run = running.end().await.expect(130);
+    let pass = &shards(&run)[0]["dbs"][0];
+    let (fraction, scanned) = (pass["fraction"].as_f64().unwrap(), pass["scanned"].as_f64().unwrap());
+    assert!((fraction - scanned / 6_000.0).abs() < 0.05, "{fraction} of the pass after {scanned} of 6000 keys");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manual_failover_is_followed_and_the_promoted_node_is_swept_from_the_beginning() {
+    let cluster = Cluster::start(3, true).await;
+    let live = cluster.fill(1_500, 12_000).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    cluster.failover(0).await;
+    let run = running.end().await.expect(0);
+    cluster.assert_only(&live).await;
+    let first = shard(&run, "slots 0-5460");
+    assert!(restarts(&first) >= 1, "{first}");
+    assert!(warnings(&first).contains(&format!("{} is the master now", cluster.replica_of(0).addr())), "{first}");
+    assert_eq!(first["server"]["addr"], cluster.replica_of(0).addr().to_string());
+    // The promoted node had received the deletions, and each was counted once.
+    let lost = run.total("lost_replies") as u64;
+    assert!(run.num() <= 12_000 && run.num() + lost * 1_000 >= 12_000, "{} {lost}", run.num());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_master_is_followed_to_its_replica() {
+    let mut cluster = Cluster::start(3, true).await;
+    let live = cluster.fill(1_500, 12_000).await;
+    let running = Running::scan(&cluster.nodes[1].url(), &[&SLOW[..], &["--parallel", "3"]].concat());
+    probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    cluster.nodes[0].kill9();
+    let run = running.end().await.expect(0);
+    let first = shard(&run, "slots 0-5460");
+    assert!(restarts(&first) >= 1, "{first}");
+    assert_eq!(first["server"]["addr"], cluster.replica_of(0).addr().to_string());
+    cluster.nodes.remove(0);
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_of_a_shard_that_was_done_already_is_seen_at_the_end() {
+    let cluster = Cluster::start(2, true).await;
+    let live = cluster.fill(500, 8_000).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    probe("the second is under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
+    assert!(cluster.freed_by(0).await > 3_000, "the first is done");
+    cluster.failover(0).await;
+    let run = running.end().await.expect(0);
+    let first = shard(&run, "slots 0-8191");
+    assert_eq!(restarts(&first), 1, "{first}");
+    assert!(warnings(&first).contains("became the master after"), "{first}");
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn slots_that_move_behind_the_sweep_are_swept_again_where_they_went() {
+    let cluster = Cluster::start(2, false).await;
+    let live = cluster.fill(2_000, 8_000).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    probe("the first is done, the second under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
+    // From the one that is not swept yet to the one that was.
+    cluster.migrate(1, 0, 16_000..=16_383).await;
+    cluster.until_agreed().await;
+    let run = running.end().await.expect(0);
+    let first = shard(&run, "slots 0-8191");
+    assert_eq!(restarts(&first), 1, "{first}");
+    assert!(warnings(&first).contains("the slots 16000-16383 came to"), "{first}");
+    assert_eq!(restarts(&shard(&run, "slots 8192-16383")), 0, "slots that only leave cost no pass");
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
+    let mut cluster = Cluster::start(2, false).await;
+    let live = cluster.fill(500, 6_000).await;
+    let new = cluster.join().await;
+    let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--db", "0"]].concat());
+    probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    // The new node takes a few slots of the first, and the second hands all of its own to the first and leaves.
+    cluster.migrate(0, new, 0..=99).await;
+    cluster.migrate(1, 0, 8_192..=16_383).await;
+    cluster.until_agreed().await;
+    for place in [0, new] {
+        let leaver = crate::support::cluster::node_id(&cluster.nodes[1]).await;
+        cluster.nodes[place].cmd(&["CLUSTER", "FORGET", &leaver]).await;
+    }
+    cluster.nodes[1].kill9();
+    let run = running.end().await.expect(0);
+    cluster.nodes.remove(1);
+    cluster.assert_only(&live).await;
+    assert_eq!(shards(&run).len(), 3, "{run:#?}");
+    assert_eq!(shard(&run, "slots 0-99")["dbs"][0]["complete"], true);
+    assert!(restarts(&shard(&run, "slots 0-8191")) >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_bad_shard_does_not_stop_the_others_and_is_named() {
+    let mut cluster = Cluster::start(3, false).await;
+    cluster.fill(0, 3_000).await;
+    cluster.nodes[1].kill9();
+    let run = scan(&cluster.url(), &["--retry-for", "1s"]).await.expect(1);
+    assert_eq!(run.json()["report"]["state"], "failed");
+    assert_eq!(cluster.nodes[0].dbsize(0).await + cluster.nodes[2].dbsize(0).await, 0, "the others are swept");
+    let bad = shard(&run, "slots 5461-10921");
+    assert!(bad["failure"]["message"].as_str().unwrap().contains("cannot connect"), "{bad}");
+    assert!(run.stderr.contains("1 of 3 shards were not swept completely: slots 5461-10921: "), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_right_is_reported_for_the_node_that_lacks_it() {
+    let cluster = Cluster::start(3, false).await;
+    cluster.fill(0, 3_000).await;
+    for (place, node) in cluster.nodes.iter().enumerate() {
+        let scan = if place == 2 { "-scan" } else { "+scan" };
+        let rules = format!("on >pw resetkeys -@all +dbsize +info +ping +select +client|setname +cluster|slots {scan}");
+        let words: Vec<&str> = ["ACL", "SETUSER", "sweeper"].into_iter().chain(rules.split(' ')).collect();
+        node.cmd(&words).await;
+    }
+    let run = scan(&cluster.nodes[0].url_as("sweeper", "pw"), &[]).await.expect(1);
+    let bad = shard(&run, "slots 10922-16383");
+    assert_eq!(bad["failure"]["kind"], "not_allowed");
+    let said = bad["failure"]["message"].as_str().unwrap();
+    assert!(said.contains(&cluster.nodes[2].addr().to_string()) && said.contains("scan"), "{said}");
+    assert!(bad["failure"]["hint"].as_str().unwrap().contains("ACL SETUSER"), "{bad}");
+    assert_eq!(run.num(), 3_000 - cluster.nodes[2].dbsize(0).await);
+    for place in [0, 1] {
+        assert_eq!(cluster.nodes[place].dbsize(0).await, 0);
+    }
+
+    for node in &cluster.nodes {
+        node.cmd(&["ACL", "SETUSER", "sweeper", "-cluster"]).await;
+    }
+    let run = scan(&cluster.nodes[0].url_as("sweeper", "pw"), &[]).await.expect(3);
+    assert!(run.stderr.contains("+cluster|slots"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn announced_addresses_are_reached_by_the_node_map() {
+    let cluster = Cluster::start(3, false).await;
+    let live = cluster.fill(100, 3_000).await;
+    let mut proxies = Vec::new();
+    let mut map = Vec::new();
+    for node in &cluster.nodes {
+        let proxy = Proxy::start(node.addr()).await;
+        map.push(format!("{}={}", node.addr(), proxy.addr()));
+        proxies.push(proxy);
+    }
+    let run = scan(&proxies[0].url(), &["--node-map", &map.join(",")]).await.expect(0);
+    assert_eq!(run.num(), 3_000);
+    cluster.assert_only(&live).await;
+    for (proxy, shard) in proxies.iter().zip(["slots 0-", "slots 5461-", "slots 10922-"]) {
+        assert_eq!(self::shard(&run, shard)["server"]["addr"], proxy.addr().to_string());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_sweep_of_a_cluster_goes_on_where_it_was() {
+    let cluster = Cluster::start(3, true).await;
+    let live = cluster.fill(1_000, 9_000).await;
+    let (_dir, state) = state_file();
+    let state = ["--state", state.to_str().unwrap()];
+    let running = Running::scan(&cluster.url(), &[&SLOW[..], &state].concat());
+    probe("one is under way or done", PATIENCE, async || {
+        cluster.freed_by(0).await + cluster.freed_by(1).await + cluster.freed_by(2).await > 4_000
+    })
+    .await;
+    running.signal("KILL");
+    assert_eq!(running.end().await.code, None);
+    let run = scan(&cluster.url(), &[&state[..], &["--resume"]].concat()).await.expect(0);
+    cluster.assert_only(&live).await;
+    // What is lost is the one batch under way, of one thousand keys at most.
+    assert!(run.num() <= 9_000 && run.num() >= 8_000, "{}", run.num());
+    assert_eq!(shards(&run).iter().map(restarts).sum::<u64>(), 0, "every cursor was good");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
+    let mut cluster = Cluster::start(3, false).await;
+    cluster.fill(600, 3_000).await;
+    cluster.nodes[2].kill9();
+    probe("the cluster is down", PATIENCE, async || {
+        let info: String = cluster.nodes[0].query(&["CLUSTER", "INFO"]).await;
+        info.contains("cluster_state:fail")
+    })
+    .await;
+    // EXISTS is refused with CLUSTERDOWN by every node now; SCAN is not.
+    let run = scan(&cluster.url(), &["--retry-for", "500ms", "--touch", "exists"]).await.expect(1);
+    for place in [0, 1] {
+        let names: Vec<String> = cluster.nodes[place].query(&["KEYS", "*"]).await;
+        assert_eq!(cluster.nodes[place].dbsize(0).await, names.len() as u64, "no dead key is left");
+    }
+    assert!(run.stderr.contains("1 of 3 shards"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_looks_at_every_master_and_touches_nothing() {
+    let mut cluster = Cluster::start(3, false).await;
+    cluster.fill(300, 900).await;
+    let run = run(["check", &cluster.url(), "--json"]).await.expect(0);
+    let shards = run.json()["shards"].as_array().unwrap().clone();
+    assert_eq!(shards.len(), 3);
+    let with_ttl: u64 = shards.iter().map(|shard| shard["backlog"]["expires"].as_u64().unwrap_or(0)).sum();
+    assert_eq!(with_ttl, 900, "{shards:#?}");
+    assert_eq!(cluster.keys_in_memory().await, 1_200);
+    let text = self::run(["check", &cluster.url()]).await.expect(0).stdout;
+    assert!(text.contains("== slots 5461-10921") && text.contains("cluster: "), "{text}");
+
+    cluster.nodes[2].kill9();
+    let run = self::run(["check", &cluster.url(), "--json"]).await.expect(1);
+    let bad = &run.json()["shards"][2];
+    assert_eq!(bad["failure"]["kind"], "cannot_connect", "{bad}");
+}

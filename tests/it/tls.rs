@@ -1,0 +1,151 @@
+//! Encrypted connections to real servers, and what is said when one fails.
+
+use crate::support::{
+    certs::{Authority, Identity, Validity},
+    free_port,
+    keyspace::Keyspace,
+    run::{Run, run},
+    server::Server,
+};
+
+/// A server that speaks TLS on one port and plain RESP on another.
+struct TlsServer {
+    server: Server,
+    authority: Authority,
+    port: u16,
+}
+
+impl TlsServer {
+    /// `None`, said loudly, where the server under test was built without TLS.
+    async fn start(names: &[&str], validity: Validity, more: &[(&str, &str)]) -> Option<Self> {
+        if !built_with_tls() {
+            return None;
+        }
+        let authority = Authority::new();
+        let Identity { cert, key } = authority.issue("server", names, validity);
+        let port = free_port();
+        let mut options = Server::options()
+            .with_config("tls-port", &port.to_string())
+            .with_config("tls-cert-file", cert.to_str().unwrap())
+            .with_config("tls-key-file", key.to_str().unwrap())
+            .with_config("tls-ca-cert-file", authority.cacert().to_str().unwrap())
+            .with_config("tls-auth-clients", "no");
+        for (name, value) in more {
+            options = options.with_config(name, value);
+        }
+        Some(Self { server: options.start().await, authority, port })
+    }
+
+    fn url(&self, host: &str) -> String {
+        format!("rediss://{host}:{}", self.port)
+    }
+
+    async fn scan(&self, host: &str, more: &[&str]) -> Run {
+        let cacert = self.authority.cacert();
+        let url = self.url(host);
+        let fixed = ["scan", &url, "--json", "--connect-timeout", "2s", "--cacert", cacert.to_str().unwrap()];
+        run(fixed.iter().chain(more)).await
+    }
+}
+
+fn built_with_tls() -> bool {
+    if !Server::has_tls() {
+        println!("SKIPPED: the server under test ({:?}) was built without TLS", Server::version());
+    }
+    Server::has_tls()
+}
+
+#[track_caller]
+fn refused(run: Run, what: &str, hint: &str) {
+    let run = run.expect(3);
+    assert!(run.stderr.contains(what) && run.stderr.contains(hint), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_by_tls_is_exact() {
+    let Some(tls) = TlsServer::start(&["localhost", "127.0.0.1"], Validity::Now, &[]).await else { return };
+    let keys = Keyspace::of(&tls.server, 0);
+    keys.live(500, "live").await;
+    keys.dead(3_000, "dead").await;
+    let run = tls.scan("localhost", &[]).await.expect(0);
+    assert_eq!(run.num(), 3_000);
+    assert_eq!(run.json()["report"]["target"], tls.url("localhost"));
+    assert_eq!(tls.server.dbsize(0).await, 500);
+    // The address is a name of the certificate too.
+    assert_eq!(tls.scan("127.0.0.1", &[]).await.expect(0).num(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_our_certificate_gets_it() {
+    let asks = [("tls-auth-clients", "yes")];
+    let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &asks).await else { return };
+    Keyspace::of(&tls.server, 0).dead(1_000, "dead").await;
+    refused(tls.scan("localhost", &[]).await, "does not accept our certificate", "--cert FILE");
+    let Identity { cert, key } = tls.authority.issue("client", &["sweeper"], Validity::Now);
+    let mine = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    assert_eq!(tls.scan("localhost", &mine).await.expect(0).num(), 1_000);
+    let stranger = Authority::new();
+    let Identity { cert, key } = stranger.issue("stranger", &["sweeper"], Validity::Now);
+    let strange = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];
+    refused(tls.scan("localhost", &strange).await, "does not accept our certificate", "an authority that it trusts");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_for_another_name_is_refused_unless_that_name_is_given() {
+    let Some(tls) = TlsServer::start(&["cache.example"], Validity::Now, &[]).await else { return };
+    refused(tls.scan("localhost", &[]).await, "its certificate is for cache.example, not for localhost", "--sni NAME");
+    tls.scan("localhost", &["--sni", "cache.example"]).await.expect(0);
+    tls.scan("localhost", &["--insecure"]).await.expect(0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_authority_that_nobody_trusts_is_named_as_the_problem() {
+    let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &[]).await else { return };
+    let other = Authority::new();
+    let url = tls.url("localhost");
+    let run = run(["scan", &url, "--cacert", other.cacert().to_str().unwrap()]).await;
+    refused(run, "not signed by the authority of that name", "--cacert FILE");
+    // The system's own authorities know nothing of this server. A machine may have none.
+    let run = self::run(["scan", &url]).await;
+    match run.code {
+        Some(2) => assert!(run.stderr.contains("no certificate authorities to trust"), "{}", run.stderr),
+        _ => refused(run, "an authority that is not trusted here", "--cacert FILE"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_certificate_is_refused_with_its_date() {
+    let Some(tls) = TlsServer::start(&["localhost"], Validity::Past, &[]).await else { return };
+    refused(tls.scan("localhost", &[]).await, "its certificate expired at 2020-02-01T00:00:00Z", "renew");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_to_a_plain_port_and_plain_to_a_tls_port_are_told_apart() {
+    let server = Server::start().await;
+    let url = format!("rediss://localhost:{}", server.port());
+    let run_plain = run(["scan", &url, "--insecure", "--connect-timeout", "1s"]).await.expect(3);
+    // A plain server may answer with an error line or wait for a line end that never comes.
+    let said = ["something that is no TLS", "is it a TLS port?"].iter().any(|text| run_plain.stderr.contains(text));
+    assert!(said, "{}", run_plain.stderr);
+
+    let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &[]).await else { return };
+    let url = format!("redis://localhost:{}", tls.port);
+    refused(run(["scan", &url]).await, "in place of an answer to the first command", "rediss://");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_are_no_certificates_are_refused_before_anything_is_sent() {
+    let authority = Authority::new();
+    let Identity { cert, key } = authority.issue("one", &["one"], Validity::Now);
+    let other = authority.issue("two", &["two"], Validity::Now);
+    let (cert, key, other) = (cert.to_str().unwrap(), key.to_str().unwrap(), other.key.to_str().unwrap());
+    for (args, said) in [
+        (["--cacert", "/nonexistent.pem", "--sni", "x"], "--cacert: cannot read a certificate from /nonexistent.pem"),
+        (["--cacert", key, "--sni", "x"], "--cacert: cannot read a certificate"),
+        (["--cert", cert, "--key", cert], "--key: cannot read a private key"),
+        (["--cert", cert, "--key", other], "--key: "),
+    ] {
+        let run = run(["scan", "rediss://127.0.0.1:1"].iter().chain(&args)).await.expect(2);
+        assert!(run.stderr.contains(said), "{said}: {}", run.stderr);
+    }
+}
