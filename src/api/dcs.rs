@@ -368,7 +368,9 @@ fn small(number: Option<i128>, least: u32, most: u32) -> Option<u32> {
 /// An ISO date and time in UTC: without a zone, with `z` or with `Z`. Cut to milliseconds, as it is shown and stored.
 fn parse_time(text: &str) -> Option<Timestamp> {
     let civil = text.strip_suffix(['z', 'Z']).unwrap_or(text);
-    if !civil.contains(['T', 't']) {
+    let (_, clock) = civil.split_once(['T', 't'])?;
+    // The parser below would take an offset or a zone behind the clock, and forget it.
+    if !clock.chars().all(|c| c.is_ascii_digit() || c == ':' || c == '.') {
         return None;
     }
     let time = civil.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok()?.timestamp();
