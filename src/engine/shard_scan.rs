@@ -400,7 +400,7 @@ impl ShardScan {
     /// batch has anything to say.
     fn nothing_waits(&self, pass: &Pass) -> bool {
         let orders = self.orders.borrow();
-        let orders_wait = orders.stop.is_some() || orders.paused || !self.pacer.runs_free(&orders.tuning);
+        let orders_wait = orders.stop.is_some() || orders.hold.is_some() || !self.pacer.runs_free(&orders.tuning);
         !orders_wait && self.hold.is_none() && pass.doubts == 0 && !self.observer.has_new()
     }
 

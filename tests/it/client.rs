@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::support::certs::{Authority, Validity};
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Run, run};
@@ -74,4 +75,24 @@ async fn a_daemon_that_is_not_there_is_said_in_one_line() {
     let run = run(["task", "list", "--server", &format!("http://127.0.0.1:{port}")]).await.expect(3);
     assert!(run.stderr.starts_with("error: cannot reach the daemon at http://127.0.0.1:"), "{}", run.stderr);
     assert!(run.stderr.contains("hint: is `ttlsweep serve` running there?"), "{}", run.stderr);
+}
+
+#[tokio::test]
+async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
+    let authority = Authority::new();
+    let identity = authority.issue("daemon", &["127.0.0.1"], Validity::Now);
+    let settings = format!(
+        "[api]\nlisten = \"127.0.0.1:0\"\ntls-cert = \"{}\"\ntls-key = \"{}\"\n",
+        identity.cert.display(),
+        identity.key.display()
+    );
+    let daemon = Daemon::start(&settings).await;
+    assert!(daemon.url().starts_with("https://"));
+    let ca = authority.cacert();
+    let ca = ca.to_str().expect("a path");
+    ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(0);
+    let stranger = ask(&daemon, &["instance", "list"]).await.expect(3);
+    assert!(stranger.stderr.contains("cannot reach the daemon"), "{}", stranger.stderr);
+    let plain = daemon.url().replace("https", "http");
+    run(["instance", "list", "--server", &plain]).await.expect(3);
 }
