@@ -6,6 +6,7 @@ mod gate;
 mod queue;
 mod recorder;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -19,6 +20,7 @@ use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, MinBacklog, Window};
+use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
 use crate::node::commands;
@@ -29,7 +31,7 @@ use crate::node::topology::{Topology, View};
 use crate::settings::raw::Problem;
 use crate::settings::serve::Instance;
 use crate::settings::{ScanSettings, Settings};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoredShard};
 use crate::tasks::allowance::Allowance;
 use crate::tasks::gate::Gate;
 use crate::tasks::queue::Queue;
@@ -254,7 +256,7 @@ impl TaskService {
         task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
         task.failure = None;
         task.spent = Default::default();
-        let (plan, snapshot) = self.plan(&task, &spec).await?;
+        let (plan, snapshot) = self.plan(&task, &spec, self.store.shards(task.id).await?);
         self.store.update(&task).await?;
         let job = self.job(task, plan, snapshot);
         let (control, view) = (job.recorder.control.clone(), job.recorder.view.subscribe());
@@ -267,8 +269,7 @@ impl TaskService {
     }
 
     /// What the engine is to do, from the checkpoint on, and what the checkpoint shows.
-    async fn plan(&self, task: &Task, spec: &TaskSpec) -> Result<(ScanPlan, Snapshot), TaskError> {
-        let known = self.store.shards(task.id).await?;
+    fn plan(&self, task: &Task, spec: &TaskSpec, known: BTreeMap<ShardId, StoredShard>) -> (ScanPlan, Snapshot) {
         let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
         for (id, shard) in &known {
             // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
@@ -283,7 +284,7 @@ impl TaskService {
             known,
             settings: spec.settings.clone(),
         };
-        Ok((plan, snapshot))
+        (plan, snapshot)
     }
 
     fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {

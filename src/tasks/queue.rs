@@ -16,6 +16,7 @@ use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
 use crate::model::task::{Command, Task, TaskId, TaskState, transition};
 use crate::settings::serve::{self, Instance, ServeSettings};
+use crate::store::StoredShard;
 use crate::tasks::gate::Gate;
 use crate::tasks::recorder::{Asked, Order};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, wish};
@@ -81,7 +82,7 @@ impl TaskService {
             None => self.store.insert(&task, &[]).await,
         };
         written.inspect_err(|_| self.metrics.store_failed())?;
-        self.enqueue(task.clone(), spec).await?;
+        self.enqueue(task.clone(), spec, BTreeMap::new());
         Ok(task)
     }
 
@@ -112,7 +113,8 @@ impl TaskService {
                         self.store.update(&task).await?;
                     }
                     tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up again");
-                    self.enqueue(task, spec).await?;
+                    let known = self.store.shards(task.id).await?;
+                    self.enqueue(task, spec, known);
                 }
                 Err(why) => self.give_up(task, &why).await?,
             }
@@ -137,11 +139,11 @@ impl TaskService {
         Ok(())
     }
 
-    async fn enqueue(&self, task: Task, spec: TaskSpec) -> Result<(), TaskError> {
+    /// Cannot fail: what is on record is on hand. `known`: what a checkpoint holds of it.
+    fn enqueue(&self, task: Task, spec: TaskSpec, known: BTreeMap<ShardId, StoredShard>) {
         let id = task.id;
         let instance_id = task.instance_id.clone();
-        // A task of which nothing can be read cannot be counted right: it fails here, and the next start tries again.
-        let (plan, snapshot) = self.plan(&task, &spec).await?;
+        let (plan, snapshot) = self.plan(&task, &spec, known);
         let task = Task { num: snapshot.reclaimed(), ..task };
         let mut job = self.job(task, plan, snapshot);
         let gate =
@@ -170,7 +172,6 @@ impl TaskService {
             service.metrics.unfinished(on_hand);
             job.recorder.publish();
         });
-        Ok(())
     }
 
     /// One task: as it is now where it is on hand, else as it was recorded.
