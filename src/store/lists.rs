@@ -1,7 +1,7 @@
 //! Lists of tasks: the contract's history, our own list with its filters, and what has been kept long enough.
 
 use jiff::Timestamp;
-use sqlx::{QueryBuilder, Row, Sqlite, SqlitePool};
+use sqlx::{Connection, QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
 
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::store::StoreError;
@@ -68,13 +68,13 @@ impl TaskFilter {
 }
 
 pub(super) async fn page(
-    pool: &SqlitePool,
+    conn: &mut SqliteConnection,
     filter: &TaskFilter,
     offset: u32,
     limit: u32,
 ) -> Result<TaskPage, StoreError> {
     // One transaction, so that the sums and the page show the same moment.
-    let mut tx = pool.begin().await?;
+    let mut tx = conn.begin().await?;
     let mut sums = QueryBuilder::new("SELECT COUNT(*) AS tasks, COALESCE(SUM(num), 0) AS keys FROM tasks");
     filter.push_to(&mut sums);
     let sums = sums.build().fetch_one(&mut *tx).await?;

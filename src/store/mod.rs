@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Sqlite, SqlitePool, Transaction};
+use sqlx::{Connection, Sqlite, SqlitePool};
 
 use crate::model::progress::{PassFigures, Snapshot};
 use crate::model::schedule::AutoScan;
@@ -119,13 +120,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn insert(&self, task: &Task, shards: &[ShardId]) -> Result<(), StoreError> {
-        let mut tx = self.pool.begin().await?;
-        rows::insert_task(&mut *tx, task).await?;
-        for shard in shards {
-            rows::upsert_shard(&mut tx, task.id, shard, None).await?;
-        }
-        tx.commit().await?;
-        Ok(())
+        let mut conn = self.pool.acquire().await?;
+        let written = async {
+            let mut tx = conn.begin().await?;
+            rows::insert_task(&mut *tx, task).await?;
+            for shard in shards {
+                rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+            }
+            tx.commit().await?;
+            Ok(())
+        };
+        let written = written.await;
+        self.let_go(conn, written)
     }
 
     /// Adds a task that a schedule caused, and marks the due time as dealt with: both or neither, so that a crash
@@ -134,14 +140,19 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn insert_due(&self, task: &Task, shards: &[ShardId], due: Timestamp) -> Result<(), StoreError> {
-        let mut tx = self.pool.begin().await?;
-        rows::insert_task(&mut *tx, task).await?;
-        for shard in shards {
-            rows::upsert_shard(&mut tx, task.id, shard, None).await?;
-        }
-        schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
-        tx.commit().await?;
-        Ok(())
+        let mut conn = self.pool.acquire().await?;
+        let written = async {
+            let mut tx = conn.begin().await?;
+            rows::insert_task(&mut *tx, task).await?;
+            for shard in shards {
+                rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+            }
+            schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        let written = written.await;
+        self.let_go(conn, written)
     }
 
     /// Up to which instant the due times of an instance were dealt with; `None` for one that was never looked at.
@@ -173,11 +184,16 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn set_auto_scan(&self, instance_id: &str, config: &AutoScan, now: Timestamp) -> Result<(), StoreError> {
-        let mut tx = self.pool.begin().await?;
-        schedules::set_auto_scan(&mut *tx, instance_id, config).await?;
-        schedules::set_handled(&mut *tx, instance_id, now).await?;
-        tx.commit().await?;
-        Ok(())
+        let mut conn = self.pool.acquire().await?;
+        let written = async {
+            let mut tx = conn.begin().await?;
+            schedules::set_auto_scan(&mut *tx, instance_id, config).await?;
+            schedules::set_handled(&mut *tx, instance_id, now).await?;
+            tx.commit().await?;
+            Ok(())
+        };
+        let written = written.await;
+        self.let_go(conn, written)
     }
 
     /// One page of the tasks that match, newest first, with how many there are and what they freed.
@@ -185,7 +201,9 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn page(&self, filter: &TaskFilter, offset: u32, limit: u32) -> Result<TaskPage, StoreError> {
-        lists::page(&self.pool, filter, offset, limit).await
+        let mut conn = self.pool.acquire().await?;
+        let page = lists::page(&mut conn, filter, offset, limit).await;
+        self.let_go(conn, page)
     }
 
     /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest.
@@ -248,17 +266,22 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`]; then nothing of it was written.
     pub async fn checkpoint(&self, task: &Task, snapshot: &Snapshot) -> Result<(), StoreError> {
-        let mut tx: Transaction<'_, Sqlite> = self.pool.begin().await?;
-        rows::update_task(&mut *tx, task).await?;
-        for (shard, view) in &snapshot.shards {
-            let run_id = view.server.as_ref().map(|s| &s.run_id);
-            rows::upsert_shard(&mut tx, task.id, shard, run_id).await?;
-            for (db, figures) in &view.passes {
-                rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
+        let mut conn = self.pool.acquire().await?;
+        let written = async {
+            let mut tx = conn.begin().await?;
+            rows::update_task(&mut *tx, task).await?;
+            for (shard, view) in &snapshot.shards {
+                let run_id = view.server.as_ref().map(|s| &s.run_id);
+                rows::upsert_shard(&mut tx, task.id, shard, run_id).await?;
+                for (db, figures) in &view.passes {
+                    rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
+                }
             }
-        }
-        tx.commit().await?;
-        Ok(())
+            tx.commit().await?;
+            Ok(())
+        };
+        let written = written.await;
+        self.let_go(conn, written)
     }
 
     /// The shards of a task as its last checkpoint left them, brought forward by the tally where that is newer.
@@ -275,6 +298,16 @@ impl Store {
             }
         }
         Ok(shards)
+    }
+
+    /// Gives a connection back, unless a write on it failed: what could not be written could perhaps not be rolled back
+    /// either, and the next transaction would be one inside that one, whose commit writes nothing.
+    fn let_go<T>(&self, mut conn: PoolConnection<Sqlite>, written: Result<T, StoreError>) -> Result<T, StoreError> {
+        // Records in memory are in this one connection.
+        if written.is_err() && self.tallies.is_some() {
+            conn.close_on_drop();
+        }
+        written
     }
 
     /// Closes the file. A store that was dropped instead is still whole.

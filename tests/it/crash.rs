@@ -106,7 +106,7 @@ async fn a_full_disk_is_said_and_survived() {
     probe("the sweep goes on", PATIENCE, async || server.expired_keys().await == 300).await;
     limit_files(&daemon, 1 << 30);
     let task = daemon.until(&id, "succeeded").await;
-    assert_eq!(task["reclaimed"], 300);
+    assert_eq!(task["reclaimed"], 300, "{task:#}\n{}", daemon.log());
     daemon.restart().await;
     assert_eq!(daemon.task(&id).await["reclaimed"], 300);
     assert_eq!(daemon.history("cache").await["count"], 1);
