@@ -60,7 +60,7 @@ use crate::engine::seats::Seats;
 use crate::engine::shard_scan::{Ended, Job};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind};
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
@@ -83,8 +83,6 @@ struct ShardPlan {
     id: ShardId,
     /// Where its master was when the topology was read.
     master: Master,
-    /// The process that the positions below belong to.
-    run_id: Option<RunId>,
     /// Figures of DBs that were begun earlier.
     passes: BTreeMap<DbIndex, PassFigures>,
     /// Why it is swept again, where an earlier round has swept it.
@@ -150,7 +148,7 @@ impl Sweep {
     async fn rounds(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, run_id: known.run_id, passes: known.passes, again: None }
+            ShardPlan { id, master, passes: known.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -299,7 +297,7 @@ impl Sweep {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, run_id: None, passes, again: Some(why) })
+        Some(ShardPlan { id, master, passes, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

@@ -85,6 +85,8 @@ impl TtlHistogram {
 pub struct PassFigures {
     /// How far the pass is.
     pub position: ScanPosition,
+    /// The server process that the position belongs to: [`RunId::fingerprint`].
+    pub process: Option<u64>,
     /// How to read the position. Not stored: the engine knows it as soon as it has met the server.
     pub space: CursorSpace,
     /// DBSIZE when the pass began.

@@ -18,8 +18,8 @@ const MAX_NAMES: u64 = 1_000_000;
 /// Longest key name that Redis stores (`proto-max-bulk-len` may raise it from 512 MB; a name that long is skipped as
 /// it streams by, so it costs no memory).
 const MAX_NAME: u64 = 4 << 30;
-/// Names longer than this are counted but not kept for touching; a batch must stay small.
-pub const MAX_KEPT_NAME: usize = 1 << 20;
+/// Most bytes of names that are kept for touching one batch. Names beyond that are counted and not kept.
+pub const MAX_KEPT: usize = 1 << 20;
 
 /// Why bytes are no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -161,11 +161,15 @@ pub struct Names {
 }
 
 impl Names {
-    /// Forgets the names, keeps the memory unless a huge name has blown it up.
+    /// Forgets the names, keeps the memory.
     pub fn clear(&mut self) {
         self.bytes.clear();
-        self.bytes.shrink_to(MAX_KEPT_NAME);
         self.ends.clear();
+    }
+
+    /// Whether a name of this length is still kept.
+    fn has_room(&self, len: usize) -> bool {
+        self.bytes.len() + len <= MAX_KEPT
     }
 
     /// Keeps the first `keys` names.
@@ -279,7 +283,7 @@ impl ScanReader {
                 // Nearly every name comes this way, millions of them. What does not is read below.
                 let whole = header + len + 2;
                 if let (Some(name), true) = (buf.get(at + header..at + header + len), at + whole <= buf.len()) {
-                    if let Some(names) = names.as_deref_mut() {
+                    if let Some(names) = names.as_deref_mut().filter(|names| names.has_room(len)) {
                         names.bytes.extend_from_slice(name);
                         names.ends.push(names.bytes.len());
                     }
@@ -352,7 +356,7 @@ impl ScanReader {
                         return malformed(format!("a key name announces {len} bytes"));
                     };
                     at += line.len;
-                    let keep = len <= MAX_KEPT_NAME as u64;
+                    let keep = len <= MAX_KEPT as u64 && names.as_deref().is_some_and(|n| n.has_room(len as usize));
                     self.step = Step::NameBody { left: len + 2, keep };
                 }
                 (_, kind) => return malformed(format!("`{}` stands where SCAN has something else", kind as char)),
