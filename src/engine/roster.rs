@@ -189,7 +189,7 @@ fn assign(kind: Kind, members: &BTreeMap<ShardId, Member>, view: &View) -> (BTre
             }
         }
     }
-    pairs.sort_by(|a, b| (b.0, b.1).cmp(&(a.0, a.1)));
+    pairs.sort_by_key(|&(promoted, overlap, ..)| std::cmp::Reverse((promoted, overlap)));
     for (_, _, id, master) in pairs {
         if !owners.contains_key(id)
             && let Some(place) = free.iter().position(|&other| std::ptr::eq(other, master))

@@ -40,7 +40,7 @@ const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
 /// A real server's cursor moves forward with every batch. One that did not this often never ends.
-const BACKWARDS_AT_MOST: u32 = 1_000;
+const BACKWARDS_AT_MOST: u32 = 100;
 
 /// Why a shard's sweep ends before it is complete.
 pub(super) enum End {

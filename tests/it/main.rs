@@ -10,6 +10,7 @@ mod cli;
 mod cluster;
 mod demo;
 mod exact;
+mod network;
 mod resume;
 mod rights;
 mod sentinel;
