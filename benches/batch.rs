@@ -10,6 +10,7 @@ use ttlsweep::engine::batch::hidden;
 use ttlsweep::engine::control::Tuning;
 use ttlsweep::engine::pacer::Pacer;
 use ttlsweep::model::shard::ScanPosition;
+use ttlsweep::model::slots::CursorSpace;
 use ttlsweep::node::conn::ScanBatch;
 use ttlsweep::node::wire::{Names, ScanReader, frame_len};
 
@@ -51,7 +52,7 @@ fn deciding(c: &mut Criterion) {
         round_trip: Duration::from_micros(90),
     };
     c.bench_function("judge_one_batch", |b| {
-        b.iter(|| hidden(black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
+        b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
     });
     let tuning = Tuning { intensity: 0.5, max_keys_per_sec: Some(1_000_000) };
     let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));

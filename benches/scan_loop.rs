@@ -23,8 +23,10 @@ const TICKS: f64 = 100.0;
 
 fn main() {
     let mut args = std::env::args().skip(1).skip_while(|a| a.starts_with("--bench"));
-    if args.next().as_deref() == Some("bare") {
-        return bare(&args.next().expect("an address"));
+    match args.next().as_deref() {
+        Some("bare") => return bare(&args.next().expect("an address"), ""),
+        Some("counted") => return bare(&args.next().expect("an address"), "*1\r\n$6\r\nDBSIZE\r\n"),
+        _ => {}
     }
     let env = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
     let keys = env("TTLSWEEP_BENCH_KEYS", 5_000_000);
@@ -35,6 +37,7 @@ fn main() {
     println!("{keys} live keys, COUNT {COUNT}, {rounds} rounds, medians; {}", server.version());
 
     let this = std::env::current_exe().expect("it has a path");
+    let this = this.to_str().expect("a path in UTF-8");
     let ours = env!("CARGO_BIN_EXE_ttlsweep");
     let (host, port) = addr.split_once(':').expect("host and port");
     let count = COUNT.to_string();
@@ -42,7 +45,8 @@ fn main() {
     let help = Command::new("redis-cli").arg("--help").output().expect("redis-cli is on the PATH");
     let help = String::from_utf8_lossy(&help.stdout).into_owned() + &String::from_utf8_lossy(&help.stderr);
     let mut contenders: Vec<(&str, Vec<&str>)> = vec![
-        ("bare socket", vec![this.to_str().expect("a path in UTF-8"), "bare", &addr]),
+        ("bare socket", vec![this, "bare", &addr]),
+        ("bare socket with DBSIZE around", vec![this, "counted", &addr]),
         (
             "ttlsweep",
             vec![
@@ -136,16 +140,19 @@ impl Measured {
     }
 }
 
-/// The least that a client can do: one blocking socket, no parsing beyond the lengths.
-fn bare(addr: &str) {
+/// The least that a client can do: one blocking socket, no parsing beyond the lengths. `around` is sent before and
+/// after each SCAN; it must be answered with one line.
+fn bare(addr: &str, around: &str) {
     let mut stream = TcpStream::connect(addr).expect("the server is there");
     stream.set_nodelay(true).expect("a TCP socket");
     let (mut buf, mut end) = (vec![0_u8; 64 << 10], 0);
     let mut cursor = b"0".to_vec();
     loop {
-        let mut out = format!("*4\r\n$4\r\nSCAN\r\n${}\r\n", cursor.len()).into_bytes();
+        let mut out = format!("{around}*4\r\n$4\r\nSCAN\r\n${}\r\n", cursor.len()).into_bytes();
         out.extend_from_slice(&cursor);
         out.extend_from_slice(format!("\r\n$5\r\nCOUNT\r\n${}\r\n{COUNT}\r\n", COUNT.to_string().len()).as_bytes());
+        out.extend_from_slice(around.as_bytes());
+        let mut lines = if around.is_empty() { 0 } else { 2 };
         stream.write_all(&out).expect("the server reads");
         let (mut at, mut next, mut left) = (0, Vec::new(), None::<u64>);
         loop {
@@ -156,6 +163,10 @@ fn bare(addr: &str) {
             while let Some(stop) = line_end(&buf[..end], at) {
                 let line = &buf[at..stop];
                 match (line[0], left) {
+                    (b':', _) => {
+                        lines -= 1;
+                        at = stop + 2;
+                    }
                     (b'*', None) if next.is_empty() => at = stop + 2,
                     (b'*', None) => {
                         left = number(line);
@@ -174,7 +185,7 @@ fn bare(addr: &str) {
                     }
                     other => panic!("no SCAN reply: {other:?}"),
                 }
-                if left == Some(0) {
+                if left == Some(0) && lines == 0 {
                     stuck = false;
                     break;
                 }

@@ -73,7 +73,7 @@ fn hold_text(shard: &ShardView) -> Option<String> {
 }
 
 async fn bars(mut view: watch::Receiver<Arc<TaskView>>) {
-    let style = ProgressStyle::with_template("{prefix:>14} {bar:28} {percent:>3}% {wide_msg}")
+    let style = ProgressStyle::with_template("{prefix:4} {bar:16} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     let multi = MultiProgress::new();
     let mut passes: BTreeMap<(ShardId, DbIndex), (ProgressBar, Pace)> = BTreeMap::new();

@@ -78,6 +78,8 @@ pub struct Pacer {
     /// Server time by `cmdstat_scan` over server time by round trip, in (0, 1].
     correction: f64,
     owed: Duration,
+    /// Rest that was longer than owed, since a timer ticks in milliseconds. Counts towards the next.
+    ahead: Duration,
     ceiling: Option<Ceiling>,
     slices: Histogram<u64>,
     last_stat: Option<CommandStat>,
@@ -96,6 +98,7 @@ impl Pacer {
             costs: Vec::with_capacity(STEER_EVERY),
             correction: 1.0,
             owed: Duration::ZERO,
+            ahead: Duration::ZERO,
             ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
             // Two digits keep the histogram below 20 kB, and a slice is not known any better than to a per cent.
             slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
@@ -132,7 +135,9 @@ impl Pacer {
         self.since_stat.0 += 1;
         self.since_stat.1 += slice;
         let held = slice.mul_f64(self.correction);
-        self.owed += held.div_f64(self.tuning.intensity).saturating_sub(held);
+        let rest = held.div_f64(self.tuning.intensity).saturating_sub(held);
+        self.owed += rest.saturating_sub(self.ahead);
+        self.ahead = self.ahead.saturating_sub(rest);
         if keys > 0 && !self.max_slice.is_zero() {
             self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
             if self.costs.len() == STEER_EVERY {
@@ -179,8 +184,10 @@ impl Pacer {
         (self.owed >= REST_AT_LEAST).then_some(self.owed)
     }
 
-    /// Takes a rest in. A sleep that was longer than owed is not made up for by faster work later.
+    /// Takes a rest in. What a sleep was longer than owed is made up for, but no more than one rest: a process that was
+    /// stopped for a minute must not race for the next.
     pub fn rested(&mut self, slept: Duration) {
+        self.ahead = slept.saturating_sub(self.owed).min(REST_AT_LEAST);
         self.owed = self.owed.saturating_sub(slept);
     }
 
@@ -274,6 +281,15 @@ mod tests {
         assert_eq!(pacer.rest_due(), Some(3000 * US));
         pacer.rested(4000 * US);
         assert_eq!(pacer.rest_due(), None);
+        for _ in 0..10 {
+            pacer.worked(100, 120 * US);
+        }
+        assert_eq!(pacer.rest_due(), Some(2000 * US), "the last rest was 1 ms too long");
+        pacer.rested(Duration::from_secs(60));
+        for _ in 0..20 {
+            pacer.worked(100, 120 * US);
+        }
+        assert_eq!(pacer.rest_due(), Some(4000 * US), "a long stop is not made up for");
     }
 
     #[test]

@@ -373,6 +373,10 @@ impl ShardScan {
         }
         pass.doubts = 0;
         self.end_hold(Some(pass)).await;
+        if touch.is_some() {
+            self.names.truncate(self.toucher.keys());
+            pass.untouched |= scanned.returned > self.names.len() as u64;
+        }
         match touch.filter(|_| !self.names.is_empty()) {
             Some(command) => self.touch(pass, from, command, &scanned).await?,
             None => {

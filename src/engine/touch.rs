@@ -11,11 +11,12 @@ use crate::settings::Touch;
 
 /// The first batches of a shard are audited, this many.
 const AUDIT_FIRST: u64 = 4;
-/// While neither SCAN nor the audit has met a dead key, every so many batches: an audited batch takes 1.5 times as long,
-/// so this costs 6 per cent.
+/// While neither SCAN nor the audit has met a dead key, every so many batches.
 const AUDIT_UNPROVEN: u64 = 8;
-/// Once SCAN has freed a key, every so many batches: 0.2 per cent.
+/// Once SCAN has freed a key, every so many batches.
 const AUDIT_PROVEN: u64 = 256;
+/// Of an audited batch this many keys are asked: enough to meet dead keys where there are any, and 1 per cent of the time.
+const AUDIT_KEYS: usize = 16;
 /// Fewer dead keys than this prove nothing: keys expire between the SCAN and the EXISTS.
 const PROOF: u64 = 3;
 
@@ -60,6 +61,12 @@ impl Toucher {
                 due.then_some(self.audit)
             }
         }
+    }
+
+    /// Of the keys of a batch that is touched, how many are asked.
+    pub fn keys(&self) -> usize {
+        let audit = self.mode == Touch::Auto && self.outcome != TouchOutcome::ScanLeavesDead;
+        if audit { AUDIT_KEYS } else { usize::MAX }
     }
 
     /// A batch went by without a touch. Returns the outcome where it changed.

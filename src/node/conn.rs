@@ -1,6 +1,7 @@
 //! One connection to one server, with a bound on every wait.
 
-use std::io;
+use std::io::{self, Write as _};
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use redis::{Cmd, FromRedisValue, Value};
@@ -34,6 +35,9 @@ pub struct ConnOptions {
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
     pub response_timeout: Duration,
 }
+
+/// DBSIZE as it goes over the wire.
+const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
 
 impl ConnOptions {
     /// Options for plain connections that lead where they say.
@@ -99,6 +103,26 @@ pub struct Conn {
     end: usize,
     out: Vec<u8>,
     in_flight: bool,
+    watchdog: Option<Watchdog>,
+}
+
+/// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
+/// is armed once and, when it fires, looks whether the deadline has moved on meanwhile.
+#[derive(Default)]
+struct Watchdog(Option<Pin<Box<tokio::time::Sleep>>>);
+
+impl Watchdog {
+    /// Completes at the deadline.
+    async fn bites(&mut self, deadline: tokio::time::Instant) {
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        loop {
+            timer.as_mut().await;
+            if tokio::time::Instant::now() >= deadline {
+                return;
+            }
+            timer.as_mut().reset(deadline);
+        }
+    }
 }
 
 impl std::fmt::Debug for Conn {
@@ -148,6 +172,7 @@ impl Conn {
             end: 0,
             out: Vec::new(),
             in_flight: false,
+            watchdog: None,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         match conn.handshake(&options.credentials).await {
@@ -250,10 +275,16 @@ impl Conn {
         mut names: Option<&mut Names>,
     ) -> Result<ScanBatch, NodeError> {
         self.out.clear();
-        let dbsize = redis::cmd("DBSIZE");
-        dbsize.write_packed_command(&mut self.out);
-        redis::cmd("SCAN").arg(cursor).arg("COUNT").arg(count).write_packed_command(&mut self.out);
-        dbsize.write_packed_command(&mut self.out);
+        // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
+        let (cursor, count) = (cursor.to_string(), count.to_string());
+        for part in [DBSIZE, "*4\r\n$4\r\nSCAN\r\n"] {
+            self.out.extend_from_slice(part.as_bytes());
+        }
+        for word in [&cursor, "COUNT", &count] {
+            // A write into memory cannot fail.
+            let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
+        }
+        self.out.extend_from_slice(DBSIZE.as_bytes());
         if let Some(names) = names.as_deref_mut() {
             names.clear();
         }
@@ -320,10 +351,15 @@ impl Conn {
         }
         self.in_flight = true;
         let after = self.response_timeout;
-        let result = match timeout(after, exchange(self)).await {
-            Ok(result) => result,
-            Err(_) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
+        // Taken out for the time of the exchange, which needs the rest of the connection for itself.
+        let mut watchdog = self.watchdog.take().unwrap_or_default();
+        let deadline = tokio::time::Instant::now() + after;
+        let result = tokio::select! {
+            biased;
+            result = exchange(self) => result,
+            () = watchdog.bites(deadline) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
         };
+        self.watchdog = Some(watchdog);
         self.in_flight = !matches!(result, Ok(_) | Err(NodeError::Server { .. }));
         result
     }

@@ -174,6 +174,12 @@ impl Names {
         self.ends.clear();
     }
 
+    /// Keeps the first `keys` names.
+    pub fn truncate(&mut self, keys: usize) {
+        self.ends.truncate(keys);
+        self.bytes.truncate(self.ends.last().copied().unwrap_or(0));
+    }
+
     /// How many names are held.
     pub fn len(&self) -> usize {
         self.ends.len()
@@ -218,6 +224,22 @@ enum Step {
     },
 }
 
+/// The length that a header such as `$17\r\n` announces, and the header's own length, for lengths of one to three
+/// digits; `None` for all else, right or wrong.
+fn short_name(buf: &[u8]) -> Option<(usize, usize)> {
+    let mut len = 0;
+    for (place, &byte) in buf.get(1..5)?.iter().enumerate() {
+        match byte {
+            b'0'..=b'9' => len = len * 10 + usize::from(byte - b'0'),
+            b'\r' if place > 0 && buf[0] == b'$' && buf.get(place + 2) == Some(&b'\n') => {
+                return Some((len, place + 3));
+            }
+            _ => return None,
+        }
+    }
+    None
+}
+
 /// Eats one SCAN reply as it arrives.
 #[derive(Debug)]
 pub struct ScanReader {
@@ -250,6 +272,21 @@ impl ScanReader {
         loop {
             if self.step == Step::NameHeader && self.left == 0 {
                 return Ok((at, Some(ScanReply::Page { cursor: self.cursor, returned: self.returned })));
+            }
+            if self.step == Step::NameHeader
+                && let Some((len, header)) = short_name(&buf[at..])
+            {
+                // Nearly every name comes this way, millions of them. What does not is read below.
+                let whole = header + len + 2;
+                if let (Some(name), true) = (buf.get(at + header..at + header + len), at + whole <= buf.len()) {
+                    if let Some(names) = names.as_deref_mut() {
+                        names.bytes.extend_from_slice(name);
+                        names.ends.push(names.bytes.len());
+                    }
+                    at += whole;
+                    self.left -= 1;
+                    continue;
+                }
             }
             if let Step::NameBody { left, keep } = self.step {
                 let here = left.min((buf.len() - at) as u64) as usize;
@@ -389,6 +426,15 @@ mod tests {
             let _ = frame_len(&bytes);
             let _ = ScanReader::default().feed(&bytes, Some(&mut Names::default()));
         }
+    }
+
+    #[test]
+    fn the_first_names_can_be_kept() {
+        let (_, mut names, _) = feed_all(&reply(1, &[b"a".to_vec(), b"bc".to_vec(), b"".to_vec()]), 100).unwrap();
+        names.truncate(2);
+        assert_eq!(names.iter().collect::<Vec<_>>(), [&b"a"[..], b"bc"]);
+        names.truncate(0);
+        assert!(names.is_empty());
     }
 
     #[test]
