@@ -83,6 +83,8 @@ struct ShardPlan {
     id: ShardId,
     /// Where its master was when the topology was read.
     master: Master,
+    /// When that was.
+    seen: Instant,
     /// The process that the positions below belong to.
     run_id: Option<RunId>,
     /// Figures of DBs that were begun earlier.
@@ -150,7 +152,7 @@ impl Sweep {
     async fn rounds(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, run_id: known.run_id, passes: known.passes, again: None }
+            ShardPlan { id, master, seen: Instant::now(), run_id: known.run_id, passes: known.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -299,7 +301,7 @@ impl Sweep {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, run_id: None, passes, again: Some(why) })
+        Some(ShardPlan { id, master, seen: Instant::now(), run_id: None, passes, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

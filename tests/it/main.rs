@@ -13,6 +13,7 @@ mod exact;
 mod network;
 mod resume;
 mod rights;
+mod scale;
 mod sentinel;
 mod support_test;
 mod tls;
