@@ -67,7 +67,7 @@ pub fn main() -> Exit {
     log_to_stderr(cli.verbose);
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
     let result =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
             |runtime| {
                 let exit = runtime.block_on(dispatch(cli.command, inner));
                 // A blocking read of the terminal may still stand there; nothing else is worth waiting for.

@@ -80,6 +80,11 @@ impl Observer {
         self.seen.has_changed().unwrap_or(false).then(|| self.seen.borrow_and_update().clone())
     }
 
+    /// Whether there is an observation that was not taken yet.
+    pub fn has_new(&self) -> bool {
+        self.seen.has_changed().unwrap_or(false)
+    }
+
     /// Waits for the next observation.
     pub async fn next(&mut self) -> Observation {
         if self.seen.changed().await.is_err() {

@@ -179,6 +179,12 @@ impl Pacer {
         }
     }
 
+    /// Whether batches follow each other without rest and without a ceiling under these limits, so that the next may be
+    /// sent before the last one's sums are done.
+    pub fn runs_free(&self, tuning: &Tuning) -> bool {
+        *tuning == self.tuning && tuning.intensity >= 1.0 && self.ceiling.is_none()
+    }
+
     /// How long to rest now, or `None` where nothing worth a sleep is owed.
     pub fn rest_due(&self) -> Option<Duration> {
         (self.owed >= REST_AT_LEAST).then_some(self.owed)

@@ -336,23 +336,22 @@ impl ShardScan {
 
     /// One batch with everything around it. Leaves the position where it was when the batch has to be asked again.
     async fn step(&mut self, pass: &mut Pass) -> Result<(), End> {
-        self.obey(pass).await?;
-        self.sit_down().await?;
-        self.look(pass).await?;
-        self.rest(pass).await?;
+        let ahead = self.conn.ahead();
+        if ahead.is_none() {
+            self.obey(pass).await?;
+            self.sit_down().await?;
+            self.look(pass).await?;
+            self.rest(pass).await?;
+        }
         let from = pass.figures.position;
         let Some(cursor) = from.to_send() else { return Ok(()) };
-        let count = self.pacer.count();
+        let count = ahead.map_or_else(|| self.pacer.count(), |(_, count)| count);
         let touch = self.toucher.command();
+        let next = (touch.is_none() && self.nothing_waits(pass)).then(|| self.pacer.count());
         let names = touch.is_some().then_some(&mut self.names);
-        let scanned = match self.conn.scan(cursor, count, names).await {
+        let scanned = match self.conn.scan(cursor, count, names, next).await {
             Ok(scanned) => scanned,
-            Err(error) => {
-                if !matches!(error, NodeError::Server { .. }) {
-                    pass.figures.lost_replies += 1;
-                }
-                return self.recover(error, Some(pass)).await;
-            }
+            Err(error) => return self.lost(error, pass).await,
         };
         self.account(pass, &scanned);
         if self.judges {
@@ -395,6 +394,35 @@ impl ShardScan {
         Ok(())
     }
 
+    /// Whether the batch after the next may be sent before the next one's sums are done: nothing that comes before a
+    /// batch has anything to say.
+    fn nothing_waits(&self, pass: &Pass) -> bool {
+        let orders = self.orders.borrow();
+        let orders_wait = orders.stop.is_some() || orders.paused || !self.pacer.runs_free(&orders.tuning);
+        !orders_wait && self.hold.is_none() && pass.doubts == 0 && !self.observer.has_new()
+    }
+
+    /// A batch that was sent ahead from a place that is not where the sweep goes on: what it freed counts all the same.
+    async fn settle(&mut self, pass: &mut Pass) -> Result<(), End> {
+        let Some((cursor, count)) = self.conn.ahead() else { return Ok(()) };
+        match self.conn.scan(cursor, count, None, None).await {
+            Ok(scanned) => {
+                self.account(pass, &scanned);
+                self.write_tally(pass).await;
+                Ok(())
+            }
+            Err(error) => self.lost(error, pass).await,
+        }
+    }
+
+    /// A batch that was not answered, and with it one that may have been sent ahead.
+    async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
+        if !matches!(error, NodeError::Server { .. }) {
+            pass.figures.lost_replies += 1 + u64::from(self.conn.ahead().is_some());
+        }
+        self.recover(error, Some(pass)).await
+    }
+
     /// A server, or something in between, whose cursors lead round in a circle must not hold us for ever.
     fn check_way(&self, pass: &mut Pass, from: ScanPosition) -> Result<(), Failure> {
         if self.space.rank(pass.figures.position) > self.space.rank(from) {
@@ -434,6 +462,7 @@ impl ShardScan {
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
     async fn blocked(&mut self, pass: &mut Pass, hidden: u64) -> Result<(), End> {
+        self.settle(pass).await?;
         pass.go_back();
         pass.doubts += 1;
         if pass.doubts > DOUBTS {

@@ -104,6 +104,15 @@ pub struct Conn {
     out: Vec<u8>,
     in_flight: bool,
     watchdog: Option<Watchdog>,
+    ahead: Option<Ahead>,
+}
+
+/// A batch that was sent while the one before was being read.
+#[derive(Debug, Clone, Copy)]
+struct Ahead {
+    cursor: u64,
+    count: u32,
+    at: Instant,
 }
 
 /// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
@@ -173,6 +182,7 @@ impl Conn {
             out: Vec::new(),
             in_flight: false,
             watchdog: None,
+            ahead: None,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         match conn.handshake(&options.credentials).await {
@@ -266,6 +276,10 @@ impl Conn {
     /// `DBSIZE`, `SCAN cursor COUNT count`, `DBSIZE` in one write. Not in MULTI: the deletions would be propagated as
     /// one transaction, which cluster-aware replication tools reject. `names` receives the key names where it is given.
     ///
+    /// With `next`, the batch after this one is sent with that COUNT as soon as this one's cursor has come, so that the
+    /// server works while we read the names and do our sums. It must be asked for by the next call: see
+    /// [`Conn::ahead`].
+    ///
     /// # Errors
     /// [`NodeError`]; the first refusal among the three.
     pub async fn scan(
@@ -273,7 +287,37 @@ impl Conn {
         cursor: u64,
         count: u32,
         mut names: Option<&mut Names>,
+        next: Option<u32>,
     ) -> Result<ScanBatch, NodeError> {
+        if let Some(names) = names.as_deref_mut() {
+            names.clear();
+        }
+        self.bounded("SCAN", async |conn| {
+            let begun = match conn.ahead.take() {
+                Some(sent) if (sent.cursor, sent.count) == (cursor, count) => sent.at,
+                Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
+                None => conn.send_scan(cursor, count).await?,
+            };
+            let before = conn.read_integer("DBSIZE").await?;
+            let page = conn.read_scan(names.as_deref_mut(), next).await?;
+            let after = conn.read_integer("DBSIZE").await?;
+            let round_trip = begun.elapsed();
+            // All three were read, so the connection stays in step whichever was refused.
+            let keys_before = conn.count_of(before?)?;
+            let (cursor, returned) = page?;
+            let keys_after = conn.count_of(after?)?;
+            Ok(ScanBatch { cursor, returned, keys_before, keys_after, round_trip })
+        })
+        .await
+    }
+
+    /// Cursor and COUNT of a batch that was sent and not yet asked for. No other command may come before it.
+    pub fn ahead(&self) -> Option<(u64, u32)> {
+        self.ahead.map(|sent| (sent.cursor, sent.count))
+    }
+
+    /// Sends one batch and says when.
+    async fn send_scan(&mut self, cursor: u64, count: u32) -> Result<Instant, NodeError> {
         self.out.clear();
         // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
         let (cursor, count) = (cursor.to_string(), count.to_string());
@@ -285,23 +329,9 @@ impl Conn {
             let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
         }
         self.out.extend_from_slice(DBSIZE.as_bytes());
-        if let Some(names) = names.as_deref_mut() {
-            names.clear();
-        }
-        self.bounded("SCAN", async |conn| {
-            let begun = Instant::now();
-            conn.send().await?;
-            let before = conn.read_integer("DBSIZE").await?;
-            let page = conn.read_scan(names.as_deref_mut()).await?;
-            let after = conn.read_integer("DBSIZE").await?;
-            let round_trip = begun.elapsed();
-            // All three were read, so the connection stays in step whichever was refused.
-            let keys_before = conn.count_of(before?)?;
-            let (cursor, returned) = page?;
-            let keys_after = conn.count_of(after?)?;
-            Ok(ScanBatch { cursor, returned, keys_before, keys_after, round_trip })
-        })
-        .await
+        let at = Instant::now();
+        self.send().await?;
+        Ok(at)
     }
 
     /// `DBSIZE`, `command name` for each name, `DBSIZE`, in one write.
@@ -346,7 +376,8 @@ impl Conn {
         command: &'static str,
         exchange: impl AsyncFnOnce(&mut Self) -> Result<T, NodeError>,
     ) -> Result<T, NodeError> {
-        if self.in_flight {
+        let out_of_turn = self.ahead.is_some() && command != "SCAN";
+        if self.in_flight || out_of_turn {
             return Err(self.lost(io::Error::other("an earlier command was left half way")));
         }
         self.in_flight = true;
@@ -429,7 +460,11 @@ impl Conn {
         }
     }
 
-    async fn read_scan(&mut self, mut names: Option<&mut Names>) -> Result<Result<(u64, u64), NodeError>, NodeError> {
+    async fn read_scan(
+        &mut self,
+        mut names: Option<&mut Names>,
+        mut next: Option<u32>,
+    ) -> Result<Result<(u64, u64), NodeError>, NodeError> {
         let mut reader = ScanReader::default();
         loop {
             let unread = &self.buf[self.start..self.end];
@@ -438,7 +473,18 @@ impl Conn {
             match reply {
                 Some(ScanReply::Page { cursor, returned }) => return Ok(Ok((cursor, returned))),
                 Some(ScanReply::Refused) => return Ok(Err(self.refused("SCAN", reader.error()))),
-                None => self.fill().await?,
+                None => {}
+            }
+            match reader.cursor() {
+                Some(cursor) if next.is_some() => {
+                    // The end has no next batch.
+                    if let (Some(count), true) = (next.take(), cursor != 0) {
+                        let at = self.send_scan(cursor, count).await?;
+                        self.ahead = Some(Ahead { cursor, count, at });
+                    }
+                }
+                _ if eaten == 0 => self.fill().await?,
+                _ => {}
             }
         }
     }

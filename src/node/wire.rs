@@ -262,8 +262,14 @@ impl ScanReader {
         &self.error
     }
 
-    /// Eats what it can of `buf` and says how many bytes that was, and the reply once it is whole. Names are appended
-    /// to `names` where it is given.
+    /// The cursor, once it has come. It comes before the names.
+    pub fn cursor(&self) -> Option<u64> {
+        matches!(self.step, Step::NameHeader | Step::NameBody { .. }).then_some(self.cursor)
+    }
+
+    /// Eats what it can of `buf` and says how many bytes that was, and the reply once it is whole. Stops once where the
+    /// names begin, so that the caller may use the cursor before they are read. Names are appended to `names` where it is
+    /// given.
     ///
     /// # Errors
     /// [`Malformed`] as soon as the bytes cannot become a SCAN reply within the bounds.
@@ -344,6 +350,7 @@ impl ScanReader {
                     }
                     self.returned = self.left;
                     self.step = Step::NameHeader;
+                    return Ok((at, None));
                 }
                 (Step::NameHeader, b'$') => {
                     let len = line.number()?;
@@ -382,11 +389,16 @@ mod tests {
         let (mut reader, mut names, mut buf, mut used) = (ScanReader::default(), Names::default(), Vec::new(), 0);
         for piece in bytes.chunks(chunk) {
             buf.extend_from_slice(piece);
-            let (eaten, reply) = reader.feed(&buf, Some(&mut names))?;
-            buf.drain(..eaten);
-            used += eaten;
-            if reply.is_some() {
-                return Ok((reply, names, bytes.len() - used));
+            loop {
+                let (eaten, reply) = reader.feed(&buf, Some(&mut names))?;
+                buf.drain(..eaten);
+                used += eaten;
+                if reply.is_some() {
+                    return Ok((reply, names, bytes.len() - used));
+                }
+                if eaten == 0 {
+                    break;
+                }
             }
         }
         Ok((None, names, bytes.len() - used))

@@ -3,7 +3,8 @@
 //! A checkpoint each second would lose the count of the last second when the process is killed. A database commit for
 //! each batch would cost as much as the batch. So each pass has a file of 48 bytes that is overwritten in place after
 //! each batch: one `pwrite` into the page cache, about a microsecond, which outlives the process (though not a power
-//! cut; then the checkpoint stands). What remains uncounted after a kill is the one batch that was under way.
+//! cut; then the checkpoint stands). What remains uncounted after a kill is the batch that was under way,
+//! or two where the next was already sent.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
