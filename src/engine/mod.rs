@@ -150,6 +150,10 @@ struct Sweep {
 
 impl Sweep {
     async fn rounds(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
+        for id in self.plan.known.keys().filter(|id| !shards.iter().any(|(found, _)| found == *id)) {
+            let message = "its slots have gone to other shards since the checkpoint, which are swept for it".to_owned();
+            self.say(id, ScanEventKind::Warned { message }).await;
+        }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
             ShardPlan { id, master, seen: Instant::now(), run_id: known.run_id, passes: known.passes, again: None }
