@@ -16,6 +16,8 @@ use crate::tasks::TaskView;
 
 /// The bar is drawn anew this often.
 const REDRAW: Duration = Duration::from_millis(100);
+/// With more shards than this the bars of those that are done make room.
+const BARS_AT_MOST: usize = 8;
 /// Steps of a bar: a tenth of a per mille each.
 const STEPS: u64 = 10_000;
 /// There is ground for an ETA after this much of the pass, and this long.
@@ -88,11 +90,15 @@ async fn bars(mut view: watch::Receiver<Arc<TaskView>>) {
                     bar.set_prefix(if alone { db.to_string() } else { format!("{id} {db}") });
                     (bar, Pace::new(figures))
                 });
+                let complete = figures.position.to_send().is_none();
                 if bar.is_finished() {
-                    continue;
+                    if complete {
+                        continue;
+                    }
+                    // A shard that is swept again, since a master or slots have moved.
+                    bar.reset();
                 }
                 bar.set_position((figures.fraction() * STEPS as f64) as u64);
-                let complete = figures.position.to_send().is_none();
                 bar.set_message(match hold_text(shard) {
                     Some(hold) => hold,
                     None if complete => {
@@ -101,7 +107,9 @@ async fn bars(mut view: watch::Receiver<Arc<TaskView>>) {
                     }
                     None => figures_text(figures, pace),
                 });
-                if complete {
+                if complete && now.snapshot.shards.len() > BARS_AT_MOST {
+                    bar.finish_and_clear();
+                } else if complete {
                     bar.abandon();
                 }
             }

@@ -59,34 +59,52 @@ impl StillPass {
     }
 }
 
-/// Tells cursors that lead round in a circle: a broken or hostile server must not hold us for ever. Remembers one
-/// position, and another after twice as many batches, so that a circle of any length is met in the end (Brent's method).
+/// Tells cursors that lead nowhere: a broken or hostile server must not hold us for ever.
+///
+/// A circle is told by remembering one position, and another after twice as many batches, so that a circle of any length
+/// is met in the end (Brent's method). A way without a circle and without an end is told by the keys: SCAN returns a key
+/// a few times at most, so they cannot be many times those that the DB holds.
 #[derive(Debug, Clone, Copy)]
 pub struct Way {
     mark: Option<ScanPosition>,
     batches: u64,
     until_next_mark: u64,
     met: u32,
+    seen: u64,
+    keys: u64,
 }
 
 impl Default for Way {
     fn default() -> Self {
-        Self { mark: None, batches: 0, until_next_mark: 1, met: 0 }
+        Self { mark: None, batches: 0, until_next_mark: 1, met: 0, seen: 0, keys: 0 }
     }
 }
 
 impl Way {
     /// The same position may come twice where a table was resized in between; a circle leads past it again and again.
     const MET_AT_MOST: u32 = 3;
+    /// So many times the most keys that the DB held may be seen, and so many more.
+    const SEEN_AT_MOST: (u64, u64) = (10, 1_000_000);
 
-    /// Takes a position in, and says whether the way is a circle.
-    pub fn goes_round(&mut self, next: ScanPosition) -> bool {
+    /// Takes a batch in. Returns why the way leads nowhere, once it is known to.
+    pub fn add(&mut self, batch: &ScanBatch) -> Option<String> {
+        let next = ScanPosition::from_reply(batch.cursor);
+        self.seen += batch.returned;
+        self.keys = self.keys.max(batch.keys_before);
         self.met += u32::from(self.mark == Some(next));
         self.batches += 1;
         if self.batches == self.until_next_mark {
-            *self = Self { mark: Some(next), batches: 0, until_next_mark: self.until_next_mark * 2, met: 0 };
+            let until_next_mark = self.until_next_mark * 2;
+            *self = Self { mark: Some(next), batches: 0, until_next_mark, met: 0, ..*self };
         }
-        self.met >= Self::MET_AT_MOST
+        let (times, more) = Self::SEEN_AT_MOST;
+        if self.met >= Self::MET_AT_MOST {
+            Some("they go round in a circle".to_owned())
+        } else if self.seen > self.keys.saturating_mul(times).saturating_add(more) {
+            Some(format!("SCAN returned {} keys of a DB that held {} at most", self.seen, self.keys))
+        } else {
+            None
+        }
     }
 }
 
@@ -163,10 +181,18 @@ mod tests {
     fn a_circle_of_any_length_is_met_and_a_way_of_any_order_is_none() {
         for length in [1_u64, 2, 7, 1000] {
             let mut way = Way::default();
-            let steps = (0..).position(|n: u64| way.goes_round(ScanPosition::from_reply(1 + n % length)));
+            let steps = (0..).position(|n: u64| way.add(&batch(1 + n % length, 1, 1 << 40, 1 << 40)).is_some());
             assert!(steps.is_some_and(|steps| steps as u64 <= 16 * length + 16), "{length}: {steps:?}");
         }
         let mut way = Way::default();
-        assert!((1..100_000).all(|n: u64| !way.goes_round(ScanPosition::from_reply(n * 100))), "places in an index");
+        let in_an_index = |n: u64| batch(n * 100, 100, 10_000_000, 10_000_000);
+        assert!((1..100_000).all(|n| way.add(&in_an_index(n)).is_none()));
+    }
+
+    #[test]
+    fn a_way_without_an_end_is_told_by_the_keys() {
+        let mut way = Way::default();
+        let steps = (0..).position(|n: u64| way.add(&batch(n + 1, 1000, 5000, 5000)).is_some());
+        assert_eq!(steps, Some(1050));
     }
 }

@@ -31,6 +31,8 @@ use crate::node::wire::Names;
 
 /// First and longest wait before another attempt.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// A master that was seen so lately is not looked for again before the first attempt.
+const FRESH: Duration = Duration::from_secs(5);
 /// The smallest of this many PINGs is the network's share of a round trip.
 const PINGS: usize = 20;
 
@@ -58,10 +60,13 @@ impl From<NodeError> for Trouble {
 
 /// Finds the shard's master, connects, and looks whether it may be swept.
 async fn reach(job: &Job, last: &Master) -> Result<Reached, Trouble> {
-    let master = match job.roster.find(&job.shard.id, last).await? {
-        Found::At(master) => master,
-        Found::Dissolved => return Err(Trouble::End(End::Dissolved)),
-    };
+    match job.roster.find(&job.shard.id, last).await? {
+        Found::At(master) => reach_at(job, master).await,
+        Found::Dissolved => Err(Trouble::End(End::Dissolved)),
+    }
+}
+
+async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
     let mut conn = Conn::open(&master.addr, job.roster.topology().options()).await?;
     let info = commands::info(&mut conn).await?;
     if info.flag("loading") == Some(true) {
@@ -172,7 +177,12 @@ impl ShardScan {
                     Some(line) => line.await,
                     None => job.seats.take(&job.shard.master.addr).await,
                 };
-                reach(job, &job.shard.master).await.map(|reached| (reached, seat))
+                let reached = if held.is_none() && job.shard.seen.elapsed() < FRESH {
+                    reach_at(job, job.shard.master.clone()).await
+                } else {
+                    reach(job, &job.shard.master).await
+                };
+                reached.map(|reached| (reached, seat))
             };
             let attempt = tokio::select! {
                 attempt = attempt => attempt,

@@ -83,6 +83,8 @@ struct ShardPlan {
     id: ShardId,
     /// Where its master was when the topology was read.
     master: Master,
+    /// When that was.
+    seen: Instant,
     /// Figures of DBs that were begun earlier.
     passes: BTreeMap<DbIndex, PassFigures>,
     /// Why it is swept again, where an earlier round has swept it.
@@ -146,9 +148,13 @@ struct Sweep {
 
 impl Sweep {
     async fn rounds(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
+        for id in self.plan.known.keys().filter(|id| !shards.iter().any(|(found, _)| found == *id)) {
+            let message = "its slots have gone to other shards since the checkpoint, which are swept for it".to_owned();
+            self.say(id, ScanEventKind::Warned { message }).await;
+        }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, passes: known.passes, again: None }
+            ShardPlan { id, master, seen: Instant::now(), passes: known.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -297,7 +303,7 @@ impl Sweep {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, passes, again: Some(why) })
+        Some(ShardPlan { id, master, seen: Instant::now(), passes, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

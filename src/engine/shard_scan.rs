@@ -395,7 +395,7 @@ impl ShardScan {
                 return wait(&mut self.orders, BLOCKED_EVERY).await;
             }
         }
-        self.check_way(pass, next)?;
+        self.check_way(pass, &scanned)?;
         pass.figures.position = next;
         if scanned.reclaimed() > 0 {
             pass.proven = next;
@@ -437,17 +437,14 @@ impl ShardScan {
         self.recover(error, Some(pass)).await
     }
 
-    /// A server, or something in between, whose cursors lead round in a circle must not hold us for ever.
-    fn check_way(&self, pass: &mut Pass, next: ScanPosition) -> Result<(), Failure> {
-        if !pass.way.goes_round(next) {
-            return Ok(());
-        }
-        let message = format!("the cursors of {} lead round in a circle", self.conn.addr());
+    /// A server, or something in between, whose cursors lead nowhere must not hold us for ever.
+    fn check_way(&self, pass: &mut Pass, scanned: &ScanBatch) -> Result<(), Failure> {
+        let Some(why) = pass.way.add(scanned) else { return Ok(()) };
+        let message = format!("the cursors of {} lead nowhere: {why}", self.conn.addr());
         let failure = Failure::new(FailureKind::Protocol, message);
         Err(failure.hint("is this a Redis or Valkey server, and is nothing in between that answers for it?"))
     }
 
-    /// Waits for a seat where there is none: it was given back while the server was away.
     async fn sit_down(&mut self) -> Result<(), End> {
         if self.seat.is_none() {
             self.seat = tokio::select! {

@@ -270,6 +270,19 @@ async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn keys_that_a_paused_master_only_hides_are_never_reported_as_done() {
+    let cluster = Cluster::start(1, false).await;
+    let live = cluster.fill(1_000, 4_000).await;
+    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    let running = Running::scan(&cluster.url(), &[]);
+    running.says("holding: the server hides expired keys").await;
+    assert_eq!(cluster.freed_by(0).await, 0);
+    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(running.end().await.expect(0).num(), 4_000);
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn check_looks_at_every_master_and_touches_nothing() {
     let mut cluster = Cluster::start(3, false).await;
     cluster.fill(300, 900).await;

@@ -10,6 +10,7 @@ pub mod keyspace;
 pub mod proxy;
 pub mod run;
 pub mod server;
+pub mod standin;
 
 use std::{
     process::Command,
