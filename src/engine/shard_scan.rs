@@ -513,10 +513,11 @@ impl ShardScan {
         let why = "SCAN left expired keys in memory, and what was swept before was not touched".to_owned();
         self.done.clear();
         self.redo = Some(why.clone());
-        if pass.untouched {
-            self.begin_again(pass, why).await;
+        if !pass.untouched {
+            return Ok(true);
         }
-        Ok(!pass.untouched)
+        self.begin_again(pass, why).await;
+        Ok(false)
     }
 
     async fn say_touch(&self, outcome: Option<TouchOutcome>) {

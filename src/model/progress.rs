@@ -163,7 +163,7 @@ impl TouchOutcome {
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
             Self::ScanLeavesDead => "audited: SCAN left expired keys in memory, so every key was touched",
-            Self::NoRight => "not audited: the user may not run EXISTS",
+            Self::NoRight => "not audited: the server refuses EXISTS",
         }
     }
 }
