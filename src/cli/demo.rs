@@ -3,10 +3,11 @@
 //! Writes keys of which some expire at once, watches how slowly the server itself frees those, sweeps, and compares.
 //! Every number is read from the server: expired keys are DBSIZE less the keys that were written to live.
 
+mod cluster;
 mod server;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -36,7 +37,8 @@ const WRITE: &str = "\
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local ttl = 3600000 + i % 3600000
   if i % tonumber(ARGV[4]) < tonumber(ARGV[3]) then ttl = ARGV[5] end
-  redis.call('SET', 'session:' .. i, 'the state of a session, forty bytes long', 'PX', ttl)
+  local tag = #ARGV > 5 and '{' .. ARGV[6 + i % (#ARGV - 5)] .. '}:' or ''
+  redis.call('SET', 'session:' .. tag .. i, 'the state of a session, forty bytes long', 'PX', ttl)
 end";
 /// How often the backlog is read while we watch: on a terminal, and for a log.
 const WATCH_TICK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
@@ -50,6 +52,10 @@ pub struct DemoArgs {
     /// The server program [default: redis-server or valkey-server on the PATH]
     #[arg(long, env = "TTLSWEEP_DEMO_SERVER", value_name = "PATH")]
     pub server: Option<PathBuf>,
+
+    /// Show it on a cluster of three private masters
+    #[arg(long)]
+    pub cluster: bool,
 
     /// How many keys to write; a million takes some 160 MB of memory
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
@@ -92,12 +98,12 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     };
     // Before anything is started: from here on a signal ends the demo through the drop of its server.
     let mut signals = Signals::listen()?;
-    let server = tokio::select! {
-        server = DemoServer::start(&program) => server?,
+    let servers = tokio::select! {
+        servers = start(&program, args.cluster) => servers?,
         () = signals.next() => return Ok(Exit::Interrupted),
     };
-    let (mut conn, live, watched, before) = tokio::select! {
-        prepared = prepare(&server, &args) => match prepared {
+    let (mut conns, live, watched, before) = tokio::select! {
+        prepared = prepare(&servers, &args) => match prepared {
             Ok(prepared) => prepared,
             Err(error) => return Ok(lost(error)),
         },
@@ -106,12 +112,12 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     note("\nnow a sweep:");
     let begun = Instant::now();
     // The sweep obeys signals in its own way: it ends its batch and reports.
-    let exit = scan::sweep(settings_for(&server)?, server.conn_options(), false, Show::Text).await?;
+    let exit = scan::sweep(settings_for(&servers[0])?, servers[0].conn_options(), false, Show::Text).await?;
     let took = begun.elapsed();
     if exit != Exit::Done {
         return Ok(exit);
     }
-    let after = match read(&mut conn, live).await {
+    let after = match read(&mut conns, live).await {
         Ok(after) => after,
         Err(error) => return Ok(lost(error)),
     };
@@ -129,20 +135,36 @@ fn lost(error: NodeError) -> Exit {
     Exit::Failed
 }
 
+/// One server, or three that are a cluster.
+async fn start(program: &Path, cluster: bool) -> anyhow::Result<Vec<DemoServer>> {
+    if cluster { cluster::start(program).await } else { Ok(vec![DemoServer::start(program).await?]) }
+}
+
 /// Writes the keys and watches. Returns how many were written to live, what active expiry did, and the last reading.
-async fn prepare(server: &DemoServer, args: &DemoArgs) -> Result<(Conn, u64, Watched, Reading), NodeError> {
-    let mut conn = Conn::open(&server.addr(), &server.conn_options()).await?;
-    let info = commands::info(&mut conn).await?;
-    let name = info.server(conn.addr()).map_or_else(String::new, |s| format!("{} {}, ", s.product, s.version));
-    note(&format!("a private server: {name}pid {}, on {}", server.pid(), server.addr()));
-    let live = args.keys - expiring(args.keys);
-    note(&format!("writing {} keys with a TTL, of which {} expire now", grouped(args.keys), grouped(args.keys - live)));
-    write(&mut conn, args.keys).await?;
+async fn prepare(servers: &[DemoServer], args: &DemoArgs) -> Result<(Vec<Conn>, u64, Watched, Reading), NodeError> {
+    let mut conns = Vec::new();
+    for server in servers {
+        let mut conn = Conn::open(&server.addr(), &server.conn_options()).await?;
+        let info = commands::info(&mut conn).await?;
+        let name = info.server(conn.addr()).map_or_else(String::new, |s| format!("{} {}, ", s.product, s.version));
+        note(&format!("a private server: {name}pid {}, on {}", server.pid(), server.addr()));
+        conns.push(conn);
+    }
+    // Each server gets its part, and so many of each part expire.
+    let parts = servers.len() as u64;
+    let keys_of = |place: u64| args.keys / parts + u64::from(place < args.keys % parts);
+    let dead: u64 = (0..parts).map(|place| expiring(keys_of(place))).sum();
+    let live = args.keys - dead;
+    note(&format!("writing {} keys with a TTL, of which {} expire now", grouped(args.keys), grouped(dead)));
+    for (place, conn) in conns.iter_mut().enumerate() {
+        let tags = if servers.len() > 1 { cluster::tags(place) } else { Vec::new() };
+        write(conn, keys_of(place as u64), &tags).await?;
+    }
     sleep(SHORT_TTL * 2).await;
     note(&format!("watching for {} how the server frees them by itself:", span(args.watch)));
-    let watched = watch(&mut conn, live, args.watch).await?;
-    let before = read(&mut conn, live).await?;
-    Ok((conn, live, watched, before))
+    let watched = watch(&mut conns, live, args.watch).await?;
+    let before = read(&mut conns, live).await?;
+    Ok((conns, live, watched, before))
 }
 
 /// How many of the first `keys` keys expire.
@@ -151,18 +173,28 @@ fn expiring(keys: u64) -> u64 {
     keys / of * some + (keys % of).min(some)
 }
 
-async fn write(conn: &mut Conn, keys: u64) -> Result<(), NodeError> {
+/// Writes so many keys. In a cluster each name has one of the tags, so that its slot is the server's.
+async fn write(conn: &mut Conn, keys: u64, tags: &[String]) -> Result<(), NodeError> {
     for first in (0..keys).step_by(CHUNK as usize) {
         let last = (first + CHUNK).min(keys) - 1;
         let mut script = redis::cmd("EVAL");
         script.arg(WRITE).arg(0).arg(first).arg(last).arg(EXPIRING.0).arg(EXPIRING.1);
-        script.arg(SHORT_TTL.as_millis() as u64);
+        script.arg(SHORT_TTL.as_millis() as u64).arg(tags);
         conn.call::<()>("EVAL", &script).await?;
     }
     Ok(())
 }
 
-async fn watch(conn: &mut Conn, live: u64, during: Duration) -> Result<Watched, NodeError> {
+/// Keys on all servers.
+async fn dbsize(conns: &mut [Conn]) -> Result<u64, NodeError> {
+    let mut keys = 0;
+    for conn in conns {
+        keys += commands::dbsize(conn).await?;
+    }
+    Ok(keys)
+}
+
+async fn watch(conns: &mut [Conn], live: u64, during: Duration) -> Result<Watched, NodeError> {
     let bar = std::io::stderr().is_terminal().then(|| {
         let style =
             ProgressStyle::with_template("  {spinner} {msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
@@ -170,10 +202,10 @@ async fn watch(conn: &mut Conn, live: u64, during: Duration) -> Result<Watched, 
     });
     let tick = if bar.is_some() { WATCH_TICK.0 } else { WATCH_TICK.1 };
     let begun = Instant::now();
-    let first = commands::dbsize(conn).await?;
+    let first = dbsize(conns).await?;
     loop {
         sleep(tick.min(during.saturating_sub(begun.elapsed()))).await;
-        let now = commands::dbsize(conn).await?;
+        let now = dbsize(conns).await?;
         let watched = Watched { freed: first.saturating_sub(now), during: begun.elapsed() };
         let line = format!(
             "{} expired keys in memory, {:.0} freed per second",
@@ -196,9 +228,13 @@ async fn watch(conn: &mut Conn, live: u64, during: Duration) -> Result<Watched, 
     }
 }
 
-async fn read(conn: &mut Conn, live: u64) -> Result<Reading, NodeError> {
-    let keys = commands::dbsize(conn).await?;
-    let used_memory = commands::info(conn).await?.parsed("used_memory");
+async fn read(conns: &mut [Conn], live: u64) -> Result<Reading, NodeError> {
+    let keys = dbsize(conns).await?;
+    let mut used_memory = Some(0);
+    for conn in conns {
+        let used: Option<u64> = commands::info(conn).await?.parsed("used_memory");
+        used_memory = used_memory.zip(used).map(|(sum, used)| sum + used);
+    }
     Ok(Reading { keys, expired: keys.saturating_sub(live), used_memory })
 }
 

@@ -96,15 +96,26 @@ pub fn table(rows: &[Vec<String>]) -> String {
 pub fn summary(view: &TaskView) -> String {
     let mut text = String::new();
     let task = &view.task;
+    // The failure of the only shard is the task's, and is said at the end.
+    let alone = view.snapshot.shards.len() == 1;
     for (shard, shard_view) in &view.snapshot.shards {
-        match &shard_view.server {
-            Some(server) => {
-                let _ = writeln!(text, "{shard}  {} {}", server.product, server.version);
+        match (&shard_view.server, &shard_view.failure) {
+            (Some(server), _) => {
+                let addr = server.addr.to_string();
+                // A shard of a cluster or behind sentinels is not named by its address.
+                let at = if addr == shard.0 { String::new() } else { format!("  {addr}") };
+                let _ = writeln!(text, "{shard}{at}  {} {}", server.product, server.version);
+                text.push_str(&pass_table(shard_view));
+                text.push_str(&shard_lines(shard_view));
             }
-            None => continue,
+            (None, Some(_)) if !alone => {
+                let _ = writeln!(text, "{shard}  not reached");
+            }
+            (None, _) => continue,
         }
-        text.push_str(&pass_table(shard_view));
-        text.push_str(&shard_lines(shard_view));
+        if let (false, Some(failure)) = (alone, &shard_view.failure) {
+            let _ = writeln!(text, "{}", failure_text(failure));
+        }
         text.push('\n');
     }
     let elapsed = task.started_at.map(|start| {

@@ -15,6 +15,8 @@ use crate::tasks::TaskView;
 
 /// The bar is drawn anew this often.
 const REDRAW: Duration = Duration::from_millis(100);
+/// With more shards than this the bars of those that are done make room.
+const BARS_AT_MOST: usize = 8;
 /// Steps of a bar: a tenth of a per mille each.
 const STEPS: u64 = 10_000;
 /// There is ground for an ETA after this much of the pass, and this long.
@@ -139,7 +141,11 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                     (bar, Pace::new(pass))
                 });
                 if bar.is_finished() {
-                    continue;
+                    if pass.complete {
+                        continue;
+                    }
+                    // A shard that is swept again, since a master or slots have moved.
+                    bar.reset();
                 }
                 bar.set_position((pass.fraction * STEPS as f64) as u64);
                 bar.set_message(match &shard.hold {
@@ -150,7 +156,9 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                     }
                     None => figures_text(pass, pace),
                 });
-                if pass.complete {
+                if pass.complete && now.shards.len() > BARS_AT_MOST {
+                    bar.finish_and_clear();
+                } else if pass.complete {
                     bar.abandon();
                 }
             }

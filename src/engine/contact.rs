@@ -15,11 +15,11 @@ use crate::engine::pacer::Pacer;
 use crate::engine::roster::Found;
 use crate::engine::seats::Seat;
 use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan, wait};
-use crate::engine::throttle;
+use crate::engine::throttle::{self, Decision};
 use crate::engine::touch::Toucher;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::ScanEventKind;
-use crate::model::shard::ScanPosition;
+use crate::model::shard::{RunId, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;
 use crate::node::commands;
@@ -31,6 +31,8 @@ use crate::node::wire::Names;
 
 /// First and longest wait before another attempt.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// A master that was seen so lately is not looked for again before the first attempt.
+const FRESH: Duration = Duration::from_secs(5);
 /// The smallest of this many PINGs is the network's share of a round trip.
 const PINGS: usize = 20;
 
@@ -58,10 +60,13 @@ impl From<NodeError> for Trouble {
 
 /// Finds the shard's master, connects, and looks whether it may be swept.
 async fn reach(job: &Job, last: &Master) -> Result<Reached, Trouble> {
-    let master = match job.roster.find(&job.shard.id, last).await? {
-        Found::At(master) => master,
-        Found::Dissolved => return Err(Trouble::End(End::Dissolved)),
-    };
+    match job.roster.find(&job.shard.id, last).await? {
+        Found::At(master) => reach_at(job, master).await,
+        Found::Dissolved => Err(Trouble::End(End::Dissolved)),
+    }
+}
+
+async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
     let mut conn = Conn::open(&master.addr, job.roster.topology().options()).await?;
     let info = commands::info(&mut conn).await?;
     if info.flag("loading") == Some(true) {
@@ -96,7 +101,7 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
 }
 
 /// How long attempts go on, and how they thin out.
-struct Patience {
+pub(super) struct Patience {
     limit: Duration,
     since: Instant,
     backoff: Duration,
@@ -148,6 +153,8 @@ impl ShardScan {
             names: Names::default(),
             hold: None,
             ordered_hold: false,
+            patience: None,
+            redo: None,
             seat: Some(seat),
             master,
             job,
@@ -163,7 +170,7 @@ impl ShardScan {
         reporter: &Reporter,
         mut orders: watch::Receiver<Orders>,
     ) -> Result<(Reached, Seat), End> {
-        let mut patience = Patience::new(job.settings.retry_for);
+        let mut patience: Option<Patience> = None;
         let mut held: Option<(Reason, Instant)> = None;
         let ended = loop {
             let attempt = async {
@@ -171,7 +178,12 @@ impl ShardScan {
                     Some(line) => line.await,
                     None => job.seats.take(&job.shard.master.addr).await,
                 };
-                reach(job, &job.shard.master).await.map(|reached| (reached, seat))
+                let reached = if held.is_none() && job.shard.seen.elapsed() < FRESH {
+                    reach_at(job, job.shard.master.clone()).await
+                } else {
+                    reach(job, &job.shard.master).await
+                };
+                reached.map(|reached| (reached, seat))
             };
             let attempt = tokio::select! {
                 attempt = attempt => attempt,
@@ -192,7 +204,9 @@ impl ShardScan {
                 let detail = Some(error.to_string());
                 reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
             }
-            let pause = match patience.next(reason, error) {
+            // From the first failure on: waiting in line for a seat is nobody's failure.
+            let limit = job.settings.retry_for;
+            let pause = match patience.get_or_insert_with(|| Patience::new(limit)).next(reason, error) {
                 Ok(pause) => pause,
                 Err(failure) => break Err(failure.into()),
             };
@@ -210,10 +224,11 @@ impl ShardScan {
     /// the last one where the process is the same, else the beginning.
     pub(super) async fn recover(&mut self, error: NodeError, mut pass: Option<&mut Pass>) -> Result<(), End> {
         let mut error = error;
-        let mut patience = Patience::new(self.job.settings.retry_for);
         loop {
             let Some(reason) = reason_of(&error) else { return Err(error.into_failure().into()) };
             let detail = error.to_string();
+            // Kept until a batch is answered: a server that lets us in and answers no batch is away as well.
+            let patience = self.patience.get_or_insert_with(|| Patience::new(self.job.settings.retry_for));
             let pause = patience.next(reason, error)?;
             self.begin_hold(pass.as_deref_mut(), reason, Some(detail)).await;
             wait(&mut self.orders, pause).await?;
@@ -227,21 +242,33 @@ impl ShardScan {
 
     /// The server is a replica, or has become one. Looks for its master where that is wanted.
     pub(super) async fn demoted(&mut self, failure: Failure, pass: &mut Pass) -> Result<(), End> {
+        pass.go_back();
         match refused(&self.job, failure) {
             Trouble::Node(error) => self.recover(error, Some(pass)).await,
             Trouble::End(end) => Err(end),
         }
     }
 
-    /// A pass is complete only where its server was a master to the end.
-    pub(super) async fn confirm_master(&mut self, pass: &mut Pass) -> Result<(), End> {
-        match commands::info(&mut self.conn).await {
-            Ok(info) => match may_be_swept(self.job.roster.kind(), &info) {
-                Ok(()) => Ok(()),
-                Err(failure) => self.demoted(failure, pass).await,
-            },
-            // Coming back checks the role as well.
-            Err(error) => self.recover(error, Some(pass)).await,
+    /// A pass is complete only where its server was a master that may delete, to the end. Returns whether it was; if not,
+    /// the sweep has gone back.
+    pub(super) async fn confirm(&mut self, pass: &mut Pass) -> Result<bool, End> {
+        let info = match commands::info(&mut self.conn).await {
+            Ok(info) => info,
+            Err(error) => {
+                pass.go_back();
+                return self.recover(error, Some(pass)).await.map(|()| false);
+            }
+        };
+        if let Err(failure) = may_be_swept(self.job.roster.kind(), &info) {
+            return self.demoted(failure, pass).await.map(|()| false);
+        }
+        match throttle::decide(&Observation::from_info(&info)) {
+            Decision::Proceed => Ok(true),
+            Decision::Abort(failure) => Err(failure.into()),
+            Decision::Hold(_) => {
+                pass.go_back();
+                Ok(false)
+            }
         }
     }
 
@@ -285,6 +312,7 @@ impl ShardScan {
         self.master = master;
         if let Some(pass) = pass {
             pass.figures.space = self.space.clone();
+            pass.figures.process = self.run_id.as_ref().map(RunId::fingerprint);
             if pass.figures.position != ScanPosition::NotStarted {
                 self.begin_again(pass, why).await;
             }

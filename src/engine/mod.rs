@@ -62,7 +62,7 @@ use crate::engine::seats::Seats;
 use crate::engine::shard_scan::{Ended, Job};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind};
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
@@ -85,8 +85,8 @@ struct ShardPlan {
     id: ShardId,
     /// Where its master was when the topology was read.
     master: Master,
-    /// The process that the positions below belong to.
-    run_id: Option<RunId>,
+    /// When that was.
+    seen: Instant,
     /// Figures of DBs that were begun earlier.
     passes: BTreeMap<DbIndex, PassFigures>,
     /// Why it is swept again, where an earlier round has swept it.
@@ -150,9 +150,13 @@ struct Sweep {
 
 impl Sweep {
     async fn rounds(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
+        for id in self.plan.known.keys().filter(|id| !shards.iter().any(|(found, _)| found == *id)) {
+            let message = "its slots have gone to other shards since the checkpoint, which are swept for it".to_owned();
+            self.say(id, ScanEventKind::Warned { message }).await;
+        }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, run_id: known.run_id, passes: known.passes, again: None }
+            ShardPlan { id, master, seen: Instant::now(), passes: known.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -301,7 +305,7 @@ impl Sweep {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, run_id: None, passes, again: Some(why) })
+        Some(ShardPlan { id, master, seen: Instant::now(), passes, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

@@ -6,12 +6,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::model::shard::ShardId;
 use crate::model::slots::SlotSet;
 use crate::model::target::Place;
 use crate::node::error::{Class, NodeError};
 use crate::node::topology::{Kind, Master, Topology, View};
+
+/// Pause before a node that was loading or busy is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is known of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,14 +60,23 @@ impl Roster {
     /// # Errors
     /// [`NodeError`]; then nothing can be swept.
     pub(super) async fn begin(topology: Arc<Topology>) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
-        let view = match (topology.view(None).await, &topology.target().place) {
-            // It is there and answers later: its shard waits for it, and says so.
-            (Err(error), Place::Standalone(addr)) if matches!(error.class(), Class::Loading | Class::Busy) => {
-                let master =
-                    Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
-                View { kind: Kind::Standalone, masters: vec![master] }
+        let view = loop {
+            let error = match topology.view(None).await {
+                Ok(view) => break view,
+                Err(error) if matches!(error.class(), Class::Loading | Class::Busy) => error,
+                Err(error) => return Err(error),
+            };
+            match (&error, &topology.target().place) {
+                // It is there and answers later: its shard waits for it, and says so.
+                (NodeError::Server { command, .. }, Place::Standalone(addr)) if !command.starts_with("CLUSTER") => {
+                    let master =
+                        Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
+                    break View { kind: Kind::Standalone, masters: vec![master] };
+                }
+                // A node that knows its cluster, and will say so once it has its data.
+                _ => tracing::warn!(%error, "waiting for a node that can name the masters"),
             }
-            (view, _) => view?,
+            tokio::time::sleep(ASK_AGAIN).await;
         };
         let mut members = BTreeMap::new();
         let mut shards = Vec::new();

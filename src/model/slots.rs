@@ -104,6 +104,19 @@ impl fmt::Display for SlotSet {
     }
 }
 
+/// The slot of a key: CRC16 (XMODEM) of its name modulo 16384, or of the part in the first braces where that is not empty.
+/// By the cluster specification.
+pub fn slot_of(name: &[u8]) -> u16 {
+    let tag = name.iter().position(|&byte| byte == b'{').and_then(|open| {
+        let rest = &name[open + 1..];
+        rest.iter().position(|&byte| byte == b'}').filter(|&length| length > 0).map(|length| &rest[..length])
+    });
+    let crc = tag.unwrap_or(name).iter().fold(0_u16, |crc, &byte| {
+        (0..8).fold(crc ^ u16::from(byte) << 8, |crc, _| if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x1021 })
+    });
+    crc % SLOTS
+}
+
 /// How the cursors of a pass are to be read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum CursorSpace {
@@ -203,6 +216,17 @@ mod tests {
         assert!(space.rank(ScanPosition::NotStarted) < rank(0, 2));
         assert!(rank(0, 2) < rank(0, 1) && rank(0, 1) < rank(0, 3) && rank(0, 3) < rank(1, 0));
         assert!(rank(16_383, 3) < space.rank(ScanPosition::Finished));
+    }
+
+    #[test]
+    fn keys_have_the_slots_of_the_specification() {
+        // The specification's own examples, and what servers say.
+        assert_eq!(slot_of(b"123456789"), 0x31C3);
+        assert_eq!(slot_of(b"{user1000}.following"), slot_of(b"user1000"));
+        assert_eq!(slot_of(b"foo{}{bar}"), 8_363);
+
+        assert_eq!(slot_of(b"foo{{bar}}zap"), slot_of(b"{bar"));
+        assert_eq!(slot_of(b"foo"), 12_182);
     }
 
     #[test]

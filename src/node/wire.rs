@@ -18,8 +18,11 @@ const MAX_NAMES: u64 = 1_000_000;
 /// Longest key name that Redis stores (`proto-max-bulk-len` may raise it from 512 MB; a name that long is skipped as
 /// it streams by, so it costs no memory).
 const MAX_NAME: u64 = 4 << 30;
-/// Names longer than this are counted but not kept for touching; a batch must stay small.
-pub const MAX_KEPT_NAME: usize = 1 << 20;
+/// Most bytes of names that are kept for touching one batch. Names beyond that are counted and not kept.
+pub const MAX_KEPT: usize = 1 << 20;
+/// Most elements in one reply other than SCAN, at all depths together: each costs some sixty bytes once it is decoded.
+/// CLUSTER SLOTS of a cluster in which every slot is a range of its own has some 500,000.
+const MAX_ITEMS: u64 = 1 << 20;
 
 /// Why bytes are no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,6 +88,7 @@ fn line(buf: &[u8]) -> Result<Option<Line<'_>>, Malformed> {
 /// [`Malformed`] as soon as the bytes cannot become a reply within the bounds.
 pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
     let mut pending: Vec<u64> = vec![1];
+    let mut announced = 0;
     let mut at = 0;
     while let Some(left) = pending.last_mut() {
         if *left == 0 {
@@ -108,8 +112,8 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
             b'*' => {
                 let items = line.number()?;
                 if items > 0 {
-                    // Each element takes four bytes or more on the wire.
-                    if items as usize > MAX_FRAME / 4 {
+                    announced += items as u64;
+                    if announced > MAX_ITEMS {
                         return malformed(format!("an array announces {items} elements"));
                     }
                     if pending.len() >= MAX_DEPTH {
@@ -161,11 +165,15 @@ pub struct Names {
 }
 
 impl Names {
-    /// Forgets the names, keeps the memory unless a huge name has blown it up.
+    /// Forgets the names, keeps the memory.
     pub fn clear(&mut self) {
         self.bytes.clear();
-        self.bytes.shrink_to(MAX_KEPT_NAME);
         self.ends.clear();
+    }
+
+    /// Whether a name of this length is still kept.
+    fn has_room(&self, len: usize) -> bool {
+        self.bytes.len() + len <= MAX_KEPT
     }
 
     /// Keeps the first `keys` names.
@@ -279,7 +287,7 @@ impl ScanReader {
                 // Nearly every name comes this way, millions of them. What does not is read below.
                 let whole = header + len + 2;
                 if let (Some(name), true) = (buf.get(at + header..at + header + len), at + whole <= buf.len()) {
-                    if let Some(names) = names.as_deref_mut() {
+                    if let Some(names) = names.as_deref_mut().filter(|names| names.has_room(len)) {
                         names.bytes.extend_from_slice(name);
                         names.ends.push(names.bytes.len());
                     }
@@ -352,7 +360,7 @@ impl ScanReader {
                         return malformed(format!("a key name announces {len} bytes"));
                     };
                     at += line.len;
-                    let keep = len <= MAX_KEPT_NAME as u64;
+                    let keep = len <= MAX_KEPT as u64 && names.as_deref().is_some_and(|n| n.has_room(len as usize));
                     self.step = Step::NameBody { left: len + 2, keep };
                 }
                 (_, kind) => return malformed(format!("`{}` stands where SCAN has something else", kind as char)),
@@ -461,6 +469,20 @@ mod tests {
         assert!(feed_all(b"*2\r\n$1\r\n0\r\n*99999999999\r\n", 1000).is_err());
         assert!(feed_all(b"*2\r\n$1\r\n0\r\n*1\r\n$99999999999999\r\n", 1000).is_err());
         assert!(feed_all(b"*2\r\n$30\r\n", 1000).is_err());
+    }
+
+    #[test]
+    fn a_flood_of_long_names_is_counted_and_not_kept() {
+        let names = vec![vec![b'x'; MAX_KEPT / 4]; 12];
+        let (got, kept, _) = feed_all(&reply(1, &names), 1 << 20).unwrap();
+        assert_eq!(got, Some(ScanReply::Page { cursor: 1, returned: names.len() as u64 }));
+        assert_eq!(kept.len(), 4);
+    }
+
+    #[test]
+    fn many_small_arrays_cannot_announce_more_than_one_large_one() {
+        let nested = "*2\r\n*900000\r\n".to_owned() + &":1\r\n".repeat(900_000) + "*900000\r\n";
+        assert!(frame_len(nested.as_bytes()).is_err());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use sqlx::{Connection, Sqlite, SqlitePool};
 
 use crate::model::progress::{PassFigures, Snapshot};
 use crate::model::schedule::AutoScan;
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::store::tally::TallyDir;
 
@@ -54,8 +54,6 @@ pub enum StoreError {
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
-    /// The process that the positions belong to.
-    pub run_id: Option<RunId>,
     /// Figures of each DB that was begun.
     pub passes: BTreeMap<DbIndex, PassFigures>,
 }
@@ -125,7 +123,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::insert_task(&mut *tx, task).await?;
             for shard in shards {
-                rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+                rows::insert_shard(&mut tx, task.id, shard).await?;
             }
             tx.commit().await?;
             Ok(())
@@ -145,7 +143,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::insert_task(&mut *tx, task).await?;
             for shard in shards {
-                rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+                rows::insert_shard(&mut tx, task.id, shard).await?;
             }
             schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
             tx.commit().await?;
@@ -271,8 +269,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::update_task(&mut *tx, task).await?;
             for (shard, view) in &snapshot.shards {
-                let run_id = view.server.as_ref().map(|s| &s.run_id);
-                rows::upsert_shard(&mut tx, task.id, shard, run_id).await?;
+                rows::insert_shard(&mut tx, task.id, shard).await?;
                 for (db, figures) in &view.passes {
                     rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
                 }

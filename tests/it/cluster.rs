@@ -270,6 +270,19 @@ async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn keys_that_a_paused_master_only_hides_are_never_reported_as_done() {
+    let cluster = Cluster::start(1, false).await;
+    let live = cluster.fill(1_000, 4_000).await;
+    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    let running = Running::scan(&cluster.url(), &[]);
+    running.says("holding: the server hides expired keys").await;
+    assert_eq!(cluster.freed_by(0).await, 0);
+    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(running.end().await.expect(0).num(), 4_000);
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn check_looks_at_every_master_and_touches_nothing() {
     let mut cluster = Cluster::start(3, false).await;
     cluster.fill(300, 900).await;
@@ -286,4 +299,23 @@ async fn check_looks_at_every_master_and_touches_nothing() {
     let run = self::run(["check", &cluster.url(), "--json"]).await.expect(1);
     let bad = &run.json()["shards"][2];
     assert_eq!(bad["failure"]["kind"], "cannot_connect", "{bad}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn short_pauses_of_a_master_hide_nothing_from_the_sweep() {
+    let cluster = Cluster::start(3, false).await;
+    let live = cluster.fill(12_000, 3_000).await;
+    let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "3000", "--parallel", "3"]);
+    probe("the pass is under way", PATIENCE, async || cluster.freed_by(0).await > 50).await;
+    for _ in 0..3 {
+        cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "350", "WRITE"]).await;
+        let freed = cluster.freed_by(0).await;
+        probe("deletions work again", PATIENCE, async || {
+            cluster.freed_by(0).await > freed || cluster.nodes[0].dbsize(0).await == 0
+        })
+        .await;
+    }
+    let run = running.end().await.expect(0);
+    assert_eq!(run.num(), 3_000);
+    cluster.assert_only(&live).await;
 }

@@ -112,6 +112,18 @@ async fn the_demo_frees_the_dead_keys_and_keeps_the_live_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_demo_of_a_cluster_sweeps_three_masters_and_leaves_nothing() {
+    let mut demo = Demo::new(&["--cluster", "--keys", "20000", "--watch", "1s"]);
+    let (code, stdout, stderr) = demo.run();
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert_eq!(stderr.matches("a private server: ").count(), 3, "{stderr}");
+    assert_eq!(stdout.matches("\nslots ").count() + usize::from(stdout.starts_with("slots ")), 3, "{stdout}");
+    assert_eq!(numbers(&stdout, "after")[1], 0, "{stdout}");
+    assert!(numbers(&stdout, "done:")[0] >= 800, "{stdout}");
+    demo.nothing_is_left().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_signal_midway_leaves_nothing() {
     for signal in ["-INT", "-TERM"] {
         let mut demo = Demo::new(&["--keys", "1000", "--watch", "10min"]);

@@ -2,6 +2,7 @@
 
 use crate::support::{
     certs::{Authority, Identity, Validity},
+    cluster::Cluster,
     free_port,
     keyspace::Keyspace,
     run::{Run, run},
@@ -150,5 +151,35 @@ async fn files_that_are_no_certificates_are_refused_before_anything_is_sent() {
     ] {
         let run = run(["scan", "rediss://127.0.0.1:1"].iter().chain(&args)).await.expect(2);
         assert!(run.stderr.contains(said), "{said}: {}", run.stderr);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_is_swept_by_tls_from_seed_to_last_master() {
+    if !built_with_tls() {
+        return;
+    }
+    let authority = Authority::new();
+    let Identity { cert, key } = authority.issue("node", &["node.example"], Validity::Now);
+    let file = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let tls_only = Server::options()
+        .with_config("tls-cluster", "yes")
+        .with_config("tls-replication", "yes")
+        .with_config("tls-cert-file", &file(&cert))
+        .with_config("tls-key-file", &file(&key))
+        .with_config("tls-ca-cert-file", &file(&authority.cacert()))
+        .with_config("tls-auth-clients", "no");
+    let cluster = Cluster::start_with_tls(3, tls_only).await;
+    let live = cluster.fill(300, 1_500).await;
+    let (cacert, url) = (file(&authority.cacert()), format!("rediss://127.0.0.1:{}", cluster.tls_port(0)));
+    // The nodes are announced by address, and their certificate holds a name: that is what --sni is for.
+    let fixed = ["scan", &url, "--json", "--cacert", &cacert];
+    refused(run(fixed).await, "its certificate is for node.example, not for 127.0.0.1", "--sni NAME");
+    let run = run(fixed.iter().chain(&["--sni", "node.example"])).await.expect(0);
+    assert_eq!(run.num(), 1_500);
+    cluster.assert_only(&live).await;
+    let addrs = run.json()["report"]["shards"].to_string();
+    for place in 0..3 {
+        assert!(addrs.contains(&format!("127.0.0.1:{}", cluster.tls_port(place))), "{addrs}");
     }
 }

@@ -47,6 +47,27 @@ pub fn find() -> Option<PathBuf> {
     candidates.find(|candidate| candidate.is_file())
 }
 
+fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+}
+
+/// A free port below another free one that is 10,000 higher, where a cluster node listens for the others.
+fn port_with_bus() -> io::Result<u16> {
+    const BUS: u16 = 10_000;
+    const TRIES: u32 = 1_000;
+    for _ in 0..TRIES {
+        let port = free_port()?;
+        // Ports that systems hand out lie high: the bus may as well lie there, and the server's port below.
+        for port in [port, port.saturating_sub(BUS)] {
+            let both = port.checked_add(BUS).map(|bus| [port, bus]).filter(|_| port > 1024);
+            if both.is_some_and(|both| both.iter().all(|&p| TcpListener::bind((Ipv4Addr::LOCALHOST, p)).is_ok())) {
+                return Ok(port);
+            }
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::AddrInUse, "no pair of free ports for a cluster node"))
+}
+
 /// A running private server.
 #[derive(Debug)]
 pub struct DemoServer {
@@ -97,9 +118,17 @@ impl DemoServer {
     /// # Errors
     /// [`CannotStart`].
     pub async fn start(program: &Path) -> Result<Self, CannotStart> {
+        Self::start_as(program, &Uuid::new_v4().to_string(), false).await
+    }
+
+    /// Starts one with this password, as a node of a cluster where wanted.
+    ///
+    /// # Errors
+    /// [`CannotStart`].
+    pub async fn start_as(program: &Path, password: &str, cluster: bool) -> Result<Self, CannotStart> {
         let mut tries = 1;
         loop {
-            let mut server = Self::launch(program)?;
+            let mut server = Self::launch(program, password, cluster)?;
             match server.until_up(program).await {
                 Err(CannotStart::Ended { log, .. })
                     if tries < START_TRIES && log.contains("Address already in use") =>
@@ -112,16 +141,17 @@ impl DemoServer {
         }
     }
 
-    fn launch(program: &Path) -> Result<Self, CannotStart> {
+    fn launch(program: &Path, password: &str, cluster: bool) -> Result<Self, CannotStart> {
         let dir = tempfile::Builder::new().prefix("ttlsweep-demo-").tempdir()?;
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let password = Uuid::new_v4().to_string();
+        let port = if cluster { port_with_bus()? } else { free_port()? };
+        let password = password.to_owned();
+        let mode = if cluster { "cluster-enabled yes\ncluster-node-timeout 5000\n" } else { "" };
         // In a file of a folder that only this user can enter: arguments can be read by everybody.
         let config = dir.path().join("demo.conf");
         std::fs::write(
             &config,
             format!(
-                "port {port}\nbind 127.0.0.1\nrequirepass {password}\nsave \"\"\nappendonly no\ndaemonize no\ndir \"{}\"\n",
+                "port {port}\nbind 127.0.0.1\nrequirepass {password}\nsave \"\"\nappendonly no\ndaemonize no\n{mode}dir \"{}\"\n",
                 dir.path().display()
             ),
         )?;
@@ -170,6 +200,11 @@ impl DemoServer {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Where it listens.

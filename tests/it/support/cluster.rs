@@ -8,7 +8,7 @@ use std::{
 use redis::Value;
 
 use super::{
-    PATIENCE, probe,
+    PATIENCE, free_port, probe,
     server::{Kind, Options, Server, Version},
 };
 
@@ -27,22 +27,32 @@ pub struct Cluster {
     /// Masters first, then their replicas in the same order, then nodes that joined.
     pub nodes: Vec<Server>,
     masters: usize,
+    tls_ports: Vec<u16>,
 }
 
 impl Cluster {
     /// So many masters that share the slots evenly, each with a replica if wanted.
     pub async fn start(masters: usize, with_replicas: bool) -> Self {
-        Self::start_with(masters, with_replicas, Server::options()).await
+        let count = if with_replicas { 2 * masters } else { masters };
+        Self::start_with(masters, vec![Server::options(); count], Vec::new()).await
     }
 
-    /// As [`Cluster::start`], with options for every node.
-    pub async fn start_with(masters: usize, with_replicas: bool, options: Options) -> Self {
-        let count = if with_replicas { 2 * masters } else { masters };
+    /// As [`Cluster::start`], without replicas, every node with these options and a TLS port beside the plain one.
+    pub async fn start_with_tls(masters: usize, options: Options) -> Self {
+        let tls_ports: Vec<u16> = (0..masters).map(|_| free_port()).collect();
+        let options: Vec<Options> =
+            tls_ports.iter().map(|port| options.clone().with_config("tls-port", &port.to_string())).collect();
+        Self::start_with(masters, options, tls_ports).await
+    }
+
+    /// One node for each of the options; so many of them are masters, the others their replicas.
+    async fn start_with(masters: usize, options: Vec<Options>, tls_ports: Vec<u16>) -> Self {
+        let count = options.len();
         let mut nodes = Vec::new();
-        for _ in 0..count {
-            nodes.push(node(options.clone()).await);
+        for options in options {
+            nodes.push(node(options).await);
         }
-        let cluster = Self { nodes, masters };
+        let cluster = Self { nodes, masters, tls_ports };
         for (place, range) in even(masters).into_iter().enumerate() {
             add_slots(&cluster.nodes[place], range).await;
             // Without epochs of their own, nodes that meet would quarrel about them for seconds.
@@ -85,6 +95,11 @@ impl Cluster {
     /// The URL of one node.
     pub fn url(&self) -> String {
         self.nodes[0].url()
+    }
+
+    /// The TLS port of a node.
+    pub fn tls_port(&self, place: usize) -> u16 {
+        self.tls_ports[place]
     }
 
     /// The replica that was given to a master at the start.
@@ -310,7 +325,10 @@ impl Cluster {
     }
 
     async fn meet(&self, node: &Server) {
-        let port = node.port().to_string();
+        // With tls-cluster nodes find each other by their TLS ports.
+        let place = self.nodes.iter().position(|other| other.port() == node.port());
+        let tls = place.and_then(|place| self.tls_ports.get(place));
+        let port = tls.copied().unwrap_or_else(|| node.port()).to_string();
         self.nodes[0].cmd(&["CLUSTER", "MEET", "127.0.0.1", &port]).await;
     }
 }
