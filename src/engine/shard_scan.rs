@@ -147,6 +147,8 @@ pub(super) struct Pass {
     /// From here on deletions were proven to work: where to go back to when they stop.
     proven: ScanPosition,
     doubts: u32,
+    /// How far a pass has to come before those doubts are gone: where hidden keys were last proven.
+    doubted: ScanPosition,
     still: StillPass,
     untouched: bool,
     /// Batches after which the cursor was not further on than before.
@@ -161,6 +163,7 @@ impl Pass {
         self.proven = ScanPosition::NotStarted;
         self.untouched = false;
         self.backwards = 0;
+        self.doubted = ScanPosition::NotStarted;
         self.go_back();
     }
 
@@ -263,6 +266,7 @@ impl ShardScan {
             proven: figures.position,
             figures,
             doubts: 0,
+            doubted: ScanPosition::NotStarted,
             still: StillPass::default(),
             untouched: false,
             backwards: 0,
@@ -357,7 +361,7 @@ impl ShardScan {
         if self.judges {
             let hidden = batch::hidden(&self.space, from, count, &scanned);
             if hidden > 0 {
-                return self.blocked(pass, hidden).await;
+                return self.blocked(pass, from, hidden).await;
             }
         }
         pass.figures.position = ScanPosition::from_reply(scanned.cursor);
@@ -368,10 +372,16 @@ impl ShardScan {
         }
         if pass.figures.position == ScanPosition::Finished && self.judges && pass.still.hidden() > 0 {
             // Nothing was reclaimed in a still pass, so `proven` is its beginning.
-            return self.blocked(pass, pass.still.hidden()).await;
+            return self.blocked(pass, ScanPosition::Finished, pass.still.hidden()).await;
         }
-        pass.doubts = 0;
-        self.end_hold(Some(pass)).await;
+        // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
+        let past = pass.figures.position == ScanPosition::Finished
+            || self.space.rank(pass.figures.position) > self.space.rank(pass.doubted);
+        if past || scanned.reclaimed() > 0 {
+            pass.doubts = 0;
+            pass.doubted = ScanPosition::NotStarted;
+            self.end_hold(Some(pass)).await;
+        }
         if touch.is_some() {
             self.names.truncate(self.toucher.keys());
             pass.untouched |= scanned.returned > self.names.len() as u64;
@@ -461,10 +471,11 @@ impl ShardScan {
     }
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
-    async fn blocked(&mut self, pass: &mut Pass, hidden: u64) -> Result<(), End> {
+    async fn blocked(&mut self, pass: &mut Pass, at: ScanPosition, hidden: u64) -> Result<(), End> {
         self.settle(pass).await?;
         pass.go_back();
         pass.doubts += 1;
+        pass.doubted = at;
         if pass.doubts > DOUBTS {
             let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
             self.begin_hold(Some(pass), Reason::DeletionBlocked, Some(detail)).await;
