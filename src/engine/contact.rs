@@ -15,11 +15,11 @@ use crate::engine::pacer::Pacer;
 use crate::engine::roster::Found;
 use crate::engine::seats::Seat;
 use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan, wait};
-use crate::engine::throttle;
+use crate::engine::throttle::{self, Decision};
 use crate::engine::touch::Toucher;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::ScanEventKind;
-use crate::model::shard::ScanPosition;
+use crate::model::shard::{RunId, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;
 use crate::node::commands;
@@ -101,7 +101,7 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
 }
 
 /// How long attempts go on, and how they thin out.
-struct Patience {
+pub(super) struct Patience {
     limit: Duration,
     since: Instant,
     backoff: Duration,
@@ -152,6 +152,8 @@ impl ShardScan {
             toucher: Toucher::new(job.settings.touch, info.redis_version()),
             names: Names::default(),
             hold: None,
+            patience: None,
+            redo: None,
             seat: Some(seat),
             master,
             job,
@@ -167,7 +169,7 @@ impl ShardScan {
         reporter: &Reporter,
         mut orders: watch::Receiver<Orders>,
     ) -> Result<(Reached, Seat), End> {
-        let mut patience = Patience::new(job.settings.retry_for);
+        let mut patience: Option<Patience> = None;
         let mut held: Option<(Reason, Instant)> = None;
         let ended = loop {
             let attempt = async {
@@ -201,7 +203,9 @@ impl ShardScan {
                 let detail = Some(error.to_string());
                 reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
             }
-            let pause = match patience.next(reason, error) {
+            // From the first failure on: waiting in line for a seat is nobody's failure.
+            let limit = job.settings.retry_for;
+            let pause = match patience.get_or_insert_with(|| Patience::new(limit)).next(reason, error) {
                 Ok(pause) => pause,
                 Err(failure) => break Err(failure.into()),
             };
@@ -219,10 +223,11 @@ impl ShardScan {
     /// the last one where the process is the same, else the beginning.
     pub(super) async fn recover(&mut self, error: NodeError, mut pass: Option<&mut Pass>) -> Result<(), End> {
         let mut error = error;
-        let mut patience = Patience::new(self.job.settings.retry_for);
         loop {
             let Some(reason) = reason_of(&error) else { return Err(error.into_failure().into()) };
             let detail = error.to_string();
+            // Kept until a batch is answered: a server that lets us in and answers no batch is away as well.
+            let patience = self.patience.get_or_insert_with(|| Patience::new(self.job.settings.retry_for));
             let pause = patience.next(reason, error)?;
             self.begin_hold(pass.as_deref_mut(), reason, Some(detail)).await;
             wait(&mut self.orders, pause).await?;
@@ -236,21 +241,33 @@ impl ShardScan {
 
     /// The server is a replica, or has become one. Looks for its master where that is wanted.
     pub(super) async fn demoted(&mut self, failure: Failure, pass: &mut Pass) -> Result<(), End> {
+        pass.go_back();
         match refused(&self.job, failure) {
             Trouble::Node(error) => self.recover(error, Some(pass)).await,
             Trouble::End(end) => Err(end),
         }
     }
 
-    /// A pass is complete only where its server was a master to the end.
-    pub(super) async fn confirm_master(&mut self, pass: &mut Pass) -> Result<(), End> {
-        match commands::info(&mut self.conn).await {
-            Ok(info) => match may_be_swept(self.job.roster.kind(), &info) {
-                Ok(()) => Ok(()),
-                Err(failure) => self.demoted(failure, pass).await,
-            },
-            // Coming back checks the role as well.
-            Err(error) => self.recover(error, Some(pass)).await,
+    /// A pass is complete only where its server was a master that may delete, to the end. Returns whether it was; if not,
+    /// the sweep has gone back.
+    pub(super) async fn confirm(&mut self, pass: &mut Pass) -> Result<bool, End> {
+        let info = match commands::info(&mut self.conn).await {
+            Ok(info) => info,
+            Err(error) => {
+                pass.go_back();
+                return self.recover(error, Some(pass)).await.map(|()| false);
+            }
+        };
+        if let Err(failure) = may_be_swept(self.job.roster.kind(), &info) {
+            return self.demoted(failure, pass).await.map(|()| false);
+        }
+        match throttle::decide(&Observation::from_info(&info)) {
+            Decision::Proceed => Ok(true),
+            Decision::Abort(failure) => Err(failure.into()),
+            Decision::Hold(_) => {
+                pass.go_back();
+                Ok(false)
+            }
         }
     }
 
@@ -294,6 +311,7 @@ impl ShardScan {
         self.master = master;
         if let Some(pass) = pass {
             pass.figures.space = self.space.clone();
+            pass.figures.process = self.run_id.as_ref().map(RunId::fingerprint);
             if pass.figures.position != ScanPosition::NotStarted {
                 self.begin_again(pass, why).await;
             }

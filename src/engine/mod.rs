@@ -60,7 +60,7 @@ use crate::engine::seats::Seats;
 use crate::engine::shard_scan::{Ended, Job};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind};
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
@@ -85,8 +85,6 @@ struct ShardPlan {
     master: Master,
     /// When that was.
     seen: Instant,
-    /// The process that the positions below belong to.
-    run_id: Option<RunId>,
     /// Figures of DBs that were begun earlier.
     passes: BTreeMap<DbIndex, PassFigures>,
     /// Why it is swept again, where an earlier round has swept it.
@@ -156,7 +154,7 @@ impl Sweep {
         }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, seen: Instant::now(), run_id: known.run_id, passes: known.passes, again: None }
+            ShardPlan { id, master, seen: Instant::now(), passes: known.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -305,7 +303,7 @@ impl Sweep {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, seen: Instant::now(), run_id: None, passes, again: Some(why) })
+        Some(ShardPlan { id, master, seen: Instant::now(), passes, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

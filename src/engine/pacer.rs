@@ -132,8 +132,11 @@ impl Pacer {
         self.floor = self.floor.min(round_trip);
         let slice = round_trip - self.floor;
         self.slices.saturating_record((slice.as_micros() as u64).max(1));
-        self.since_stat.0 += 1;
-        self.since_stat.1 += slice;
+        if keys > 0 {
+            // A touch is no SCAN: `cmdstat_scan` does not know it.
+            self.since_stat.0 += 1;
+            self.since_stat.1 += slice;
+        }
         let held = slice.mul_f64(self.correction);
         let rest = held.div_f64(self.tuning.intensity).saturating_sub(held);
         self.owed += rest.saturating_sub(self.ahead);

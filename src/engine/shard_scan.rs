@@ -6,7 +6,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::engine::batch::{self, StillPass};
+use crate::engine::batch::{self, StillPass, Way};
+use crate::engine::contact::Patience;
 use crate::engine::control::{Orders, StopReason, stop_ordered};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
@@ -23,7 +24,7 @@ use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::commands;
 use crate::node::conn::{Conn, ScanBatch};
-use crate::node::error::NodeError;
+use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::node::topology::Master;
 use crate::node::wire::Names;
@@ -37,10 +38,10 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 const DOUBTS: u32 = 2;
 /// Pause between looks at a server that does not delete.
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
+/// During a hold that an observation began, a server of which nothing was seen for this long is asked whether it is there.
+const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
-/// A real server's cursor moves forward with every batch. One that did not this often never ends.
-const BACKWARDS_AT_MOST: u32 = 100;
 
 /// Why a shard's sweep ends before it is complete.
 pub(super) enum End {
@@ -136,6 +137,10 @@ pub(super) struct ShardScan {
     pub(super) toucher: Toucher,
     pub(super) names: Names,
     pub(super) hold: Option<(Reason, Instant)>,
+    /// How long trouble is still borne. Gone once a batch was answered.
+    pub(super) patience: Option<Patience>,
+    /// Why DBs that were finished are swept again.
+    pub(super) redo: Option<String>,
     /// The right to sweep now. Given back while the server is away.
     pub(super) seat: Option<Seat>,
 }
@@ -151,8 +156,7 @@ pub(super) struct Pass {
     doubted: ScanPosition,
     still: StillPass,
     untouched: bool,
-    /// Batches after which the cursor was not further on than before.
-    backwards: u32,
+    way: Way,
     reported: Instant,
     tally: Option<Tally>,
 }
@@ -162,14 +166,14 @@ impl Pass {
         self.figures.restarts += 1;
         self.proven = ScanPosition::NotStarted;
         self.untouched = false;
-        self.backwards = 0;
         self.doubted = ScanPosition::NotStarted;
         self.go_back();
     }
 
     /// Back to where deletions were last proven to work.
-    fn go_back(&mut self) {
+    pub(super) fn go_back(&mut self) {
         self.figures.position = self.proven;
+        self.way = Way::default();
         if self.proven == ScanPosition::NotStarted {
             self.still = StillPass::default();
         }
@@ -215,23 +219,22 @@ impl ShardScan {
 
     /// A cursor of the checkpoint is worth nothing to another process, and neither is a pass that it finished.
     async fn check_checkpoint(&mut self) {
-        if self.job.shard.again.is_some() {
-            return;
-        }
-        if self.job.shard.run_id == self.run_id {
-            let finished = self.job.shard.passes.iter().filter(|(_, f)| f.position == ScanPosition::Finished);
-            self.done = finished.map(|(db, _)| (*db, self.process)).collect();
-            for (&db, figures) in self.job.shard.passes.iter().filter(|(db, _)| self.done.contains_key(*db)) {
-                self.reporter.say(ScanEventKind::PassFinished { db, figures: figures.clone() }).await;
-            }
-            return;
-        }
+        let here = self.run_id.as_ref().map(RunId::fingerprint);
+        let again = self.job.shard.again.is_some();
         let mut lost = false;
-        for figures in self.job.shard.passes.values_mut() {
-            if matches!(figures.position, ScanPosition::At(_)) {
-                figures.position = ScanPosition::NotStarted;
-                figures.restarts += 1;
-                lost = true;
+        for (&db, figures) in &mut self.job.shard.passes {
+            let ours = !again && here.is_some() && figures.process == here;
+            match figures.position {
+                ScanPosition::Finished if ours => {
+                    self.done.insert(db, self.process);
+                    self.reporter.say(ScanEventKind::PassFinished { db, figures: figures.clone() }).await;
+                }
+                ScanPosition::At(_) if !ours => {
+                    figures.position = ScanPosition::NotStarted;
+                    figures.restarts += 1;
+                    lost = !again;
+                }
+                _ => {}
             }
         }
         if lost {
@@ -255,21 +258,23 @@ impl ShardScan {
     async fn sweep_db(&mut self, db: DbIndex) -> Result<(), End> {
         let mut figures = self.job.shard.passes.remove(&db).unwrap_or_default();
         figures.space = self.space.clone();
+        figures.process = self.run_id.as_ref().map(RunId::fingerprint);
         if figures.position == ScanPosition::Finished {
             figures.position = ScanPosition::NotStarted;
             figures.restarts += 1;
-            let why = self.job.shard.again.clone().unwrap_or_else(|| "another server process answers".to_owned());
+            let why = self.redo.clone().or_else(|| self.job.shard.again.clone());
+            let why = why.unwrap_or_else(|| "another server process answers".to_owned());
             self.reporter.say(ScanEventKind::PassRestarted { db, why, figures: figures.clone() }).await;
         }
         let mut pass = Pass {
             db,
             proven: figures.position,
+            untouched: figures.position != ScanPosition::NotStarted,
             figures,
             doubts: 0,
             doubted: ScanPosition::NotStarted,
             still: StillPass::default(),
-            untouched: false,
-            backwards: 0,
+            way: Way::default(),
             reported: Instant::now(),
             tally: self.open_tally(db).await,
         };
@@ -343,8 +348,8 @@ impl ShardScan {
         let ahead = self.conn.ahead();
         if ahead.is_none() {
             self.obey(pass).await?;
-            self.sit_down().await?;
             self.look(pass).await?;
+            self.sit_down().await?;
             self.rest(pass).await?;
         }
         let from = pass.figures.position;
@@ -357,27 +362,19 @@ impl ShardScan {
             Ok(scanned) => scanned,
             Err(error) => return self.lost(error, pass).await,
         };
+        self.patience = None;
         self.account(pass, &scanned);
+        let next = ScanPosition::from_reply(scanned.cursor);
+        let finished = next == ScanPosition::Finished;
         if self.judges {
-            let hidden = batch::hidden(&self.space, from, count, &scanned);
+            let by_batch = batch::hidden(&self.space, from, count, &scanned);
+            let hidden = if finished { by_batch.max(pass.still.hidden()) } else { by_batch };
             if hidden > 0 {
-                return self.blocked(pass, from, hidden).await;
+                return self.blocked(pass, next, hidden).await;
             }
         }
-        pass.figures.position = ScanPosition::from_reply(scanned.cursor);
-        self.check_way(pass, from)?;
-        self.write_tally(pass).await;
-        if scanned.reclaimed() > 0 {
-            pass.proven = pass.figures.position;
-        }
-        if pass.figures.position == ScanPosition::Finished && self.judges && pass.still.hidden() > 0 {
-            // Nothing was reclaimed in a still pass, so `proven` is its beginning.
-            return self.blocked(pass, ScanPosition::Finished, pass.still.hidden()).await;
-        }
         // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
-        let past = pass.figures.position == ScanPosition::Finished
-            || self.space.rank(pass.figures.position) > self.space.rank(pass.doubted);
-        if past || scanned.reclaimed() > 0 {
+        if self.space.rank(next) >= self.space.rank(pass.doubted) || scanned.reclaimed() > 0 {
             pass.doubts = 0;
             pass.doubted = ScanPosition::NotStarted;
             self.end_hold(Some(pass)).await;
@@ -387,17 +384,32 @@ impl ShardScan {
             pass.untouched |= scanned.returned > self.names.len() as u64;
         }
         match touch.filter(|_| !self.names.is_empty()) {
-            Some(command) => self.touch(pass, from, command, &scanned).await?,
+            Some(command) => {
+                // What was freed is safe from here on; the position follows once the batch is done.
+                self.write_tally(pass).await;
+                if !self.touch(pass, command, &scanned).await? {
+                    return Ok(());
+                }
+            }
             None => {
                 pass.untouched |= scanned.returned > 0;
-                let outcome = self.toucher.passed(scanned.reclaimed());
+                let outcome = self.toucher.learn(scanned.reclaimed(), 0);
                 self.say_touch(outcome).await;
             }
         }
-        self.pay(pass, &scanned).await?;
-        if pass.figures.position == ScanPosition::Finished {
-            self.confirm_master(pass).await?;
+        if finished {
+            self.write_tally(pass).await;
+            if !self.confirm(pass).await? {
+                return wait(&mut self.orders, BLOCKED_EVERY).await;
+            }
         }
+        self.check_way(pass, &scanned)?;
+        pass.figures.position = next;
+        if scanned.reclaimed() > 0 {
+            pass.proven = next;
+        }
+        self.write_tally(pass).await;
+        self.pay(pass, &scanned).await?;
         if pass.reported.elapsed() >= REPORT_EVERY {
             self.report(pass).await;
         }
@@ -433,23 +445,14 @@ impl ShardScan {
         self.recover(error, Some(pass)).await
     }
 
-    /// A server, or something in between, whose cursors lead round in a circle must not hold us for ever.
-    fn check_way(&self, pass: &mut Pass, from: ScanPosition) -> Result<(), Failure> {
-        if self.space.rank(pass.figures.position) > self.space.rank(from) {
-            return Ok(());
-        }
-        pass.backwards += 1;
-        if pass.backwards < BACKWARDS_AT_MOST {
-            return Ok(());
-        }
-        let addr = self.conn.addr();
-        let message =
-            format!("the cursors of {addr} lead nowhere: {BACKWARDS_AT_MOST} times SCAN answered no later one");
+    /// A server, or something in between, whose cursors lead nowhere must not hold us for ever.
+    fn check_way(&self, pass: &mut Pass, scanned: &ScanBatch) -> Result<(), Failure> {
+        let Some(why) = pass.way.add(scanned) else { return Ok(()) };
+        let message = format!("the cursors of {} lead nowhere: {why}", self.conn.addr());
         let failure = Failure::new(FailureKind::Protocol, message);
         Err(failure.hint("is this a Redis or Valkey server, and is nothing in between that answers for it?"))
     }
 
-    /// Waits for a seat where there is none: it was given back while the server was away.
     async fn sit_down(&mut self) -> Result<(), End> {
         if self.seat.is_none() {
             self.seat = tokio::select! {
@@ -474,6 +477,7 @@ impl ShardScan {
     async fn blocked(&mut self, pass: &mut Pass, at: ScanPosition, hidden: u64) -> Result<(), End> {
         self.settle(pass).await?;
         pass.go_back();
+        self.write_tally(pass).await;
         pass.doubts += 1;
         pass.doubted = at;
         if pass.doubts > DOUBTS {
@@ -484,28 +488,20 @@ impl ShardScan {
         wait(&mut self.orders, BLOCKED_EVERY).await
     }
 
-    async fn touch(
-        &mut self,
-        pass: &mut Pass,
-        from: ScanPosition,
-        command: &'static str,
-        scanned: &ScanBatch,
-    ) -> Result<(), End> {
+    /// Asks for the keys of a batch. Returns whether the batch is done; if not, the same or an earlier one is next.
+    async fn touch(&mut self, pass: &mut Pass, command: &'static str, scanned: &ScanBatch) -> Result<bool, End> {
         let touched = match self.conn.touch(command, &self.names).await {
             Ok(touched) => touched,
-            Err(error) if error.is_no_permission() => match self.toucher.refused() {
-                Some(outcome) => {
-                    self.say_touch(Some(outcome)).await;
-                    return Ok(());
-                }
-                None => return Err(error.into_failure().into()),
-            },
-            Err(error) => {
-                // The keys of this batch were not all asked for: the same batch once more.
-                pass.figures.position = from;
-                pass.figures.lost_replies += u64::from(!matches!(error, NodeError::Server { .. }));
-                return self.recover(error, Some(pass)).await;
+            Err(error) if matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. }) => {
+                return match self.toucher.refused() {
+                    Some(outcome) => {
+                        self.say_touch(Some(outcome)).await;
+                        Ok(true)
+                    }
+                    None => Err(error.into_failure().into()),
+                };
             }
+            Err(error) => return self.lost(error, pass).await.map(|()| false),
         };
         let gone = if command == "TTL" { -2 } else { 0 };
         let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;
@@ -518,13 +514,19 @@ impl ShardScan {
             touched.answers.iter().flatten().for_each(|&ttl| figures.ttl.add(ttl));
         }
         self.write_tally(pass).await;
-        let outcome = self.toucher.touched(scanned.reclaimed(), left_dead);
+        let outcome = self.toucher.learn(scanned.reclaimed(), left_dead);
         self.say_touch(outcome).await;
-        if outcome == Some(TouchOutcome::ScanLeavesDead) && pass.untouched {
-            let why = "SCAN left expired keys in memory, and earlier batches were not touched".to_owned();
-            self.begin_again(pass, why).await;
+        if outcome != Some(TouchOutcome::ScanLeavesDead) {
+            return Ok(true);
         }
-        Ok(())
+        let why = "SCAN left expired keys in memory, and what was swept before was not touched".to_owned();
+        self.done.clear();
+        self.redo = Some(why.clone());
+        if !pass.untouched {
+            return Ok(true);
+        }
+        self.begin_again(pass, why).await;
+        Ok(false)
     }
 
     async fn say_touch(&self, outcome: Option<TouchOutcome>) {
@@ -580,9 +582,15 @@ impl ShardScan {
                     self.begin_hold(Some(pass), reason, None).await;
                 }
             }
+            self.write_tally(pass).await;
             observation = tokio::select! {
                 next = self.observer.next() => next,
                 reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(&mut self.conn).await {
+                    Ok(()) => continue,
+                    // The server is gone, and with it whoever would say that the hold is over.
+                    Err(error) => return self.recover(error, Some(pass)).await,
+                },
             };
         }
     }
@@ -618,6 +626,7 @@ impl ShardScan {
 
     pub(super) async fn begin_again(&self, pass: &mut Pass, why: String) {
         pass.begin_again();
+        pass.figures.process = self.run_id.as_ref().map(RunId::fingerprint);
         self.write_tally(pass).await;
         let figures = pass.figures.clone();
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
@@ -628,7 +637,8 @@ impl ShardScan {
             return;
         }
         self.end_hold(pass).await;
-        if matches!(reason, Reason::Reconnecting | Reason::NoMaster | Reason::Loading | Reason::Busy) {
+        if reason != Reason::Paused {
+            // Another master of the host may be swept meanwhile. A pause is the whole task's.
             self.seat = None;
         }
         self.hold = Some((reason, Instant::now()));

@@ -69,17 +69,8 @@ impl Toucher {
         if audit { AUDIT_KEYS } else { usize::MAX }
     }
 
-    /// A batch went by without a touch. Returns the outcome where it changed.
-    pub fn passed(&mut self, freed_by_scan: u64) -> Option<TouchOutcome> {
-        self.learn(freed_by_scan, 0)
-    }
-
-    /// A batch was touched. Returns the outcome where it changed.
-    pub fn touched(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
-        self.learn(freed_by_scan, left_dead)
-    }
-
-    fn learn(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
+    /// A batch went by, with a touch or without. Returns the outcome where it changed.
+    pub fn learn(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
         self.batches += 1;
         self.freed_by_scan += freed_by_scan;
         self.left_dead += left_dead;
@@ -117,9 +108,9 @@ mod tests {
         for _ in 0..batches {
             if toucher.command() == Some("EXISTS") {
                 audits += 1;
-                toucher.touched(freed, 0);
+                toucher.learn(freed, 0);
             } else {
-                toucher.passed(freed);
+                toucher.learn(freed, 0);
             }
         }
         audits
@@ -139,7 +130,7 @@ mod tests {
         assert_eq!(toucher.outcome(), TouchOutcome::NothingDead);
         for _ in 0..8 {
             toucher.command();
-            toucher.touched(0, 1);
+            toucher.learn(0, 1);
         }
         assert_eq!(toucher.outcome(), TouchOutcome::ScanLeavesDead);
     }
@@ -147,11 +138,11 @@ mod tests {
     #[test]
     fn dead_keys_that_scan_left_make_every_batch_a_touch() {
         let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(toucher.touched(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
-        assert_eq!(toucher.touched(0, 2), Some(TouchOutcome::ScanLeavesDead));
+        assert_eq!(toucher.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
+        assert_eq!(toucher.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));
         for _ in 0..1000 {
             assert!(toucher.command().is_some());
-            assert_eq!(toucher.touched(0, 0), None);
+            assert_eq!(toucher.learn(0, 0), None);
         }
     }
 
@@ -159,7 +150,7 @@ mod tests {
     fn keys_that_expire_between_scan_and_audit_do_not_accuse_scan() {
         let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
         for _ in 0..100 {
-            toucher.touched(10, 1);
+            toucher.learn(10, 1);
         }
         assert_eq!(toucher.outcome(), TouchOutcome::ScanReclaims);
     }

@@ -85,6 +85,8 @@ impl TtlHistogram {
 pub struct PassFigures {
     /// How far the pass is.
     pub position: ScanPosition,
+    /// The server process that the position belongs to: [`RunId::fingerprint`].
+    pub process: Option<u64>,
     /// How to read the position. Not stored: the engine knows it as soon as it has met the server.
     pub space: CursorSpace,
     /// DBSIZE when the pass began.
@@ -161,7 +163,7 @@ impl TouchOutcome {
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
             Self::ScanLeavesDead => "audited: SCAN left expired keys in memory, so every key was touched",
-            Self::NoRight => "not audited: the user may not run EXISTS",
+            Self::NoRight => "not audited: the server refuses EXISTS",
         }
     }
 }

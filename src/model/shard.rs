@@ -45,6 +45,14 @@ impl fmt::Display for NodeAddr {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunId(pub String);
 
+impl RunId {
+    /// A short name for the process, to be kept with each position. Two processes share one with a chance of 1 in 2^64.
+    pub fn fingerprint(&self) -> u64 {
+        // FNV-1a: stable across versions of this program, which a hasher of the standard library is not.
+        self.0.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
+    }
+}
+
 /// Number of a logical database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DbIndex(pub u32);

@@ -502,6 +502,8 @@ impl Conn {
     }
 
     fn refused(&self, command: &'static str, text: &str) -> NodeError {
+        // An unknown command's error repeats what was sent with it: a password, a key name.
+        let text = text.split(", with args beginning with").next().unwrap_or_default();
         let (code, message) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
         NodeError::Server { addr: self.addr.clone(), command, code: code.to_owned(), message: message.to_owned() }
     }

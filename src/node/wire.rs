@@ -18,13 +18,11 @@ const MAX_NAMES: u64 = 1_000_000;
 /// Longest key name that Redis stores (`proto-max-bulk-len` may raise it from 512 MB; a name that long is skipped as
 /// it streams by, so it costs no memory).
 const MAX_NAME: u64 = 4 << 30;
+/// Most bytes of names that are kept for touching one batch. Names beyond that are counted and not kept.
+pub const MAX_KEPT: usize = 1 << 20;
 /// Most elements in one reply other than SCAN, at all depths together: each costs some sixty bytes once it is decoded.
 /// CLUSTER SLOTS of a cluster in which every slot is a range of its own has some 500,000.
 const MAX_ITEMS: u64 = 1 << 20;
-/// Names longer than this are counted but not kept for touching; a batch must stay small.
-pub const MAX_KEPT_NAME: usize = 1 << 20;
-/// Names are kept for touching up to this many bytes together; those behind are counted only.
-pub const MAX_KEPT_NAMES: usize = 16 << 20;
 
 /// Why bytes are no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,11 +165,15 @@ pub struct Names {
 }
 
 impl Names {
-    /// Forgets the names, keeps the memory unless a huge name has blown it up.
+    /// Forgets the names, keeps the memory.
     pub fn clear(&mut self) {
         self.bytes.clear();
-        self.bytes.shrink_to(MAX_KEPT_NAME);
         self.ends.clear();
+    }
+
+    /// Whether a name of this length is still kept.
+    fn has_room(&self, len: usize) -> bool {
+        self.bytes.len() + len <= MAX_KEPT
     }
 
     /// Keeps the first `keys` names.
@@ -285,7 +287,7 @@ impl ScanReader {
                 // Nearly every name comes this way, millions of them. What does not is read below.
                 let whole = header + len + 2;
                 if let (Some(name), true) = (buf.get(at + header..at + header + len), at + whole <= buf.len()) {
-                    if let Some(names) = names.as_deref_mut() {
+                    if let Some(names) = names.as_deref_mut().filter(|names| names.has_room(len)) {
                         names.bytes.extend_from_slice(name);
                         names.ends.push(names.bytes.len());
                     }
@@ -358,8 +360,7 @@ impl ScanReader {
                         return malformed(format!("a key name announces {len} bytes"));
                     };
                     at += line.len;
-                    let kept = names.as_deref().map_or(0, |names| names.bytes.len());
-                    let keep = len <= MAX_KEPT_NAME as u64 && kept < MAX_KEPT_NAMES;
+                    let keep = len <= MAX_KEPT as u64 && names.as_deref().is_some_and(|n| n.has_room(len as usize));
                     self.step = Step::NameBody { left: len + 2, keep };
                 }
                 (_, kind) => return malformed(format!("`{}` stands where SCAN has something else", kind as char)),
@@ -472,12 +473,10 @@ mod tests {
 
     #[test]
     fn a_flood_of_long_names_is_counted_and_not_kept() {
-        let name = vec![b'x'; MAX_KEPT_NAME];
-        let names = vec![name; 3 * MAX_KEPT_NAMES / MAX_KEPT_NAME];
+        let names = vec![vec![b'x'; MAX_KEPT / 4]; 12];
         let (got, kept, _) = feed_all(&reply(1, &names), 1 << 20).unwrap();
         assert_eq!(got, Some(ScanReply::Page { cursor: 1, returned: names.len() as u64 }));
-        assert!(kept.iter().map(<[u8]>::len).sum::<usize>() <= MAX_KEPT_NAMES + MAX_KEPT_NAME);
-        assert!(!kept.is_empty());
+        assert_eq!(kept.len(), 4);
     }
 
     #[test]

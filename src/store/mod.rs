@@ -14,7 +14,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use sqlx::{Sqlite, SqlitePool, Transaction};
 
 use crate::model::progress::{PassFigures, Snapshot};
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::store::tally::TallyDir;
 
@@ -47,8 +47,6 @@ pub enum StoreError {
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
-    /// The process that the positions belong to.
-    pub run_id: Option<RunId>,
     /// Figures of each DB that was begun.
     pub passes: BTreeMap<DbIndex, PassFigures>,
 }
@@ -116,7 +114,7 @@ impl Store {
         let mut tx = self.pool.begin().await?;
         rows::insert_task(&mut *tx, task).await?;
         for shard in shards {
-            rows::upsert_shard(&mut tx, task.id, shard, None).await?;
+            rows::insert_shard(&mut tx, task.id, shard).await?;
         }
         tx.commit().await?;
         Ok(())
@@ -163,8 +161,7 @@ impl Store {
         let mut tx: Transaction<'_, Sqlite> = self.pool.begin().await?;
         rows::update_task(&mut *tx, task).await?;
         for (shard, view) in &snapshot.shards {
-            let run_id = view.server.as_ref().map(|s| &s.run_id);
-            rows::upsert_shard(&mut tx, task.id, shard, run_id).await?;
+            rows::insert_shard(&mut tx, task.id, shard).await?;
             for (db, figures) in &view.passes {
                 rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
             }

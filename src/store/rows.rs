@@ -11,7 +11,7 @@ use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
 
 use crate::model::failure::Failure;
 use crate::model::progress::{PassFigures, SliceSummary};
-use crate::model::shard::{DbIndex, RunId, ShardId};
+use crate::model::shard::{DbIndex, ShardId};
 use crate::model::slots::CursorSpace;
 use crate::model::task::{Task, TaskId};
 use crate::store::{StoreError, StoredShard};
@@ -82,21 +82,16 @@ pub(super) async fn in_states(pool: &SqlitePool, words: &[&str]) -> Result<Vec<T
     query.fetch_all(pool).await?.iter().map(task_of).collect()
 }
 
-pub(super) async fn upsert_shard(
+pub(super) async fn insert_shard(
     tx: &mut Transaction<'_, Sqlite>,
     id: TaskId,
     shard: &ShardId,
-    run_id: Option<&RunId>,
 ) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO shards (task_id, shard, run_id) VALUES (?, ?, ?) \
-         ON CONFLICT (task_id, shard) DO UPDATE SET run_id = COALESCE(excluded.run_id, shards.run_id)",
-    )
-    .bind(id.to_string())
-    .bind(&shard.0)
-    .bind(run_id.map(|r| &r.0))
-    .execute(&mut **tx)
-    .await?;
+    sqlx::query("INSERT INTO shards (task_id, shard) VALUES (?, ?) ON CONFLICT DO NOTHING")
+        .bind(id.to_string())
+        .bind(&shard.0)
+        .execute(&mut **tx)
+        .await?;
     Ok(())
 }
 
@@ -109,14 +104,14 @@ pub(super) async fn upsert_pass(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO passes (task_id, shard, db, position, keys_at_start, scanned, reclaimed, touched, found_by_touch, \
-         batches, lost_replies, restarts, active_us, rested_us, slice_p50_us, slice_p99_us, slice_max_us) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
+         batches, lost_replies, restarts, active_us, rested_us, slice_p50_us, slice_p99_us, slice_max_us, process) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
          ON CONFLICT (task_id, shard, db) DO UPDATE SET position = excluded.position, \
          keys_at_start = excluded.keys_at_start, scanned = excluded.scanned, reclaimed = excluded.reclaimed, \
          touched = excluded.touched, found_by_touch = excluded.found_by_touch, batches = excluded.batches, \
          lost_replies = excluded.lost_replies, restarts = excluded.restarts, active_us = excluded.active_us, \
          rested_us = excluded.rested_us, slice_p50_us = excluded.slice_p50_us, \
-         slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us",
+         slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us, process = excluded.process",
     )
     .bind(id.to_string())
     .bind(&shard.0)
@@ -135,6 +130,7 @@ pub(super) async fn upsert_pass(
     .bind(signed(figures.slice.p50_us))
     .bind(signed(figures.slice.p99_us))
     .bind(signed(figures.slice.max_us))
+    .bind(figures.process.map(u64::cast_signed))
     .execute(&mut **tx)
     .await?;
     for (reason, held) in &figures.held {
@@ -155,10 +151,9 @@ pub(super) async fn upsert_pass(
 
 pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
     let mut shards = BTreeMap::new();
-    let rows = sqlx::query("SELECT shard, run_id FROM shards WHERE task_id = ?").bind(id.to_string());
+    let rows = sqlx::query("SELECT shard FROM shards WHERE task_id = ?").bind(id.to_string());
     for row in rows.fetch_all(pool).await? {
-        let run_id = row.try_get::<Option<String>, _>("run_id")?.map(RunId);
-        shards.insert(ShardId(row.try_get("shard")?), StoredShard { run_id, passes: BTreeMap::new() });
+        shards.insert(ShardId(row.try_get("shard")?), StoredShard::default());
     }
     let rows = sqlx::query("SELECT * FROM passes WHERE task_id = ?").bind(id.to_string());
     for row in rows.fetch_all(pool).await? {
@@ -178,6 +173,7 @@ fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
     let number = |column| number(row, column);
     Ok(PassFigures {
         position: word(row, "position")?,
+        process: row.try_get::<Option<i64>, _>("process")?.map(i64::cast_unsigned),
         space: CursorSpace::default(),
         keys_at_start: number("keys_at_start")?,
         scanned: number("scanned")?,

@@ -1,7 +1,7 @@
 //! What each batch freed, written down before the next batch is sent.
 //!
 //! A checkpoint each second would lose the count of the last second when the process is killed. A database commit for
-//! each batch would cost as much as the batch. So each pass has a file of 48 bytes that is overwritten in place after
+//! each batch would cost as much as the batch. So each pass has a file of 56 bytes that is overwritten in place after
 //! each batch: one `pwrite` into the page cache, about a microsecond, which outlives the process (though not a power
 //! cut; then the checkpoint stands). What remains uncounted after a kill is the batch that was under way,
 //! or two where the next was already sent.
@@ -18,8 +18,8 @@ use crate::model::progress::PassFigures;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::TaskId;
 
-/// Length of a line in bytes: six little-endian numbers of 64 bits.
-const LINE: usize = 48;
+/// Length of a line in bytes: seven little-endian numbers of 64 bits.
+const LINE: usize = 56;
 /// The cursor that stands for "finished": SCAN cannot answer it, since no table has 2^64 buckets.
 const FINISHED: u64 = u64::MAX;
 
@@ -27,6 +27,7 @@ const FINISHED: u64 = u64::MAX;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TallyLine {
     position: ScanPosition,
+    process: u64,
     scanned: u64,
     reclaimed: u64,
     touched: u64,
@@ -38,6 +39,7 @@ impl TallyLine {
     pub fn of(figures: &PassFigures) -> Self {
         Self {
             position: figures.position,
+            process: figures.process.unwrap_or(0),
             scanned: figures.scanned,
             reclaimed: figures.reclaimed,
             touched: figures.touched,
@@ -49,6 +51,7 @@ impl TallyLine {
     pub fn bring_forward(&self, figures: &mut PassFigures) {
         if self.batches >= figures.batches {
             figures.position = self.position;
+            figures.process = Some(self.process);
             figures.scanned = self.scanned;
             figures.reclaimed = self.reclaimed;
             figures.touched = self.touched;
@@ -58,7 +61,7 @@ impl TallyLine {
 
     fn to_bytes(self) -> [u8; LINE] {
         let cursor = self.position.to_send().unwrap_or(FINISHED);
-        let fields = [cursor, self.scanned, self.reclaimed, self.touched, self.batches];
+        let fields = [cursor, self.process, self.scanned, self.reclaimed, self.touched, self.batches];
         let mut bytes = [0; LINE];
         for (place, field) in bytes.chunks_exact_mut(8).zip(fields.iter().chain([&checksum(&fields)])) {
             place.copy_from_slice(&field.to_le_bytes());
@@ -71,8 +74,8 @@ impl TallyLine {
         for (field, place) in fields.iter_mut().zip(bytes.chunks_exact(8)) {
             *field = u64::from_le_bytes(place.try_into().ok()?);
         }
-        let [cursor, scanned, reclaimed, touched, batches, sum] = fields;
-        if checksum(&fields[..5]) != sum {
+        let [cursor, process, scanned, reclaimed, touched, batches, sum] = fields;
+        if checksum(&fields[..LINE / 8 - 1]) != sum {
             return None;
         }
         let position = match cursor {
@@ -80,7 +83,7 @@ impl TallyLine {
             FINISHED => ScanPosition::Finished,
             other => ScanPosition::from_reply(other),
         };
-        Some(Self { position, scanned, reclaimed, touched, batches })
+        Some(Self { position, process, scanned, reclaimed, touched, batches })
     }
 }
 

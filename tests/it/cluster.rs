@@ -300,3 +300,22 @@ async fn check_looks_at_every_master_and_touches_nothing() {
     let bad = &run.json()["shards"][2];
     assert_eq!(bad["failure"]["kind"], "cannot_connect", "{bad}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn short_pauses_of_a_master_hide_nothing_from_the_sweep() {
+    let cluster = Cluster::start(3, false).await;
+    let live = cluster.fill(12_000, 3_000).await;
+    let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "3000", "--parallel", "3"]);
+    probe("the pass is under way", PATIENCE, async || cluster.freed_by(0).await > 50).await;
+    for _ in 0..3 {
+        cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "350", "WRITE"]).await;
+        let freed = cluster.freed_by(0).await;
+        probe("deletions work again", PATIENCE, async || {
+            cluster.freed_by(0).await > freed || cluster.nodes[0].dbsize(0).await == 0
+        })
+        .await;
+    }
+    let run = running.end().await.expect(0);
+    assert_eq!(run.num(), 3_000);
+    cluster.assert_only(&live).await;
+}

@@ -121,3 +121,45 @@ async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     }
     assert_eq!(server.expired_keys().await, 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_while_keys_are_hidden_does_not_make_them_done() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(3, "live").await;
+    keys.dead(2, "dead").await;
+    server.cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let running = Running::scan(&server.url(), &["--state", state]);
+    running.says("holding: the server hides expired keys").await;
+    running.signal("KILL");
+    assert_eq!(running.end().await.code, None);
+    let resumed = Running::scan(&server.url(), &["--state", state, "--resume"]);
+    resumed.says("holding: the server hides expired keys").await;
+    server.cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(resumed.end().await.expect(0).num(), 2);
+    assert_eq!(server.dbsize(0).await, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_earlier_process_finished_is_not_finished_after_a_restart_and_a_resume() {
+    let mut server = Server::start().await;
+    Keyspace::of(&server, 0).dead(100, "first").await;
+    Keyspace::of(&server, 1).dead(4_000, "second").await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let running = Running::scan(&server.url(), &[&SLOW[..], &["--db", "0,1", "--state", state]].concat());
+    probe("the second DB is under way", PATIENCE, async || server.expired_keys().await > 400).await;
+    // Or it would find the new process empty, and be done.
+    running.signal("STOP");
+    server.restart().await;
+    Keyspace::of(&server, 0).dead(500, "again").await;
+    Keyspace::of(&server, 1).dead(9_000, "again").await;
+    running.signal("CONT");
+    probe("the other process is swept", PATIENCE, async || server.expired_keys().await > 100).await;
+    running.signal("INT");
+    running.end().await.expect(130);
+    scan(&server.url(), &["--db", "0,1", "--state", state, "--resume"]).await.expect(0);
+    assert_eq!((server.dbsize(0).await, server.dbsize(1).await), (0, 0));
+}

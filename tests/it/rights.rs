@@ -25,7 +25,7 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
     let url = server.url_as("ttlsweep", "pw");
     let run = scan(&url, &[]).await.expect(0);
     assert_eq!(run.num(), 500);
-    assert_eq!(run.json()["report"]["shards"][0]["touch"], "not audited: the user may not run EXISTS");
+    assert_eq!(run.json()["report"]["shards"][0]["touch"], "not audited: the server refuses EXISTS");
 
     let client = redis::Client::open(url).unwrap();
     let mut conn = client.get_multiplexed_async_connection().await.unwrap();
@@ -102,4 +102,18 @@ async fn a_wrong_or_missing_password_is_said_without_showing_it() {
         assert!(!format!("{run:?}").contains("wrong-pw"), "{run:?}");
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_authenticated");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_repeats_what_it_does_not_know_makes_us_repeat_no_secret() {
+    let no_auth = Server::options().with_config("rename-command", "AUTH \"\"").start().await;
+    let run = scan(&format!("redis://:hunter2@127.0.0.1:{}", no_auth.port()), &[]).await;
+    assert!(run.stderr.contains("unknown command") && !format!("{run:?}").contains("hunter2"), "{run:?}");
+
+    let no_exists = Server::options().with_config("rename-command", "EXISTS \"\"").start().await;
+    Keyspace::of(&no_exists, 0).live_ttl(50, "secret-key-").await;
+    let run = scan(&no_exists.url(), &[]).await.expect(0);
+    assert_eq!(run.json()["report"]["shards"][0]["touch"], "not audited: the server refuses EXISTS");
+    let run = scan(&no_exists.url(), &["--touch", "exists"]).await.expect(1);
+    assert!(run.stderr.contains("unknown command") && !format!("{run:?}").contains("secret-key"), "{run:?}");
 }

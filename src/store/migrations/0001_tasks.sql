@@ -22,7 +22,6 @@ CREATE INDEX tasks_of_instance ON tasks (instance_id, id);
 CREATE TABLE shards (
     task_id         TEXT NOT NULL REFERENCES tasks (id) ON DELETE CASCADE,
     shard           TEXT NOT NULL,
-    run_id          TEXT,                       -- the process that the positions of its passes belong to
     PRIMARY KEY (task_id, shard)
 );
 
@@ -32,6 +31,7 @@ CREATE TABLE passes (
     shard           TEXT NOT NULL,
     db              INTEGER NOT NULL,
     position        TEXT NOT NULL,              -- `start`, a cursor, or `end`
+    process         BIGINT,                     -- fingerprint of the run id that the position belongs to
     keys_at_start   BIGINT NOT NULL,
     scanned         BIGINT NOT NULL,
     reclaimed       BIGINT NOT NULL,
