@@ -154,6 +154,8 @@ pub(super) struct Pass {
     /// From here on deletions were proven to work: where to go back to when they stop.
     proven: ScanPosition,
     doubts: u32,
+    /// How far a pass has to come before those doubts are gone: where hidden keys were last proven.
+    doubted: ScanPosition,
     still: StillPass,
     untouched: bool,
     way: Way,
@@ -166,6 +168,7 @@ impl Pass {
         self.figures.restarts += 1;
         self.proven = ScanPosition::NotStarted;
         self.untouched = false;
+        self.doubted = ScanPosition::NotStarted;
         self.go_back();
     }
 
@@ -271,6 +274,7 @@ impl ShardScan {
             untouched: figures.position != ScanPosition::NotStarted,
             figures,
             doubts: 0,
+            doubted: ScanPosition::NotStarted,
             still: StillPass::default(),
             way: Way::default(),
             reported: Instant::now(),
@@ -368,11 +372,15 @@ impl ShardScan {
             let by_batch = batch::hidden(&self.space, from, count, &scanned);
             let hidden = if finished { by_batch.max(pass.still.hidden()) } else { by_batch };
             if hidden > 0 {
-                return self.blocked(pass, hidden).await;
+                return self.blocked(pass, next, hidden).await;
             }
         }
-        pass.doubts = 0;
-        self.end_hold(Some(pass)).await;
+        // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
+        if self.space.rank(next) >= self.space.rank(pass.doubted) || scanned.reclaimed() > 0 {
+            pass.doubts = 0;
+            pass.doubted = ScanPosition::NotStarted;
+            self.end_hold(Some(pass)).await;
+        }
         if touch.is_some() {
             self.names.truncate(self.toucher.keys());
             pass.untouched |= scanned.returned > self.names.len() as u64;
@@ -468,11 +476,12 @@ impl ShardScan {
     }
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
-    async fn blocked(&mut self, pass: &mut Pass, hidden: u64) -> Result<(), End> {
+    async fn blocked(&mut self, pass: &mut Pass, at: ScanPosition, hidden: u64) -> Result<(), End> {
         self.settle(pass).await?;
         pass.go_back();
         self.write_tally(pass).await;
         pass.doubts += 1;
+        pass.doubted = at;
         if pass.doubts > DOUBTS {
             let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
             self.begin_hold(Some(pass), Reason::DeletionBlocked, Some(detail)).await;
