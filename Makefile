@@ -64,6 +64,7 @@ matrix: setup clients ## the integration tests against each server
 bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
 	@$(with_redis) $(CARGO) bench --bench batch
 	@$(with_redis) $(CARGO) bench --bench scan_loop
+	@$(with_redis) $(CARGO) bench --bench shards
 
 impact: setup-demo ## what a sweep costs other clients, beside other ways to sweep (minutes)
 	@$(with_redis) $(CARGO) bench --bench impact

@@ -10,16 +10,13 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 mod common;
-use common::Server;
+use common::{Measured, Server, measure};
 
 /// COUNT of every contender.
 const COUNT: u32 = 100;
-/// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
-const TICKS: f64 = 100.0;
 
 fn main() {
     let mut args = std::env::args().skip(1).skip_while(|a| a.starts_with("--bench"));
@@ -75,7 +72,8 @@ fn main() {
     let mut results: Vec<Vec<Measured>> = vec![Vec::new(); contenders.len()];
     for _ in 0..rounds {
         for (contender, results) in contenders.iter().zip(&mut results) {
-            results.push(measure(&contender.1));
+            let (program, args) = contender.1.split_first().expect("a program");
+            results.push(measure(Command::new(program).args(args)));
         }
     }
     let median = |results: &[Measured], of: fn(&Measured) -> f64| {
@@ -95,48 +93,6 @@ fn main() {
             median(results, |m| m.cpu_s) * 1e6 / keys as f64,
             median(results, |m| m.peak_kib) / 1024.0,
         );
-    }
-}
-
-#[derive(Clone, Copy, Default)]
-struct Measured {
-    wall: Duration,
-    cpu_s: f64,
-    peak_kib: f64,
-}
-
-/// Runs one contender to its end, looking at /proc meanwhile.
-fn measure(command: &[&str]) -> Measured {
-    let begun = Instant::now();
-    let mut child = Command::new(command[0])
-        .args(&command[1..])
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap_or_else(|e| panic!("{} cannot be run: {e}", command[0]));
-    let mut measured = Measured::default();
-    loop {
-        let status = child.try_wait().expect("it can be asked");
-        if let Some(status) = status {
-            assert!(status.success(), "{command:?} ended with {status}");
-            measured.wall = begun.elapsed();
-            return measured;
-        }
-        measured.look(child.id());
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-impl Measured {
-    fn look(&mut self, pid: u32) {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let stat = read("stat");
-        // Behind the name in parentheses: state is field 3, utime 14, stime 15.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
-        let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-        self.cpu_s = self.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
-        let peak =
-            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
-        self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
 }
 

@@ -8,16 +8,12 @@
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 mod common;
 #[path = "common/seed.rs"]
 mod seed;
-use common::Server;
-
-/// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
-const TICKS: f64 = 100.0;
+use common::{Server, measure};
 
 fn main() {
     let env = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
@@ -36,7 +32,9 @@ fn main() {
     for shards in sizes {
         let ports: Vec<u16> = servers[..shards].iter().map(|server| server.port).collect();
         let url = format!("redis://{}", seed::cluster_of(&ports));
-        let measured = measure(&url, shards);
+        let parallel = shards.to_string();
+        let mut sweep = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+        let measured = measure(sweep.args(["scan", &url, "--db", "0", "--quiet", "--parallel", &parallel]));
         let (one, kib) = *first.get_or_insert((shards, measured.peak_kib));
         let more = match shards - one {
             0 => "-".to_owned(),
@@ -49,40 +47,5 @@ fn main() {
             measured.cpu_s * 1e3 / shards as f64,
             measured.peak_kib / 1024.0,
         );
-    }
-}
-
-#[derive(Default)]
-struct Measured {
-    wall: Duration,
-    cpu_s: f64,
-    peak_kib: f64,
-}
-
-/// Runs one sweep to its end, looking at /proc meanwhile.
-fn measure(url: &str, parallel: usize) -> Measured {
-    let begun = Instant::now();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ttlsweep"))
-        .args(["scan", url, "--db", "0", "--quiet", "--parallel", &parallel.to_string()])
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("the program runs");
-    let mut measured = Measured::default();
-    loop {
-        if let Some(status) = child.try_wait().expect("it can be asked") {
-            assert!(status.success(), "the sweep ended with {status}");
-            measured.wall = begun.elapsed();
-            return measured;
-        }
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{}/{file}", child.id())).unwrap_or_default();
-        let stat = read("stat");
-        // Behind the name in parentheses: state is field 3, utime 14, stime 15.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
-        let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-        measured.cpu_s = measured.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
-        let peak =
-            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
-        measured.peak_kib = measured.peak_kib.max(peak.unwrap_or(0.0));
-        std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,4 @@
-//! A real server of a benchmark's own, killed on drop.
+//! A real server of a benchmark's own, killed on drop, and what a program costs that runs beside it.
 
 #![allow(dead_code, reason = "not every benchmark uses all of it")]
 
@@ -57,5 +57,46 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
+const TICKS: f64 = 100.0;
+
+/// What a program took.
+#[derive(Clone, Copy, Default)]
+pub struct Measured {
+    pub wall: Duration,
+    pub cpu_s: f64,
+    pub peak_kib: f64,
+}
+
+/// Runs a program to its end, looking at /proc meanwhile.
+pub fn measure(command: &mut Command) -> Measured {
+    let begun = Instant::now();
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap_or_else(|e| panic!("{command:?} cannot be run: {e}"));
+    let mut measured = Measured::default();
+    loop {
+        if let Some(status) = child.try_wait().expect("it can be asked") {
+            assert!(status.success(), "{command:?} ended with {status}");
+            measured.wall = begun.elapsed();
+            return measured;
+        }
+        measured.look(child.id());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Measured {
+    fn look(&mut self, pid: u32) {
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let stat = read("stat");
+        // Behind the name in parentheses: state is field 3, utime 14, stime 15.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+        let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+        self.cpu_s = self.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
+        let peak =
+            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+        self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
 }
