@@ -121,12 +121,12 @@ impl Roster {
             return Ok(Found::At(master.clone()));
         }
         let slots = members.get(id).map(|member| member.slots.clone()).unwrap_or_default();
-        let owned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
-        if owned.is_empty() {
+        let orphaned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
+        if orphaned.is_empty() {
             return Ok(Found::Dissolved);
         }
         Err(NodeError::NoMaster {
-            problem: format!("no node owns the slots {owned} of the shard `{id}`"),
+            problem: format!("no node owns the slots {orphaned} of the shard `{id}`"),
             hint: Some("see `redis-cli --cluster check`".to_owned()),
             class: Class::Transient,
         })

@@ -390,11 +390,6 @@ impl Snapshot {
         }
         if all > 0.0 { done / all } else { 0.0 }
     }
-
-    /// Why the task cannot succeed, if a shard has ended early: the first such shard's reason.
-    pub fn failure(&self) -> Option<&Failure> {
-        self.shards.values().find_map(|s| s.failure.as_ref())
-    }
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Connection, Sqlite, SqlitePool};
 
-use crate::model::progress::{PassFigures, Snapshot};
+use crate::model::progress::{PassFigures, ShardView};
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
@@ -113,39 +113,19 @@ impl Store {
         self.tallies.as_ref()
     }
 
-    /// Adds a task with the shards that it will sweep.
+    /// Adds a task. Where a schedule caused it, `due` is marked as dealt with in the same transaction: both or neither, so
+    /// that a crash neither loses nor doubles it.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn insert(&self, task: &Task, shards: &[ShardId]) -> Result<(), StoreError> {
+    pub async fn insert(&self, task: &Task, due: Option<Timestamp>) -> Result<(), StoreError> {
         let mut conn = self.pool.acquire().await?;
         let written = async {
             let mut tx = conn.begin().await?;
             rows::insert_task(&mut *tx, task).await?;
-            for shard in shards {
-                rows::insert_shard(&mut tx, task.id, shard).await?;
+            if let Some(due) = due {
+                schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
             }
-            tx.commit().await?;
-            Ok(())
-        };
-        let written = written.await;
-        self.let_go(conn, written)
-    }
-
-    /// Adds a task that a schedule caused, and marks the due time as dealt with: both or neither, so that a crash
-    /// neither loses nor doubles it.
-    ///
-    /// # Errors
-    /// [`StoreError::Sql`].
-    pub async fn insert_due(&self, task: &Task, shards: &[ShardId], due: Timestamp) -> Result<(), StoreError> {
-        let mut conn = self.pool.acquire().await?;
-        let written = async {
-            let mut tx = conn.begin().await?;
-            rows::insert_task(&mut *tx, task).await?;
-            for shard in shards {
-                rows::insert_shard(&mut tx, task.id, shard).await?;
-            }
-            schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
             tx.commit().await?;
             Ok(())
         };
@@ -259,16 +239,20 @@ impl Store {
         rows::in_states(&self.pool, &words).await
     }
 
-    /// Writes the task with all figures and positions, in one transaction.
+    /// Writes the task with the figures and positions of these shards, in one transaction.
     ///
     /// # Errors
     /// [`StoreError::Sql`]; then nothing of it was written.
-    pub async fn checkpoint(&self, task: &Task, snapshot: &Snapshot) -> Result<(), StoreError> {
+    pub async fn checkpoint(
+        &self,
+        task: &Task,
+        shards: impl Iterator<Item = (&ShardId, &ShardView)>,
+    ) -> Result<(), StoreError> {
         let mut conn = self.pool.acquire().await?;
         let written = async {
             let mut tx = conn.begin().await?;
             rows::update_task(&mut *tx, task).await?;
-            for (shard, view) in &snapshot.shards {
+            for (shard, view) in shards {
                 rows::insert_shard(&mut tx, task.id, shard).await?;
                 for (db, figures) in &view.passes {
                     rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;

@@ -230,7 +230,7 @@ impl TaskService {
     pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
         let task = wish(spec);
         // Which shards it has is known once its masters were asked; the first checkpoint names them.
-        self.store.insert(&task, &[]).await?;
+        self.store.insert(&task, None).await?;
         Ok(task)
     }
 

@@ -77,11 +77,7 @@ impl TaskService {
             return Err(Busy(id).into());
         }
         let task = wish(&spec);
-        let written = match due {
-            Some(due) => self.store.insert_due(&task, &[], due).await,
-            None => self.store.insert(&task, &[]).await,
-        };
-        written.inspect_err(|_| self.metrics.store_failed())?;
+        self.store.insert(&task, due).await.inspect_err(|_| self.metrics.store_failed())?;
         self.enqueue(task.clone(), spec, BTreeMap::new());
         Ok(task)
     }
@@ -130,7 +126,7 @@ impl TaskService {
         task.finished_at = Some(Timestamp::now());
         let message = format!("the daemon was stopped before the sweep was complete, and {why}");
         task.failure = Some(Failure::new(FailureKind::Interrupted, message));
-        self.store.checkpoint(&task, &view.snapshot).await?;
+        self.store.checkpoint(&task, view.snapshot.shards.iter()).await?;
         tracing::warn!(task = %task.id, instance = task.instance_id, why, "an unfinished task cannot go on");
         self.metrics.ended(&task);
         if let Some(tallies) = self.store.tallies() {

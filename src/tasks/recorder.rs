@@ -1,6 +1,7 @@
 //! The one consumer of scan events and the one hand on a task's state: folds events into the view, publishes it, writes
 //! checkpoints, and takes what people ask of the task.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use crate::engine::control::{Control, StopReason};
 use crate::metrics::{Metrics, Totals};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
+use crate::model::shard::ShardId;
 use crate::model::task::{Command, Task, TaskState, transition};
 use crate::store::{Store, StoreError};
 use crate::tasks::allowance::Allowance;
@@ -56,6 +58,8 @@ pub(super) struct Recorder {
     pub(super) snapshot: Snapshot,
     pub(super) view: watch::Sender<Arc<TaskView>>,
     written: Option<Instant>,
+    /// Shards of which something happened since the last checkpoint that was written.
+    unwritten: BTreeSet<ShardId>,
     store_failed: bool,
     totals: Totals,
 }
@@ -75,8 +79,22 @@ impl Recorder {
         let snapshot = view.borrow().snapshot.clone();
         // What an earlier process counted is not counted again.
         let totals = Totals::of(&snapshot);
-        let (written, store_failed) = (None, false);
-        Self { store, metrics, control, allowance, paused, inbox, task, snapshot, view, written, store_failed, totals }
+        let (written, unwritten, store_failed) = (None, BTreeSet::new(), false);
+        Self {
+            store,
+            metrics,
+            control,
+            allowance,
+            paused,
+            inbox,
+            task,
+            snapshot,
+            view,
+            written,
+            unwritten,
+            store_failed,
+            totals,
+        }
     }
 
     /// Waits until the task may begin, or is told to stop.
@@ -127,6 +145,7 @@ impl Recorder {
         log(&event);
         // Where a pass begins or ends the checkpoint must say so at once.
         let at_once = !matches!(event.what, ScanEventKind::Progressed { .. });
+        self.unwritten.insert(event.shard.clone());
         self.snapshot.apply(event);
         self.task.num = self.snapshot.reclaimed();
         let totals = Totals::of(&self.snapshot);
@@ -253,13 +272,18 @@ impl Recorder {
     async fn checkpoint(&mut self) {
         self.written = Some(Instant::now());
         self.task.spent = self.allowance.spent();
-        match self.store.checkpoint(&self.task, &self.snapshot).await {
-            Ok(()) => self.store_failed = false,
+        // A cluster has hundreds of shards, and each event is about one.
+        let shards = self.snapshot.shards.iter().filter(|(shard, _)| self.unwritten.contains(*shard));
+        match self.store.checkpoint(&self.task, shards).await {
+            Ok(()) => {
+                self.unwritten.clear();
+                self.store_failed = false;
+            }
             Err(error) => self.not_written(&error),
         }
     }
 
-    /// The sweep goes on: what it frees is freed. The next checkpoint holds everything again.
+    /// The sweep goes on: what it frees is freed. The next checkpoint holds what this one lacks.
     fn not_written(&mut self, error: &StoreError) {
         tracing::error!(task = %self.task.id, %error, "the checkpoint could not be written");
         self.metrics.store_failed();
