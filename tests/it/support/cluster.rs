@@ -257,7 +257,7 @@ impl Cluster {
         let mut at_source = self.nodes[from].conn().await;
         let mut at_target = self.nodes[to].conn().await;
         let port = self.nodes[to].port();
-        for slot in slots {
+        for slot in slots.clone() {
             let set_slot = |state: &str, node: &str| {
                 let mut command = redis::cmd("CLUSTER");
                 command.arg("SETSLOT").arg(slot).arg(state).arg(node);
@@ -280,6 +280,18 @@ impl Cluster {
             // The source may have heard of it from the target: before 7.0 it then turns into a replica with its last slot,
             // and is no longer to be told.
             let _: redis::RedisResult<()> = set_slot("NODE", &target).query_async(&mut at_source).await;
+        }
+        // The others hear of it by gossip, some day: they are told as redis-cli tells them. One that cannot be told, since
+        // it is away or a replica, follows its master.
+        for node in self.nodes.iter().enumerate().filter(|(place, _)| ![from, to].contains(place)).map(|(_, node)| node)
+        {
+            let mut tell = redis::pipe();
+            for slot in slots.clone() {
+                tell.cmd("CLUSTER").arg("SETSLOT").arg(slot).arg("NODE").arg(&target).ignore();
+            }
+            if let Ok(mut conn) = node.client().get_multiplexed_async_connection().await {
+                let _: redis::RedisResult<()> = tell.query_async(&mut conn).await;
+            }
         }
     }
 
