@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use crate::api::auth::Caller;
 use crate::api::dto::{HistoryRecord, clamp, time};
@@ -127,17 +128,41 @@ pub struct UpdateConfig {
     /// Whether it runs. False keeps everything else as it was.
     pub enable_auto_scan: bool,
     /// The first due time, UTC, later than now.
-    #[schema(required = false, example = "2030-06-15T02:21:18.669Z", value_type = String)]
+    #[schema(example = "2030-06-15T02:21:18.669Z")]
     pub first_scan_at: Option<String>,
     /// Seconds from one due time to the next; 0: once.
-    #[schema(required = false, minimum = 0, maximum = 2_592_000, value_type = i64)]
+    #[schema(required = false, schema_with = interval_schema)]
     pub interval: Option<i64>,
     /// How long a scan may take, in seconds: at least twice the interval.
-    #[schema(required = false, minimum = 2, maximum = 5_184_000, value_type = i64)]
+    #[schema(required = false, schema_with = timeout_schema)]
     pub timeout: Option<i64>,
     /// COUNT that a scan begins with.
-    #[schema(required = false, minimum = 10, maximum = 1000, value_type = i64)]
+    #[schema(required = false, schema_with = count_schema)]
     pub scan_keys_count: Option<i64>,
+}
+
+/// A whole number whose range binds only where the scan is switched on: with it off the field is not looked at, so the
+/// schema must not say that such a body is refused. Null is as good as nothing.
+fn unbound(description: &str) -> Object {
+    let kinds = SchemaType::from_iter([Type::Integer, Type::Null]);
+    ObjectBuilder::new().schema_type(kinds).description(Some(description)).build()
+}
+
+fn interval_schema() -> Object {
+    unbound(
+        "Seconds from one due time to the next, 0 to 2592000; 0: once. With `enable_auto_scan` false not looked at.",
+    )
+}
+
+fn timeout_schema() -> Object {
+    unbound(
+        "How long a scan may take, in seconds, 2 to 5184000 and at least twice the interval. With `enable_auto_scan` \
+         false not looked at.",
+    )
+}
+
+fn count_schema() -> Object {
+    unbound("COUNT that a scan begins with, 10 to 1000. With `enable_auto_scan` false not looked at.")
 }
 
 /// Creates an expired-key scan of an instance.

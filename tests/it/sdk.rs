@@ -113,7 +113,9 @@ async fn a_fuzzer_that_reads_the_description_finds_nothing_wrong() {
     fuzz.arg("--config-file").arg(root().join("tests/it/schemathesis.toml"));
     fuzz.args(["run", &format!("{}/openapi.json", daemon.url()), "--header", &format!("X-Auth-Token: {TOKEN}")]);
     fuzz.args(["--max-examples", "15", "--seed", "1", "--no-color", "--phases", "examples,coverage,fuzzing"]);
-    fuzz.args(["--request-timeout", "20"]).current_dir(std::env::temp_dir());
+    // It keeps what it found in its folder: a run must not depend on those before it.
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fuzz.args(["--request-timeout", "20"]).current_dir(folder.path());
     let run = output(fuzz).await;
     let said = String::from_utf8_lossy(&run.stdout).into_owned();
     assert!(run.status.success(), "{said}");
