@@ -61,7 +61,8 @@ fn deciding(c: &mut Criterion) {
         returned: 97,
         keys_before: 1000,
         keys_after: 997,
-        round_trip: Duration::from_micros(90),
+        waited: Duration::from_micros(90),
+        ahead: false,
     };
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));

@@ -234,7 +234,7 @@ pub struct PassDto {
     pub ttl: Option<TtlDto>,
 }
 
-/// Microseconds: round trip less the smallest PING.
+/// Microseconds, brought to the mean of `cmdstat_scan` where that was read.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "quantiles")]
 pub struct SliceDto {

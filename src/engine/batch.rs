@@ -114,7 +114,7 @@ mod tests {
     use std::time::Duration;
 
     fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> ScanBatch {
-        ScanBatch { cursor, returned, keys_before, keys_after, round_trip: Duration::ZERO }
+        ScanBatch { cursor, returned, keys_before, keys_after, waited: Duration::ZERO, ahead: false }
     }
 
     /// The cursor after `buckets` buckets of a table of 2^`bits`.

@@ -7,9 +7,9 @@
 //! 2. Rest leaves the master's CPU to others: after work `w` at intensity `i` the sweep owes `w / i - w`.
 //! 3. The ceiling in keys per second is governor's, with a burst of one batch.
 //!
-//! The server's time for a batch is the round trip less the smallest PING round trip. Where `cmdstat_scan` can be read,
-//! the ratio between its mean and ours corrects that: the reply's way through both kernels and our own parsing are in
-//! the round trip too.
+//! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
+//! time that we waited for the batch, less the smallest PING round trip where the way there and back is in it. That is never
+//! less than the server worked: the replies' way through both kernels and our own parsing are in it too.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -71,11 +71,11 @@ pub struct Pacer {
     max_slice: Duration,
     count: u32,
     tuning: Tuning,
-    /// Smallest PING round trip: the network's and both kernels' share of a round trip.
+    /// Smallest PING round trip: the network's and both kernels' share of a wait.
     floor: Duration,
     /// Microseconds per key of the last batches.
     costs: Vec<f64>,
-    /// Server time by `cmdstat_scan` over server time by round trip, in (0, 1].
+    /// Server time by `cmdstat_scan` over server time by our waits, in (0, 1].
     correction: f64,
     owed: Duration,
     /// Rest that was longer than owed, since a timer ticks in milliseconds. Counts towards the next.
@@ -126,18 +126,23 @@ impl Pacer {
         self.tuning = tuning;
     }
 
-    /// Takes one exchange with the server in: `keys` looked at in `round_trip`. Returns how long it held the server.
-    pub fn worked(&mut self, keys: u64, round_trip: Duration) -> Duration {
-        // A batch cannot be shorter than the shortest way there and back, whatever PING said at the start.
-        self.floor = self.floor.min(round_trip);
-        let slice = round_trip - self.floor;
-        self.slices.saturating_record((slice.as_micros() as u64).max(1));
+    /// Takes one exchange with the server in: we waited so long for `keys` to be looked at. `ahead`: it had been sent before
+    /// we began to wait. Returns how long it held the server.
+    pub fn worked(&mut self, keys: u64, waited: Duration, ahead: bool) -> Duration {
+        let slice = if ahead {
+            waited
+        } else {
+            // A batch cannot be shorter than the shortest way there and back, whatever PING said at the start.
+            self.floor = self.floor.min(waited);
+            waited - self.floor
+        };
         if keys > 0 {
             // A touch is no SCAN: `cmdstat_scan` does not know it.
             self.since_stat.0 += 1;
             self.since_stat.1 += slice;
         }
         let held = slice.mul_f64(self.correction);
+        self.slices.saturating_record((held.as_micros() as u64).max(1));
         let rest = held.div_f64(self.tuning.intensity).saturating_sub(held);
         self.owed += rest.saturating_sub(self.ahead);
         self.ahead = self.ahead.saturating_sub(rest);
@@ -249,7 +254,7 @@ mod tests {
     fn settle(pacer: &mut Pacer, us_per_key: f64) -> u32 {
         for _ in 0..200 {
             let keys = pacer.count();
-            pacer.worked(u64::from(keys), 20 * US + US.mul_f64(us_per_key * f64::from(keys)));
+            pacer.worked(u64::from(keys), 20 * US + US.mul_f64(us_per_key * f64::from(keys)), false);
         }
         pacer.count()
     }
@@ -271,11 +276,11 @@ mod tests {
     }
 
     #[test]
-    fn one_preempted_round_trip_does_not_move_count() {
+    fn one_preempted_wait_does_not_move_count() {
         let mut pacer = pacer(75, 1.0, None);
         for batch in 0..60 {
             let us = if batch % 7 == 0 { 50_000 } else { 95 };
-            pacer.worked(75, us * US);
+            pacer.worked(75, us * US, false);
         }
         assert_eq!(pacer.count(), 75);
     }
@@ -285,18 +290,18 @@ mod tests {
         let mut pacer = pacer(100, 0.25, None);
         assert_eq!(pacer.rest_due(), None);
         for _ in 0..10 {
-            pacer.worked(100, 120 * US);
+            pacer.worked(100, 120 * US, false);
         }
         assert_eq!(pacer.rest_due(), Some(3000 * US));
         pacer.rested(4000 * US);
         assert_eq!(pacer.rest_due(), None);
         for _ in 0..10 {
-            pacer.worked(100, 120 * US);
+            pacer.worked(100, 120 * US, false);
         }
         assert_eq!(pacer.rest_due(), Some(2000 * US), "the last rest was 1 ms too long");
         pacer.rested(Duration::from_secs(60));
         for _ in 0..20 {
-            pacer.worked(100, 120 * US);
+            pacer.worked(100, 120 * US, false);
         }
         assert_eq!(pacer.rest_due(), Some(4000 * US), "a long stop is not made up for");
     }
@@ -305,30 +310,30 @@ mod tests {
     fn at_intensity_one_nothing_is_owed() {
         let mut pacer = pacer(100, 1.0, None);
         for _ in 0..1000 {
-            pacer.worked(100, 120 * US);
+            pacer.worked(100, 120 * US, false);
         }
         assert_eq!(pacer.rest_due(), None);
     }
 
     #[test]
-    fn commandstats_correct_the_round_trip() {
+    fn commandstats_correct_the_waits() {
         let mut pacer = pacer(100, 0.5, None);
         pacer.observe(CommandStat { calls: 0, usec: 0 });
         for _ in 0..10 {
-            pacer.worked(100, 120 * US);
+            pacer.worked(100, 120 * US, false);
         }
         pacer.observe(CommandStat { calls: 10, usec: 500 });
         assert_eq!(pacer.server_us_per_scan(), Some(50.0));
-        assert_eq!(pacer.worked(100, 120 * US), 50 * US);
+        assert_eq!(pacer.worked(100, 120 * US, false), 50 * US);
     }
 
     #[test]
     fn other_clients_scans_do_not_correct_ours() {
         let mut pacer = pacer(100, 0.5, None);
         pacer.observe(CommandStat { calls: 0, usec: 0 });
-        pacer.worked(100, 120 * US);
+        pacer.worked(100, 120 * US, false);
         pacer.observe(CommandStat { calls: 1000, usec: 1000 });
-        assert_eq!(pacer.worked(100, 120 * US), 100 * US);
+        assert_eq!(pacer.worked(100, 120 * US, false), 100 * US);
     }
 
     #[tokio::test(start_paused = true)]

@@ -468,7 +468,7 @@ impl ShardScan {
     fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch) {
         let seen = scanned.returned + scanned.reclaimed();
         let figures = &mut pass.figures;
-        figures.active += self.pacer.worked(seen, scanned.round_trip);
+        figures.active += self.pacer.worked(seen, scanned.waited, scanned.ahead);
         figures.batches += 1;
         figures.scanned += seen;
         figures.reclaimed += scanned.reclaimed();
@@ -508,7 +508,7 @@ impl ShardScan {
         let gone = if command == "TTL" { -2 } else { 0 };
         let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;
         let figures = &mut pass.figures;
-        figures.active += self.pacer.worked(0, touched.round_trip);
+        figures.active += self.pacer.worked(0, touched.waited, false);
         figures.touched += touched.answers.iter().flatten().count() as u64;
         figures.found_by_touch += left_dead;
         figures.reclaimed += touched.keys_before.saturating_sub(touched.keys_after);
@@ -690,7 +690,7 @@ impl ShardScan {
 
 /// A batch that moved DBSIZE: after it a [`StillPass`] proves nothing.
 const MOVED: ScanBatch =
-    ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, round_trip: Duration::ZERO };
+    ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, waited: Duration::ZERO, ahead: false };
 
 fn stop_of(orders: &Orders) -> Result<(), End> {
     orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))

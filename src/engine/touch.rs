@@ -11,8 +11,9 @@ use crate::settings::Touch;
 
 /// The first batches of a shard are audited, this many.
 const AUDIT_FIRST: u64 = 4;
-/// While neither SCAN nor the audit has met a dead key, every so many batches.
-const AUDIT_UNPROVEN: u64 = 8;
+/// While neither SCAN nor the audit has met a dead key, every so many batches: an audit costs a round trip in which no batch is
+/// under way, so that every eighth cost a tenth of the speed.
+const AUDIT_UNPROVEN: u64 = 64;
 /// Once SCAN has freed a key, every so many batches.
 const AUDIT_PROVEN: u64 = 256;
 /// Of an audited batch this many keys are asked: enough to meet dead keys where there are any, and 1 per cent of the time.
@@ -126,11 +127,11 @@ mod tests {
     #[test]
     fn while_no_dead_key_was_met_the_audit_stays_awake() {
         let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(audits(&mut toucher, 800, 0), 4 + 99);
+        assert_eq!(audits(&mut toucher, 6400, 0), 4 + 99);
         assert_eq!(toucher.outcome(), TouchOutcome::NothingDead);
-        for _ in 0..8 {
-            toucher.command();
-            toucher.learn(0, 1);
+        for _ in 0..64 {
+            let left_dead = u64::from(toucher.command().is_some()) * 3;
+            toucher.learn(0, left_dead);
         }
         assert_eq!(toucher.outcome(), TouchOutcome::ScanLeavesDead);
     }

@@ -27,7 +27,7 @@ pub struct ServerFacts {
     pub addr: NodeAddr,
 }
 
-/// How long batches held the master, in microseconds: round trip less the smallest PING round trip.
+/// How long batches held the master, in microseconds: our waits for them, brought to the mean of `cmdstat_scan`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SliceSummary {
     /// Half of the batches were shorter.

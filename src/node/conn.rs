@@ -67,8 +67,11 @@ pub struct ScanBatch {
     pub keys_before: u64,
     /// DBSIZE just after.
     pub keys_after: u64,
-    /// From the first byte written to the last byte read.
-    pub round_trip: Duration,
+    /// How long we waited for it: from the first byte written, or where it was sent ahead from the end of the answer before,
+    /// to the last byte read. The server cannot have worked on it for longer.
+    pub waited: Duration,
+    /// It was sent while the answer before was still being read, so that its way to the server is not in `waited`.
+    pub ahead: bool,
 }
 
 impl ScanBatch {
@@ -89,7 +92,7 @@ pub struct TouchBatch {
     /// DBSIZE just after.
     pub keys_after: u64,
     /// From the first byte written to the last byte read.
-    pub round_trip: Duration,
+    pub waited: Duration,
 }
 
 /// One connection. Commands run one after the other. A call that was dropped half way leaves it broken: the next one
@@ -105,6 +108,8 @@ pub struct Conn {
     in_flight: bool,
     watchdog: Option<Watchdog>,
     ahead: Option<Ahead>,
+    /// When the last answer to a batch had been read.
+    read_at: Option<Instant>,
 }
 
 /// A batch that was sent while the one before was being read.
@@ -183,6 +188,7 @@ impl Conn {
             in_flight: false,
             watchdog: None,
             ahead: None,
+            read_at: None,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         match conn.handshake(&options.credentials).await {
@@ -293,20 +299,24 @@ impl Conn {
             names.clear();
         }
         self.bounded("SCAN", async |conn| {
-            let begun = match conn.ahead.take() {
-                Some(sent) if (sent.cursor, sent.count) == (cursor, count) => sent.at,
+            let (begun, ahead) = match conn.ahead.take() {
+                Some(sent) if (sent.cursor, sent.count) == (cursor, count) => {
+                    (conn.read_at.map_or(sent.at, |read| read.max(sent.at)), true)
+                }
                 Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
-                None => conn.send_scan(cursor, count).await?,
+                None => (conn.send_scan(cursor, count).await?, false),
             };
             let before = conn.read_integer("DBSIZE").await?;
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
             let after = conn.read_integer("DBSIZE").await?;
-            let round_trip = begun.elapsed();
+            let read_at = Instant::now();
+            conn.read_at = Some(read_at);
+            let waited = read_at.duration_since(begun);
             // All three were read, so the connection stays in step whichever was refused.
             let keys_before = conn.count_of(before?)?;
             let (cursor, returned) = page?;
             let keys_after = conn.count_of(after?)?;
-            Ok(ScanBatch { cursor, returned, keys_before, keys_after, round_trip })
+            Ok(ScanBatch { cursor, returned, keys_before, keys_after, waited, ahead })
         })
         .await
     }
@@ -360,12 +370,12 @@ impl Conn {
                 }
             }
             let after = conn.read_integer("DBSIZE").await?;
-            let round_trip = begun.elapsed();
+            let waited = begun.elapsed();
             if let Some(error) = refused {
                 return Err(error);
             }
             let (keys_before, keys_after) = (conn.count_of(before?)?, conn.count_of(after?)?);
-            Ok(TouchBatch { answers, keys_before, keys_after, round_trip })
+            Ok(TouchBatch { answers, keys_before, keys_after, waited })
         })
         .await
     }
