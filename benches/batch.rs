@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ttlsweep::engine::batch::hidden;
-use ttlsweep::engine::control::Tuning;
 use ttlsweep::engine::pacer::Pacer;
 use ttlsweep::model::shard::ScanPosition;
 use ttlsweep::model::slots::CursorSpace;
+use ttlsweep::model::throttle::Limits;
 use ttlsweep::node::conn::ScanBatch;
 use ttlsweep::node::wire::{Names, ScanReader, ScanReply, frame_len};
+use ttlsweep::settings::Tuning;
 
 /// A SCAN reply with names as operators have them.
 fn reply(names: usize) -> Vec<u8> {
@@ -67,11 +68,11 @@ fn deciding(c: &mut Criterion) {
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
     });
-    let tuning = Tuning { intensity: 0.5, max_keys_per_sec: Some(1_000_000) };
+    let tuning = Tuning { intensity: 0.5, min_intensity: 0.5, max_keys_per_sec: Some(1_000_000), limits: Limits::NONE };
     let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));
     c.bench_function("pace_one_batch", |b| {
         b.iter(|| {
-            pacer.worked(black_box(100), black_box(Duration::from_micros(90)));
+            pacer.worked(black_box(100), black_box(Duration::from_micros(90)), false);
             pacer.rested(Duration::from_secs(1));
             pacer.count()
         });

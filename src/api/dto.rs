@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
 use crate::model::task::{Cause, Task};
-use crate::settings::{ScanSettings, show_duration};
+use crate::settings::{ScanSettings, show_duration, show_limits};
 
 /// A time as the contract writes it: UTC with milliseconds.
 pub fn time(at: Timestamp) -> String {
@@ -100,8 +100,14 @@ pub struct SettingsDto {
     pub count: u32,
     pub max_slice: String,
     pub intensity: f64,
+    pub min_intensity: f64,
     pub max_keys_per_sec: u32,
+    /// Above which load to hold or to give up: `off`, `auto` or a value.
+    pub limits: BTreeMap<&'static str, String>,
+    pub allow_slow: bool,
+    pub assist_expiry: String,
     pub touch: &'static str,
+    pub payload: &'static str,
     pub timeout: String,
     pub parallel: usize,
     pub follow: bool,
@@ -113,9 +119,14 @@ impl From<&ScanSettings> for SettingsDto {
             db: settings.dbs.iter().map(|db| db.0).collect(),
             count: settings.count,
             max_slice: show_duration(settings.max_slice),
-            intensity: settings.intensity,
-            max_keys_per_sec: settings.max_keys_per_sec.unwrap_or(0),
+            intensity: settings.tuning.intensity,
+            min_intensity: settings.tuning.min_intensity,
+            max_keys_per_sec: settings.tuning.max_keys_per_sec.unwrap_or(0),
+            limits: show_limits(&settings.tuning.limits),
+            allow_slow: settings.allow_slow,
+            assist_expiry: show_duration(settings.assist_expiry.unwrap_or_default()),
             touch: settings.touch.as_str(),
+            payload: settings.payload.as_str(),
             timeout: show_duration(settings.timeout),
             parallel: settings.parallel.map_or(0, usize::from),
             follow: settings.follow,
@@ -217,8 +228,12 @@ pub struct PassDto {
     pub lost_replies: u64,
     /// How often it began again.
     pub restarts: u64,
+    /// Of the batches, those that came without names.
+    pub nameless: u64,
     /// COUNT at the end.
     pub count: u32,
+    /// Share of the master's time that was taken at the end.
+    pub intensity: f64,
     /// How long batches held the master.
     pub slice_us: SliceDto,
     /// Server time of one SCAN by `cmdstat_scan`, other clients' in it.
@@ -262,7 +277,7 @@ pub struct HoldDto {
     /// The reason's word.
     pub reason: &'static str,
     /// The reason as people read it.
-    pub sentence: &'static str,
+    pub sentence: String,
 }
 
 /// A failure.
@@ -315,7 +330,9 @@ impl PassDto {
             batches: figures.batches,
             lost_replies: figures.lost_replies,
             restarts: figures.restarts,
+            nameless: figures.nameless,
             count: figures.count,
+            intensity: (figures.intensity * 1000.0).round() / 1000.0,
             slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
             server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
             active_s: seconds(figures.active),

@@ -17,7 +17,8 @@ use crate::api::error::{ApiError, ErrorBody};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check::{self, verdict};
 use crate::model::failure::Failure;
-use crate::model::task::{Cause, Task, TaskId, TaskState};
+use crate::model::task::{Cause, SweepTexts, Task, TaskId, TaskState};
+use crate::settings::raw::Problem;
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
 use crate::tasks::{Order, TaskSpec, TaskView, Tune};
@@ -148,7 +149,7 @@ impl TaskView {
             view.hold.map(|reason| HoldDto {
                 shard: shard.0.clone(),
                 reason: reason.as_str(),
-                sentence: reason.sentence(),
+                sentence: view.hold_text().unwrap_or_default(),
             })
         });
         held.collect()
@@ -186,6 +187,9 @@ pub struct CreateTask {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
+    /// Above which load to hold.
+    #[serde(default)]
+    pub limits: LimitWishes,
     /// COUNT to begin with.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 10, maximum = 1000)]
@@ -237,6 +241,67 @@ pub struct TuneTask {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
+    /// Above which load to hold.
+    #[serde(default)]
+    pub limits: LimitWishes,
+}
+
+/// Above which load a sweep holds or gives up, and how far it gives way: `off`, `auto`, or a value, as the settings of the same
+/// names (`_` for `-`) take it. What is left out stays.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs, reason = "the names are those of the settings")]
+pub struct LimitWishes {
+    #[schema(minimum = 0.000_001, maximum = 1)]
+    pub min_intensity: Option<f64>,
+    pub throttle: Option<bool>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub max_latency: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub max_replica_lag: Option<String>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub max_replica_silence: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub max_replica_buffer: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
+    pub max_lazyfree: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
+    pub max_ops: Option<String>,
+    #[schema(pattern = "^(off|auto|1|0[.][0-9]{0,3}[1-9])$")]
+    pub max_cpu: Option<String>,
+    #[schema(pattern = "^(hold|go)$")]
+    pub during_fork: Option<String>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub abort_latency: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub abort_replica_lag: Option<String>,
+}
+
+/// The texts that a wish for other limits makes.
+fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>, limits: LimitWishes) -> SweepTexts {
+    let wishes = [
+        ("intensity", intensity.map(|share| share.to_string())),
+        ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),
+        ("min-intensity", limits.min_intensity.map(|share| share.to_string())),
+        ("throttle", limits.throttle.map(|on| on.to_string())),
+        ("max-latency", limits.max_latency),
+        ("max-replica-lag", limits.max_replica_lag),
+        ("max-replica-silence", limits.max_replica_silence),
+        ("max-replica-buffer", limits.max_replica_buffer),
+        ("max-lazyfree", limits.max_lazyfree),
+        ("max-ops", limits.max_ops),
+        ("max-cpu", limits.max_cpu),
+        ("during-fork", limits.during_fork),
+        ("abort-latency", limits.abort_latency),
+        ("abort-replica-lag", limits.abort_replica_lag),
+    ];
+    wishes.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
+}
+
+/// What is wrong with the settings that a caller wishes.
+fn invalid_settings(problems: Vec<Problem>) -> ApiError {
+    let problems: Vec<_> = problems.into_iter().map(|problem| problem.message).collect();
+    ApiError::invalid(format_args!("settings ({})", problems.join("; ")))
 }
 
 /// The number of a logical database.
@@ -445,17 +510,13 @@ pub async fn create_task(
 ) -> Result<Json<TaskDto>, ApiError> {
     let instance = app.instance_of(&caller, &wish.instance_id)?;
     let mut texts = instance.settings.sweep_texts.clone();
+    texts.extend(tuning_texts(wish.intensity, wish.max_keys_per_sec, wish.limits));
     let mut set = |key: &str, text: Option<String>| texts.extend(text.map(|text| (key.to_owned(), text)));
-    set("intensity", wish.intensity.map(|share| share.to_string()));
-    set("max-keys-per-sec", wish.max_keys_per_sec.map(|keys| keys.to_string()));
     set("count", wish.count.map(|count| count.to_string()));
     set("db", wish.db.map(|dbs| dbs.iter().map(|db| db.0.to_string()).collect::<Vec<_>>().join(",")));
     set("touch", wish.touch.map(|touch| touch.as_str().to_owned()));
     set("timeout", wish.timeout_s.map(|seconds| format!("{seconds}s")));
-    let settings = serve::with_texts(&instance.settings, &texts).map_err(|problems| {
-        let problems: Vec<_> = problems.iter().map(|problem| problem.message.clone()).collect();
-        ApiError::invalid(format_args!("settings ({})", problems.join("; ")))
-    })?;
+    let settings = serve::with_texts(&instance.settings, &texts).map_err(invalid_settings)?;
     app.must_be_scannable(&instance).await?;
     let window = instance.window.clone().filter(|_| wish.respect_window);
     let spec = TaskSpec { window, ..TaskSpec::of(&instance, &settings, Cause::Api)? };
@@ -529,10 +590,8 @@ pub async fn tune_task(
     At(id): At<String>,
     JsonBody(wish): JsonBody<TuneTask>,
 ) -> Result<Json<TaskDetails>, ApiError> {
-    if wish.intensity.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
-        return Err(ApiError::invalid("intensity"));
-    }
-    let tune = Tune { intensity: wish.intensity, max_keys_per_sec: wish.max_keys_per_sec };
+    let texts = tuning_texts(wish.intensity, wish.max_keys_per_sec, wish.limits);
+    let tune = Tune::new(texts).map_err(invalid_settings)?;
     app.give(&caller, &id, Order::Tune(tune)).await
 }
 

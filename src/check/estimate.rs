@@ -44,8 +44,8 @@ pub fn sweep_time(live: u64, stale: u64, settings: &ScanSettings, round_trip: Du
         let count = settings.max_slice.as_secs_f64() * 1e6 / (scan_us / keys.max(1.0)).max(0.01);
         let count = count.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end()));
         let waited_s = (keys / count).ceil() * exchanges * round_trip.as_secs_f64();
-        let paced_s = scan_us * factor / 1e6 / settings.intensity + waited_s;
-        let ceiling_s = settings.max_keys_per_sec.map_or(0.0, |ceiling| keys / f64::from(ceiling));
+        let paced_s = scan_us * factor / 1e6 / settings.tuning.intensity + waited_s;
+        let ceiling_s = settings.tuning.max_keys_per_sec.map_or(0.0, |ceiling| keys / f64::from(ceiling));
         Duration::try_from_secs_f64(paced_s.max(ceiling_s)).unwrap_or(Duration::MAX)
     };
     Span { least: one(COST.live_us.0, COST.reclaimed_us.0), most: one(COST.live_us.1, COST.reclaimed_us.1) }
@@ -80,10 +80,12 @@ mod tests {
 
     #[test]
     fn rest_and_ceiling_make_it_longer() {
-        let slow = ScanSettings { intensity: 0.1, ..defaults() };
+        let mut slow = defaults();
+        slow.tuning.intensity = 0.1;
         let (least, _) = seconds(sweep_time(1_000_000, 0, &slow, Duration::ZERO));
         assert!((least - 8.0).abs() < 0.01, "{least}");
-        let capped = ScanSettings { max_keys_per_sec: Some(1000), ..defaults() };
+        let mut capped = defaults();
+        capped.tuning.max_keys_per_sec = Some(1000);
         assert_eq!(sweep_time(900_000, 100_000, &capped, Duration::ZERO).least.as_secs(), 1000);
     }
 

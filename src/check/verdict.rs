@@ -9,15 +9,12 @@ use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{self, Span};
 use crate::check::facts::{Access, Facts, Right, Role, sum};
 use crate::check::findings::{Finding, Severity};
+use crate::engine::guard::{OUTRUN, SAME_ORDER};
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
 use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};
 
-/// From this version on, active expiry walks the table in SCAN's own order and gets stuck in the wake of a slow sweep.
-const SAME_ORDER: (u32, u32) = (7, 2);
-/// A sweep should read this many times as many keys as expire meanwhile.
-const OUTRUN: f64 = 2.0;
 /// A replica that is further behind in bytes, or has been silent for more seconds, is worth a word.
 const BEHIND: (u64, u64) = (8 << 20, 10);
 

@@ -99,9 +99,13 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_SLICE", value_name = "TIME", help_heading = "Pace")]
     pub max_slice: Option<String>,
 
-    /// Share of the server's time that batches may take, above 0 and up to 1 [default: 1]
+    /// Most of the server's time that batches may take, above 0 and up to 1 [default: 1]
     #[arg(long, env = "TTLSWEEP_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
     pub intensity: Option<String>,
+
+    /// Least of it, while others keep the server busy [default: 0.1]
+    #[arg(long, env = "TTLSWEEP_MIN_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
+    pub min_intensity: Option<String>,
 
     /// Never look at more keys per second than this [default: no ceiling]
     #[arg(long, env = "TTLSWEEP_MAX_KEYS_PER_SEC", value_name = "KEYS", help_heading = "Pace")]
@@ -110,6 +114,68 @@ pub struct SweepArgs {
     /// Masters to sweep at a time [default: one on each host]
     #[arg(long, env = "TTLSWEEP_PARALLEL", value_name = "N", help_heading = "Pace")]
     pub parallel: Option<String>,
+
+    /// Look at the server's load, and hold or slow down for it [default: true]
+    #[arg(long, env = "TTLSWEEP_THROTTLE", value_name = "BOOL", help_heading = "Load")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub throttle: Option<String>,
+
+    /// The same as --throttle=false: gives up the adapted intensity and every limit on latency, replicas, forks and lazy frees
+    #[arg(long, help_heading = "Load", conflicts_with = "throttle")]
+    pub no_throttle: bool,
+
+    /// Hold while a PING takes longer (mean of 0.4 s) [default: 5 ms and five times the time before]
+    #[arg(long, env = "TTLSWEEP_MAX_LATENCY", value_name = "TIME", help_heading = "Load")]
+    pub max_latency: Option<String>,
+
+    /// Hold while a replica is further behind [default: 16MiB more than before]
+    #[arg(long, env = "TTLSWEEP_MAX_REPLICA_LAG", value_name = "BYTES", help_heading = "Load")]
+    pub max_replica_lag: Option<String>,
+
+    /// Hold while a replica was not heard of for longer [default: 10s more than before]
+    #[arg(long, env = "TTLSWEEP_MAX_REPLICA_SILENCE", value_name = "TIME", help_heading = "Load")]
+    pub max_replica_silence: Option<String>,
+
+    /// Hold while more waits to be sent to replicas [default: 32MiB more than before]
+    #[arg(long, env = "TTLSWEEP_MAX_REPLICA_BUFFER", value_name = "BYTES", help_heading = "Load")]
+    pub max_replica_buffer: Option<String>,
+
+    /// Hold while more objects wait to be freed in the background [default: 100000 more than before]
+    #[arg(long, env = "TTLSWEEP_MAX_LAZYFREE", value_name = "N", help_heading = "Load")]
+    pub max_lazyfree: Option<String>,
+
+    /// Hold while others send more commands a second [default: off]
+    #[arg(long, env = "TTLSWEEP_MAX_OPS", value_name = "N", help_heading = "Load")]
+    pub max_ops: Option<String>,
+
+    /// Hold while others take more of the main thread's time, 0 to 1 [default: off]
+    #[arg(long, env = "TTLSWEEP_MAX_CPU", value_name = "SHARE", help_heading = "Load")]
+    pub max_cpu: Option<String>,
+
+    /// While the server saves, rewrites or gives a replica everything: hold or go [default: hold]
+    #[arg(long, env = "TTLSWEEP_DURING_FORK", value_name = "WORD", help_heading = "Load")]
+    pub during_fork: Option<String>,
+
+    /// Give up when a PING takes longer [default: off]
+    #[arg(long, env = "TTLSWEEP_ABORT_LATENCY", value_name = "TIME", help_heading = "Load")]
+    pub abort_latency: Option<String>,
+
+    /// Give up when a replica is further behind [default: off]
+    #[arg(long, env = "TTLSWEEP_ABORT_REPLICA_LAG", value_name = "BYTES", help_heading = "Load")]
+    pub abort_replica_lag: Option<String>,
+
+    /// Sweep although that is slower than keys expire, which harms Redis and Valkey from 7.2 on
+    #[arg(long, env = "TTLSWEEP_ALLOW_SLOW", value_name = "BOOL", help_heading = "Load")]
+    #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub allow_slow: Option<String>,
+
+    /// First raise active-expire-effort for at most so long (needs CONFIG SET, and --state) [default: 0s]
+    #[arg(long, env = "TTLSWEEP_ASSIST_EXPIRY", value_name = "TIME", help_heading = "Load")]
+    pub assist_expiry: Option<String>,
+
+    /// What SCAN sends back: auto, names, none [default: auto]
+    #[arg(long, env = "TTLSWEEP_PAYLOAD", value_name = "WORD")]
+    pub payload: Option<String>,
 
     /// Ask for each key that SCAN returned: auto, none, exists, ttl [default: auto]
     #[arg(long, env = "TTLSWEEP_TOUCH", value_name = "MODE")]
@@ -178,6 +244,9 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
             _ => Origin::Flag(format!("--{key}")),
         };
         raw.set(key, values.join(","), origin);
+    }
+    if matches.try_get_one::<bool>("no_throttle").ok().flatten() == Some(&true) {
+        raw.set("throttle", "false".to_owned(), Origin::Flag("--no-throttle".to_owned()));
     }
     Ok(raw)
 }

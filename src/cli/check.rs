@@ -283,6 +283,7 @@ fn range(sweep: Span) -> String {
 fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
     let Some(sweep) = verdict.sweep else { return "takes an unknown time: the sizes are unknown".to_owned() };
     let ceiling = settings
+        .tuning
         .max_keys_per_sec
         .map_or_else(|| "no ceiling".to_owned(), |ceiling| format!("at most {} keys/s", grouped(ceiling.into())));
     let us = |(least, most): (f64, f64)| format!("{least}-{most}us");
@@ -290,7 +291,7 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
         "takes {} at intensity {}, {ceiling}, touch {}\n          \
          (assumed: {} of server time per live key, {} per expired key, a round trip of {}us per {} slice)",
         range(sweep),
-        settings.intensity,
+        settings.tuning.intensity,
         settings.touch,
         us(COST.live_us),
         us(COST.reclaimed_us),

@@ -44,6 +44,8 @@ impl Exit {
             FailureKind::Interrupted => Self::Interrupted,
             FailureKind::NotAMaster
             | FailureKind::Unsupported
+            | FailureKind::LimitPassed
+            | FailureKind::TooSlow
             | FailureKind::TopologyChanged
             | FailureKind::Protocol
             | FailureKind::Store => Self::Failed,

@@ -196,6 +196,16 @@ fn shard_lines(shard: &ShardView) -> String {
         let _ = writeln!(text, "used memory: {} before, {} after ({change})", bytes(before), bytes(after));
     }
     let _ = writeln!(text, "touch: {}", shard.touch.sentence());
+    let nameless: u64 = shard.passes.values().map(|figures| figures.nameless).sum();
+    if nameless > 0 {
+        let batches = shard.passes.values().map(|figures| figures.batches).sum();
+        let _ = writeln!(
+            text,
+            "payload: {} of {} batches came without names; what they looked at is an estimate, what they freed is exact",
+            grouped(nameless),
+            grouped(batches)
+        );
+    }
     let mut held: std::collections::BTreeMap<_, Duration> = Default::default();
     let mut ttl = TtlHistogram::default();
     for figures in shard.passes.values() {

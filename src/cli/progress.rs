@@ -55,6 +55,8 @@ pub struct PassRow {
     pub reclaimed: u64,
     /// Half of the batches were shorter, in microseconds.
     pub slice_p50_us: u64,
+    /// Share of the master's time that batches take now.
+    pub intensity: f64,
 }
 
 impl From<&TaskView> for Rows {
@@ -66,10 +68,11 @@ impl From<&TaskView> for Rows {
             scanned: figures.scanned,
             reclaimed: figures.reclaimed,
             slice_p50_us: figures.slice.p50_us,
+            intensity: figures.intensity,
         };
         let shards = view.snapshot.shards.iter().map(|(id, shard)| ShardRow {
             name: id.to_string(),
-            hold: shard.hold.map(|reason| reason.sentence().to_owned()),
+            hold: shard.hold_text(),
             passes: shard.passes.iter().map(pass).collect(),
         });
         Self { shards: shards.collect() }
@@ -115,9 +118,12 @@ fn eta(elapsed: Duration, fraction_then: f64, fraction_now: f64) -> Option<Durat
 /// The figures of a pass in one line.
 fn figures_text(pass: &PassRow, pace: &Pace) -> String {
     let eta = pace.eta(pass).map_or_else(|| "N/A".to_owned(), span);
+    // All that is allowed is not worth a word; a part of it says why the sweep is slow.
+    let part = (pass.intensity > 0.0 && pass.intensity < 0.995).then(|| format!(", at {:.0}%", pass.intensity * 100.0));
     format!(
-        "{} keys/s, {} reclaimed, slice {}us, ETA {eta}",
+        "{} keys/s{}, {} reclaimed, slice {}us, ETA {eta}",
         grouped(pace.keys_per_sec(pass) as u64),
+        part.unwrap_or_default(),
         grouped(pass.reclaimed),
         pass.slice_p50_us,
     )

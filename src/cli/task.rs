@@ -83,7 +83,22 @@ enum TaskCommand {
         /// Keys per second; 0: no ceiling
         #[arg(long, value_name = "KEYS")]
         max_keys_per_sec: Option<u32>,
+        /// Other limits, such as max-latency=20ms or throttle=false
+        #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit)]
+        limits: Vec<(String, Value)>,
     },
+}
+
+/// One limit, as the API wants it.
+fn limit(text: &str) -> Result<(String, Value), String> {
+    let (key, value) = text.split_once('=').ok_or("write SETTING=VALUE, such as max-latency=20ms")?;
+    let name = key.replace('-', "_");
+    let value = match name.as_str() {
+        "throttle" => value.parse().map(Value::Bool).map_err(|_| "throttle is true or false".to_owned())?,
+        "min_intensity" => json!(value.parse::<f64>().map_err(|_| "min-intensity is a share such as 0.05".to_owned())?),
+        _ => Value::String(value.to_owned()),
+    };
+    Ok((name, value))
 }
 
 #[derive(Debug, Args)]
@@ -96,6 +111,9 @@ struct CreateArgs {
     /// Keys per second; 0: no ceiling
     #[arg(long, value_name = "KEYS")]
     max_keys_per_sec: Option<u32>,
+    /// Other limits, such as max-latency=20ms or throttle=false
+    #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit)]
+    limits: Vec<(String, Value)>,
     /// COUNT to begin with, 10 to 1000
     #[arg(long, value_name = "KEYS")]
     count: Option<u32>,
@@ -127,6 +145,7 @@ impl CreateArgs {
         set("instance_id", json!(self.instance));
         set("intensity", json!(self.intensity));
         set("max_keys_per_sec", json!(self.max_keys_per_sec));
+        set("limits", json!(self.limits.iter().cloned().collect::<Map<_, _>>()));
         set("count", json!(self.count));
         set("db", if self.db.is_empty() { Value::Null } else { json!(self.db) });
         set("touch", json!(self.touch));
@@ -178,10 +197,11 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
         TaskCommand::Pause { id } => order(id, "pause").await,
         TaskCommand::Resume { id } => order(id, "resume").await,
         TaskCommand::Cancel { id } => order(id, "cancel").await,
-        TaskCommand::Tune { id, intensity, max_keys_per_sec } => {
+        TaskCommand::Tune { id, intensity, max_keys_per_sec, limits } => {
             let mut body = Map::new();
             body.extend(intensity.map(|share| ("intensity".to_owned(), json!(share))));
             body.extend(max_keys_per_sec.map(|keys| ("max_keys_per_sec".to_owned(), json!(keys))));
+            body.insert("limits".to_owned(), json!(limits.iter().cloned().collect::<Map<_, _>>()));
             client.send(Method::PATCH, &format!("/api/v1/tasks/{id}"), Some(&Value::Object(body))).await
         }
     }
@@ -218,6 +238,7 @@ fn rows(view: &Value) -> Rows {
         scanned: number(pass, "/scanned"),
         reclaimed: number(pass, "/reclaimed"),
         slice_p50_us: number(pass, "/slice_us/p50"),
+        intensity: pass["intensity"].as_f64().unwrap_or_default(),
     };
     let shards = view["shards"].as_array().into_iter().flatten().map(|shard| ShardRow {
         name: shard["shard"].as_str().unwrap_or_default().to_owned(),

@@ -12,9 +12,11 @@ use tokio::time::Instant;
 use crate::engine::control::{Orders, stop_ordered};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
+use crate::engine::pause::{Others, wait};
+use crate::engine::payload::Payload;
 use crate::engine::roster::Found;
 use crate::engine::seats::Seat;
-use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan, wait};
+use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan};
 use crate::engine::throttle::{self, Decision};
 use crate::engine::touch::Toucher;
 use crate::model::failure::{Failure, FailureKind};
@@ -41,6 +43,8 @@ struct Reached {
     conn: Conn,
     info: Info,
     floor: Duration,
+    /// What is seen before the first batch.
+    before: Observation,
     master: Master,
 }
 
@@ -73,8 +77,9 @@ async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
         return Err(Trouble::Node(loading(&conn)));
     }
     may_be_swept(job.roster.kind(), &info).map_err(|failure| refused(job, failure))?;
-    let floor = smallest_ping(&mut conn).await?;
-    Ok(Reached { conn, info, floor, master })
+    let (floor, latency) = pings(&mut conn).await?;
+    let before = Observation { latency: Some(latency), ..Observation::from_info(&info) };
+    Ok(Reached { conn, info, floor, before, master })
 }
 
 /// A replica where the master was said to be: the word of its promotion, or of its demotion, is still on its way.
@@ -136,20 +141,27 @@ impl ShardScan {
         orders: watch::Receiver<Orders>,
     ) -> Result<Self, End> {
         let (reached, seat) = Self::first_contact(&mut job, &reporter, orders.clone()).await?;
-        let Reached { conn, info, floor, master } = reached;
-        let observation = Observation::from_info(&info);
+        let Reached { conn, info, floor, before, master } = reached;
         let tuning = orders.borrow().tuning;
+        let version = info.redis_version();
         let options = job.roster.topology().options().clone();
         Ok(Self {
-            observer: Observer::start(conn.addr().clone(), options, observation.clone()),
+            observer: Observer::start(conn.addr().clone(), options, before.clone()),
+            seen: before.clone(),
+            others: Others::default(),
+            decided: None,
+            flow: lifetime_flow(&info),
+            payload: Payload::new(job.settings.payload, info.server(conn.addr()).as_ref(), version),
+            redis_version: version,
             conn,
-            run_id: observation.run_id,
+            run_id: before.run_id.clone(),
+            before,
             process: 0,
             done: Default::default(),
             judges: may_judge(&info),
             space: space_of(&info, &master),
             pacer: Pacer::new(job.settings.count, job.settings.max_slice, tuning, floor),
-            toucher: Toucher::new(job.settings.touch, info.redis_version()),
+            toucher: Toucher::new(job.settings.touch, version),
             names: Names::default(),
             hold: None,
             ordered_hold: false,
@@ -262,10 +274,10 @@ impl ShardScan {
         if let Err(failure) = may_be_swept(self.job.roster.kind(), &info) {
             return self.demoted(failure, pass).await.map(|()| false);
         }
-        match throttle::decide(&Observation::from_info(&info)) {
-            Decision::Proceed => Ok(true),
-            Decision::Abort(failure) => Err(failure.into()),
-            Decision::Hold(_) => {
+        match throttle::impossible(&Observation::from_info(&info)) {
+            None => Ok(true),
+            Some(Decision::Abort(failure)) => Err(failure.into()),
+            Some(_) => {
                 pass.go_back();
                 Ok(false)
             }
@@ -285,17 +297,16 @@ impl ShardScan {
             reached = attempt => reached?,
             reason = stop_ordered(&mut orders) => return Err(Trouble::End(End::Stopped(reason))),
         };
-        let Reached { conn, info, floor, master } = reached;
+        let Reached { conn, info, floor, before, master } = reached;
         self.conn = conn;
         self.pacer.set_floor(floor);
         self.judges = may_judge(&info);
-        let observation = Observation::from_info(&info);
         self.end_hold(pass.as_deref_mut()).await;
         if master.addr != self.master.addr {
             let options = self.job.roster.topology().options().clone();
-            self.observer = Observer::start(master.addr.clone(), options, observation.clone());
+            self.observer = Observer::start(master.addr.clone(), options, before.clone());
         }
-        if observation.run_id == self.run_id {
+        if before.run_id == self.run_id {
             // Slots that came meanwhile were not there when the pass began: they are not covered by it.
             self.master.slots = self.master.slots.common(&master.slots);
             self.master.addr = master.addr;
@@ -306,7 +317,13 @@ impl ShardScan {
         } else {
             format!("{} is the master now", master.addr)
         };
-        self.run_id = observation.run_id;
+        self.run_id = before.run_id.clone();
+        self.before = before;
+        self.others = Others::default();
+        self.flow = lifetime_flow(&info);
+        self.redis_version = info.redis_version();
+        let server = info.server(self.conn.addr());
+        self.payload = Payload::new(self.job.settings.payload, server.as_ref(), self.redis_version);
         self.process += 1;
         self.space = space_of(&info, &master);
         self.master = master;
@@ -317,7 +334,7 @@ impl ShardScan {
                 self.begin_again(pass, why).await;
             }
         }
-        if let Some(server) = info.server(self.conn.addr()) {
+        if let Some(server) = server {
             self.reporter.say(ScanEventKind::ServerChanged { server }).await;
         }
         Ok(())
@@ -388,14 +405,22 @@ pub fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
     }
 }
 
-async fn smallest_ping(conn: &mut Conn) -> Result<Duration, NodeError> {
-    let mut smallest = Duration::MAX;
+/// Keys that expired each second since the server was started.
+fn lifetime_flow(info: &Info) -> Option<f64> {
+    let (expired, uptime) = (info.parsed::<f64>("expired_keys")?, info.parsed::<f64>("uptime_in_seconds")?);
+    (uptime > 0.0).then(|| expired / uptime)
+}
+
+/// The smallest round trip of some PINGs, and the one in their middle.
+async fn pings(conn: &mut Conn) -> Result<(Duration, Duration), NodeError> {
+    let mut round_trips = Vec::with_capacity(PINGS);
     for _ in 0..PINGS {
         let begun = std::time::Instant::now();
         commands::ping(conn).await?;
-        smallest = smallest.min(begun.elapsed());
+        round_trips.push(begun.elapsed());
     }
-    Ok(smallest)
+    round_trips.sort();
+    Ok((round_trips[0], round_trips[PINGS / 2]))
 }
 
 #[cfg(test)]

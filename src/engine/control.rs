@@ -3,7 +3,7 @@
 use tokio::sync::watch;
 
 use crate::model::throttle::Reason;
-use crate::settings::ScanSettings;
+use crate::settings::{ScanSettings, Tuning};
 
 /// Why a sweep is told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,15 +14,6 @@ pub enum StopReason {
     TimedOut,
     /// A person ended the task.
     Cancelled,
-}
-
-/// Limits that may change while the sweep runs.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Tuning {
-    /// Share of the master's time that batches may take, in (0, 1].
-    pub intensity: f64,
-    /// Ceiling in keys per second.
-    pub max_keys_per_sec: Option<u32>,
 }
 
 /// The orders in force.
@@ -43,8 +34,7 @@ pub struct Control(watch::Sender<Orders>);
 impl Control {
     /// A control that lets the sweep run with the given settings.
     pub fn new(settings: &ScanSettings) -> Self {
-        let tuning = Tuning { intensity: settings.intensity, max_keys_per_sec: settings.max_keys_per_sec };
-        Self(watch::Sender::new(Orders { stop: None, hold: None, tuning }))
+        Self(watch::Sender::new(Orders { stop: None, hold: None, tuning: settings.tuning }))
     }
 
     /// The receiving end, for the engine.
@@ -67,8 +57,8 @@ impl Control {
     }
 
     /// Changes the limits.
-    pub fn tune(&self, change: impl FnOnce(&mut Tuning)) {
-        self.0.send_modify(|orders| change(&mut orders.tuning));
+    pub fn tune(&self, tuning: Tuning) {
+        self.0.send_modify(|orders| orders.tuning = tuning);
     }
 
     /// Waits until a stop was ordered, and says why.

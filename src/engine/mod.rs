@@ -15,7 +15,7 @@
 //! # How it stays gentle
 //!
 //! See [`pacer`]: short batches, rest by intensity, a ceiling. [`throttle`] decides by what [`observe`] saw whether the
-//! sweep may go on at all.
+//! sweep may go on at all, and how much it may take. [`guard`] sees to it that it is never worse than no sweep.
 //!
 //! # How it stays truthful
 //!
@@ -35,11 +35,15 @@
 //!
 //! Called by `tasks` and by nobody else. Never writes a record, never prints.
 
+mod assist;
 pub mod batch;
 mod contact;
 pub mod control;
+pub mod guard;
 pub mod observe;
 pub mod pacer;
+mod pause;
+pub mod payload;
 mod roster;
 mod seats;
 mod shard_scan;

@@ -21,10 +21,9 @@ use governor::{Quota, RateLimiter};
 use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
-use crate::engine::control::Tuning;
 use crate::model::progress::SliceSummary;
 use crate::node::info::CommandStat;
-use crate::settings::COUNT_RANGE;
+use crate::settings::{COUNT_RANGE, Tuning};
 
 /// COUNT is reconsidered after this many batches, by the median cost among them: one preempted round trip must not
 /// move it.
@@ -71,6 +70,8 @@ pub struct Pacer {
     max_slice: Duration,
     count: u32,
     tuning: Tuning,
+    /// Share of the master's time that batches take now, `tuning.intensity` at most.
+    intensity: f64,
     /// Smallest PING round trip: the network's and both kernels' share of a wait.
     floor: Duration,
     /// Microseconds per key of the last batches.
@@ -94,6 +95,7 @@ impl Pacer {
             max_slice,
             count,
             tuning,
+            intensity: tuning.intensity,
             floor,
             costs: Vec::with_capacity(STEER_EVERY),
             correction: 1.0,
@@ -118,12 +120,26 @@ impl Pacer {
         self.floor = floor;
     }
 
-    /// Takes other limits in.
-    pub fn tune(&mut self, tuning: Tuning) {
+    /// Takes other limits in. Returns whether they are others.
+    pub fn tune(&mut self, tuning: Tuning) -> bool {
+        if tuning == self.tuning {
+            return false;
+        }
         if tuning.max_keys_per_sec != self.tuning.max_keys_per_sec {
             self.ceiling = tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, self.count));
         }
         self.tuning = tuning;
+        true
+    }
+
+    /// Share of the master's time that batches take now.
+    pub fn intensity(&self) -> f64 {
+        self.intensity
+    }
+
+    /// Takes as much as the master can spare now.
+    pub fn set_intensity(&mut self, intensity: f64) {
+        self.intensity = intensity;
     }
 
     /// Takes one exchange with the server in: we waited so long for `keys` to be looked at. `ahead`: it had been sent before
@@ -143,7 +159,7 @@ impl Pacer {
         }
         let held = slice.mul_f64(self.correction);
         self.slices.saturating_record((held.as_micros() as u64).max(1));
-        let rest = held.div_f64(self.tuning.intensity).saturating_sub(held);
+        let rest = held.div_f64(self.intensity).saturating_sub(held);
         self.owed += rest.saturating_sub(self.ahead);
         self.ahead = self.ahead.saturating_sub(rest);
         if keys > 0 && !self.max_slice.is_zero() {
@@ -170,6 +186,10 @@ impl Pacer {
 
     /// Takes a reading of `cmdstat_scan` in.
     pub fn observe(&mut self, stat: CommandStat) {
+        if self.last_stat == Some(stat) {
+            // The same reading, which comes with a newer latency.
+            return;
+        }
         let last = self.last_stat.replace(stat);
         let (batches, slices) = std::mem::take(&mut self.since_stat);
         let Some(last) = last else { return };
@@ -190,7 +210,7 @@ impl Pacer {
     /// Whether batches follow each other without rest and without a ceiling under these limits, so that the next may be
     /// sent before the last one's sums are done.
     pub fn runs_free(&self, tuning: &Tuning) -> bool {
-        *tuning == self.tuning && tuning.intensity >= 1.0 && self.ceiling.is_none()
+        *tuning == self.tuning && self.intensity >= 1.0 && self.ceiling.is_none()
     }
 
     /// How long to rest now, or `None` where nothing worth a sleep is owed.
@@ -202,6 +222,11 @@ impl Pacer {
     /// stopped for a minute must not race for the next.
     pub fn rested(&mut self, slept: Duration) {
         self.ahead = slept.saturating_sub(self.owed).min(REST_AT_LEAST);
+        self.owed = self.owed.saturating_sub(slept);
+    }
+
+    /// The sweep stood still for another reason, which was rest as well.
+    pub fn stood_still(&mut self, slept: Duration) {
         self.owed = self.owed.saturating_sub(slept);
     }
 
@@ -243,11 +268,16 @@ impl Pacer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::throttle::Limits;
 
     const US: Duration = Duration::from_micros(1);
 
     fn pacer(count: u32, intensity: f64, max_keys_per_sec: Option<u32>) -> Pacer {
-        Pacer::new(count, 75 * US, Tuning { intensity, max_keys_per_sec }, 20 * US)
+        Pacer::new(count, 75 * US, tuning(intensity, max_keys_per_sec), 20 * US)
+    }
+
+    fn tuning(intensity: f64, max_keys_per_sec: Option<u32>) -> Tuning {
+        Tuning { intensity, min_intensity: intensity, max_keys_per_sec, limits: Limits::NONE }
     }
 
     /// Feeds batches whose server time is `us_per_key` per key, and returns the COUNT they end at.
@@ -270,8 +300,7 @@ mod tests {
 
     #[test]
     fn without_a_slice_count_stays() {
-        let tuning = Tuning { intensity: 1.0, max_keys_per_sec: None };
-        let mut pacer = Pacer::new(100, Duration::ZERO, tuning, 20 * US);
+        let mut pacer = Pacer::new(100, Duration::ZERO, tuning(1.0, None), 20 * US);
         assert_eq!(settle(&mut pacer, 100.0), 100);
     }
 

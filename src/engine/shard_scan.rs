@@ -9,11 +9,14 @@ use tokio::time::Instant;
 use crate::engine::batch::{self, StillPass, Way};
 use crate::engine::contact::Patience;
 use crate::engine::control::{Orders, StopReason, stop_ordered};
+use crate::engine::guard::{self, Guard};
 use crate::engine::observe::{Observation, Observer};
 use crate::engine::pacer::Pacer;
+use crate::engine::pause::{Others, wait};
+use crate::engine::payload::Payload;
 use crate::engine::roster::Roster;
 use crate::engine::seats::{Line, Seat, Seats};
-use crate::engine::throttle::{self, Decision};
+use crate::engine::throttle;
 use crate::engine::touch::Toucher;
 use crate::engine::{Outcome, ShardPlan};
 use crate::model::failure::{Failure, FailureKind};
@@ -23,7 +26,7 @@ use crate::model::slots::CursorSpace;
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::commands;
-use crate::node::conn::{Conn, ScanBatch};
+use crate::node::conn::{Ask, Conn, ScanBatch};
 use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::node::topology::Master;
@@ -32,14 +35,12 @@ use crate::settings::ScanSettings;
 use crate::store::tally::{Tally, TallyDir};
 
 /// Progress is reported this often.
-const REPORT_EVERY: Duration = Duration::from_millis(100);
+pub(super) const REPORT_EVERY: Duration = Duration::from_millis(100);
 /// How often a batch that proved hidden keys is asked again before we say so: a table that was resized in the middle
 /// of a SCAN can look like it once, but not again at the same cursor.
 const DOUBTS: u32 = 2;
 /// Pause between looks at a server that does not delete.
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
-/// During a hold that an observation began, a server of which nothing was seen for this long is asked whether it is there.
-const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
 /// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
 
@@ -122,6 +123,17 @@ pub(super) struct ShardScan {
     pub(super) orders: watch::Receiver<Orders>,
     pub(super) conn: Conn,
     pub(super) observer: Observer,
+    /// What was seen before the first batch: limits are relative to it.
+    pub(super) before: Observation,
+    /// What was seen last.
+    pub(super) seen: Observation,
+    /// What others need of the master.
+    pub(super) others: Others,
+    /// The intensity that was decided by all this, until something new is seen.
+    pub(super) decided: Option<f64>,
+    /// Keys that expired each second before the sweep, as far as the server tells.
+    pub(super) flow: Option<f64>,
+    pub(super) redis_version: Option<(u32, u32)>,
     pub(super) run_id: Option<RunId>,
     /// Counts the server processes that were met. Passes that an earlier one finished are not finished.
     pub(super) process: u32,
@@ -135,6 +147,7 @@ pub(super) struct ShardScan {
     pub(super) space: CursorSpace,
     pub(super) pacer: Pacer,
     pub(super) toucher: Toucher,
+    pub(super) payload: Payload,
     pub(super) names: Names,
     pub(super) hold: Option<(Reason, Instant)>,
     /// Whether the hold is one that the orders asked for, and only they can end.
@@ -151,6 +164,13 @@ pub(super) struct ShardScan {
 pub(super) struct Pass {
     pub(super) db: DbIndex,
     pub(super) figures: PassFigures,
+    /// When it began, or went on.
+    pub(super) begun: Instant,
+    /// DBSIZE after the last batch.
+    pub(super) keys: u64,
+    pub(super) guard: Guard,
+    /// Keys that were looked at and that the ceiling has not let through yet.
+    pub(super) unpaid: u64,
     /// From here on deletions were proven to work: where to go back to when they stop.
     proven: ScanPosition,
     doubts: u32,
@@ -192,7 +212,12 @@ impl ShardScan {
         let used_memory = info.parsed("used_memory");
         self.reporter.say(ScanEventKind::ShardStarted { server, used_memory, dbs: dbs.clone() }).await;
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.toucher.outcome() }).await;
+        self.say_skipped().await;
         self.check_checkpoint().await;
+        self.put_back_effort().await;
+        if let Some(at_most) = self.job.settings.assist_expiry {
+            self.assist(at_most).await?;
+        }
         let mut dbs = dbs;
         while let Some(db) = dbs.iter().copied().find(|db| self.done.get(db) != Some(&self.process)) {
             let process = self.process;
@@ -210,7 +235,19 @@ impl ShardScan {
         Ok(())
     }
 
-    async fn info(&mut self) -> Result<Info, End> {
+    /// Default limits that cannot be watched here.
+    async fn say_skipped(&self) {
+        let skipped = throttle::skipped(&self.before, &self.job.settings.tuning.limits);
+        if !skipped.is_empty() {
+            let message = format!(
+                "the server does not tell what these limits need, so they are not watched: {}",
+                skipped.join(", ")
+            );
+            self.reporter.say(ScanEventKind::Warned { message }).await;
+        }
+    }
+
+    pub(super) async fn info(&mut self) -> Result<Info, End> {
         loop {
             match commands::info(&mut self.conn).await {
                 Ok(info) => return Ok(info),
@@ -278,6 +315,10 @@ impl ShardScan {
             still: StillPass::default(),
             way: Way::default(),
             reported: Instant::now(),
+            begun: Instant::now(),
+            keys: 0,
+            unpaid: 0,
+            guard: Guard::new(None, 0, None),
             tally: self.open_tally(db).await,
         };
         // A pass that goes on from a checkpoint has batches that this `still` has not seen: it proves nothing then.
@@ -286,18 +327,21 @@ impl ShardScan {
         }
         self.pacer.reset_slices();
         self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
-        pass.figures.keys_at_start = loop {
+        pass.keys = loop {
             // Alone first: beside a DBSIZE that is refused, a SCAN would free keys that nobody counts.
             let ready = async {
                 self.conn.select(db).await?;
                 commands::dbsize(&mut self.conn).await
             };
             match ready.await {
-                Ok(keys) if pass.figures.batches == 0 => break keys,
-                Ok(_) => break pass.figures.keys_at_start,
+                Ok(keys) => break keys,
                 Err(error) => self.recover(error, Some(&mut pass)).await?,
             }
         };
+        if pass.figures.batches == 0 {
+            pass.figures.keys_at_start = pass.keys;
+        }
+        self.guard_against_harm(&mut pass).await?;
         let ended = loop {
             match self.step(&mut pass).await {
                 Ok(()) if pass.figures.position == ScanPosition::Finished => break Ok(()),
@@ -316,6 +360,31 @@ impl ShardScan {
         ended
     }
 
+    /// A sweep that is slower than keys expire is refused; any other is watched.
+    async fn guard_against_harm(&mut self, pass: &mut Pass) -> Result<(), End> {
+        let mut flow = self.flow;
+        if guard::has_to_know_the_flow(self.redis_version, pass.keys, &self.job.settings) {
+            let before = self.info().await?.parsed::<u64>("expired_keys");
+            wait(&mut self.orders, guard::WATCH_FOR).await?;
+            let after = self.info().await?.parsed::<u64>("expired_keys");
+            let expired = after.zip(before).map(|(after, before)| after.saturating_sub(before));
+            let now = expired.map(|expired| expired as f64 / guard::WATCH_FOR.as_secs_f64());
+            if let Some(now) = now
+                && let Some(failure) = guard::harm(self.redis_version, pass.keys, now, &self.job.settings)
+            {
+                if !self.job.settings.allow_slow {
+                    return Err(failure.into());
+                }
+                let message = format!("{} (sweeping all the same, as asked)", failure.message);
+                self.reporter.say(ScanEventKind::Warned { message }).await;
+            }
+            flow = now.or(flow);
+        }
+        pass.guard = Guard::new(self.redis_version, pass.keys, flow);
+        pass.begun = Instant::now();
+        Ok(())
+    }
+
     async fn open_tally(&self, db: DbIndex) -> Option<Tally> {
         let tallies = self.job.tallies.as_ref()?;
         match tallies.open(self.job.task, &self.job.shard.id, db) {
@@ -328,7 +397,7 @@ impl ShardScan {
     }
 
     /// Writes the counts down where a kill cannot reach them.
-    async fn write_tally(&self, pass: &mut Pass) {
+    pub(super) async fn write_tally(&self, pass: &mut Pass) {
         if let Some(tally) = &pass.tally
             && let Err(error) = tally.write(&pass.figures)
         {
@@ -350,25 +419,51 @@ impl ShardScan {
         let ahead = self.conn.ahead();
         if ahead.is_none() {
             self.obey(pass).await?;
+            self.look_around(pass).await?;
             self.look(pass).await?;
             self.sit_down().await?;
             self.rest(pass).await?;
         }
         let from = pass.figures.position;
         let Some(cursor) = from.to_send() else { return Ok(()) };
-        let count = ahead.map_or_else(|| self.pacer.count(), |(_, count)| count);
         let touch = self.toucher.command();
-        let next = (touch.is_none() && self.nothing_waits(pass)).then(|| self.pacer.count());
+        let ask = ahead.unwrap_or_else(|| {
+            let nameless = touch.is_none() && self.payload.is_nameless();
+            Ask { cursor, count: self.pacer.count(), nameless }
+        });
+        let count = ask.count;
+        // What is asked of the names of this batch, if it comes with any.
+        let touch = touch.filter(|_| !ask.nameless);
+        let audit = ask.nameless && self.payload.audit_is_due();
+        // A batch without names cannot be touched: one that is to be is not sent ahead.
+        let same = !ask.nameless || !(audit || self.toucher.is_next());
+        let next = (touch.is_none() && same && self.nothing_waits(pass)).then(|| self.pacer.count());
         let names = touch.is_some().then_some(&mut self.names);
-        let scanned = match self.conn.scan(cursor, count, names, next).await {
+        let scanned = match self.conn.scan(ask, names, next).await {
             Ok(scanned) => scanned,
+            Err(error) if audit && matches!(error.class(), Class::Fatal(FailureKind::Unsupported)) => {
+                return self
+                    .names_again(pass, format!("the server refuses SCAN with a TYPE that it does not know ({error})"))
+                    .await;
+            }
             Err(error) => return self.lost(error, pass).await,
         };
         self.patience = None;
-        self.account(pass, &scanned);
+        self.account(pass, &scanned, ask);
         let next = ScanPosition::from_reply(scanned.cursor);
         let finished = next == ScanPosition::Finished;
-        if self.judges {
+        if ask.nameless {
+            let proof = match audit {
+                true => match self.audit_payload(pass, ask, &scanned).await? {
+                    Some(left_dead) => left_dead,
+                    None => return Ok(()),
+                },
+                false => 0,
+            };
+            if self.payload.learn(scanned.reclaimed(), proof) {
+                return self.names_again(pass, "SCAN without names left expired keys in memory".to_owned()).await;
+            }
+        } else if self.judges {
             let by_batch = batch::hidden(&self.space, from, count, &scanned);
             let hidden = if finished { by_batch.max(pass.still.hidden()) } else { by_batch };
             if hidden > 0 {
@@ -411,9 +506,40 @@ impl ShardScan {
             pass.proven = next;
         }
         self.write_tally(pass).await;
-        self.pay(pass, &scanned).await?;
+        self.pay(pass).await?;
         if pass.reported.elapsed() >= REPORT_EVERY {
             self.report(pass).await;
+        }
+        Ok(())
+    }
+
+    /// Asks again for a batch that came without names, with them. Returns how many keys the first time had left dead; `None` where
+    /// the batch has to be asked again.
+    async fn audit_payload(&mut self, pass: &mut Pass, ask: Ask, first: &ScanBatch) -> Result<Option<u64>, End> {
+        let count = Payload::audit_count(ask.count, first.reclaimed());
+        let again = Ask { count, nameless: false, ..ask };
+        let scanned = match self.conn.scan(again, None, None).await {
+            Ok(scanned) => scanned,
+            Err(error) => return self.lost(error, pass).await.map(|()| None),
+        };
+        self.account(pass, &scanned, again);
+        let hidden = batch::hidden(&self.space, pass.figures.position, count, &scanned);
+        if self.judges && hidden > 0 {
+            return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
+        }
+        Ok(Some(scanned.reclaimed()))
+    }
+
+    /// SCAN without names does not do here: from now on they come back, and what was swept without them is swept again.
+    async fn names_again(&mut self, pass: &mut Pass, why: String) -> Result<(), End> {
+        self.payload.refused();
+        if pass.figures.nameless > 0 {
+            self.done.clear();
+            self.redo = Some(why.clone());
+            self.begin_again(pass, why).await;
+        } else {
+            let message = format!("{why}: its names are read");
+            self.reporter.say(ScanEventKind::Warned { message }).await;
         }
         Ok(())
     }
@@ -423,15 +549,16 @@ impl ShardScan {
     fn nothing_waits(&self, pass: &Pass) -> bool {
         let orders = self.orders.borrow();
         let orders_wait = orders.stop.is_some() || orders.hold.is_some() || !self.pacer.runs_free(&orders.tuning);
-        !orders_wait && self.hold.is_none() && pass.doubts == 0 && !self.observer.has_new()
+        let look_waits = self.observer.has_new() || self.others.look_is_due(&orders.tuning);
+        !orders_wait && !look_waits && self.hold.is_none() && pass.doubts == 0
     }
 
     /// A batch that was sent ahead from a place that is not where the sweep goes on: what it freed counts all the same.
     async fn settle(&mut self, pass: &mut Pass) -> Result<(), End> {
-        let Some((cursor, count)) = self.conn.ahead() else { return Ok(()) };
-        match self.conn.scan(cursor, count, None, None).await {
+        let Some(ask) = self.conn.ahead() else { return Ok(()) };
+        match self.conn.scan(ask, None, None).await {
             Ok(scanned) => {
-                self.account(pass, &scanned);
+                self.account(pass, &scanned, ask);
                 self.write_tally(pass).await;
                 Ok(())
             }
@@ -440,7 +567,7 @@ impl ShardScan {
     }
 
     /// A batch that was not answered, and with it one that may have been sent ahead.
-    async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
+    pub(super) async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
         if !matches!(error, NodeError::Server { .. }) {
             pass.figures.lost_replies += 1 + u64::from(self.conn.ahead().is_some());
         }
@@ -465,14 +592,28 @@ impl ShardScan {
         Ok(())
     }
 
-    fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch) {
-        let seen = scanned.returned + scanned.reclaimed();
+    fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch, ask: Ask) {
+        let reclaimed = scanned.reclaimed();
         let figures = &mut pass.figures;
-        figures.active += self.pacer.worked(seen, scanned.waited, scanned.ahead);
+        let seen = if ask.nameless {
+            // Keys that live are not in the reply. The share of the table that was walked tells how many they are.
+            let from = if ask.cursor == 0 { ScanPosition::NotStarted } else { ScanPosition::from_reply(ask.cursor) };
+            let to = ScanPosition::from_reply(scanned.cursor);
+            let walked = figures.space.fraction(to) - figures.space.fraction(from);
+            figures.nameless += 1;
+            // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
+            pass.still.add(&MOVED);
+            reclaimed.max((walked.max(0.0) * scanned.keys_before as f64).round() as u64)
+        } else {
+            pass.still.add(scanned);
+            scanned.returned + reclaimed
+        };
+        figures.active += self.pacer.worked(seen.max(1), scanned.waited, scanned.ahead);
         figures.batches += 1;
         figures.scanned += seen;
-        figures.reclaimed += scanned.reclaimed();
-        pass.still.add(scanned);
+        figures.reclaimed += reclaimed;
+        pass.keys = scanned.keys_after;
+        pass.unpaid += seen;
     }
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
@@ -537,97 +678,6 @@ impl ShardScan {
         }
     }
 
-    /// Takes new orders in. Holds while they say so.
-    async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
-        loop {
-            let orders = *self.orders.borrow_and_update();
-            stop_of(&orders)?;
-            self.pacer.tune(orders.tuning);
-            let Some(reason) = orders.hold else {
-                if std::mem::take(&mut self.ordered_hold) {
-                    self.end_hold(Some(pass)).await;
-                }
-                return Ok(());
-            };
-            self.ordered_hold = true;
-            self.begin_hold(Some(pass), reason, None).await;
-            self.report(pass).await;
-            if self.orders.changed().await.is_err() {
-                // Nobody is left who could say "go on", and nobody who could say "stop".
-                return Err(End::Stopped(StopReason::Interrupted));
-            }
-        }
-    }
-
-    /// Takes a new observation in. Holds until [`throttle::decide`] lets the sweep go on.
-    async fn look(&mut self, pass: &mut Pass) -> Result<(), End> {
-        let Some(mut observation) = self.observer.take_new() else { return Ok(()) };
-        loop {
-            if let Some(stat) = observation.scan_stat {
-                self.pacer.observe(stat);
-            }
-            match throttle::decide(&observation) {
-                // A hold that the arithmetic began is ended by the arithmetic, in `step`.
-                Decision::Proceed => {
-                    if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
-                        self.end_hold(Some(pass)).await;
-                    }
-                    return Ok(());
-                }
-                Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
-                    self.demoted(failure, pass).await?;
-                    // The one that was found was looked at when it was reached.
-                    return Ok(());
-                }
-                Decision::Abort(failure) => return Err(failure.into()),
-                Decision::Hold(reason) => {
-                    // What was swept since the last proof may have been swept under the same condition.
-                    pass.go_back();
-                    self.begin_hold(Some(pass), reason, None).await;
-                }
-            }
-            self.write_tally(pass).await;
-            observation = tokio::select! {
-                next = self.observer.next() => next,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
-                () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(&mut self.conn).await {
-                    Ok(()) => continue,
-                    // The server is gone, and with it whoever would say that the hold is over.
-                    Err(error) => return self.recover(error, Some(pass)).await,
-                },
-            };
-        }
-    }
-
-    /// Rests for the intensity.
-    async fn rest(&mut self, pass: &mut Pass) -> Result<(), End> {
-        if let Some(due) = self.pacer.rest_due() {
-            let slept = self.doze(pass, due).await?;
-            self.pacer.rested(slept);
-        }
-        Ok(())
-    }
-
-    /// Waits for the ceiling after a batch.
-    async fn pay(&mut self, pass: &mut Pass, scanned: &ScanBatch) -> Result<(), End> {
-        let mut keys = u32::try_from(scanned.returned + scanned.reclaimed()).unwrap_or(u32::MAX);
-        while let Some(due) = self.pacer.ceiling_wait(&mut keys) {
-            self.doze(pass, due).await?;
-        }
-        Ok(())
-    }
-
-    async fn doze(&mut self, pass: &mut Pass, due: Duration) -> Result<Duration, End> {
-        let begun = Instant::now();
-        if due >= REPORT_EVERY {
-            self.report(pass).await;
-        }
-        wait(&mut self.orders, due).await?;
-        let slept = begun.elapsed();
-        pass.figures.rested += slept;
-        Ok(slept)
-    }
-
     pub(super) async fn begin_again(&self, pass: &mut Pass, why: String) {
         pass.begin_again();
         pass.figures.process = self.run_id.as_ref().map(RunId::fingerprint);
@@ -636,36 +686,15 @@ impl ShardScan {
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
     }
 
-    pub(super) async fn begin_hold(&mut self, pass: Option<&mut Pass>, reason: Reason, detail: Option<String>) {
-        if self.hold.is_some_and(|(current, _)| current == reason) {
-            return;
-        }
-        self.end_hold(pass).await;
-        if reason != Reason::Paused {
-            // Another master of the host may be swept meanwhile. A pause is the whole task's.
-            self.seat = None;
-        }
-        self.hold = Some((reason, Instant::now()));
-        self.reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
-    }
-
-    pub(super) async fn end_hold(&mut self, pass: Option<&mut Pass>) {
-        let Some((reason, since)) = self.hold.take() else { return };
-        let lasted = since.elapsed();
-        if let Some(pass) = pass {
-            *pass.figures.held.entry(reason).or_default() += lasted;
-        }
-        self.reporter.say(ScanEventKind::HoldEnded { reason, lasted }).await;
-    }
-
     fn fill_in(&self, pass: &mut Pass) {
         let figures = &mut pass.figures;
         figures.slice = self.pacer.slices();
         figures.count = self.pacer.count();
+        figures.intensity = self.pacer.intensity();
         figures.server_us_per_scan = self.pacer.server_us_per_scan();
     }
 
-    async fn report(&mut self, pass: &mut Pass) {
+    pub(super) async fn report(&mut self, pass: &mut Pass) {
         self.fill_in(pass);
         pass.reported = Instant::now();
         self.reporter.say(ScanEventKind::Progressed { db: pass.db, figures: pass.figures.clone() }).await;
@@ -678,7 +707,7 @@ impl ShardScan {
         loop {
             let info = commands::info(&mut self.conn).await.ok()?;
             let observation = Observation::from_info(&info);
-            let settled = observation.lazyfree_pending == 0 && last == observation.used_memory;
+            let settled = observation.lazyfree_pending.unwrap_or(0) == 0 && last == observation.used_memory;
             last = observation.used_memory.or(last);
             if settled || Instant::now() >= deadline {
                 return last;
@@ -691,15 +720,3 @@ impl ShardScan {
 /// A batch that moved DBSIZE: after it a [`StillPass`] proves nothing.
 const MOVED: ScanBatch =
     ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, waited: Duration::ZERO, ahead: false };
-
-fn stop_of(orders: &Orders) -> Result<(), End> {
-    orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
-}
-
-/// Sleeps, unless a stop is ordered.
-pub(super) async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Result<(), End> {
-    tokio::select! {
-        () = tokio::time::sleep(duration) => Ok(()),
-        reason = stop_ordered(orders) => Err(End::Stopped(reason)),
-    }
-}

@@ -1,35 +1,206 @@
 //! What the observations mean for the sweep. Pure: the table of tests below is its whole behaviour.
+//!
+//! Any reason suffices to hold. A hold that was begun ends at four fifths of its limit, so that a figure that wavers about the
+//! limit does not make the sweep flap. What is over a hard limit is looked at twice before the sweep gives up; the
+//! loop does that.
+
+use std::fmt::Display;
+use std::time::Duration;
 
 use crate::engine::observe::Observation;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::throttle::Reason;
+use crate::model::throttle::{Limit, Limits, Reason};
+use crate::settings::{Tuning, show_duration};
+
+/// A hold ends at this share of its limit.
+const RELEASE: f64 = 0.8;
+
+/// What others may take of the main thread's time before the sweep takes less than all of the rest.
+const CALM: f64 = 0.45;
+/// Where they take this much, the sweep takes the least.
+const BUSY: f64 = 0.95;
 
 /// What the loop is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Decision {
-    /// Send the next batch.
+    /// Send the next batch, at the intensity that the operator set.
     Proceed,
+    /// Send the next batch, and rest between batches for this lower intensity.
+    Rest(f64),
     /// Stand still until the next observation.
-    Hold(Reason),
-    /// End the sweep of this shard.
+    Hold(Reason, Option<String>),
+    /// End the sweep of this shard; a passed limit only when it is seen twice.
     Abort(Failure),
 }
 
-/// Decides by what was last observed.
-pub fn decide(observation: &Observation) -> Decision {
-    if observation.is_master == Some(false) {
-        return Decision::Abort(not_a_master(observation.master.as_deref()));
+/// Decides by what was last observed, what was observed before the first batch, and why the sweep holds now, if it does.
+pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: Option<Reason>) -> Decision {
+    if let Some(decision) = impossible(seen) {
+        return decision;
     }
-    if observation.loading {
-        return Decision::Hold(Reason::Loading);
+    let limits = &tuning.limits;
+    if let Some(failure) = over_a_hard_limit(seen, limits) {
+        return Decision::Abort(failure);
     }
-    if observation.failover_under_way {
-        return Decision::Hold(Reason::Failover);
+    if let Some((reason, detail)) = over_a_soft_limit(seen, before, limits, held) {
+        return Decision::Hold(reason, Some(detail));
     }
-    if observation.writes_paused {
-        return Decision::Hold(Reason::DeletionBlocked);
+    let share = intensity(seen.others_cpu, tuning);
+    if share < tuning.intensity { Decision::Rest(share) } else { Decision::Proceed }
+}
+
+/// What makes a sweep impossible, whatever the limits: expired keys would be hidden and not freed.
+pub fn impossible(seen: &Observation) -> Option<Decision> {
+    if seen.is_master == Some(false) {
+        return Some(Decision::Abort(not_a_master(seen.master.as_deref())));
     }
-    Decision::Proceed
+    let reason = match () {
+        () if seen.loading => Reason::Loading,
+        () if seen.failover_under_way => Reason::Failover,
+        () if seen.writes_paused => Reason::DeletionBlocked,
+        () => return None,
+    };
+    Some(Decision::Hold(reason, None))
+}
+
+/// The share of its time that the master can spare: all where others take less than half of it, falling in a straight
+/// line to the least where they take nearly all. Where it is unknown what they take, the operator's word stands.
+pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
+    let Some(others) = others_cpu else { return tuning.intensity };
+    let spare = (BUSY - others) / (BUSY - CALM);
+    spare.clamp(tuning.min_intensity, tuning.intensity)
+}
+
+fn over_a_hard_limit(seen: &Observation, limits: &Limits) -> Option<Failure> {
+    let latency = match (limits.abort_latency, seen.latency) {
+        (Limit::At(limit), Some(now)) if now > limit => {
+            Some(("PING took", show_duration(now), show_duration(limit), "abort-latency"))
+        }
+        _ => None,
+    };
+    let lag = match (limits.abort_replica_lag, seen.replica_lag) {
+        (Limit::At(limit), Some(now)) if now > limit => {
+            Some(("a replica is behind by", mebibytes(now), mebibytes(limit), "abort-replica-lag"))
+        }
+        _ => None,
+    };
+    let (what, now, limit, key) = latency.or(lag)?;
+    let failure = Failure::new(FailureKind::LimitPassed, format!("{what} {now}; the hard limit {key} is {limit}"));
+    Some(failure.hint("what was freed stays freed; sweep again when the server is calmer"))
+}
+
+/// One figure beside its limit, as text for people.
+struct Figure<'a> {
+    reason: Reason,
+    key: &'a str,
+    what: &'a str,
+    held: Option<Reason>,
+}
+
+impl Figure<'_> {
+    /// Whether the figure is over its limit, and how to say so. `auto`: the limit that fits most, none where there is none.
+    fn over<T: Copy + PartialOrd>(
+        &self,
+        now: Option<T>,
+        limit: Limit<T>,
+        auto: Option<T>,
+        scale: impl Fn(T, f64) -> T,
+        show: impl Fn(T) -> String,
+    ) -> Option<(Reason, String)> {
+        let bound = match limit {
+            Limit::Off => return None,
+            Limit::Auto => auto?,
+            Limit::At(bound) => bound,
+        };
+        let Some(now) = now else {
+            let unknown = || (Reason::Unreadable, format!("{} is set, and the server does not tell", self.key));
+            return matches!(limit, Limit::At(_)).then(unknown);
+        };
+        let release = if self.held == Some(self.reason) { RELEASE } else { 1.0 };
+        let detail = || format!("{} {}; the limit is {}", self.what, show(now), show(bound));
+        (now > scale(bound, release)).then(|| (self.reason, detail()))
+    }
+}
+
+fn over_a_soft_limit(
+    seen: &Observation,
+    before: &Observation,
+    limits: &Limits,
+    held: Option<Reason>,
+) -> Option<(Reason, String)> {
+    if seen.blind && *limits != Limits::NONE {
+        return Some((Reason::Unreadable, "INFO was not answered for seconds".to_owned()));
+    }
+    if limits.hold_during_fork {
+        if let Some(what) = seen.fork {
+            return Some((Reason::Fork, format!("a child process writes the {what}")));
+        }
+        if seen.full_sync {
+            return Some((Reason::FullSync, "a replica is not online yet".to_owned()));
+        }
+    }
+    let figure = |reason, key, what| Figure { reason, key, what, held };
+    let number = |n: u64, share: f64| (n as f64 * share) as u64;
+    // The offsets count on the way, so that a replica that was behind before does not hold the sweep for ever.
+    let more = |before: Option<u64>, margin: u64| Some(before.unwrap_or(0) + margin);
+    let latency = before.latency.map(|before| before * 5 + Duration::from_millis(5));
+    let silence = Some(before.replica_silence.unwrap_or_default() + Duration::from_secs(10));
+    None.or_else(|| {
+        let figure = figure(Reason::Latency, "max-latency", "PING takes");
+        figure.over(seen.latency, limits.latency, latency, Duration::mul_f64, show_millis)
+    })
+    .or_else(|| {
+        let figure = figure(Reason::ReplicaLag, "max-replica-lag", "behind by");
+        figure.over(seen.replica_lag, limits.replica_lag, more(before.replica_lag, 16 << 20), number, mebibytes)
+    })
+    .or_else(|| {
+        let figure = figure(Reason::ReplicaSilent, "max-replica-silence", "silent for");
+        figure.over(seen.replica_silence, limits.replica_silence, silence, Duration::mul_f64, show_duration)
+    })
+    .or_else(|| {
+        let figure = figure(Reason::ReplicaBuffer, "max-replica-buffer", "waiting:");
+        figure.over(
+            seen.replica_buffer,
+            limits.replica_buffer,
+            more(before.replica_buffer, 32 << 20),
+            number,
+            mebibytes,
+        )
+    })
+    .or_else(|| {
+        let figure = figure(Reason::LazyFree, "max-lazyfree", "objects:");
+        let auto = more(before.lazyfree_pending, 100_000);
+        figure.over(seen.lazyfree_pending, limits.lazyfree, auto, number, |n| n.to_string())
+    })
+    .or_else(|| {
+        let figure = figure(Reason::Ops, "max-ops", "commands a second:");
+        figure.over(seen.ops, limits.ops, None, number, |n| n.to_string())
+    })
+    .or_else(|| {
+        let figure = figure(Reason::Cpu, "max-cpu", "share of the main thread:");
+        figure.over(seen.others_cpu, limits.cpu, None, |share, part| share * part, |share| format!("{share:.2}"))
+    })
+}
+
+/// The default limits that cannot be watched on this server, since it does not tell the figure.
+pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
+    let hidden = |limit_is_auto: bool, known: bool, key| (limit_is_auto && !known).then_some(key);
+    let keys = [
+        hidden(limits.replica_lag == Limit::Auto, seen.replica_lag.is_some(), "max-replica-lag"),
+        hidden(limits.replica_silence == Limit::Auto, seen.replica_silence.is_some(), "max-replica-silence"),
+        hidden(limits.replica_buffer == Limit::Auto, seen.replica_buffer.is_some(), "max-replica-buffer"),
+        hidden(limits.lazyfree == Limit::Auto, seen.lazyfree_pending.is_some(), "max-lazyfree"),
+    ];
+    keys.into_iter().flatten().collect()
+}
+
+/// Milliseconds with one digit.
+fn show_millis(span: Duration) -> String {
+    format!("{:.1} ms", span.as_secs_f64() * 1e3)
+}
+
+fn mebibytes(bytes: impl Display + Into<u64>) -> String {
+    format!("{:.1} MiB", bytes.into() as f64 / f64::from(1 << 20))
 }
 
 /// The failure of a server that is, or has become, a replica.
@@ -50,22 +221,134 @@ pub fn not_a_master(master: Option<&str>) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::{raw::Raw, resolve};
+
+    fn tuning() -> Tuning {
+        resolve(&Raw::defaults(), None).unwrap().scan.tuning
+    }
+
+    fn calm() -> Observation {
+        Observation {
+            is_master: Some(true),
+            latency: Some(Duration::from_micros(100)),
+            replica_lag: Some(0),
+            replica_silence: Some(Duration::ZERO),
+            replica_buffer: Some(0),
+            lazyfree_pending: Some(0),
+            ops: Some(10),
+            ..Observation::default()
+        }
+    }
+
+    /// The reason for which the sweep holds, in a table of one observation after a calm one.
+    fn held(seen: &Observation, tuning: &Tuning, held: Option<Reason>) -> Option<Reason> {
+        match decide(seen, &calm(), tuning, held) {
+            Decision::Hold(reason, _) => Some(reason),
+            Decision::Proceed | Decision::Rest(_) => None,
+            Decision::Abort(failure) => panic!("{failure}"),
+        }
+    }
 
     #[test]
-    fn each_observation_has_one_decision() {
-        let calm = Observation { is_master: Some(true), ..Observation::default() };
-        assert_eq!(decide(&calm), Decision::Proceed);
-        assert_eq!(decide(&Observation::default()), Decision::Proceed, "an unknown role is not a replica");
-        let cases = [
-            (Observation { loading: true, ..calm.clone() }, Reason::Loading),
-            (Observation { failover_under_way: true, ..calm.clone() }, Reason::Failover),
-            (Observation { writes_paused: true, ..calm.clone() }, Reason::DeletionBlocked),
-        ];
-        for (observation, reason) in cases {
-            assert_eq!(decide(&observation), Decision::Hold(reason));
+    fn what_makes_a_sweep_impossible_holds_it_whatever_the_limits() {
+        let none = Tuning { limits: Limits::NONE, ..tuning() };
+        for tuning in [tuning(), none] {
+            assert_eq!(decide(&calm(), &calm(), &tuning, None), Decision::Proceed);
+            assert_eq!(held(&Observation::default(), &tuning, None), None, "an unknown role is not a replica");
+            let cases = [
+                (Observation { loading: true, ..calm() }, Reason::Loading),
+                (Observation { failover_under_way: true, ..calm() }, Reason::Failover),
+                (Observation { writes_paused: true, ..calm() }, Reason::DeletionBlocked),
+            ];
+            for (seen, reason) in cases {
+                assert_eq!(held(&seen, &tuning, None), Some(reason));
+            }
+            let demoted = Observation {
+                is_master: Some(false),
+                master: Some("h:1".into()),
+                loading: true,
+                ..Observation::default()
+            };
+            let decision = decide(&demoted, &calm(), &tuning, None);
+            assert!(matches!(decision, Decision::Abort(f) if f.message.contains("h:1")));
         }
-        let demoted =
-            Observation { is_master: Some(false), master: Some("h:1".into()), loading: true, ..Observation::default() };
-        assert!(matches!(decide(&demoted), Decision::Abort(f) if f.message.contains("h:1")));
+    }
+
+    #[test]
+    fn each_figure_over_its_default_limit_holds_with_its_reason_and_no_limit_holds_for_none() {
+        let ms = Duration::from_millis;
+        let cases = [
+            (Observation { latency: Some(ms(6)), ..calm() }, Reason::Latency),
+            (Observation { replica_lag: Some((16 << 20) + 1), ..calm() }, Reason::ReplicaLag),
+            (Observation { replica_silence: Some(ms(11_000)), ..calm() }, Reason::ReplicaSilent),
+            (Observation { replica_buffer: Some((32 << 20) + 1), ..calm() }, Reason::ReplicaBuffer),
+            (Observation { lazyfree_pending: Some(100_001), ..calm() }, Reason::LazyFree),
+            (Observation { fork: Some("RDB"), ..calm() }, Reason::Fork),
+            (Observation { full_sync: true, ..calm() }, Reason::FullSync),
+            (Observation { blind: true, ..calm() }, Reason::Unreadable),
+        ];
+        let none = Tuning { limits: Limits::NONE, ..tuning() };
+        for (seen, reason) in cases {
+            assert_eq!(held(&seen, &tuning(), None), Some(reason));
+            assert_eq!(held(&seen, &none, None), None);
+        }
+        let busy = Observation { ops: Some(1_000_000), ..calm() };
+        assert_eq!(held(&busy, &tuning(), None), None, "by default the intensity gives way, not the sweep");
+        let limits = Limits { ops: Limit::At(999_999), cpu: Limit::At(0.5), ..tuning().limits };
+        let strict = Tuning { limits, ..tuning() };
+        assert_eq!(held(&busy, &strict, None), Some(Reason::Ops));
+        let quiet_but_busy = Observation { others_cpu: Some(0.51), ..calm() };
+        assert_eq!(held(&quiet_but_busy, &strict, None), Some(Reason::Cpu));
+    }
+
+    #[test]
+    fn limits_are_relative_to_what_was_seen_before_the_first_batch() {
+        let before = Observation { replica_lag: Some(1 << 30), latency: Some(Duration::from_millis(10)), ..calm() };
+        assert_eq!(decide(&before, &before, &tuning(), None), Decision::Proceed, "it was so before we came");
+        let more = Observation { replica_lag: Some((1 << 30) + (17 << 20)), ..before.clone() };
+        assert!(matches!(decide(&more, &before, &tuning(), None), Decision::Hold(Reason::ReplicaLag, Some(text))
+            if text == "behind by 1041.0 MiB; the limit is 1040.0 MiB"));
+    }
+
+    #[test]
+    fn a_hold_ends_at_four_fifths_of_its_limit() {
+        let at = |ms| Observation { latency: Some(Duration::from_millis(ms)), ..calm() };
+        let tuning =
+            Tuning { limits: Limits { latency: Limit::At(Duration::from_millis(10)), ..tuning().limits }, ..tuning() };
+        assert_eq!(held(&at(9), &tuning, None), None);
+        assert_eq!(held(&at(11), &tuning, None), Some(Reason::Latency));
+        assert_eq!(held(&at(9), &tuning, Some(Reason::Latency)), Some(Reason::Latency), "it wavers");
+        assert_eq!(held(&at(9), &tuning, Some(Reason::Fork)), None, "another hold has another limit");
+        assert_eq!(held(&at(8), &tuning, Some(Reason::Latency)), None);
+    }
+
+    #[test]
+    fn a_limit_that_was_set_on_a_hidden_figure_holds_and_a_default_one_is_skipped() {
+        let hidden = Observation { replica_lag: None, ..calm() };
+        assert_eq!(held(&hidden, &tuning(), None), None);
+        assert_eq!(skipped(&hidden, &tuning().limits), ["max-replica-lag"]);
+        let set = Tuning { limits: Limits { replica_lag: Limit::At(1), ..tuning().limits }, ..tuning() };
+        assert_eq!(held(&hidden, &set, None), Some(Reason::Unreadable));
+    }
+
+    #[test]
+    fn a_hard_limit_ends_the_sweep_and_names_itself() {
+        let limits = Limits { abort_replica_lag: Limit::At(64 << 20), abort_latency: Limit::Auto, ..tuning().limits };
+        let tuning = Tuning { limits, ..tuning() };
+        let behind = Observation { replica_lag: Some(65 << 20), ..calm() };
+        assert!(matches!(decide(&behind, &calm(), &tuning, None), Decision::Abort(failure)
+            if failure.kind == FailureKind::LimitPassed && failure.message.contains("abort-replica-lag is 64.0 MiB")));
+    }
+
+    #[test]
+    fn the_intensity_falls_as_others_need_the_main_thread() {
+        let tuning = tuning();
+        let at = |others| (intensity(Some(others), &tuning) * 100.0).round() / 100.0;
+        assert_eq!([0.0, 0.44, 0.7, 0.85, 0.9, 1.0].map(at), [1.0, 1.0, 0.5, 0.2, 0.1, 0.1]);
+        assert_eq!(intensity(None, &tuning), 1.0, "unknown: the operator's word");
+        let low = Tuning { intensity: 0.3, min_intensity: 0.02, ..tuning };
+        assert_eq!((intensity(Some(0.0), &low), intensity(Some(1.0), &low)), (0.3, 0.02));
+        let busy = Observation { others_cpu: Some(0.7), ..calm() };
+        assert!(matches!(decide(&busy, &calm(), &tuning, None), Decision::Rest(share) if (share - 0.5).abs() < 0.01));
     }
 }

@@ -51,6 +51,15 @@ impl Toucher {
 
     /// The command to ask with for the keys of the next batch, if they are to be asked for.
     pub fn command(&self) -> Option<&'static str> {
+        self.command_of(self.batches)
+    }
+
+    /// Whether the keys of the batch after the next one are to be asked for.
+    pub fn is_next(&self) -> bool {
+        self.command_of(self.batches + 1).is_some()
+    }
+
+    fn command_of(&self, batch: u64) -> Option<&'static str> {
         match (self.mode, self.outcome) {
             (Touch::Exists, _) => Some("EXISTS"),
             (Touch::Ttl, _) => Some("TTL"),
@@ -58,7 +67,7 @@ impl Toucher {
             (Touch::Auto, TouchOutcome::ScanLeavesDead) => Some(self.audit),
             (Touch::Auto, _) => {
                 let every = if self.freed_by_scan > 0 { AUDIT_PROVEN } else { AUDIT_UNPROVEN };
-                let due = self.batches < AUDIT_FIRST || self.batches.is_multiple_of(every);
+                let due = batch < AUDIT_FIRST || batch.is_multiple_of(every);
                 due.then_some(self.audit)
             }
         }

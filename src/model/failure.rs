@@ -24,6 +24,10 @@ pub enum FailureKind {
     TimedOut,
     /// The process was asked to end.
     Interrupted,
+    /// A hard limit was passed.
+    LimitPassed,
+    /// The sweep would be, or was, so slow that the server's own expiry suffers more than the sweep gains.
+    TooSlow,
     /// Masters or slots moved faster than they could be swept.
     TopologyChanged,
     /// The server or the network answered what it never should.
@@ -43,6 +47,8 @@ words!(
     NoSuchDb = "no_such_db",
     TimedOut = "timed_out",
     Interrupted = "interrupted",
+    LimitPassed = "limit_passed",
+    TooSlow = "too_slow",
     TopologyChanged = "topology_changed",
     Protocol = "protocol",
     Store = "store",

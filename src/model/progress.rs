@@ -101,6 +101,9 @@ pub struct PassFigures {
     pub found_by_touch: u64,
     /// SCANs that were answered.
     pub batches: u64,
+    /// Of those, SCANs without names in the answer. What they looked at is counted by the share of the table that they walked.
+    /// Not stored.
+    pub nameless: u64,
     /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
     pub lost_replies: u64,
     /// How often the pass began again, because the process or the rules changed under it.
@@ -115,6 +118,8 @@ pub struct PassFigures {
     pub slice: SliceSummary,
     /// COUNT of the next batch.
     pub count: u32,
+    /// Share of the master's time that batches take now. Not stored.
+    pub intensity: f64,
     /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
     pub server_us_per_scan: Option<f64>,
     /// Remaining TTLs, with `touch` `ttl`.
@@ -278,6 +283,8 @@ pub struct ShardView {
     pub current: Option<DbIndex>,
     /// Why it holds at this moment.
     pub hold: Option<Reason>,
+    /// Facts beside that reason's own sentence.
+    pub hold_detail: Option<String>,
     /// What the audit found.
     pub touch: TouchOutcome,
     /// Things an operator should know.
@@ -296,6 +303,15 @@ pub struct ShardView {
 const MAX_WARNINGS: usize = 20;
 
 impl ShardView {
+    /// Why it holds, as people read it: the reason's sentence and the facts beside it.
+    pub fn hold_text(&self) -> Option<String> {
+        let reason = self.hold?;
+        Some(match &self.hold_detail {
+            Some(detail) => format!("{}: {detail}", reason.sentence()),
+            None => reason.sentence().to_owned(),
+        })
+    }
+
     /// Adds a warning, once, and not beyond the bound.
     pub fn warn(&mut self, message: String) {
         if self.warnings.len() < MAX_WARNINGS && !self.warnings.contains(&message) {
@@ -339,8 +355,8 @@ impl Snapshot {
                 shard.passes.insert(db, figures);
                 shard.current = None;
             }
-            ScanEventKind::HoldStarted { reason, .. } => shard.hold = Some(reason),
-            ScanEventKind::HoldEnded { .. } => shard.hold = None,
+            ScanEventKind::HoldStarted { reason, detail } => (shard.hold, shard.hold_detail) = (Some(reason), detail),
+            ScanEventKind::HoldEnded { .. } => (shard.hold, shard.hold_detail) = (None, None),
             ScanEventKind::TouchDecided { outcome } => shard.touch = outcome,
             ScanEventKind::ShardFinished { used_memory } => {
                 shard.finished = true;

@@ -1,5 +1,7 @@
 //! The commands that we send, each in one place.
 
+use std::time::Duration;
+
 use redis::{Cmd, FromRedisValue, Value};
 
 use crate::node::conn::Conn;
@@ -29,6 +31,40 @@ pub async fn info(conn: &mut Conn) -> Result<Info, NodeError> {
         text.push_str(&more);
     }
     Ok(Info::parse(&text))
+}
+
+/// What a server has done since it was started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Load {
+    /// CPU time of the main thread, or of the whole process on servers that do not tell them apart.
+    pub cpu: Option<Duration>,
+    /// Commands.
+    pub commands: Option<u64>,
+}
+
+/// The load, by two short sections of INFO.
+///
+/// # Errors
+/// [`NodeError`].
+pub async fn load(conn: &mut Conn) -> Result<Load, NodeError> {
+    let section = |name: &str| redis::cmd("INFO").arg(name).to_owned();
+    let [cpu, stats] = conn.pipeline::<String, 2>("INFO", [&section("cpu"), &section("stats")]).await?;
+    let (cpu, stats) = (Info::parse(&cpu?), Info::parse(&stats?));
+    let seconds = |field| cpu.parsed::<f64>(field);
+    let main = seconds("used_cpu_user_main_thread").zip(seconds("used_cpu_sys_main_thread"));
+    let both = main.or_else(|| seconds("used_cpu_user").zip(seconds("used_cpu_sys")));
+    Ok(Load {
+        cpu: both.and_then(|(user, system)| Duration::try_from_secs_f64(user + system).ok()),
+        commands: stats.parsed("total_commands_processed"),
+    })
+}
+
+/// `CONFIG SET`.
+///
+/// # Errors
+/// [`NodeError`].
+pub async fn set_config(conn: &mut Conn, parameter: &str, value: &str) -> Result<(), NodeError> {
+    conn.call::<String>("CONFIG SET", redis::cmd("CONFIG").arg("SET").arg(parameter).arg(value)).await.map(drop)
 }
 
 /// One PING.

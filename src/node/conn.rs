@@ -56,6 +56,20 @@ impl ConnOptions {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
 
+/// What one SCAN is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
+    /// Where to go on; 0 is the beginning.
+    pub cursor: u64,
+    /// COUNT.
+    pub count: u32,
+    /// With a TYPE that nobody uses, so that no names come back.
+    pub nameless: bool,
+}
+
+/// The type that no key has.
+const NOBODYS_TYPE: &str = "ttlsweep-none";
+
 /// What one SCAN between two DBSIZEs did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScanBatch {
@@ -115,8 +129,7 @@ pub struct Conn {
 /// A batch that was sent while the one before was being read.
 #[derive(Debug, Clone, Copy)]
 struct Ahead {
-    cursor: u64,
-    count: u32,
+    ask: Ask,
     at: Instant,
 }
 
@@ -282,16 +295,15 @@ impl Conn {
     /// `DBSIZE`, `SCAN cursor COUNT count`, `DBSIZE` in one write. Not in MULTI: the deletions would be propagated as
     /// one transaction, which cluster-aware replication tools reject. `names` receives the key names where it is given.
     ///
-    /// With `next`, the batch after this one is sent with that COUNT as soon as this one's cursor has come, so that the
-    /// server works while we read the names and do our sums. It must be asked for by the next call: see
+    /// With `next`, the batch after this one is sent with that COUNT, and as nameless as this one, as soon as this one's cursor
+    /// has come, so that the server works while we read the names and do our sums. It must be asked for by the next call: see
     /// [`Conn::ahead`].
     ///
     /// # Errors
     /// [`NodeError`]; the first refusal among the three.
     pub async fn scan(
         &mut self,
-        cursor: u64,
-        count: u32,
+        ask: Ask,
         mut names: Option<&mut Names>,
         next: Option<u32>,
     ) -> Result<ScanBatch, NodeError> {
@@ -300,13 +312,12 @@ impl Conn {
         }
         self.bounded("SCAN", async |conn| {
             let (begun, ahead) = match conn.ahead.take() {
-                Some(sent) if (sent.cursor, sent.count) == (cursor, count) => {
-                    (conn.read_at.map_or(sent.at, |read| read.max(sent.at)), true)
-                }
+                Some(sent) if sent.ask == ask => (conn.read_at.map_or(sent.at, |read| read.max(sent.at)), true),
                 Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
-                None => (conn.send_scan(cursor, count).await?, false),
+                None => (conn.send_scan(ask).await?, false),
             };
             let before = conn.read_integer("DBSIZE").await?;
+            let next = next.map(|count| Ask { count, ..ask });
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
             let after = conn.read_integer("DBSIZE").await?;
             let read_at = Instant::now();
@@ -321,20 +332,21 @@ impl Conn {
         .await
     }
 
-    /// Cursor and COUNT of a batch that was sent and not yet asked for. No other command may come before it.
-    pub fn ahead(&self) -> Option<(u64, u32)> {
-        self.ahead.map(|sent| (sent.cursor, sent.count))
+    /// A batch that was sent and not yet asked for. No other command may come before it.
+    pub fn ahead(&self) -> Option<Ask> {
+        self.ahead.map(|sent| sent.ask)
     }
 
     /// Sends one batch and says when.
-    async fn send_scan(&mut self, cursor: u64, count: u32) -> Result<Instant, NodeError> {
+    async fn send_scan(&mut self, ask: Ask) -> Result<Instant, NodeError> {
         self.out.clear();
         // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
-        let (cursor, count) = (cursor.to_string(), count.to_string());
-        for part in [DBSIZE, "*4\r\n$4\r\nSCAN\r\n"] {
-            self.out.extend_from_slice(part.as_bytes());
-        }
-        for word in [&cursor, "COUNT", &count] {
+        let (cursor, count) = (ask.cursor.to_string(), ask.count.to_string());
+        let words = [&cursor, "COUNT", &count, "TYPE", NOBODYS_TYPE];
+        let words = if ask.nameless { &words[..] } else { &words[..3] };
+        self.out.extend_from_slice(DBSIZE.as_bytes());
+        let _ = write!(self.out, "*{}\r\n$4\r\nSCAN\r\n", words.len() + 1);
+        for word in words {
             // A write into memory cannot fail.
             let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
         }
@@ -473,7 +485,7 @@ impl Conn {
     async fn read_scan(
         &mut self,
         mut names: Option<&mut Names>,
-        mut next: Option<u32>,
+        mut next: Option<Ask>,
     ) -> Result<Result<(u64, u64), NodeError>, NodeError> {
         let mut reader = ScanReader::default();
         loop {
@@ -488,9 +500,10 @@ impl Conn {
             match reader.cursor() {
                 Some(cursor) if next.is_some() => {
                     // The end has no next batch.
-                    if let (Some(count), true) = (next.take(), cursor != 0) {
-                        let at = self.send_scan(cursor, count).await?;
-                        self.ahead = Some(Ahead { cursor, count, at });
+                    if let (Some(next), true) = (next.take(), cursor != 0) {
+                        let ask = Ask { cursor, ..next };
+                        let at = self.send_scan(ask).await?;
+                        self.ahead = Some(Ahead { ask, at });
                     }
                 }
                 _ if eaten == 0 => self.fill().await?,

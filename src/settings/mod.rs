@@ -6,6 +6,7 @@ pub mod raw;
 pub mod serve;
 mod table;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ use secrecy::SecretString;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
 use crate::model::task::{SweepTexts, words};
+use crate::model::throttle::{Limit, Limits};
 use crate::settings::raw::{Origin, Problem, Raw};
 
 /// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
@@ -37,6 +39,32 @@ pub enum Touch {
 
 words!(Touch, "touch mode", Auto = "auto", None = "none", Exists = "exists", Ttl = "ttl");
 
+/// What SCAN sends back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payload {
+    /// No names where the server is known to free what it meets all the same.
+    Auto,
+    /// Names.
+    Names,
+    /// No names, wherever TYPE is known.
+    None,
+}
+
+words!(Payload, "payload", Auto = "auto", Names = "names", None = "none");
+
+/// Limits that may change while the sweep runs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tuning {
+    /// Share of the master's time that batches may take at most, in (0, 1].
+    pub intensity: f64,
+    /// Share to which that is lowered under load; never above `intensity`.
+    pub min_intensity: f64,
+    /// Ceiling in keys per second; `None`: no ceiling.
+    pub max_keys_per_sec: Option<u32>,
+    /// Above which load to hold.
+    pub limits: Limits,
+}
+
 /// How one sweep goes about its work.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScanSettings {
@@ -46,12 +74,16 @@ pub struct ScanSettings {
     pub count: u32,
     /// How long one batch may hold the master; zero: COUNT is not steered.
     pub max_slice: Duration,
-    /// Share of the master's time that batches may take, in (0, 1].
-    pub intensity: f64,
-    /// Ceiling in keys per second; `None`: no ceiling.
-    pub max_keys_per_sec: Option<u32>,
+    /// How much to take, until told otherwise.
+    pub tuning: Tuning,
+    /// Sweep although it is slower than keys expire.
+    pub allow_slow: bool,
+    /// Let the server expire with more effort first, for at most so long.
+    pub assist_expiry: Option<Duration>,
     /// Whether keys are asked for.
     pub touch: Touch,
+    /// What SCAN sends back.
+    pub payload: Payload,
     /// How long the sweep may take.
     pub timeout: Duration,
     /// How long a lost connection is tried again.
@@ -125,24 +157,26 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
         _ => Err(format!("`{text}` is not a COUNT between {} and {}", COUNT_RANGE.start(), COUNT_RANGE.end())),
     });
     let max_slice = reader.read("max-slice", duration);
-    let intensity = reader.read("intensity", |text| match text.parse::<f64>() {
-        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
-        _ => Err(format!("`{text}` is not a share above 0 and up to 1, such as 0.25")),
-    });
-    let max_keys_per_sec = reader.read("max-keys-per-sec", |text| match text.parse::<u32>() {
-        Ok(0) => Ok(None),
-        Ok(keys) => Ok(Some(keys)),
-        Err(_) => Err(format!("`{text}` is not a whole number of keys per second (0: no ceiling)")),
-    });
+    let tuning = tuning(&mut reader);
+    let allow_slow = reader.read("allow-slow", switch);
+    let assist_expiry = reader.read("assist-expiry", |text| duration(text).map(|d| Some(d).filter(|d| !d.is_zero())));
     let touch = reader.read("touch", |text| {
         Touch::from_str(text).map_err(|_| format!("`{text}` is none of auto, none, exists, ttl"))
     });
+    let payload = reader
+        .read("payload", |text| Payload::from_str(text).map_err(|_| format!("`{text}` is none of auto, names, none")));
     let timeout = reader.read("timeout", positive_duration);
     let connect_timeout = reader.read("connect-timeout", positive_duration);
     let response_timeout = reader.read("response-timeout", positive_duration);
     let retry_for = reader.read("retry-for", positive_duration);
     let state = reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
 
+    if payload == Some(Payload::None) && matches!(touch, Some(Touch::Exists | Touch::Ttl)) {
+        reader.complain("payload", "without names no key can be asked for; take payload names, or touch auto or none");
+    }
+    if assist_expiry.flatten().is_some() && state == Some(None) {
+        reader.complain("assist-expiry", "needs a state file (--state FILE), to put the old value back after a crash");
+    }
     let problems = reader.problems;
     let resolved = (|| {
         let InstanceUrl { target, credentials, db } = url?;
@@ -166,9 +200,11 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
                 dbs,
                 count: count?,
                 max_slice: max_slice?,
-                intensity: intensity?,
-                max_keys_per_sec: max_keys_per_sec?,
+                tuning: tuning?,
+                allow_slow: allow_slow?,
+                assist_expiry: assist_expiry?,
                 touch: touch?,
+                payload: payload?,
                 timeout: timeout?,
                 retry_for: retry_for?,
                 parallel: parallel?,
@@ -184,6 +220,101 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     }
 }
 
+/// The limits in force, as they were typed; `None` where one of them makes no sense.
+fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
+    let share = |text: &str| match text.parse::<f64>() {
+        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
+        _ => Err(format!("`{text}` is not a share above 0 and up to 1, such as 0.25")),
+    };
+    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("`{text}` is not a whole number"));
+    let intensity = reader.read("intensity", share);
+    let min_intensity = reader.read("min-intensity", share);
+    let max_keys_per_sec = reader.read("max-keys-per-sec", |text| match text.parse::<u32>() {
+        Ok(0) => Ok(None),
+        Ok(keys) => Ok(Some(keys)),
+        Err(_) => Err(format!("`{text}` is not a whole number of keys per second (0: no ceiling)")),
+    });
+    let throttle = reader.read("throttle", switch);
+    let latency = reader.read("max-latency", limit(positive_duration));
+    let replica_lag = reader.read("max-replica-lag", limit(bytes));
+    let replica_silence = reader.read("max-replica-silence", limit(positive_duration));
+    let replica_buffer = reader.read("max-replica-buffer", limit(bytes));
+    let lazyfree = reader.read("max-lazyfree", limit(number));
+    let ops = reader.read("max-ops", limit(number));
+    let cpu = reader.read("max-cpu", limit(share));
+    let hold_during_fork = reader.read("during-fork", |text| match text {
+        "hold" => Ok(true),
+        "go" => Ok(false),
+        _ => Err(format!("`{text}` is neither hold nor go")),
+    });
+    let abort_latency = reader.read("abort-latency", limit(positive_duration));
+    let abort_replica_lag = reader.read("abort-replica-lag", limit(bytes));
+    let limits = Limits {
+        latency: latency?,
+        replica_lag: replica_lag?,
+        replica_silence: replica_silence?,
+        replica_buffer: replica_buffer?,
+        lazyfree: lazyfree?,
+        ops: ops?,
+        cpu: cpu?,
+        hold_during_fork: hold_during_fork?,
+        abort_latency: abort_latency?,
+        abort_replica_lag: abort_replica_lag?,
+    };
+    let (intensity, min_intensity, throttle) = (intensity?, min_intensity?, throttle?);
+    Some(Tuning {
+        intensity,
+        min_intensity: if throttle { min_intensity.min(intensity) } else { intensity },
+        max_keys_per_sec: max_keys_per_sec?,
+        limits: if throttle { limits } else { Limits::NONE },
+    })
+}
+
+/// The tuning that these texts make, over the defaults.
+///
+/// # Errors
+/// Every problem; the keys are named.
+pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
+    let raw = Raw::with_texts(texts);
+    let mut reader = Reader { raw: &raw, problems: Vec::new() };
+    match tuning(&mut reader) {
+        Some(tuning) if reader.problems.is_empty() => Ok(tuning),
+        _ => Err(reader.problems),
+    }
+}
+
+/// Reads `off`, `auto`, or a value.
+fn limit<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Limit<T>, String>
+where
+    E: fmt::Display,
+{
+    move |text| match text {
+        "off" => Ok(Limit::Off),
+        "auto" => Ok(Limit::Auto),
+        _ => value(text).map(Limit::At).map_err(|e| format!("{e}; or write off or auto")),
+    }
+}
+
+/// Bytes with a unit of 1024: `65536`, `512KiB`, `64MiB`, `1GiB`.
+///
+/// # Errors
+/// A sentence that shows the right form.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match &text[digits.len()..] {
+        "" | "B" => Some(0),
+        "KiB" | "kb" | "K" => Some(10),
+        "MiB" | "mb" | "M" => Some(20),
+        "GiB" | "gb" | "G" => Some(30),
+        _ => None,
+    };
+    let number = digits.trim().parse::<u64>().ok();
+    number
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("`{text}` is not a number of bytes such as 65536, 512KiB or 64MiB"))
+}
+
 /// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a
 /// mistake that would send a password in the clear.
 fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
@@ -196,10 +327,8 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     let (cacert, cert, key, sni) = (cacert?, cert?, key?, sni?);
     if !wanted {
         for name in ["cacert", "cert", "sni"] {
-            let (text, origin) = reader.raw.get(name);
-            if !text.is_empty() {
-                let message = format!("{name} means nothing without TLS; write the URL as rediss://...");
-                reader.problems.push(Problem { origin: Some(origin.clone()), message });
+            if !reader.raw.get(name).0.is_empty() {
+                reader.complain(name, "means nothing without TLS; write the URL as rediss://...");
             }
         }
     }
@@ -208,8 +337,7 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
         (None, None) => None,
         (cert, _) => {
             let (name, missing) = if cert.is_some() { ("cert", "key") } else { ("key", "cert") };
-            let message = format!("{name} needs {missing} beside it: certificate and private key go together");
-            reader.problems.push(Problem { origin: Some(reader.raw.get(name).1.clone()), message });
+            reader.complain(name, &format!("needs {missing} beside it: certificate and private key go together"));
             return None;
         }
     };
@@ -234,6 +362,12 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// Says what is wrong with a value that is right by itself.
+    fn complain(&mut self, key: &str, why: &str) {
+        let origin = Some(self.raw.get(key).1.clone());
+        self.problems.push(Problem { origin, message: format!("{key} {why}") });
+    }
+
     fn read<T, E: fmt::Display>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         let (text, origin) = self.raw.get(key);
         match parse(text) {
@@ -288,6 +422,27 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
 pub fn show_duration(duration: Duration) -> String {
     let signed = jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX);
     format!("{signed:#}")
+}
+
+/// Each limit by the key of its setting, as a setting is written.
+pub fn show_limits(limits: &Limits) -> BTreeMap<&'static str, String> {
+    let span = |limit: Limit<Duration>| match limit {
+        Limit::At(span) => show_duration(span),
+        Limit::Off => "off".to_owned(),
+        Limit::Auto => "auto".to_owned(),
+    };
+    BTreeMap::from([
+        ("max-latency", span(limits.latency)),
+        ("max-replica-lag", limits.replica_lag.to_string()),
+        ("max-replica-silence", span(limits.replica_silence)),
+        ("max-replica-buffer", limits.replica_buffer.to_string()),
+        ("max-lazyfree", limits.lazyfree.to_string()),
+        ("max-ops", limits.ops.to_string()),
+        ("max-cpu", limits.cpu.to_string()),
+        ("during-fork", if limits.hold_during_fork { "hold" } else { "go" }.to_owned()),
+        ("abort-latency", span(limits.abort_latency)),
+        ("abort-replica-lag", limits.abort_replica_lag.to_string()),
+    ])
 }
 
 fn read_password(path: &str) -> Result<SecretString, String> {

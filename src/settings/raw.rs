@@ -23,8 +23,23 @@ pub const KEYS: &[&str] = &[
     "count",
     "max-slice",
     "intensity",
+    "min-intensity",
     "max-keys-per-sec",
+    "throttle",
+    "max-latency",
+    "max-replica-lag",
+    "max-replica-silence",
+    "max-replica-buffer",
+    "max-lazyfree",
+    "max-ops",
+    "max-cpu",
+    "during-fork",
+    "abort-latency",
+    "abort-replica-lag",
+    "allow-slow",
+    "assist-expiry",
     "touch",
+    "payload",
     "timeout",
     "connect-timeout",
     "response-timeout",
@@ -46,6 +61,24 @@ pub const PLACE_KEYS: &[&str] = &[
     "sentinel-password-file",
     "node-map",
     "state",
+];
+
+/// The keys that may change while a sweep runs.
+pub const TUNE_KEYS: &[&str] = &[
+    "intensity",
+    "min-intensity",
+    "max-keys-per-sec",
+    "throttle",
+    "max-latency",
+    "max-replica-lag",
+    "max-replica-silence",
+    "max-replica-buffer",
+    "max-lazyfree",
+    "max-ops",
+    "max-cpu",
+    "during-fork",
+    "abort-latency",
+    "abort-replica-lag",
 ];
 
 /// The defaults, as text that people read.
@@ -81,7 +114,7 @@ impl fmt::Display for Origin {
 }
 
 /// One thing that is wrong with the settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Problem {
     /// Where it stands.
     pub origin: Option<Origin>,
@@ -145,6 +178,17 @@ impl Raw {
     pub fn sweep_texts(&self) -> BTreeMap<String, String> {
         let sweep = self.values.iter().filter(|(key, _)| !PLACE_KEYS.contains(key));
         sweep.map(|(key, (value, _))| ((*key).to_owned(), value.clone())).collect()
+    }
+
+    /// The defaults, with texts as [`Raw::sweep_texts`] gives them over them. Keys that mean nothing here are left out.
+    pub fn with_texts(texts: &BTreeMap<String, String>) -> Self {
+        let mut raw = Self::defaults();
+        for (key, text) in texts {
+            if let Some(key) = Self::key(key).filter(|key| !PLACE_KEYS.contains(key)) {
+                raw.set(key, text.clone(), Origin::Default);
+            }
+        }
+        raw
     }
 
     /// The key by its name, where there is one.

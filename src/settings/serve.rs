@@ -18,7 +18,7 @@ use secrecy::SecretString;
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
 use crate::model::task::{SweepTexts, words};
-use crate::settings::raw::{KEYS, PLACE_KEYS, Problem, Raw, scalar_text};
+use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::table::{File, Table};
 use crate::settings::{self, COUNT_RANGE, Settings, positive_duration};
 
@@ -183,12 +183,9 @@ fn read(file: File) -> Result<ServeSettings, Vec<Problem>> {
 /// # Errors
 /// Every problem; the keys are named.
 pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, Vec<Problem>> {
-    let mut raw = Raw::defaults();
-    for (key, text) in texts {
-        if let Some(key) = Raw::key(key).filter(|key| !PLACE_KEYS.contains(key)) {
-            raw.set(key, text.clone(), settings::raw::Origin::Default);
-        }
-    }
+    let mut raw = Raw::with_texts(texts);
+    // The daemon always has a state file.
+    raw.set("state", "the daemon's".to_owned(), Origin::Default);
     let made = settings::resolve(&raw, None)?;
     Ok(Settings { scan: made.scan, sweep_texts: made.sweep_texts, ..instance.clone() })
 }
@@ -365,6 +362,8 @@ impl<'a> Reader<'a> {
     /// The keys that `ttlsweep scan` knows too.
     fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<Settings> {
         let mut raw = Raw::defaults();
+        // The daemon always has a state file; it is not the instance's to choose.
+        raw.set("state", "the daemon's".to_owned(), Origin::Default);
         if !table.has("url") {
             table.complain("id", "an instance needs its `url`");
         }
@@ -532,7 +531,7 @@ mod tests {
         let settings = parse(include_str!("../../deploy/ttlsweep.toml")).unwrap();
         let cache = settings.instance("session-cache").unwrap();
         assert!(cache.auto_scan.enabled && cache.window.is_some());
-        assert_eq!(cache.settings.scan.intensity, 0.5);
+        assert_eq!(cache.settings.scan.tuning.intensity, 0.5);
     }
 
     #[test]

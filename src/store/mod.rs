@@ -7,6 +7,7 @@ mod lists;
 mod rows;
 mod schedules;
 pub mod tally;
+pub mod undo;
 
 pub use lists::{TaskFilter, TaskPage};
 

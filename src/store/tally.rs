@@ -106,6 +106,11 @@ impl TallyDir {
         Self(PathBuf::from(name))
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     fn prefix(task: TaskId, shard: &ShardId) -> String {
         // An address may hold slashes and colons; a hash of it does not.
         let hash = Sha256::digest(shard.0.as_bytes());

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::control::{Control, StopReason, Tuning};
+use crate::engine::control::{Control, StopReason};
 use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
@@ -28,9 +28,9 @@ use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
 use crate::node::tls::Tls;
 use crate::node::topology::{Topology, View};
-use crate::settings::raw::Problem;
+use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
-use crate::settings::{ScanSettings, Settings};
+use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{Store, StoreError, StoredShard};
 use crate::tasks::allowance::Allowance;
 use crate::tasks::gate::Gate;
@@ -135,29 +135,32 @@ pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
     })
 }
 
-/// Other limits for a task that runs. `None` leaves a limit as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Tune {
-    /// Share of the master's time, in (0, 1].
-    pub intensity: Option<f64>,
-    /// Ceiling in keys per second; 0 for none.
-    pub max_keys_per_sec: Option<u32>,
-}
+/// Other limits for a task that runs, by the keys of [`TUNE_KEYS`]. Keys that are not named stay as they are.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Tune(SweepTexts);
 
 impl Tune {
-    fn apply(&self, tuning: &mut Tuning) {
-        if let Some(intensity) = self.intensity {
-            tuning.intensity = intensity;
+    /// Checks what is wished.
+    ///
+    /// # Errors
+    /// Every problem; the keys are named.
+    pub fn new(texts: SweepTexts) -> Result<Self, Vec<Problem>> {
+        let unknown = texts.keys().find(|key| !TUNE_KEYS.contains(&key.as_str()));
+        if let Some(key) = unknown {
+            let message = format!("`{key}` cannot be changed while a task runs; these can: {}", TUNE_KEYS.join(", "));
+            return Err(vec![Problem { origin: None, message }]);
         }
-        if let Some(keys) = self.max_keys_per_sec {
-            tuning.max_keys_per_sec = Some(keys).filter(|&keys| keys > 0);
-        }
+        settings::tuning_of(&texts)?;
+        Ok(Self(texts))
     }
 
-    fn texts(&self) -> SweepTexts {
-        let intensity = self.intensity.map(|share| ("intensity".to_owned(), share.to_string()));
-        let ceiling = self.max_keys_per_sec.map(|keys| ("max-keys-per-sec".to_owned(), keys.to_string()));
-        intensity.into_iter().chain(ceiling).collect()
+    /// The texts of a task's settings with these over them, and the limits that they make.
+    fn over(&self, sweep: &SweepTexts) -> Result<(SweepTexts, Tuning), TaskError> {
+        let texts: SweepTexts = sweep.iter().chain(&self.0).map(|(key, text)| (key.clone(), text.clone())).collect();
+        // Both halves were checked by themselves; one problem of the whole is enough to say.
+        let first = |problems: Vec<Problem>| TaskError::Settings(problems.into_iter().next().unwrap_or_default());
+        let tuning = settings::tuning_of(&texts).map_err(first)?;
+        Ok((texts, tuning))
     }
 }
 

@@ -189,12 +189,13 @@ impl Recorder {
                 self.control.stop(StopReason::Cancelled);
             }
             Order::Tune(tune) => {
+                let (texts, tuning) = tune.over(&self.task.sweep)?;
                 self.change(|task| {
-                    task.sweep.extend(tune.texts());
+                    task.sweep = texts;
                     Ok(())
                 })
                 .await?;
-                self.control.tune(|tuning| tune.apply(tuning));
+                self.control.tune(tuning);
             }
         }
         Ok(())

@@ -74,7 +74,7 @@ fn everything_that_deserves_a_warning() {
     facts.rights.set(Right::Exists, Some(false));
     let mut settings = settings();
     settings.scan.dbs = vec![DbIndex(0), DbIndex(3), DbIndex(7)];
-    settings.scan.max_keys_per_sec = Some(200);
+    settings.scan.tuning.max_keys_per_sec = Some(200);
     settings.scan.timeout = Duration::from_secs(60);
     let dead = NodeError::Connect { addr: addr(6380), source: io::ErrorKind::ConnectionRefused.into() };
     insta::assert_snapshot!(shown(&facts, Some(Err(dead.into())), &settings));

@@ -1,0 +1,132 @@
+//! Whether SCAN sends the names of the keys back. The sweep needs none of them, and they are nearly all that it reads.
+//!
+//! Redis 8.2 looks at each key's TTL before it looks at its type: SCAN with a TYPE that nobody uses frees what it meets and
+//! returns nothing, one and a half times as many keys a second. From 6.2 to 7.4 it frees them too, but costs what it saves and
+//! counts a keyspace miss for each; on Valkey 8 it frees nothing and refuses a type that it does not know.
+//!
+//! Nobody has to believe that. Every so often a batch is asked again with its names. Keys that the second SCAN frees were left
+//! dead by the first; and only a batch with names shows that deletions are not blocked (see [`crate::engine::batch`]).
+
+use crate::model::progress::ServerFacts;
+use crate::settings;
+
+/// From this version of Redis on, SCAN with a TYPE frees whatever it meets and counts no misses.
+const FREES_ALL: (u32, u32) = (8, 2);
+/// A batch is asked again with names every so many batches: a few milliseconds in which deletions might be blocked unseen,
+/// and less than a thirtieth of the bytes.
+const AUDIT_EVERY: u64 = 64;
+/// Fewer dead keys than this prove nothing: keys expire between two SCANs.
+const PROOF: u64 = 3;
+
+/// The payload of one shard.
+#[derive(Debug)]
+pub struct Payload {
+    nameless: bool,
+    batches: u64,
+    freed: u64,
+    left_dead: u64,
+}
+
+impl Payload {
+    /// Chooses by what was asked for and by what the server is.
+    pub fn new(asked: settings::Payload, server: Option<&ServerFacts>, redis_version: Option<(u32, u32)>) -> Self {
+        let known = server.is_some_and(|server| server.product == "Redis") && redis_version >= Some(FREES_ALL);
+        let nameless = match asked {
+            settings::Payload::Auto => known,
+            settings::Payload::Names => false,
+            settings::Payload::None => true,
+        };
+        Self { nameless, batches: 0, freed: 0, left_dead: 0 }
+    }
+
+    /// Whether the next batch is to come without names.
+    pub fn is_nameless(&self) -> bool {
+        self.nameless
+    }
+
+    /// Whether the batch under way, which came without names, is to be asked again with them. The first is.
+    pub fn audit_is_due(&self) -> bool {
+        self.nameless && self.batches.is_multiple_of(AUDIT_EVERY)
+    }
+
+    /// COUNT of the second SCAN of a batch. It has to stay within the keys that the first one looked at: of those, so many are
+    /// left as were not freed. Half of them is well inside.
+    pub fn audit_count(count: u32, freed: u64) -> u32 {
+        let left = u64::from(count).saturating_sub(freed);
+        u32::try_from(left / 2).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// A batch without names went by: what it freed, and what the second SCAN freed where there was one. Returns whether it was
+    /// the proof that SCAN without names leaves dead keys.
+    pub fn learn(&mut self, freed: u64, left_dead: u64) -> bool {
+        self.batches += 1;
+        self.freed += freed;
+        self.left_dead += left_dead;
+        // The second SCAN saw one batch in so many, and half of it.
+        let disagrees = self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed;
+        self.nameless &= !disagrees;
+        disagrees
+    }
+
+    /// The server does not take it.
+    pub fn refused(&mut self) {
+        self.nameless = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shard::{NodeAddr, RunId};
+
+    fn payload(asked: settings::Payload, product: &str, version: (u32, u32)) -> Payload {
+        let server = ServerFacts {
+            product: product.to_owned(),
+            version: String::new(),
+            run_id: RunId(String::new()),
+            addr: NodeAddr::Unix("/s".into()),
+        };
+        Payload::new(asked, Some(&server), Some(version))
+    }
+
+    #[test]
+    fn names_are_left_out_where_the_server_is_known_to_free_all_the_same_or_where_that_is_asked_for() {
+        use settings::Payload::{Auto, Names, None};
+        let cases = [
+            (Auto, "Redis", (8, 2), true),
+            (Auto, "Redis", (9, 0), true),
+            (Auto, "Redis", (7, 4), false),
+            (Auto, "Valkey", (8, 2), false),
+            (Names, "Redis", (8, 2), false),
+            (None, "Redis", (7, 0), true),
+        ];
+        for (asked, product, version, nameless) in cases {
+            assert_eq!(payload(asked, product, version).is_nameless(), nameless, "{asked} {product} {version:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_batch_and_then_one_in_64_is_asked_again() {
+        let mut payload = payload(settings::Payload::Auto, "Redis", (8, 2));
+        let audits = (0..640).filter(|_| {
+            let due = payload.audit_is_due();
+            payload.learn(5, 0);
+            due
+        });
+        assert_eq!(audits.count(), 10);
+    }
+
+    #[test]
+    fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
+        let mut left = payload(settings::Payload::None, "Valkey", (7, 2));
+        assert!(!left.learn(0, 2), "two may have expired in between");
+        assert!(left.learn(0, 2) && !left.is_nameless() && !left.audit_is_due());
+        let mut fine = payload(settings::Payload::Auto, "Redis", (8, 2));
+        assert!((0..10_000).all(|n| !fine.learn(5, u64::from(n % 64 == 0))), "keys that expired in between");
+    }
+
+    #[test]
+    fn the_second_scan_stays_within_the_keys_of_the_first() {
+        assert_eq!([0, 50, 100, 500].map(|freed| Payload::audit_count(100, freed)), [50, 25, 1, 1]);
+    }
+}
