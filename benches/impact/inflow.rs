@@ -33,6 +33,9 @@ const SETTLE_S: f64 = 5.0;
 /// The end is the median of this many samples, as a pass that has just ended looks better than one under way.
 const END: usize = 5;
 
+/// How much of the warm-up is plotted. Before the first TTL is over there is nothing to see.
+const PLOTTED_BEFORE_S: f64 = 4.5;
+
 #[derive(Clone, Copy, Serialize)]
 struct Sample {
     /// Since the sweep began; below 0 while the server warms up.
@@ -238,7 +241,8 @@ fn show(
             json!({ "end_percent": end, "worst_percent": worst, "worst_ratio_to_no_sweep": worst_ratio,
                 "end_ratio_to_no_sweep": to_nobody, "end_ratio_to_cloud": to_cloud, "series": series }),
         );
-        plotted.push(Line { label: contender.name, points: series, plain: contender.name == NOBODY });
+        let points = series.into_iter().filter(|(second, _)| *second > -PLOTTED_BEFORE_S).collect();
+        plotted.push(Line { label: contender.name, points, plain: contender.name == NOBODY });
     }
     output.markdown(&table.end());
     let svg = lines(

@@ -17,7 +17,7 @@ const CHARACTER: f64 = 6.9;
 const LINE: f64 = 16.0;
 
 /// Told apart by people who see colours differently, too; lines differ in their dashes as well.
-const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b", "#7b3fa0", "#444444"];
+const COLOURS: [&str; 8] = ["#0072b2", "#c84e00", "#00805d", "#b5427f", "#2a8fc4", "#8a6500", "#7b3fa0", "#333333"];
 const DASHES: [&str; 3] = ["", "7 3", "2 3"];
 
 /// A backlog of nothing has no place on a logarithmic axis. It is drawn here, in per cent.
