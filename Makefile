@@ -66,5 +66,11 @@ bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
 	@$(with_redis) $(CARGO) bench --bench scan_loop
 	@$(with_redis) $(CARGO) bench --bench shards
 
-impact: setup-demo ## what a sweep costs other clients, beside other ways to sweep (minutes)
-	@$(with_redis) $(CARGO) bench --bench impact
+# The server of scenarios a and c is redis-7.0; b runs on each of these. See benches/impact/main.rs for what can be set.
+IMPACT_SERVERS ?= redis-7.0 redis-8.2 valkey-8.0
+
+impact: cargo ## what a sweep costs other clients, beside other ways to sweep (hours; see benches/impact/main.rs)
+	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(IMPACT_SERVERS))
+	@paths=$$(for server in $(IMPACT_SERVERS); do scripts/servers.sh path $$server || exit 1; done) && \
+	$(with_redis) TTLSWEEP_IMPACT_SERVERS="$${TTLSWEEP_IMPACT_SERVERS:-$$(echo $$paths | tr ' ' ,)}" \
+	  $(CARGO) bench --bench impact

@@ -12,19 +12,23 @@ pub struct Server {
 }
 
 impl Server {
+    /// The server that `TTLSWEEP_BENCH_SERVER` names, or the one on the PATH.
     pub fn start() -> Self {
+        Self::start_of(&std::env::var("TTLSWEEP_BENCH_SERVER").unwrap_or_else(|_| "redis-server".to_owned()))
+    }
+
+    pub fn start_of(binary: &str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("it is bound").port();
         drop(listener);
-        let binary = std::env::var("TTLSWEEP_BENCH_SERVER").unwrap_or_else(|_| "redis-server".to_owned());
         let child = Command::new(binary)
             .args(["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--enable-debug-command", "local"])
             .args(["--port", &port.to_string(), "--dir"])
             .arg(dir.path())
             .stdout(Stdio::null())
             .spawn()
-            .expect("redis-server is on the PATH");
+            .unwrap_or_else(|e| panic!("{binary} cannot be run: {e}"));
         let server = Self { child, port, _dir: dir };
         let deadline = Instant::now() + Duration::from_secs(10);
         while server.cli(&["PING"]) != "PONG" {
@@ -38,14 +42,28 @@ impl Server {
         format!("127.0.0.1:{}", self.port)
     }
 
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.addr())
+    }
+
+    /// The CPU time that the server has taken so far, in seconds.
+    pub fn cpu_s(&self) -> f64 {
+        cpu_s(self.child.id())
+    }
+
     pub fn cli(&self, words: &[&str]) -> String {
         let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(words).output();
         String::from_utf8_lossy(&output.expect("redis-cli is on the PATH").stdout).trim().to_owned()
     }
 
+    /// Such as `Redis 7.0.15`. Valkey says as well which Redis it can stand in for, and that is not what it is.
     pub fn version(&self) -> String {
         let info = self.cli(&["INFO", "server"]);
-        info.lines().find(|l| l.starts_with("redis_version")).unwrap_or("").to_owned()
+        let field = |name: &str| info.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+        match (field("valkey_version:"), field("redis_version:")) {
+            (Some(version), _) => format!("Valkey {version}"),
+            (None, version) => format!("Redis {}", version.unwrap_or("of an unknown version")),
+        }
     }
 
     pub fn dbsize(&self) -> u64 {
@@ -62,6 +80,14 @@ impl Drop for Server {
 
 /// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
 const TICKS: f64 = 100.0;
+
+fn cpu_s(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name in parentheses: state is field 3, utime 14, stime 15.
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+    let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+    (ticks(14) + ticks(15)) / TICKS
+}
 
 /// What a program took.
 #[derive(Clone, Copy, Default)]
@@ -89,14 +115,9 @@ pub fn measure(command: &mut Command) -> Measured {
 
 impl Measured {
     fn look(&mut self, pid: u32) {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let stat = read("stat");
-        // Behind the name in parentheses: state is field 3, utime 14, stime 15.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
-        let ticks = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
-        self.cpu_s = self.cpu_s.max((ticks(14) + ticks(15)) / TICKS);
-        let peak =
-            read("status").lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        self.cpu_s = self.cpu_s.max(cpu_s(pid));
+        let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
 }

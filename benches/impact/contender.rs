@@ -1,0 +1,259 @@
+//! Who sweeps, and one pass of each.
+
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::common::Server;
+use super::wire::{Conn, encode};
+
+/// What is given to `ttlsweep scan` beside the URL.
+const DEFAULT: &[&str] = &[];
+/// All of the server's time, whatever else the server does.
+const INTENSITY_1: &[&str] = &["--intensity", "1"];
+/// Given as well where the program knows it: there, even intensity 1 gives way when others suffer.
+const NO_THROTTLE: &str = "--no-throttle";
+
+/// COUNT of redis-cli, which it says in no option before 7.2.
+const REDIS_CLI_COUNT: u32 = 10;
+
+/// The clock of the cloud profile: one SCAN each 5 ms, so 200 a second.
+const TICK: Duration = Duration::from_millis(5);
+
+/// How often a program is asked whether it has ended.
+const POLL: Duration = Duration::from_millis(2);
+
+pub const NOBODY: &str = "no sweep";
+/// What every other contender is compared with, beside no sweep.
+pub const CLOUD: &str = "cloud profile, COUNT 1000";
+
+#[derive(Clone, Copy)]
+pub enum Sweep {
+    Nobody,
+    /// `ttlsweep scan` with these arguments.
+    Ours {
+        args: &'static [&'static str],
+        no_throttle: bool,
+    },
+    /// One SCAN of this COUNT each 5 ms by the clock.
+    Cloud(u32),
+    /// `redis-cli --scan`, with --count or without.
+    RedisCli(Option<u32>),
+    /// SCANs of this COUNT back to back on a plain socket, the names dropped.
+    BackToBack(u32),
+    /// The same, and one TTL for each name, pipelined.
+    TtlOfEach(u32),
+    /// No sweep, but the server's own expiry at `active-expire-effort 10`.
+    Effort10,
+}
+
+#[derive(Clone)]
+pub struct Contender {
+    pub name: &'static str,
+    pub sweep: Sweep,
+}
+
+/// What one pass did, or the part of it that there was time for.
+#[derive(Clone, Copy, Default)]
+pub struct Pass {
+    pub whole: bool,
+    /// Keys looked at. For redis-cli, which does not say, its SCANs times its COUNT.
+    pub scanned: u64,
+    /// What it says itself.
+    pub num: Option<u64>,
+}
+
+/// All of them, in the order of the tables.
+pub fn all() -> Vec<Contender> {
+    let ours = |args| Sweep::Ours { args, no_throttle: false };
+    let no_throttle = help_of(env!("CARGO_BIN_EXE_ttlsweep"), &["scan", "--help"]).contains(NO_THROTTLE);
+    let counted_cli = help_of("redis-cli", &["--help"]).contains("--count");
+    let contenders = [
+        (NOBODY, Sweep::Nobody),
+        ("ttlsweep, default", ours(DEFAULT)),
+        ("ttlsweep, intensity 1", Sweep::Ours { args: INTENSITY_1, no_throttle }),
+        ("cloud profile, COUNT 50", Sweep::Cloud(50)),
+        ("cloud profile, COUNT 100", Sweep::Cloud(100)),
+        (CLOUD, Sweep::Cloud(1000)),
+        ("redis-cli --scan", Sweep::RedisCli(None)),
+        // Before 7.2 redis-cli has no --count, so the row says what was run in its place.
+        match counted_cli {
+            true => ("redis-cli --scan --count 1000", Sweep::RedisCli(Some(1000))),
+            false => ("plain loop, COUNT 1000", Sweep::BackToBack(1000)),
+        },
+        ("COUNT 1000 and TTL of each", Sweep::TtlOfEach(1000)),
+        ("active-expire-effort 10", Sweep::Effort10),
+    ];
+    contenders.map(|(name, sweep)| Contender { name, sweep }).into()
+}
+
+fn help_of(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program} cannot be run: {e}"));
+    // redis-cli prints its help to stderr in some versions.
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+impl Sweep {
+    /// How it is run, for the JSON file.
+    pub fn describe(self) -> String {
+        match self {
+            Self::Nobody => "nothing".to_owned(),
+            Self::Ours { .. } => {
+                format!("ttlsweep scan URL --json {}", self.our_args().join(" ")).trim_end().to_owned()
+            }
+            Self::Cloud(count) => format!("SCAN COUNT {count} each {} ms by the clock", TICK.as_millis()),
+            Self::RedisCli(None) => format!("redis-cli --scan (COUNT {REDIS_CLI_COUNT}), back to back"),
+            Self::RedisCli(Some(count)) => format!("redis-cli --scan --count {count}"),
+            Self::BackToBack(count) => format!("SCAN COUNT {count} on a blocking socket, back to back"),
+            Self::TtlOfEach(count) => format!("SCAN COUNT {count} and a pipelined TTL of each name, back to back"),
+            Self::Effort10 => "CONFIG SET active-expire-effort 10, no sweep".to_owned(),
+        }
+    }
+
+    fn our_args(self) -> Vec<&'static str> {
+        match self {
+            Self::Ours { args, no_throttle } => {
+                args.iter().copied().chain(no_throttle.then_some(NO_THROTTLE)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// One pass, or as much of it as there is time for. Who does not sweep waits for that time.
+    pub fn pass(self, server: &Server, until: Option<Instant>) -> Pass {
+        let pass = match self {
+            Self::Nobody | Self::Effort10 => {
+                let until = until.expect("what has no end is given one");
+                std::thread::sleep(until.saturating_duration_since(Instant::now()));
+                Pass::default()
+            }
+            Self::Ours { .. } => ours(server, &self.our_args(), until),
+            Self::RedisCli(count) => redis_cli(server, count, until),
+            Self::Cloud(count) => scan(server, count, Some(TICK), false, until),
+            Self::BackToBack(count) => scan(server, count, None, false, until),
+            Self::TtlOfEach(count) => scan(server, count, None, true, until),
+        };
+        assert!(pass.whole || until.is_some(), "a pass with no time limit comes to its end");
+        pass
+    }
+
+    /// Pass after pass until the time is over.
+    pub fn again_and_again(self, server: &Server, until: Instant) -> Vec<Pass> {
+        let mut passes = Vec::new();
+        while Instant::now() < until {
+            passes.push(self.pass(server, Some(until)));
+        }
+        passes
+    }
+}
+
+fn ours(server: &Server, args: &[&str], until: Option<Instant>) -> Pass {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+    // What the caller has set for this benchmark or for a sweep of their own must not change the contender.
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TTLSWEEP_") || name == "REDISCLI_AUTH") {
+        command.env_remove(name);
+    }
+    command.args(["scan", &server.url(), "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("the program is built");
+    let in_time = wait(&mut child, until);
+    if !in_time {
+        // It prints what it did when it is interrupted. The standard library can only kill.
+        let interrupt = format!("kill -INT {}", child.id());
+        let _ = Command::new("sh").args(["-c", &interrupt]).stderr(Stdio::null()).status();
+        wait(&mut child, None);
+    }
+    let status = child.wait().expect("it can be asked");
+    let mut json = String::new();
+    child.stdout.take().expect("it is piped").read_to_string(&mut json).expect("UTF-8");
+    // 130: interrupted, as asked for.
+    assert!(status.success() || (!in_time && status.code() == Some(130)), "{command:?} ended with {status}: {json}");
+    if json.is_empty() {
+        // Interrupted before it had a task.
+        return Pass::default();
+    }
+    let record: serde_json::Value = serde_json::from_str(&json).expect("one JSON object");
+    let scanned = record["report"]["totals"]["scanned"].as_u64().expect("it counts");
+    Pass { whole: status.success(), scanned, num: record["num"].as_u64() }
+}
+
+fn redis_cli(server: &Server, count: Option<u32>, until: Option<Instant>) -> Pass {
+    let mut conn = Conn::open(&server.addr());
+    let before = conn.scans_answered();
+    let mut command = Command::new("redis-cli");
+    command.args(["-p", &server.port.to_string(), "--scan"]).stdout(Stdio::null());
+    if let Some(count) = count {
+        command.args(["--count", &count.to_string()]);
+    }
+    let mut child = command.spawn().expect("redis-cli is on the PATH");
+    let whole = wait(&mut child, until);
+    if !whole {
+        child.kill().expect("it is ours");
+    }
+    let status = child.wait().expect("it can be asked");
+    assert!(status.success() || !whole, "{command:?} ended with {status}");
+    let scans = conn.scans_answered() - before;
+    Pass { whole, scanned: scans * u64::from(count.unwrap_or(REDIS_CLI_COUNT)), num: None }
+}
+
+/// Waits for the end of a program; false where the time is over first.
+fn wait(child: &mut Child, until: Option<Instant>) -> bool {
+    loop {
+        if child.try_wait().expect("it can be asked").is_some() {
+            return true;
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return false;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// With `tick`, a SCAN is sent when it is due, or as soon as the last one is answered; what was missed is not made up
+/// for, so that it never comes faster than the clock.
+fn scan(server: &Server, count: u32, tick: Option<Duration>, ttl: bool, until: Option<Instant>) -> Pass {
+    let mut conn = Conn::open(&server.addr());
+    let (mut cursor, mut names, mut out) = ("0".to_owned(), Vec::new(), Vec::new());
+    let mut pass = Pass::default();
+    let mut due = Instant::now();
+    loop {
+        let (next, number) = conn.scan(&cursor, count, ttl.then_some(&mut names));
+        pass.scanned += number;
+        if ttl {
+            out.clear();
+            names.iter().for_each(|name| out.extend(encode(&[b"TTL".as_slice(), name])));
+            std::io::Write::write_all(&mut conn.out, &out).expect("the server reads");
+            for _ in &names {
+                conn.number();
+            }
+        }
+        cursor = next;
+        if cursor == "0" {
+            pass.whole = true;
+            return pass;
+        }
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return pass;
+        }
+        if let Some(tick) = tick {
+            due = (due + tick).max(Instant::now());
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+    }
+}
+
+/// The server's own expiry at its hardest, for as long as this lives.
+pub struct Effort<'a>(&'a Server);
+
+impl<'a> Effort<'a> {
+    pub fn set(server: &'a Server) -> Self {
+        assert_eq!(server.cli(&["CONFIG", "SET", "active-expire-effort", "10"]), "OK");
+        Self(server)
+    }
+}
+
+impl Drop for Effort<'_> {
+    fn drop(&mut self) {
+        // 1 is the default of every server that knows the setting.
+        self.0.cli(&["CONFIG", "SET", "active-expire-effort", "1"]);
+    }
+}

@@ -1,0 +1,125 @@
+//! What goes out: Markdown on stdout and in a file, JSON with everything, plots; and the sums behind them.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::{Map, Value, json};
+
+use super::contender::Contender;
+
+/// Everything goes here, and is written anew after each scenario, so that a run that is cut leaves what it has.
+pub struct Output {
+    folder: PathBuf,
+    markdown: String,
+    json: Map<String, Value>,
+}
+
+impl Output {
+    pub fn new(folder: PathBuf, settings: Value, contenders: &[Contender]) -> Self {
+        std::fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{} cannot be made: {e}", folder.display()));
+        let how: Map<String, Value> =
+            contenders.iter().map(|c| (c.name.to_owned(), Value::String(c.sweep.describe()))).collect();
+        let json = Map::from_iter([
+            ("machine".to_owned(), machine()),
+            ("settings".to_owned(), settings),
+            ("contenders".to_owned(), how.into()),
+        ]);
+        let mut output = Self { folder, markdown: String::new(), json };
+        let fact = |name: &str| output.json["machine"][name].as_str().unwrap_or("unknown").to_owned();
+        let text = format!(
+            "{}, {} cores, Linux {}; commit {}\n",
+            fact("cpu"),
+            output.json["machine"]["cores"],
+            fact("kernel"),
+            fact("commit")
+        );
+        output.markdown(&text);
+        output
+    }
+
+    #[allow(clippy::print_stdout, reason = "the table is what it is for")]
+    pub fn markdown(&mut self, text: &str) {
+        println!("{text}");
+        self.markdown += text;
+        self.markdown.push('\n');
+        self.write("impact.md", &self.markdown);
+    }
+
+    pub fn json(&mut self, name: &str, value: Value) {
+        self.json.insert(name.to_owned(), value);
+        self.write("impact.json", &serde_json::to_string_pretty(&self.json).expect("plain data"));
+    }
+
+    pub fn plot(&self, file: &str, svg: &str) {
+        self.write(file, svg);
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        let path = self.folder.join(file);
+        std::fs::write(&path, text).unwrap_or_else(|e| panic!("{} cannot be written: {e}", path.display()));
+    }
+}
+
+/// Where this was measured. What cannot be told is null.
+fn machine() -> Value {
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu =
+        cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned()));
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok().map(|k| k.trim().to_owned());
+    let cores = std::thread::available_parallelism().ok().map(usize::from);
+    let commit = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok();
+    let commit = commit.filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    json!({ "cpu": cpu, "cores": cores, "kernel": kernel, "commit": commit })
+}
+
+/// The middle of the values, or the mean of the two in the middle. None where there are none.
+pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
+    }
+}
+
+/// The median over those rounds in which both were measured, so that what slowed the machine down slowed both.
+pub fn median_ratio<R>(ours: &[R], others: &[R], round: impl Fn(&R) -> u64, of: impl Fn(&R) -> f64) -> Option<f64> {
+    median(ours.iter().filter_map(|r| {
+        let other = others.iter().find(|o| round(o) == round(r))?;
+        Some(of(r) / of(other))
+    }))
+}
+
+/// The result of a contender, by its name.
+pub fn rounds_of<'a, R>(contenders: &[Contender], rounds: &'a [Vec<R>], name: &str) -> &'a [R] {
+    contenders.iter().position(|c| c.name == name).map_or(&[], |i| rounds[i].as_slice())
+}
+
+/// A number with so many digits behind the point, or a dash.
+pub fn cell(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+}
+
+pub struct Table {
+    text: String,
+}
+
+impl Table {
+    pub fn new(title: &str, columns: &[&str]) -> Self {
+        let mut text = format!("### {title}\n\n");
+        let _ = writeln!(text, "| {} |", columns.join(" | "));
+        let _ = writeln!(text, "|---|{}", "--:|".repeat(columns.len() - 1));
+        Self { text }
+    }
+
+    pub fn row(&mut self, name: &str, cells: &[String]) {
+        let _ = writeln!(self.text, "| {name} | {} |", cells.join(" | "));
+    }
+
+    pub fn end(self) -> String {
+        self.text
+    }
+}
