@@ -154,10 +154,10 @@ fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
         .collect()
 }
 
-/// Removes what is kept no longer, now and every hour.
-async fn prune(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
+/// Removes what is kept no longer: now, every hour, and when the settings may say otherwise.
+async fn prune(store: Store, mut settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
     loop {
-        let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow().store.clone();
+        let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow_and_update().store.clone();
         let before =
             jiff::SignedDuration::try_from(keep_for).ok().and_then(|kept| Timestamp::now().checked_sub(kept).ok());
         loop {
@@ -172,6 +172,7 @@ async fn prune(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop
         }
         tokio::select! {
             () = tokio::time::sleep(PRUNE_EVERY) => {}
+            changed = settings.changed() => if changed.is_err() { return },
             () = stop.cancelled() => return,
         }
     }

@@ -184,8 +184,8 @@ impl Store {
         self.let_go(conn, page)
     }
 
-    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest.
-    /// Returns how many; more than none means that there may be others.
+    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest. The
+    /// newest one of each instance always stays. Returns how many went; more than none means that there may be others.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -18,6 +18,7 @@ mod deploy;
 mod exact;
 mod network;
 mod resume;
+mod retention;
 mod rights;
 mod scale;
 mod schedule;

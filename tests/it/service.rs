@@ -26,13 +26,6 @@ async fn filled(live: u64, dead: u64) -> Server {
     server
 }
 
-/// Lets a slow task finish.
-async fn hurry(daemon: &Daemon, id: &str) {
-    let path = format!("/api/v1/tasks/{id}");
-    let request = daemon.request(Method::PATCH, &path).json(&json!({"max_keys_per_sec": 0}));
-    daemon.send(request).await.ok();
-}
-
 fn hold(task: &Value) -> &str {
     task["holds"][0]["reason"].as_str().unwrap_or("")
 }
@@ -48,7 +41,7 @@ async fn only_so_many_sweep_at_once_and_the_next_one_follows() {
     let second = daemon.scan("two").await;
     let queued = daemon.task(&second).await;
     assert_eq!((&queued["state"], &queued["scanned"]), (&json!("waiting"), &json!(0)));
-    hurry(&daemon, &first).await;
+    daemon.hurry(&first).await;
     assert_eq!(daemon.until(&second, "succeeded").await["reclaimed"], 100);
     let (first, second) = (daemon.task(&first).await, daemon.task(&second).await);
     let (ended, begun) = (first["finished_at"].as_str(), second["started_at"].as_str());
@@ -72,7 +65,7 @@ async fn a_task_is_paused_resumed_tuned_and_cancelled() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(scans().await, before, "no SCAN is sent to a server whose task is paused");
     assert_eq!(order("resume").await.ok()["state"], "running");
-    hurry(&daemon, &id).await;
+    daemon.hurry(&id).await;
     let done = daemon.until(&id, "succeeded").await;
     assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(300), &json!("0")));
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
@@ -147,7 +140,7 @@ async fn a_sweep_is_held_when_its_window_closes_and_goes_on_when_it_opens() {
     assert_eq!(held["state"], "running");
     assert_eq!(daemon.history("cache").await["records"][0]["status"], "running");
     probe("it goes on", PATIENCE, async || daemon.task(&id).await["scanned"] != held["scanned"]).await;
-    hurry(&daemon, &id).await;
+    daemon.hurry(&id).await;
     let done = daemon.until(&id, "succeeded").await;
     assert_eq!(done["reclaimed"], 100);
     let of = |name: &str| done["shards"][0]["dbs"][0]["held_s"][name].as_f64().unwrap_or_default();
@@ -199,10 +192,10 @@ async fn a_stopped_daemon_keeps_what_waits_what_is_paused_and_what_runs() {
     assert_eq!(daemon.task(&waiting).await["state"], "waiting");
     assert_eq!(daemon.task(&paused).await["state"], "paused");
     daemon.until(&running, "running").await;
-    hurry(&daemon, &running).await;
+    daemon.hurry(&running).await;
     assert_eq!(daemon.until(&running, "succeeded").await["reclaimed"], 10);
     daemon.post(&format!("/api/v1/tasks/{paused}/resume")).await.ok();
-    hurry(&daemon, &paused).await;
+    daemon.hurry(&paused).await;
     assert_eq!(daemon.until(&paused, "succeeded").await["reclaimed"], 10);
 }
 
@@ -241,7 +234,7 @@ async fn settings_are_read_again_without_disturbing_what_runs() {
     assert_eq!(daemon.task(&running).await["state"], "running");
     let second = daemon.scan("two").await;
     daemon.until(&second, "succeeded").await;
-    hurry(&daemon, &running).await;
+    daemon.hurry(&running).await;
     daemon.until(&running, "succeeded").await;
 }
 

@@ -221,6 +221,12 @@ impl Daemon {
         answer["id"].as_str().expect("an id").to_owned()
     }
 
+    /// Lets a slow task finish.
+    pub async fn hurry(&self, id: &str) {
+        let request = self.request(Method::PATCH, &format!("/api/v1/tasks/{id}"));
+        self.send(request.json(&json!({"max_keys_per_sec": 0}))).await.ok();
+    }
+
     /// A task as it is now.
     pub async fn task(&self, id: &str) -> Value {
         self.get(&format!("/api/v1/tasks/{id}")).await.ok()
