@@ -3,6 +3,10 @@
 //! Start: store, recovery of what was unfinished, scheduler, API. Stop: scheduler, tasks (each ends its batch and keeps
 //! its checkpoint), API (answers under way end), store.
 
+mod files;
+
+pub use files::load;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +23,7 @@ use crate::api::{AppState, router};
 use crate::metrics::Metrics;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
-use crate::settings::serve::{self, ServeSettings, StoreSettings};
+use crate::settings::serve::{ServeSettings, StoreSettings};
 use crate::shutdown;
 use crate::store::Store;
 use crate::tasks::TaskService;
@@ -37,7 +41,13 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let connections = connections(&settings);
     let limits = Limits { connections, header_within: settings.api.request_timeout };
     let tls = match &settings.api.tls {
-        Some((cert, key)) => Some(listen::tls(cert, key).context("TLS cannot be set up")?),
+        Some((cert, key)) => {
+            let acceptor = listen::tls(cert, key).map_err(|problems| {
+                let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                anyhow::anyhow!("TLS cannot be set up: {}", problems.join("; "))
+            });
+            Some(acceptor?)
+        }
         None => None,
     };
     let listener = TcpListener::bind(settings.api.listen).await;
@@ -113,7 +123,7 @@ struct Reloader {
 impl Reloader {
     /// Puts the file's settings in force. Running tasks go on with the settings that they began with.
     fn reload(&self) -> Result<(), Vec<Problem>> {
-        let changed = serve::load(&self.path).and_then(|mut new| {
+        let changed = load(&self.path).and_then(|mut new| {
             let old = self.settings.borrow().clone();
             let problems = needs_restart(&old, &new);
             if !problems.is_empty() {

@@ -7,7 +7,6 @@ use clap::Args;
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::daemon;
-use crate::settings::serve;
 
 /// `ttlsweep serve`
 #[derive(Debug, Args)]
@@ -22,7 +21,7 @@ pub struct ServeArgs {
 /// # Errors
 /// Where it cannot start.
 pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
-    let settings = match serve::load(&args.config) {
+    let settings = match daemon::load(&args.config) {
         Ok(settings) => settings,
         Err(problems) => return Ok(scan::usage(&problems)),
     };

@@ -3,7 +3,7 @@
 //! Defaults live in `serve.toml` and, for how an instance is swept, in `default.toml`. All problems of a file are
 //! reported at once, each with its line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use secrecy::SecretString;
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
 use crate::model::task::{SweepTexts, words};
-use crate::settings::raw::{KEYS, PLACE_KEYS, Problem, Raw, scalar_text};
+use crate::settings::raw::{KEYS, Origin, PLACE_KEYS, Problem, Raw, scalar_text};
 use crate::settings::table::{File, Table};
 use crate::settings::{self, COUNT_RANGE, Settings, positive_duration};
 
@@ -59,6 +59,8 @@ pub struct ApiSettings {
     pub listen: SocketAddr,
     /// Certificate chain and key, for TLS.
     pub tls: Option<(PathBuf, PathBuf)>,
+    /// Where the file names those two.
+    pub lines: Lines,
     /// Connections at once.
     pub max_connections: usize,
     /// Bound on receiving a request and on answering it.
@@ -155,22 +157,33 @@ pub struct Instance {
     pub auto_scan: AutoScan,
     /// How large a backlog must be for a due scan to begin.
     pub min_backlog: Option<MinBacklog>,
+    /// Where the file gives those of its settings that `scan` knows too.
+    pub lines: Lines,
 }
 
-/// Reads and checks a settings file.
+/// Where in the file settings stand, for problems that are found later than by reading it.
+pub type Lines = BTreeMap<&'static str, Origin>;
+
+/// Reads and checks a settings file. `look_further` finds what is wrong with the files that it names.
 ///
 /// # Errors
 /// Every problem of it.
-pub fn load(path: &Path) -> Result<ServeSettings, Vec<Problem>> {
-    read(File::read(path)?)
+pub fn load(
+    path: &Path,
+    look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>,
+) -> Result<ServeSettings, Vec<Problem>> {
+    read(File::read(path)?, look_further)
 }
 
-fn read(file: File) -> Result<ServeSettings, Vec<Problem>> {
+fn read(file: File, look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>) -> Result<ServeSettings, Vec<Problem>> {
     let settings = file.root().and_then(|root| {
         let defaults = File::new(Path::new("serve.toml"), SERVE_TOML.to_owned());
         let defaults = defaults.root()?;
         Reader { file: &file, defaults: &defaults }.all(&root)
     });
+    if let Some(settings) = &settings {
+        file.add_problems(look_further(settings));
+    }
     let problems = file.into_problems();
     match settings {
         Some(settings) if problems.is_empty() => Ok(settings),
@@ -186,7 +199,7 @@ pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, V
     let mut raw = Raw::defaults();
     for (key, text) in texts {
         if let Some(key) = Raw::key(key).filter(|key| !PLACE_KEYS.contains(key)) {
-            raw.set(key, text.clone(), settings::raw::Origin::Default);
+            raw.set(key, text.clone(), Origin::Default);
         }
     }
     let made = settings::resolve(&raw, None)?;
@@ -253,9 +266,11 @@ impl<'a> Reader<'a> {
                 None
             }
         };
+        let lines = ["tls-cert", "tls-key"].map(|key| (key, table.origin_of(key))).into();
         let api = ApiSettings {
             listen: listen?,
             tls,
+            lines,
             max_connections: max_connections? as usize,
             request_timeout: request_timeout?,
             tokens,
@@ -349,13 +364,15 @@ impl<'a> Reader<'a> {
                 .map(SecretString::from)
                 .map_err(|_| format!("the environment variable {name} is not set"))
         });
-        let settings = self.sweep(table, password);
+        let sweep = self.sweep(table, password);
         let id = id?;
+        let (settings, lines) = sweep?;
         Some(Instance {
             name: name.unwrap_or_else(|| id.clone()),
             id,
             project_id: project_id?,
-            settings: settings?,
+            settings,
+            lines,
             window: window?,
             auto_scan: auto_scan?,
             min_backlog,
@@ -363,8 +380,9 @@ impl<'a> Reader<'a> {
     }
 
     /// The keys that `ttlsweep scan` knows too.
-    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<Settings> {
+    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<(Settings, Lines)> {
         let mut raw = Raw::defaults();
+        let mut lines = Lines::new();
         if !table.has("url") {
             table.complain("id", "an instance needs its `url`");
         }
@@ -373,12 +391,16 @@ impl<'a> Reader<'a> {
                 return false;
             };
             match scalar_text(value) {
-                Some(text) => raw.set(known, text, self.file.origin(offset)),
+                Some(text) => {
+                    lines.insert(known, self.file.origin(offset));
+                    raw.set(known, text, self.file.origin(offset));
+                }
                 None => self.file.problem(offset, format!("{known}: must be a single value or a list of values")),
             }
             true
         });
-        settings::resolve(&raw, password).map_err(|problems| self.file.add_problems(problems)).ok()
+        let settings = settings::resolve(&raw, password).map_err(|problems| self.file.add_problems(problems)).ok()?;
+        Some((settings, lines))
     }
 
     fn auto_scan(table: &Table<'a>) -> Option<AutoScan> {
@@ -508,7 +530,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<ServeSettings, Vec<Problem>> {
-        read(File::new(Path::new("s.toml"), text.to_owned()))
+        read(File::new(Path::new("s.toml"), text.to_owned()), |_| Vec::new())
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod dcs;
 mod demo;
 mod deploy;
 mod exact;
+mod files;
 mod network;
 mod resume;
 mod retention;
