@@ -272,6 +272,10 @@ impl Store {
     pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
         let mut shards = rows::shards(&self.pool, id).await?;
         if let Some(tallies) = &self.tallies {
+            // A process that was killed before its first checkpoint has counted all the same.
+            for shard in tallies.shards(id) {
+                shards.entry(shard).or_default();
+            }
             for (shard, stored) in &mut shards {
                 for (db, line) in tallies.read(id, shard) {
                     line.bring_forward(stored.passes.entry(db).or_default());
