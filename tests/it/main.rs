@@ -17,6 +17,7 @@ mod demo;
 mod deploy;
 mod exact;
 mod files;
+mod fleet;
 mod network;
 mod resume;
 mod retention;
