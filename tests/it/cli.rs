@@ -137,7 +137,7 @@ fn a_module_imports_only_from_the_layers_above_it() {
         &["node", "store", "metrics"],
         &["check", "engine"],
         &["tasks"],
-        &["scheduler", "api", "shutdown"],
+        &["scheduler", "api", "shutdown", "telemetry"],
         &["daemon"],
         &["cli"],
     ];
