@@ -205,7 +205,7 @@ mod tests {
             let line = tallies.read(task, &shard)[&db];
             assert_eq!(line, TallyLine::of(&written));
         }
-        assert_eq!(tallies.shards(task), [shard.clone()]);
+        assert_eq!(tallies.shards(task), std::slice::from_ref(&shard));
         assert!(tallies.shards(TaskId::generate()).is_empty());
         let line = tallies.read(task, &shard)[&db];
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);

@@ -43,6 +43,10 @@ async fn a_cluster_is_swept_shard_by_shard_and_counted_exactly() {
     let live = cluster.fill(600, 900).await;
     let daemon = Daemon::start(&instance("sessions", &cluster.url(), "")).await;
 
+    let check = daemon.post("/api/v1/instances/sessions/check").await.ok();
+    assert_eq!(check["shards"].as_array().map(Vec::len), Some(MASTERS), "{check:#}");
+    assert_eq!(freed(&cluster).await.iter().sum::<u64>(), 0, "the look frees nothing");
+
     let id = daemon.scan("sessions").await;
     let task = daemon.until(&id, "succeeded").await;
     cluster.assert_only(&live).await;
