@@ -73,7 +73,7 @@ pub fn summary(view: &TaskView) -> String {
     if view.snapshot.lost_replies() > 0 {
         let _ = writeln!(
             text,
-            "the replies of {} batches were lost with a connection; what those freed is not counted",
+            "the replies of up to {} batches were lost with a connection or a killed process; what those freed is not counted",
             view.snapshot.lost_replies()
         );
     }

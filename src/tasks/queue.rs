@@ -128,12 +128,13 @@ impl TaskService {
             };
             match spec {
                 Ok(spec) => {
+                    // Read first: that it still says running tells that its process was killed.
+                    let known = self.store.shards(task.id).await?;
                     if task.state == TaskState::Running {
                         task.state = transition(task.state, Command::Interrupt)?;
                         self.store.update(&task).await?;
                     }
                     tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up again");
-                    let known = self.store.shards(task.id).await?;
                     self.enqueue(task, spec, known);
                 }
                 Err(why) => self.give_up(task, &why).await?,
