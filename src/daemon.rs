@@ -7,8 +7,9 @@ mod files;
 
 pub use files::load;
 
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,11 +22,12 @@ use tokio_util::sync::CancellationToken;
 use crate::api::listen::{self, Limits};
 use crate::api::{AppState, router};
 use crate::metrics::Metrics;
+use crate::model::task::TaskState;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{ServeSettings, StoreSettings};
 use crate::shutdown;
-use crate::store::Store;
+use crate::store::{Store, TaskFilter};
 use crate::tasks::TaskService;
 
 /// How often ended tasks that are kept no longer are looked for.
@@ -54,10 +56,12 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
     let address = listener.local_addr()?;
 
+    let _lock = lock(&settings.store.path)?;
     let store = Store::open(&settings.store.path).await?;
     let metrics = Metrics::default();
     let service = TaskService::with_places(store.clone(), metrics.clone(), settings.at_once);
     service.recover(&settings).await.context("unfinished tasks cannot be taken up")?;
+    remember(&store, &settings, &metrics).await?;
 
     let (settings, in_force) = watch::channel(Arc::new(settings));
     let reload = Reloader { path, settings: Arc::new(settings), service: service.clone() };
@@ -98,6 +102,41 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let _ = pruner.await;
     store.close().await;
     tracing::info!("stopped");
+    Ok(())
+}
+
+/// Keeps a second daemon away from the records for as long as this is held: both would take up the same unfinished tasks
+/// and run the same due scans.
+fn lock(store: &Path) -> anyhow::Result<File> {
+    let mut name = store.as_os_str().to_owned();
+    name.push(".lock");
+    let path = PathBuf::from(name);
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
+            "another daemon uses the records in {}: stop it, or give this one another [store] path",
+            store.display()
+        ),
+        // Some network file systems know no locks. Whoever keeps records there must see to it.
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
+        }
+    }
+    Ok(file)
+}
+
+/// Shows when each instance was last swept completely. An alert on it must survive a restart.
+async fn remember(store: &Store, settings: &ServeSettings, metrics: &Metrics) -> anyhow::Result<()> {
+    for instance in &settings.instances {
+        let filter = TaskFilter {
+            instance_id: Some(instance.id.clone()),
+            states: vec![TaskState::Succeeded],
+            ..TaskFilter::default()
+        };
+        let page = store.page(&filter, 0, 1).await?;
+        page.tasks.first().and_then(|task| task.finished_at).inspect(|at| metrics.succeeded(&instance.id, *at));
+    }
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
-use crate::support::{PATIENCE, probe};
+use crate::support::{PATIENCE, probe, ttlsweep};
 
 /// Slow enough to be met while it runs, and fast enough to be waited for once the ceiling is lifted.
 const SLOW: &str = "max-keys-per-sec = 500";
@@ -331,6 +331,35 @@ async fn what_a_sweep_did_is_in_the_figures() {
     let open = daemon.request(Method::GET, "/metrics").header("Accept", "application/openmetrics-text; version=1.0.0");
     let text = open.send().await.expect("an answer").text().await.expect("text");
     assert!(text.ends_with("# EOF\n") && !text.contains("no/such/path"), "{text}");
+}
+
+#[tokio::test]
+async fn when_it_last_succeeded_is_known_after_a_restart_too() {
+    let server = filled(10, 5).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let last_success = async |daemon: &Daemon| {
+        let text = daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.expect("text");
+        let name = "ttlsweep_last_success_timestamp_seconds{instance=\"cache\"} ";
+        text.lines().find_map(|line| line.strip_prefix(name).map(str::to_owned))
+    };
+    assert_eq!(last_success(&daemon).await, None);
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "succeeded").await;
+    let before = last_success(&daemon).await;
+    assert!(before.is_some());
+    daemon.restart().await;
+    assert_eq!(last_success(&daemon).await, before);
+}
+
+#[tokio::test]
+async fn a_second_daemon_is_kept_away_from_the_records() {
+    let mut daemon = Daemon::start("").await;
+    let second = ttlsweep().args(["serve", "--config"]).arg(daemon.settings_path()).output().expect("it runs");
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    assert!(said.contains("another daemon uses the records in") && said.contains("[store] path"), "{said}");
+    daemon.get("/readyz").await.ok();
+    daemon.restart().await;
 }
 
 #[tokio::test]
