@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
-# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), and promtool.
+# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), and promtool; and kubernetes-validate, which knows the
+# schemas of the manifests that are shipped.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
 #   clients.sh fetch        get what is missing
-#   clients.sh python       print the path of a python that has the SDK and schemathesis
+#   clients.sh python       print the path of a python that has the SDK, schemathesis and kubernetes-validate
 #   clients.sh promtool     print the path of promtool, empty where this system's packages have none
 set -euo pipefail
 
 CACHE="${TTLSWEEP_CLIENTS:-${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients}"
 SDK=3.1.219
 SCHEMATHESIS=4.32.5
+KUBERNETES_VALIDATE=1.37.0
 VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
 
 say() { echo "clients: $*" >&2; }
@@ -35,6 +37,15 @@ fetch_python() {
   touch "$VENV/complete"
 }
 
+fetch_kubernetes_validate() {
+  local done="$VENV/kubernetes-validate-$KUBERNETES_VALIDATE"
+  [ -f "$done" ] && return
+  say "fetching kubernetes-validate $KUBERNETES_VALIDATE"
+  "$VENV/bin/pip" install --quiet --disable-pip-version-check "kubernetes-validate==$KUBERNETES_VALIDATE" \
+    >"$CACHE/pip.log" 2>&1 || die "pip failed: $(tail -n 1 "$CACHE/pip.log")"
+  touch "$done"
+}
+
 # Debian's package is downloaded and unpacked, not installed: it would start a service.
 fetch_promtool() {
   [ -x "$CACHE/promtool" ] && return
@@ -54,7 +65,7 @@ fetch_promtool() {
 
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_promtool ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_promtool ;;
   python) echo "$VENV/bin/python" ;;
   promtool) [ ! -x "$CACHE/promtool" ] || echo "$CACHE/promtool" ;;
   *) die "usage: clients.sh fetch|python|promtool" ;;

@@ -3,8 +3,13 @@
 //! Start: store, recovery of what was unfinished, scheduler, API. Stop: scheduler, tasks (each ends its batch and keeps
 //! its checkpoint), API (answers under way end), store.
 
+mod files;
+
+pub use files::load;
+
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +22,12 @@ use tokio_util::sync::CancellationToken;
 use crate::api::listen::{self, Limits};
 use crate::api::{AppState, router};
 use crate::metrics::Metrics;
+use crate::model::task::TaskState;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
-use crate::settings::serve::{self, ServeSettings, StoreSettings};
+use crate::settings::serve::{ServeSettings, StoreSettings};
 use crate::shutdown;
-use crate::store::Store;
+use crate::store::{Store, TaskFilter};
 use crate::tasks::TaskService;
 
 /// How often ended tasks that are kept no longer are looked for.
@@ -37,17 +43,25 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let connections = connections(&settings);
     let limits = Limits { connections, header_within: settings.api.request_timeout };
     let tls = match &settings.api.tls {
-        Some((cert, key)) => Some(listen::tls(cert, key).context("TLS cannot be set up")?),
+        Some((cert, key)) => {
+            let acceptor = listen::tls(cert, key).map_err(|problems| {
+                let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                anyhow::anyhow!("TLS cannot be set up: {}", problems.join("; "))
+            });
+            Some(acceptor?)
+        }
         None => None,
     };
     let listener = TcpListener::bind(settings.api.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
     let address = listener.local_addr()?;
 
+    let _lock = lock(&settings.store.path)?;
     let store = Store::open(&settings.store.path).await?;
     let metrics = Metrics::default();
     let service = TaskService::with_places(store.clone(), metrics.clone(), settings.at_once);
     service.recover(&settings).await.context("unfinished tasks cannot be taken up")?;
+    remember(&store, &settings, &metrics).await?;
 
     let (settings, in_force) = watch::channel(Arc::new(settings));
     let reload = Reloader { path, settings: Arc::new(settings), service: service.clone() };
@@ -91,6 +105,41 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     Ok(())
 }
 
+/// Keeps a second daemon away from the records for as long as this is held: both would take up the same unfinished tasks
+/// and run the same due scans.
+fn lock(store: &Path) -> anyhow::Result<File> {
+    let mut name = store.as_os_str().to_owned();
+    name.push(".lock");
+    let path = PathBuf::from(name);
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => anyhow::bail!(
+            "another daemon uses the records in {}: stop it, or give this one another [store] path",
+            store.display()
+        ),
+        // Some network file systems know no locks. Whoever keeps records there must see to it.
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
+        }
+    }
+    Ok(file)
+}
+
+/// Shows when each instance was last swept completely. An alert on it must survive a restart.
+async fn remember(store: &Store, settings: &ServeSettings, metrics: &Metrics) -> anyhow::Result<()> {
+    for instance in &settings.instances {
+        let filter = TaskFilter {
+            instance_id: Some(instance.id.clone()),
+            states: vec![TaskState::Succeeded],
+            ..TaskFilter::default()
+        };
+        let page = store.page(&filter, 0, 1).await?;
+        page.tasks.first().and_then(|task| task.finished_at).inspect(|at| metrics.succeeded(&instance.id, *at));
+    }
+    Ok(())
+}
+
 /// As many connections as the settings say and the limit of open files allows, after raising that as far as it goes.
 fn connections(settings: &ServeSettings) -> usize {
     let wanted = settings.api.max_connections;
@@ -113,7 +162,7 @@ struct Reloader {
 impl Reloader {
     /// Puts the file's settings in force. Running tasks go on with the settings that they began with.
     fn reload(&self) -> Result<(), Vec<Problem>> {
-        let changed = serve::load(&self.path).and_then(|mut new| {
+        let changed = load(&self.path).and_then(|mut new| {
             let old = self.settings.borrow().clone();
             let problems = needs_restart(&old, &new);
             if !problems.is_empty() {
@@ -154,10 +203,10 @@ fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
         .collect()
 }
 
-/// Removes what is kept no longer, now and every hour.
-async fn prune(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
+/// Removes what is kept no longer: now, every hour, and when the settings may say otherwise.
+async fn prune(store: Store, mut settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
     loop {
-        let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow().store.clone();
+        let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow_and_update().store.clone();
         let before =
             jiff::SignedDuration::try_from(keep_for).ok().and_then(|kept| Timestamp::now().checked_sub(kept).ok());
         loop {
@@ -172,6 +221,7 @@ async fn prune(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop
         }
         tokio::select! {
             () = tokio::time::sleep(PRUNE_EVERY) => {}
+            changed = settings.changed() => if changed.is_err() { return },
             () = stop.cancelled() => return,
         }
     }

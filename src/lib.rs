@@ -25,6 +25,7 @@
 //! | [`scheduler`] | starts the scans that are due |
 //! | [`api`] | the contract, our own calls, the page |
 //! | [`shutdown`] | signals of the daemon |
+//! | [`telemetry`] | the log |
 //! | [`daemon`] | wires all of these, owns start and stop order |
 //! | [`cli`] | parse, hand over, print |
 
@@ -43,3 +44,4 @@ pub mod settings;
 pub mod shutdown;
 pub mod store;
 pub mod tasks;
+pub mod telemetry;

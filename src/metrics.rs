@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -248,9 +249,14 @@ impl Metrics {
             }
         }
         if let (TaskState::Succeeded, Some(at)) = (task.state, task.finished_at) {
-            let label = InstanceLabel { instance: task.instance_id.clone() };
-            self.0.last_success.get_or_create(&label).set(at.as_millisecond() as f64 / 1000.0);
+            self.succeeded(&task.instance_id, at);
         }
+    }
+
+    /// Shows when an instance was last swept completely.
+    pub fn succeeded(&self, instance: &str, at: Timestamp) {
+        let label = InstanceLabel { instance: instance.to_owned() };
+        self.0.last_success.get_or_create(&label).set(at.as_millisecond() as f64 / 1000.0);
     }
 
     /// How many tasks are on hand.

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
+use crate::model::failure::{Failure, FailureKind};
 use crate::model::schedule::{AutoScan, Decision, Moment, Skip, decide, until};
 use crate::model::task::Cause;
 use crate::settings::serve::{self, Instance, ServeSettings};
@@ -127,11 +128,21 @@ impl Scheduler {
             tracing::error!(instance = instance.id, ?problems, "the automatic scan's settings are not valid");
             instance.settings.clone()
         });
-        let spec = TaskSpec {
-            window: instance.window.clone(),
-            min_backlog: instance.min_backlog,
-            ..TaskSpec::of(instance, &settings, Cause::Schedule)?
+        let spec = match TaskSpec::of(instance, &settings, Cause::Schedule) {
+            Ok(spec) => spec,
+            // It would fail at each look until somebody puts the file back: once for each due time is enough.
+            Err(error @ TaskError::Settings(_)) => {
+                tracing::error!(instance = instance.id, %error, %due, "a due scan cannot begin");
+                let failure = Failure::new(FailureKind::CannotConnect, error.to_string());
+                let failure =
+                    failure.hint("put the file back where the settings name it; the next due scan reads it again");
+                self.service.submit_failed(instance, &settings, due, failure).await?;
+                self.metrics.due(&instance.id, "run");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
         };
+        let spec = TaskSpec { window: instance.window.clone(), min_backlog: instance.min_backlog, ..spec };
         let task = self.service.submit(spec, Some(due)).await?;
         tracing::info!(instance = instance.id, task = %task.id, %due, "a scan is due");
         self.metrics.due(&instance.id, "run");

@@ -1,15 +1,16 @@
-//! What `ttlsweep check --json` prints. `null`: a right or a version hides it.
+//! What `ttlsweep check --json` prints and the API's check of an instance answers. `null`: a right or a version hides it.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::api::dto::{ServerDto, SettingsDto, seconds};
+use crate::api::dto::{FailureDto, ServerDto, SettingsDto, seconds};
 use crate::check::facts::{Facts, Right, Role};
 use crate::check::findings::Finding;
+use crate::check::instance::{Look, Seen, ShardLook};
 use crate::check::verdict::{DbLook, Verdict};
-use crate::settings::ScanSettings;
+use crate::settings::{ScanSettings, Settings};
 
 /// Everything that was seen, and what it means.
 #[derive(Debug, Serialize, ToSchema)]
@@ -46,6 +47,88 @@ pub struct CheckOutput {
     pub findings: Vec<FindingDto>,
     /// The sentence at the end.
     pub verdict: String,
+    /// The same for people, as `ttlsweep check` prints it. The API's answer has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<String>,
+}
+
+/// What was seen of an instance.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum Checked {
+    /// One server, or the master behind sentinels.
+    One(Box<CheckOutput>),
+    /// A cluster.
+    Cluster(ClusterOutput),
+}
+
+/// What was seen of a cluster.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ClusterOutput {
+    /// Where the instance is.
+    pub target: String,
+    /// Each master.
+    pub shards: Vec<ShardOutput>,
+    /// The verdict on all masters together.
+    pub verdict: String,
+    /// The same for people, as `ttlsweep check` prints it. The API's answer has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub report: Option<String>,
+}
+
+/// One master of a cluster.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ShardOutput {
+    /// Its slots.
+    pub shard: String,
+    /// What was seen of it.
+    #[serde(flatten)]
+    pub seen: ShardSeen,
+}
+
+/// What was seen of a master, or why nothing was.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum ShardSeen {
+    /// All of it.
+    Looked(Box<CheckOutput>),
+    /// Nothing.
+    Failed {
+        /// Why.
+        failure: FailureDto,
+    },
+}
+
+impl Checked {
+    /// Puts it together.
+    pub fn new(look: &Look, settings: &Settings) -> Self {
+        let of = |target: String, seen: &Seen| {
+            Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
+        };
+        let target = settings.target.to_string();
+        let looks = match look {
+            Look::One(seen) => return Self::One(of(target, seen)),
+            Look::Cluster(looks) => looks,
+        };
+        let shards = looks.iter().map(|ShardLook { shard, seen }| {
+            let seen = match seen {
+                Ok(seen) => ShardSeen::Looked(of(seen.facts.addr.to_string(), seen)),
+                Err(failure) => ShardSeen::Failed { failure: failure.into() },
+            };
+            ShardOutput { shard: shard.clone(), seen }
+        });
+        let shards = shards.collect();
+        Self::Cluster(ClusterOutput { target, shards, verdict: look.verdict(settings), report: None })
+    }
+
+    /// With what people read.
+    pub fn with_report(mut self, text: String) -> Self {
+        match &mut self {
+            Self::One(output) => output.report = Some(text),
+            Self::Cluster(output) => output.report = Some(text),
+        }
+        self
+    }
 }
 
 /// One DB.
@@ -238,6 +321,7 @@ impl CheckOutput {
             },
             findings: verdict.findings.iter().map(FindingDto::from).collect(),
             verdict: sentence,
+            report: None,
         }
     }
 }

@@ -134,9 +134,10 @@ impl From<TaskError> for ApiError {
             TaskError::Transition(error) => error.into(),
             TaskError::Busy(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
-            TaskError::Settings(problem) => {
-                tracing::error!(%problem, "a request failed");
-                Self::internal()
+            // Whoever may create a task may know which file it needs; nobody but an operator can put it back.
+            TaskError::Settings(_) => {
+                tracing::error!(%error, "a task could not be created");
+                Self { message: format!("Service unavailable: {error}."), ..Self::unavailable() }
             }
             TaskError::Closing => Self::unavailable(),
         }

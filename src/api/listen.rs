@@ -4,8 +4,7 @@
 //! ones wait in the kernel's queue. Stopping lets answers under way end.
 
 use std::convert::Infallible;
-use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +15,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -123,21 +122,62 @@ where
     watcher.watch(connection).await
 }
 
+/// Why the listener cannot speak TLS.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsListenError {
+    /// A file that cannot be read, or holds nothing of the kind in PEM.
+    #[error("{setting}: cannot read {what} from {path}: {source}; it must be a PEM file", path = path.display())]
+    Pem {
+        /// `tls-cert` or `tls-key`.
+        setting: &'static str,
+        /// What should be in it.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: pem::Error,
+    },
+    /// Each can be read, and they cannot be used together.
+    #[error("tls-key: {path} does not go with the certificate of tls-cert: {source}", path = path.display())]
+    Pair {
+        /// The file with the key.
+        path: PathBuf,
+        /// Why.
+        source: rustls::Error,
+    },
+}
+
+impl TlsListenError {
+    /// The setting that is to blame.
+    pub fn setting(&self) -> &'static str {
+        match self {
+            Self::Pem { setting, .. } => setting,
+            Self::Pair { .. } => "tls-key",
+        }
+    }
+}
+
 /// Reads a certificate chain and its key.
 ///
 /// # Errors
-/// Of the files, or of a key that does not fit.
-pub fn tls(cert: &Path, key: &Path) -> io::Result<TlsAcceptor> {
-    let of = |path: &Path| {
-        let path = path.display().to_string();
-        move |e: rustls::pki_types::pem::Error| io::Error::other(format!("{path}: {e}"))
+/// All that is wrong with the files.
+pub fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor, Vec<TlsListenError>> {
+    let failed = |setting, what, path: &Path| {
+        let path = path.to_owned();
+        move |source| TlsListenError::Pem { setting, what, path, source }
     };
-    let chain: Vec<_> = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect).map_err(of(cert))?;
-    let key = PrivateKeyDer::from_pem_file(key).map_err(of(key))?;
+    let chain = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let chain = chain.and_then(|chain| if chain.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(chain) });
+    let chain = chain.map_err(failed("tls-cert", "a certificate", cert));
+    let secret = PrivateKeyDer::from_pem_file(key).map_err(failed("tls-key", "a private key", key));
+    let (chain, secret) = match (chain, secret) {
+        (Ok(chain), Ok(secret)) => (chain, secret),
+        (chain, secret) => return Err(chain.err().into_iter().chain(secret.err()).collect()),
+    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
-        .map_err(io::Error::other)?;
+        .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, secret))
+        .map_err(|source| vec![TlsListenError::Pair { path: key.to_owned(), source }])?;
     Ok(TlsAcceptor::from(Arc::new(config)))
 }

@@ -11,11 +11,11 @@ use std::sync::Arc;
 use utoipa::{IntoParams, ToSchema};
 
 use crate::api::auth::Caller;
-use crate::api::check_dto::CheckOutput;
+use crate::api::check_dto::Checked;
 use crate::api::dto::{FailureDto, HoldDto, ShardDto, time};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::{App, AppState, At, JsonBody, Params};
-use crate::check::{self, verdict};
+use crate::check;
 use crate::model::failure::Failure;
 use crate::model::task::{Cause, SweepTexts, Task, TaskId, TaskState};
 use crate::settings::raw::Problem;
@@ -427,19 +427,12 @@ pub async fn get_instance(
     Ok(Json(app.describe(&instance).await?))
 }
 
-/// What was seen of an instance, and what it means for a sweep.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct Checks {
-    /// One for each master.
-    pub masters: Vec<CheckOutput>,
-}
-
 /// Looks at an instance and touches nothing: backlog, rights, what a sweep would meet.
 #[utoipa::path(
     post, path = "/api/v1/instances/{instance_id}/check", tag = "instances", operation_id = "check_instance",
     params(("instance_id" = String, Path)),
     responses(
-        (status = 200, body = Checks), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
+        (status = 200, body = Checked), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
@@ -448,21 +441,14 @@ pub async fn check_instance(
     State(app): State<App>,
     caller: Caller,
     At(id): At<String>,
-) -> Result<Json<Checks>, ApiError> {
+) -> Result<Json<Checked>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let settings = &instance.settings;
-    let mut masters = Vec::new();
     // An operator may know why the instance does not answer; no secret is in it.
     let unreachable = |failure: Failure| ApiError::conflict(failure.to_string());
     let (view, options) = crate::tasks::masters(settings).await.map_err(unreachable)?;
-    for master in view.masters {
-        let master = master.addr;
-        let facts = check::look(&master, &options).await.map_err(|error| unreachable(error.into_failure()))?;
-        let verdict = verdict::judge(&facts, None, &settings.scan);
-        let words = if verdict.can_sweep() { "a sweep can run" } else { "a sweep cannot run here; see the findings" };
-        masters.push(CheckOutput::new(master.to_string(), &facts, &verdict, &settings.scan, words.to_owned()));
-    }
-    Ok(Json(Checks { masters }))
+    let look = check::instance::look(&view, &options, settings).await.map_err(unreachable)?;
+    Ok(Json(Checked::new(&look, settings).with_report(look.text(settings))))
 }
 
 /// Lists tasks, newest first.

@@ -1,7 +1,8 @@
 //! The look at a server that touches nothing.
 //!
 //! [`look`] reads facts, [`verdict::judge`] says what they mean for a sweep, [`estimate`] how long one would take,
-//! and [`backlog::count`] counts exactly, on a replica. Called by `cli::check`.
+//! and [`backlog::count`] counts exactly, on a replica. [`instance::look`] does it for all masters of an instance, and
+//! [`report`] is what people read. Called by `cli::check` and by the API.
 //!
 //! Nothing here frees a key, changes when one was last used, or writes: the commands are INFO, PING, DBSIZE, SELECT,
 //! CONFIG GET, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. Where the server cannot be asked about a right, SCAN is sent with
@@ -12,6 +13,8 @@ pub mod backlog;
 pub mod estimate;
 pub mod facts;
 pub mod findings;
+pub mod instance;
+pub mod report;
 pub mod verdict;
 
 use std::time::{Duration, Instant};

@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use reqwest::Method;
 use serde_json::Value;
 
-use crate::cli::client::{self, Client, ClientArgs, cell};
+use crate::cli::client::{self, Client, ClientArgs};
 use crate::cli::exit::Exit;
 use crate::cli::output;
 
@@ -62,6 +62,9 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
         Ok(answer) => answer,
         Err(error) => return Ok(client::failed(&error)),
     };
+    if matches!(args.command, InstanceCommand::Check { .. }) {
+        return checked(answer, args.client.json);
+    }
     if args.client.json {
         client::print_json(&answer)?;
         return Ok(Exit::Done);
@@ -69,29 +72,22 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
     let none = Vec::new();
     output::print(&match args.command {
         InstanceCommand::List => client::table(answer["instances"].as_array().unwrap_or(&none), &COLUMNS),
-        InstanceCommand::Show { .. } => client::table(&[answer], &COLUMNS),
-        InstanceCommand::Check { .. } => answer["masters"].as_array().unwrap_or(&none).iter().map(checked).collect(),
+        InstanceCommand::Show { .. } | InstanceCommand::Check { .. } => client::table(&[answer], &COLUMNS),
     })?;
     Ok(Exit::Done)
 }
 
-fn checked(master: &Value) -> String {
-    let known = |name: &str| cell(master, name);
-    let mut text = format!(
-        "{}  {} {}, {}\n{} keys, {} with a TTL, {} expired ({})\n",
-        known("/target"),
-        known("/server/product"),
-        known("/server/version"),
-        known("/role"),
-        known("/backlog/keys"),
-        known("/backlog/expires"),
-        known("/backlog/expired"),
-        known("/backlog/expired_is"),
-    );
-    for finding in master["findings"].as_array().into_iter().flatten() {
-        let known = |name: &str| cell(finding, name);
-        text.push_str(&format!("{}: {}\n  hint: {}\n", known("/severity"), known("/message"), known("/advice")));
+/// Prints what `ttlsweep check` would, and ends with its code.
+fn checked(mut answer: Value, as_json: bool) -> anyhow::Result<Exit> {
+    let report = answer.as_object_mut().and_then(|answer| answer.remove("report"));
+    match report {
+        Some(Value::String(report)) if !as_json => output::print(&report)?,
+        _ => client::print_json(&answer)?,
     }
-    text.push_str(&format!("verdict: {}\n", known("/verdict")));
-    text
+    let can_run = |look: &Value| look["sweep"]["can_run"] == true;
+    let can_all = match answer["shards"].as_array() {
+        Some(shards) => shards.iter().all(can_run),
+        None => can_run(&answer),
+    };
+    Ok(if can_all { Exit::Done } else { Exit::Failed })
 }

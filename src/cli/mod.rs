@@ -15,14 +15,13 @@ pub mod settings;
 pub mod task;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::os::unix::process::CommandExt;
 
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 use crate::cli::exit::Exit;
 use crate::node::tls;
+use crate::telemetry::{self, LogFormat};
 
 /// Frees the memory of expired keys that Redis and Valkey still hold.
 ///
@@ -77,7 +76,11 @@ pub fn main() -> Exit {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    log_to_stderr(cli.verbose + u8::from(matches!(cli.command, Command::Serve(_))));
+    match &cli.command {
+        // Nobody sits before a daemon: it tells by itself what an operator wants to know.
+        Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
+        _ => telemetry::init(cli.verbose, LogFormat::Text),
+    }
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
     let result =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
@@ -164,22 +167,6 @@ fn without_secrets(arguments: &[OsString], matches: &clap::ArgMatches) -> (Vec<O
         hidden.push((variable, url.clone()));
     }
     (rest, hidden)
-}
-
-fn log_to_stderr(verbose: u8) {
-    let level = match verbose {
-        0 => "off",
-        1 => "ttlsweep=info",
-        _ => "ttlsweep=debug",
-    };
-    let filter = EnvFilter::try_from_env("TTLSWEEP_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        // It would say so on the same stderr, and panic where that cannot be written either: a full disk.
-        .log_internal_errors(false)
-        .init();
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use clap::Args;
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::daemon;
-use crate::settings::serve;
+use crate::telemetry::LogFormat;
 
 /// `ttlsweep serve`
 #[derive(Debug, Args)]
@@ -15,6 +15,10 @@ pub struct ServeArgs {
     /// Settings file (TOML); check it with `ttlsweep settings check FILE`
     #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
+
+    /// How a line of the log on stderr looks; with json nothing is printed on stdout
+    #[arg(long, env = "TTLSWEEP_LOG_FORMAT", value_enum, default_value_t, value_name = "FORMAT")]
+    pub log_format: LogFormat,
 }
 
 /// Runs the daemon until a signal.
@@ -22,15 +26,32 @@ pub struct ServeArgs {
 /// # Errors
 /// Where it cannot start.
 pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
-    let settings = match serve::load(&args.config) {
+    let json = args.log_format == LogFormat::Json;
+    let settings = match daemon::load(&args.config) {
         Ok(settings) => settings,
+        Err(problems) if json => {
+            problems.iter().for_each(|problem| tracing::error!(%problem, "the settings are not valid"));
+            return Ok(Exit::Usage);
+        }
         Err(problems) => return Ok(scan::usage(&problems)),
     };
     let scheme = if settings.api.tls.is_some() { "https" } else { "http" };
-    daemon::run(args.config, settings, |address| {
-        // Scripts wait for this line; whoever closed stdout does not.
-        let _ = output::print(&format!("listening on {scheme}://{address}\n"));
+    let ended = daemon::run(args.config, settings, |address| {
+        let url = format!("{scheme}://{address}");
+        if json {
+            // What collects the log often takes stdout for a part of it.
+            tracing::info!(url, "listening");
+        } else {
+            // Scripts wait for this line; whoever closed stdout does not.
+            let _ = output::print(&format!("listening on {url}\n"));
+        }
     })
-    .await?;
-    Ok(Exit::Done)
+    .await;
+    match ended {
+        Err(error) if json => {
+            tracing::error!("{error:#}");
+            Ok(Exit::Failed)
+        }
+        ended => ended.map(|()| Exit::Done),
+    }
 }

@@ -9,8 +9,9 @@ use secrecy::ExposeSecret;
 use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
+use crate::daemon;
 use crate::settings::raw::{KEYS, Raw};
-use crate::settings::{self, Settings, serve};
+use crate::settings::{self, Settings};
 
 /// `ttlsweep settings`
 #[derive(Debug, Args)]
@@ -76,7 +77,7 @@ pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
 }
 
 fn check(args: &CheckArgs) -> anyhow::Result<Exit> {
-    match serve::load(&args.file) {
+    match daemon::load(&args.file) {
         Ok(settings) => {
             let instances = settings.instances.len();
             output::print(&format!("{}: valid, {instances} instances\n", args.file.display()))?;

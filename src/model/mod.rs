@@ -7,6 +7,7 @@ pub mod failure;
 pub mod progress;
 pub mod schedule;
 pub mod shard;
+pub mod show;
 pub mod slots;
 pub mod target;
 pub mod task;

@@ -62,6 +62,18 @@ pub enum TlsFileError {
     Setup(#[source] rustls::Error),
 }
 
+impl TlsFileError {
+    /// The setting that is to blame, by its name; `None` where it is none alone.
+    pub fn setting(&self) -> Option<&'static str> {
+        match self {
+            Self::Pem { option, .. } | Self::Unusable { option, .. } => Some(option.trim_start_matches('-')),
+            Self::NoSystemRoots(_) => Some("cacert"),
+            Self::Name(_) => Some("sni"),
+            Self::Setup(_) => None,
+        }
+    }
+}
+
 /// How to encrypt, ready for use.
 #[derive(Debug, Clone)]
 pub struct Tls {
@@ -88,26 +100,36 @@ impl Tls {
                 .map_err(|e| TlsFileError::Setup(rustls::Error::General(e.to_string())))?;
             builder.with_webpki_verifier(verifier)
         };
-        let config = match &settings.identity {
-            None => builder.with_no_client_auth(),
-            Some((cert, key)) => {
-                let chain = certificates("--cert", cert)?;
-                let secret = PrivateKeyDer::from_pem_file(key).map_err(|source| TlsFileError::Pem {
-                    option: "--key",
-                    what: "a private key",
-                    path: key.clone(),
-                    source,
-                })?;
-                builder.with_client_auth_cert(chain, secret).map_err(|source| TlsFileError::Unusable {
-                    option: "--key",
-                    path: key.clone(),
-                    source,
-                })?
-            }
-        };
+        let config =
+            match &settings.identity {
+                None => builder.with_no_client_auth(),
+                Some((cert, key)) => {
+                    let chain = certificates("--cert", cert)?;
+                    builder
+                        .with_client_auth_cert(chain, private_key(key)?)
+                        .map_err(|source| TlsFileError::Unusable { option: "--key", path: key.clone(), source })?
+                }
+            };
         let sni =
             settings.sni.clone().map(|name| ServerName::try_from(name.clone()).map_err(|_| TlsFileError::Name(name)));
         Ok(Self { config: Arc::new(config), sni: sni.transpose()? })
+    }
+
+    /// Everything that is wrong with the files, where [`Tls::load`] stops at the first.
+    pub fn problems(settings: &TlsSettings) -> Vec<TlsFileError> {
+        let mut problems = Vec::new();
+        if !settings.insecure {
+            problems.extend(roots(settings.cacert.as_deref()).err());
+        }
+        if let Some((cert, key)) = &settings.identity {
+            problems.extend(certificates("--cert", cert).err());
+            problems.extend(private_key(key).err());
+        }
+        if problems.is_empty() {
+            // Each file is good by itself; what is left is whether they go together.
+            problems.extend(Self::load(settings).err());
+        }
+        problems
     }
 
     /// Encrypts a fresh connection to `host`. The caller bounds the time.
@@ -264,6 +286,11 @@ fn certificates(option: &'static str, path: &Path) -> Result<Vec<CertificateDer<
     let failed = |source| TlsFileError::Pem { option, what: "a certificate", path: path.to_owned(), source };
     let read = CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
     if read.is_empty() { Err(failed(rustls::pki_types::pem::Error::NoItemsFound)) } else { Ok(read) }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsFileError> {
+    let failed = |source| TlsFileError::Pem { option: "--key", what: "a private key", path: path.to_owned(), source };
+    PrivateKeyDer::from_pem_file(path).map_err(failed)
 }
 
 /// Accepts every certificate, for `insecure`. The handshake's own signature is still checked: whoever answers holds the

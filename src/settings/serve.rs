@@ -3,7 +3,7 @@
 //! Defaults live in `serve.toml` and, for how an instance is swept, in `default.toml`. All problems of a file are
 //! reported at once, each with its line.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -59,6 +59,8 @@ pub struct ApiSettings {
     pub listen: SocketAddr,
     /// Certificate chain and key, for TLS.
     pub tls: Option<(PathBuf, PathBuf)>,
+    /// Where the file names those two.
+    pub lines: Lines,
     /// Connections at once.
     pub max_connections: usize,
     /// Bound on receiving a request and on answering it.
@@ -155,22 +157,33 @@ pub struct Instance {
     pub auto_scan: AutoScan,
     /// How large a backlog must be for a due scan to begin.
     pub min_backlog: Option<MinBacklog>,
+    /// Where the file gives those of its settings that `scan` knows too.
+    pub lines: Lines,
 }
 
-/// Reads and checks a settings file.
+/// Where in the file settings stand, for problems that are found later than by reading it.
+pub type Lines = BTreeMap<&'static str, Origin>;
+
+/// Reads and checks a settings file. `look_further` finds what is wrong with the files that it names.
 ///
 /// # Errors
 /// Every problem of it.
-pub fn load(path: &Path) -> Result<ServeSettings, Vec<Problem>> {
-    read(File::read(path)?)
+pub fn load(
+    path: &Path,
+    look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>,
+) -> Result<ServeSettings, Vec<Problem>> {
+    read(File::read(path)?, look_further)
 }
 
-fn read(file: File) -> Result<ServeSettings, Vec<Problem>> {
+fn read(file: File, look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>) -> Result<ServeSettings, Vec<Problem>> {
     let settings = file.root().and_then(|root| {
         let defaults = File::new(Path::new("serve.toml"), SERVE_TOML.to_owned());
         let defaults = defaults.root()?;
         Reader { file: &file, defaults: &defaults }.all(&root)
     });
+    if let Some(settings) = &settings {
+        file.add_problems(look_further(settings));
+    }
     let problems = file.into_problems();
     match settings {
         Some(settings) if problems.is_empty() => Ok(settings),
@@ -250,9 +263,11 @@ impl<'a> Reader<'a> {
                 None
             }
         };
+        let lines = ["tls-cert", "tls-key"].map(|key| (key, table.origin_of(key))).into();
         let api = ApiSettings {
             listen: listen?,
             tls,
+            lines,
             max_connections: max_connections? as usize,
             request_timeout: request_timeout?,
             tokens,
@@ -346,13 +361,15 @@ impl<'a> Reader<'a> {
                 .map(SecretString::from)
                 .map_err(|_| format!("the environment variable {name} is not set"))
         });
-        let settings = self.sweep(table, password);
+        let sweep = self.sweep(table, password);
         let id = id?;
+        let (settings, lines) = sweep?;
         Some(Instance {
             name: name.unwrap_or_else(|| id.clone()),
             id,
             project_id: project_id?,
-            settings: settings?,
+            settings,
+            lines,
             window: window?,
             auto_scan: auto_scan?,
             min_backlog,
@@ -360,10 +377,11 @@ impl<'a> Reader<'a> {
     }
 
     /// The keys that `ttlsweep scan` knows too.
-    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<Settings> {
+    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<(Settings, Lines)> {
         let mut raw = Raw::defaults();
         // The daemon always has a state file; it is not the instance's to choose.
         raw.set("state", "the daemon's".to_owned(), Origin::Default);
+        let mut lines = Lines::new();
         if !table.has("url") {
             table.complain("id", "an instance needs its `url`");
         }
@@ -372,12 +390,16 @@ impl<'a> Reader<'a> {
                 return false;
             };
             match scalar_text(value) {
-                Some(text) => raw.set(known, text, self.file.origin(offset)),
+                Some(text) => {
+                    lines.insert(known, self.file.origin(offset));
+                    raw.set(known, text, self.file.origin(offset));
+                }
                 None => self.file.problem(offset, format!("{known}: must be a single value or a list of values")),
             }
             true
         });
-        settings::resolve(&raw, password).map_err(|problems| self.file.add_problems(problems)).ok()
+        let settings = settings::resolve(&raw, password).map_err(|problems| self.file.add_problems(problems)).ok()?;
+        Some((settings, lines))
     }
 
     fn auto_scan(table: &Table<'a>) -> Option<AutoScan> {
@@ -507,7 +529,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Result<ServeSettings, Vec<Problem>> {
-        read(File::new(Path::new("s.toml"), text.to_owned()))
+        read(File::new(Path::new("s.toml"), text.to_owned()), |_| Vec::new())
     }
 
     #[test]

@@ -96,6 +96,11 @@ impl<'a> Table<'a> {
         self.own.and_then(|own| own.get_key_value(key)).map_or(self.offset, |(key, _)| key.span().start)
     }
 
+    /// The same as people read it.
+    pub(super) fn origin_of(&self, key: &str) -> Origin {
+        self.file.origin(self.offset_of(key))
+    }
+
     /// Reads a value; `None` with a problem where it is wrong, or missing without a default.
     pub(super) fn read<T, E: Display>(&self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         self.asked.borrow_mut().push(key);

@@ -22,12 +22,15 @@ use sqlx::{Connection, Sqlite, SqlitePool};
 
 use crate::model::progress::{PassFigures, ShardView};
 use crate::model::schedule::AutoScan;
-use crate::model::shard::{DbIndex, ShardId};
+use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::store::tally::TallyDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Batches of a pass that may be under way at a kill: one, and one that was sent ahead.
+const UNDER_WAY: u64 = 2;
 
 /// Trouble with the records.
 #[derive(Debug, thiserror::Error)]
@@ -185,8 +188,8 @@ impl Store {
         self.let_go(conn, page)
     }
 
-    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest.
-    /// Returns how many; more than none means that there may be others.
+    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest. The
+    /// newest one of each instance always stays. Returns how many went; more than none means that there may be others.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -266,17 +269,28 @@ impl Store {
         self.let_go(conn, written)
     }
 
-    /// The shards of a task as its last checkpoint left them, brought forward by the tally where that is newer.
+    /// The shards of a task as its last checkpoint left them, brought forward by the tally where that is newer. Where the
+    /// record still says running, its process was killed: the batches that were under way then are lost replies.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
         let mut shards = rows::shards(&self.pool, id).await?;
         if let Some(tallies) = &self.tallies {
+            // A process that was killed before its first checkpoint has counted all the same.
+            for shard in tallies.shards(id) {
+                shards.entry(shard).or_default();
+            }
             for (shard, stored) in &mut shards {
                 for (db, line) in tallies.read(id, shard) {
                     line.bring_forward(stored.passes.entry(db).or_default());
                 }
+            }
+        }
+        if rows::task(&self.pool, id).await?.is_some_and(|task| task.state == TaskState::Running) {
+            let passes = shards.values_mut().flat_map(|shard| shard.passes.values_mut());
+            for pass in passes.filter(|pass| matches!(pass.position, ScanPosition::At(_))) {
+                pass.lost_replies += UNDER_WAY;
             }
         }
         Ok(shards)

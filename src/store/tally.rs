@@ -23,6 +23,9 @@ const LINE: usize = 56;
 /// The cursor that stands for "finished": SCAN cannot answer it, since no table has 2^64 buckets.
 const FINISHED: u64 = u64::MAX;
 
+/// The file with the name of the shard ends like this, where the others end with their DB.
+const NAME: &str = "name";
+
 /// What is written after each batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TallyLine {
@@ -124,9 +127,26 @@ impl TallyDir {
     /// Of the file system.
     pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
         std::fs::create_dir_all(&self.0)?;
-        let path = format!("{}{}", Self::prefix(task, shard), db.0);
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(self.0.join(path))?;
-        Ok(Tally(file))
+        let prefix = Self::prefix(task, shard);
+        // The records may not have heard of the shard when the process is killed, and a hash does not tell its name.
+        let name = self.0.join(format!("{prefix}{NAME}"));
+        if std::fs::read(&name).ok().as_deref() != Some(shard.0.as_bytes()) {
+            std::fs::write(&name, &shard.0)?;
+        }
+        let path = self.0.join(format!("{prefix}{}", db.0));
+        Ok(Tally(OpenOptions::new().write(true).create(true).truncate(false).open(path)?))
+    }
+
+    /// The shards of a task that have a tally. A name that is not whole is left out.
+    pub fn shards(&self, task: TaskId) -> Vec<ShardId> {
+        let Ok(entries) = std::fs::read_dir(&self.0) else { return Vec::new() };
+        let shards = entries.flatten().filter_map(|entry| {
+            let file = entry.file_name();
+            let file = file.to_str().filter(|file| file.starts_with(&task.to_string()) && file.ends_with(NAME))?;
+            let shard = ShardId(std::fs::read_to_string(entry.path()).ok()?);
+            (file == format!("{}{NAME}", Self::prefix(task, &shard))).then_some(shard)
+        });
+        shards.collect()
     }
 
     /// What each pass of a shard wrote last. A line that is not whole is left out.
@@ -190,6 +210,8 @@ mod tests {
             let line = tallies.read(task, &shard)[&db];
             assert_eq!(line, TallyLine::of(&written));
         }
+        assert_eq!(tallies.shards(task), std::slice::from_ref(&shard));
+        assert!(tallies.shards(TaskId::generate()).is_empty());
         let line = tallies.read(task, &shard)[&db];
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);
         line.bring_forward(&mut older);
@@ -198,7 +220,7 @@ mod tests {
         line.bring_forward(&mut newer);
         assert_eq!(newer.reclaimed, 8);
         tallies.forget(task);
-        assert!(tallies.read(task, &shard).is_empty());
+        assert!(tallies.read(task, &shard).is_empty() && tallies.shards(task).is_empty());
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub enum TaskError {
     #[error("the task has ended")]
     Ended,
     /// A file that the settings name cannot be used.
-    #[error("{0}")]
+    #[error("a file that the instance's settings name cannot be used: {0}")]
     Settings(Problem),
     /// No task is begun any more.
     #[error("the daemon is stopping")]
@@ -113,7 +113,7 @@ impl TaskSpec {
     /// # Errors
     /// [`TaskError::Settings`] where a certificate or key of the instance cannot be used.
     pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Result<Self, TaskError> {
-        let conn = conn_options(settings).map_err(TaskError::Settings)?;
+        let conn = conn_options_of_file(settings).map_err(TaskError::Settings)?;
         let spec = Self::new(instance.id.clone(), settings, conn, cause);
         Ok(Self { project_id: instance.project_id.clone(), ..spec })
     }
@@ -132,6 +132,14 @@ pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
         node_map: settings.node_map.clone(),
         connect_timeout: settings.connect_timeout,
         response_timeout: settings.response_timeout,
+    })
+}
+
+/// As [`conn_options`], for settings that stand in the daemon's file: there a setting is written without dashes.
+fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
+    conn_options(settings).map_err(|problem| {
+        let message = problem.message.trim_start_matches("--").to_owned();
+        Problem { message, ..problem }
     })
 }
 
@@ -395,7 +403,8 @@ fn wish(spec: &TaskSpec) -> Task {
 /// # Errors
 /// Why they cannot be found.
 pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure> {
-    let conn = conn_options(settings).map_err(|problem| Failure::new(FailureKind::CannotConnect, problem.message))?;
+    let conn =
+        conn_options_of_file(settings).map_err(|problem| Failure::new(FailureKind::CannotConnect, problem.message))?;
     let topology = Topology::new(settings.target.clone(), conn.clone(), settings.scan.follow);
     Ok((topology.view(None).await.map_err(NodeError::into_failure)?, conn))
 }

@@ -14,7 +14,8 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
-use crate::model::task::{Command, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
+use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::StoredShard;
 use crate::tasks::gate::Gate;
@@ -82,6 +83,29 @@ impl TaskService {
         Ok(task)
     }
 
+    /// Records a due scan that cannot even begin, as failed: whoever looks at the history must see that it was due.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`]; then there is no task.
+    pub async fn submit_failed(
+        &self,
+        instance: &Instance,
+        settings: &Settings,
+        due: Timestamp,
+        failure: Failure,
+    ) -> Result<Task, TaskError> {
+        // Nothing connects with this; it only describes the task.
+        let settings = Settings { tls: None, ..settings.clone() };
+        let spec = TaskSpec::of(instance, &settings, Cause::Schedule)?;
+        let mut task = wish(&TaskSpec { window: instance.window.clone(), ..spec });
+        task.state = transition(task.state, Command::Fail)?;
+        task.finished_at = Some(Timestamp::now());
+        task.failure = Some(failure);
+        self.store.insert(&task, Some(due)).await.inspect_err(|_| self.metrics.store_failed())?;
+        self.metrics.ended(&task);
+        Ok(task)
+    }
+
     /// The task of an instance that has not ended.
     pub fn on_hand(&self, instance_id: &str) -> Option<TaskId> {
         let live = self.queue.live();
@@ -104,12 +128,13 @@ impl TaskService {
             };
             match spec {
                 Ok(spec) => {
+                    // Read first: that it still says running tells that its process was killed.
+                    let known = self.store.shards(task.id).await?;
                     if task.state == TaskState::Running {
                         task.state = transition(task.state, Command::Interrupt)?;
                         self.store.update(&task).await?;
                     }
                     tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up again");
-                    let known = self.store.shards(task.id).await?;
                     self.enqueue(task, spec, known);
                 }
                 Err(why) => self.give_up(task, &why).await?,
@@ -125,7 +150,9 @@ impl TaskService {
         task.state = transition(task.state, Command::Fail)?;
         task.finished_at = Some(Timestamp::now());
         let message = format!("the daemon was stopped before the sweep was complete, and {why}");
-        task.failure = Some(Failure::new(FailureKind::Interrupted, message));
+        let failure = Failure::new(FailureKind::Interrupted, message);
+        task.failure =
+            Some(failure.hint("what it freed is counted; scan again once the settings are as they should be"));
         self.store.checkpoint(&task, view.snapshot.shards.iter()).await?;
         tracing::warn!(task = %task.id, instance = task.instance_id, why, "an unfinished task cannot go on");
         self.metrics.ended(&task);

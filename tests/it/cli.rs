@@ -138,7 +138,7 @@ fn a_module_imports_only_from_the_layers_above_it() {
         &["engine"],
         &["check"],
         &["tasks"],
-        &["scheduler", "api", "shutdown"],
+        &["scheduler", "api", "shutdown", "telemetry"],
         &["daemon"],
         &["cli"],
     ];

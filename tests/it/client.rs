@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::support::certs::{Authority, Validity};
+use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Run, run};
@@ -36,10 +37,50 @@ async fn a_task_is_created_followed_and_listed_from_the_command_line() {
 
     let instances = ask(&daemon, &["instance", "list"]).await.expect(0);
     assert!(instances.stdout.contains("cache") && instances.stdout.contains("succeeded"), "{}", instances.stdout);
-    let check = ask(&daemon, &["instance", "check", "cache"]).await.expect(0);
-    assert!(check.stdout.contains("verdict: a sweep can run"), "{}", check.stdout);
     let unknown = ask(&daemon, &["instance", "show", "other"]).await.expect(1);
     assert!(unknown.stderr.contains("DCS.3022: This DCS instance does not exist."), "{}", unknown.stderr);
+}
+
+/// What `ttlsweep check` prints without its figures, which change from one look to the next.
+fn words(text: &str) -> Vec<String> {
+    let is_figure = |word: &str| word.contains(|c: char| c.is_ascii_digit()) || ["B", "KiB", "MiB"].contains(&word);
+    let lines = text.lines().map(|line| {
+        let words = line.split_whitespace().map(|word| word.trim_end_matches(','));
+        words.filter(|word| !is_figure(word)).collect::<Vec<_>>().join(" ")
+    });
+    lines.collect()
+}
+
+/// The names of all fields, with those inside.
+fn names(value: &serde_json::Value) -> serde_json::Value {
+    match value {
+        serde_json::Value::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), names(value))).collect(),
+        serde_json::Value::Array(items) => items.iter().map(names).collect(),
+        _ => json!(null),
+    }
+}
+
+#[tokio::test]
+async fn the_check_of_an_instance_says_what_the_check_of_a_server_says() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(100, "live:").await;
+    let cluster = Cluster::start(3, false).await;
+    cluster.fill(30, 30).await;
+    let replica = Server::start().await;
+    replica.replica_of(&server).await;
+    let instances = [("cache", server.url(), 0), ("sessions", cluster.url(), 0), ("copy", replica.url(), 1)];
+    let settings: String = instances.iter().map(|(id, url, _)| instance(id, url, "")).collect();
+    let daemon = Daemon::start(&settings).await;
+    for (id, url, code) in &instances {
+        let local = run(["check", url]).await.expect(*code);
+        let remote = ask(&daemon, &["instance", "check", id]).await.expect(*code);
+        assert_eq!(words(&remote.stdout), words(&local.stdout));
+        assert!(local.stdout.contains("verdict: "), "{}", local.stdout);
+        let local = run(["check", url, "--json"]).await.expect(*code).json();
+        let remote = ask(&daemon, &["instance", "check", id, "--json"]).await.expect(*code).json();
+        assert_eq!(names(&remote), names(&local), "{remote:#}");
+        assert_eq!(remote["target"], local["target"]);
+    }
 }
 
 #[tokio::test]

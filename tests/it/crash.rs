@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use sqlx::Connection;
 
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::{Keyspace, Random};
+use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe};
 
@@ -79,6 +81,48 @@ async fn short_lived(server: &Server, round: u64) {
     }
     let written: redis::RedisResult<()> = pipeline.query_async(&mut server.conn().await).await;
     written.expect("the keys are written");
+}
+
+/// Nobody else can write the records while this is held.
+async fn lock_the_store(daemon: &Daemon) -> sqlx::SqliteConnection {
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(daemon.store());
+    let mut conn = sqlx::SqliteConnection::connect_with(&options).await.expect("the store opens");
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut conn).await.expect("nobody else writes");
+    conn
+}
+
+#[tokio::test]
+async fn a_kill_before_the_first_checkpoint_loses_no_count() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(2_000, "dead:").await;
+    keys.live_ttl(1_000, "live:").await;
+    let proxy = Proxy::start(server.addr()).await;
+    let pace = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 1000\n";
+    let mut daemon = Daemon::start(&instance("cache", &proxy.url(), pace)).await;
+    // The task is on record, and nothing of its shards: its connection hangs until the store is locked.
+    proxy.set(Mode::Stall);
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    let lock = lock_the_store(&daemon).await;
+    proxy.set(Mode::Pass);
+    probe("it frees keys", PATIENCE, async || server.expired_keys().await >= 300).await;
+    daemon.kill9();
+    let freed = server.expired_keys().await;
+    drop(lock);
+    assert!(freed < 2_000, "the kill was in the middle: {freed}");
+    let mut rows = lock_the_store(&daemon).await;
+    let written: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM shards").fetch_one(&mut rows).await.expect("a number");
+    assert_eq!(written, 0, "no checkpoint was written");
+    drop(rows);
+    daemon.restart().await;
+    daemon.hurry(&id).await;
+    let task = daemon.until(&id, "succeeded").await;
+    assert_eq!(server.expired_keys().await, 2_000);
+    let counted = task["reclaimed"].as_u64().expect("a number");
+    // Two batches of ten keys may have been under way.
+    assert!((1_980..=2_000).contains(&counted), "{counted} of 2000, {freed} before the kill");
+    assert_eq!(task["shards"].as_array().map(Vec::len), Some(1), "{task:#}");
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! What is shipped to run the program: flags that really exist, paths that match, files that parse. The engines that
-//! would run it (Docker, Kubernetes, systemd) are not here.
+//! What is shipped to run the program: flags that really exist, paths that match, files that parse, and whatever can be
+//! checked without the engines that would run it (Docker, Kubernetes, systemd), which are not here.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -95,6 +95,57 @@ fn the_manifests_start_the_program_with_flags_that_exist() {
         let hardened = &pod["containers"][0]["securityContext"];
         assert_eq!(hardened["readOnlyRootFilesystem"], true);
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    }
+}
+
+/// What a checker said, all of it, and whether it was content; `None`, said loudly, where it is not on this machine.
+fn checked(mut checker: Command) -> Option<(String, bool)> {
+    match checker.output() {
+        Ok(run) => {
+            let said = [run.stdout, run.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+            Some((said, run.status.success()))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            println!("SKIPPED: {} is not on this machine", checker.get_program().display());
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn systemd_itself_finds_nothing_wrong_with_the_units() {
+    let verify = |change: fn(String) -> String| {
+        // Where the program is installed does not exist here; this one's path does.
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut systemd = Command::new("systemd-analyze");
+        systemd.args(["verify", "--man=no"]);
+        for unit in ["ttlsweep.service", "ttlsweep-scan.service", "ttlsweep-scan.timer"] {
+            let text = read(&format!("deploy/systemd/{unit}"));
+            let text = change(text.replace("/usr/local/bin/ttlsweep", env!("CARGO_BIN_EXE_ttlsweep")));
+            std::fs::write(folder.path().join(unit), text).expect("it is written");
+            systemd.arg(folder.path().join(unit));
+        }
+        checked(systemd)
+    };
+    let Some((said, content)) = verify(|text| text) else { return };
+    // An unknown setting is only a line there, not a failure.
+    assert!(content && said.trim().is_empty(), "{said}");
+    let (said, _) = verify(|text| text.replace("NoNewPrivileges", "NoNewPrivilege")).expect("it is there");
+    assert!(said.contains("NoNewPrivilege"), "it would have been found: {said}");
+}
+
+#[test]
+fn the_manifests_are_of_the_schemas_of_kubernetes() {
+    let python = Command::new(root().join("scripts/clients.sh")).arg("python").output().expect("clients.sh runs");
+    let python = PathBuf::from(String::from_utf8(python.stdout).expect("a path").trim());
+    // An old one that is still about, and the newest that the checker knows.
+    for version in ["1.30", "1.37.0"] {
+        let mut validate = Command::new(python.with_file_name("kubernetes-validate"));
+        validate.args(["--strict", "--quiet", "-k", version]);
+        validate.args(["cronjob", "deployment"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
+        let Some((said, content)) = checked(validate) else { return };
+        assert!(content, "{version}: {said}");
     }
 }
 

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
+use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
@@ -118,4 +120,137 @@ async fn a_busy_instance_is_waited_for() {
     daemon.post(&format!("/api/v1/tasks/{manual}/cancel")).await.ok();
     probe("the due scan follows", PATIENCE, async || daemon.history("cache").await["count"] == 2).await;
     assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
+}
+
+/// How far back the first due time lies in the tests of the grace, which is five minutes.
+const INSIDE: SignedDuration = SignedDuration::from_mins(4);
+const BEYOND: SignedDuration = SignedDuration::from_mins(6);
+
+/// A first due time that has passed by this much, on whole seconds, with an hour to the next one.
+fn first_before(passed: SignedDuration) -> Timestamp {
+    let at = Timestamp::now() - passed;
+    Timestamp::from_second(at.as_second()).expect("a time")
+}
+
+/// The settings of an instance whose first due time was then.
+fn due_at(server: &Server, first: Timestamp, more: &str) -> String {
+    let auto = format!("[instances.auto-scan]\nenabled = true\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n");
+    instance("cache", &server.url(), &format!("{more}\n{auto}"))
+}
+
+/// Makes it look as if the daemon had been there before the due time: its mark of what was dealt with is older.
+async fn rewind(daemon: &Daemon) {
+    let options = SqliteConnectOptions::new().filename(daemon.store());
+    let mut conn = SqliteConnection::connect_with(&options).await.expect("the store opens");
+    let sql = "UPDATE dues SET handled = handled - 600000 WHERE instance_id = 'cache'";
+    let changed = sqlx::query(sql).execute(&mut conn).await.expect("it is written").rows_affected();
+    assert_eq!(changed, 1, "the daemon has looked at the schedule");
+}
+
+/// A daemon that was there ten minutes ago and not since, with these settings now.
+async fn after_an_absence(server: &Server, first: Timestamp, more: &str) -> Daemon {
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), more)).await;
+    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    daemon.kill9();
+    rewind(&daemon).await;
+    daemon.write_settings(&due_at(server, first, more));
+    daemon.restart().await;
+    daemon
+}
+
+async fn has_looked(daemon: &Daemon) -> bool {
+    let options = SqliteConnectOptions::new().filename(daemon.store()).read_only(true);
+    let Ok(mut conn) = SqliteConnection::connect_with(&options).await else { return false };
+    let marks: Result<i64, _> = sqlx::query_scalar("SELECT COUNT(*) FROM dues").fetch_one(&mut conn).await;
+    marks.is_ok_and(|marks| marks == 1)
+}
+
+async fn outcome(daemon: &Daemon, word: &str) -> u64 {
+    let figures = daemon.request(reqwest::Method::GET, "/metrics").send().await.expect("an answer");
+    let text = figures.text().await.expect("text");
+    let name = format!("ttlsweep_due_times_total{{instance=\"cache\",outcome=\"{word}\"}} ");
+    text.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).unwrap_or(0)
+}
+
+#[tokio::test]
+async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyond_it() {
+    for passed in [INSIDE, BEYOND] {
+        let server = Server::start().await;
+        Keyspace::of(&server, 0).dead(30, "dead:").await;
+        let first = first_before(passed);
+        let mut daemon = after_an_absence(&server, first, "").await;
+        probe("it was caught up", PATIENCE, async || daemon.history("cache").await["total"] == 30).await;
+        assert_eq!(outcome(&daemon, "run").await, 1);
+        let next = daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].clone();
+        let next: Timestamp = next.as_str().expect("a time").parse().expect("a time");
+        assert_eq!(next, first + SignedDuration::from_mins(60), "an hour after the first one, not after the catch-up");
+        for _ in 0..2 {
+            daemon.restart().await;
+            assert!(has_looked(&daemon).await);
+            tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+            assert_eq!(daemon.history("cache").await["count"], 1, "{passed}: never doubled");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window_is_closed() {
+    let server = Server::start().await;
+    let now = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+    let hour = |ahead: i64| (&now + SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
+    let closed = format!("window = {{ start = \"{}\", end = \"{}\" }}", hour(2), hour(4));
+    let mut daemon = after_an_absence(&server, first_before(BEYOND), &closed).await;
+    probe("it is skipped", PATIENCE, async || outcome(&daemon, "missed").await == 1).await;
+    assert_eq!(daemon.history("cache").await["count"], 0);
+    daemon.restart().await;
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    assert_eq!((daemon.history("cache").await["count"].clone(), outcome(&daemon, "missed").await), (json!(0), 0));
+}
+
+/// A daemon whose instance has a paused task, and a due time that has passed by this much.
+async fn busy_since(server: &Server, passed: SignedDuration) -> (Daemon, String) {
+    Keyspace::of(server, 0).live_ttl(3_000, "live:").await;
+    let slow = "max-keys-per-sec = 500";
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), slow)).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
+    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    daemon.kill9();
+    rewind(&daemon).await;
+    daemon.write_settings(&due_at(server, first_before(passed), slow));
+    daemon.restart().await;
+    (daemon, id)
+}
+
+#[tokio::test]
+async fn a_due_time_waits_for_a_busy_instance_inside_the_grace() {
+    let server = Server::start().await;
+    let (mut daemon, id) = busy_since(&server, INSIDE).await;
+    // Killed while it waits, it waits again.
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    daemon.restart().await;
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    assert_eq!(daemon.history("cache").await["count"], 1, "the paused task is there, and nothing else");
+    daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
+    probe("the due scan follows", PATIENCE, async || daemon.history("cache").await["count"] == 2).await;
+    assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
+    daemon.restart().await;
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    assert_eq!(daemon.history("cache").await["count"], 2, "once");
+}
+
+#[tokio::test]
+async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
+    let server = Server::start().await;
+    let (mut daemon, id) = busy_since(&server, BEYOND).await;
+    probe("it is skipped", PATIENCE, async || outcome(&daemon, "still_running").await == 1).await;
+    assert!(daemon.log().contains("a due scan is skipped"), "{}", daemon.log());
+    daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
+    for _ in 0..2 {
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        assert_eq!(daemon.history("cache").await["count"], 1, "it waits for the next due time");
+        daemon.restart().await;
+    }
+    assert!(daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].is_string());
 }

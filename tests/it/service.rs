@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
-use crate::support::{PATIENCE, probe};
+use crate::support::{PATIENCE, probe, ttlsweep};
 
 /// Slow enough to be met while it runs, and fast enough to be waited for once the ceiling is lifted.
 const SLOW: &str = "max-keys-per-sec = 500";
@@ -24,13 +24,6 @@ async fn filled(live: u64, dead: u64) -> Server {
     }
     keys.live_ttl(live, "live:").await;
     server
-}
-
-/// Lets a slow task finish.
-async fn hurry(daemon: &Daemon, id: &str) {
-    let path = format!("/api/v1/tasks/{id}");
-    let request = daemon.request(Method::PATCH, &path).json(&json!({"max_keys_per_sec": 0}));
-    daemon.send(request).await.ok();
 }
 
 fn hold(task: &Value) -> &str {
@@ -48,7 +41,7 @@ async fn only_so_many_sweep_at_once_and_the_next_one_follows() {
     let second = daemon.scan("two").await;
     let queued = daemon.task(&second).await;
     assert_eq!((&queued["state"], &queued["scanned"]), (&json!("waiting"), &json!(0)));
-    hurry(&daemon, &first).await;
+    daemon.hurry(&first).await;
     assert_eq!(daemon.until(&second, "succeeded").await["reclaimed"], 100);
     let (first, second) = (daemon.task(&first).await, daemon.task(&second).await);
     let (ended, begun) = (first["finished_at"].as_str(), second["started_at"].as_str());
@@ -72,7 +65,7 @@ async fn a_task_is_paused_resumed_tuned_and_cancelled() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(scans().await, before, "no SCAN is sent to a server whose task is paused");
     assert_eq!(order("resume").await.ok()["state"], "running");
-    hurry(&daemon, &id).await;
+    daemon.hurry(&id).await;
     let done = daemon.until(&id, "succeeded").await;
     assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(300), &json!("0")));
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
@@ -147,7 +140,7 @@ async fn a_sweep_is_held_when_its_window_closes_and_goes_on_when_it_opens() {
     assert_eq!(held["state"], "running");
     assert_eq!(daemon.history("cache").await["records"][0]["status"], "running");
     probe("it goes on", PATIENCE, async || daemon.task(&id).await["scanned"] != held["scanned"]).await;
-    hurry(&daemon, &id).await;
+    daemon.hurry(&id).await;
     let done = daemon.until(&id, "succeeded").await;
     assert_eq!(done["reclaimed"], 100);
     let of = |name: &str| done["shards"][0]["dbs"][0]["held_s"][name].as_f64().unwrap_or_default();
@@ -175,6 +168,7 @@ async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
     // The one batch that was under way at the kill, of COUNT 100 at most, may be uncounted; a second's worth is 2,000.
     assert!((1_900..=2_000).contains(&counted), "{counted}");
     assert_eq!(task["shards"][0]["dbs"][0]["restarts"], 0, "the same process: from the same cursor");
+    assert_eq!(task["shards"][0]["dbs"][0]["lost_replies"], 2, "what may be uncounted is said");
     assert_eq!(daemon.history("cache").await["count"], 1);
 }
 
@@ -199,10 +193,10 @@ async fn a_stopped_daemon_keeps_what_waits_what_is_paused_and_what_runs() {
     assert_eq!(daemon.task(&waiting).await["state"], "waiting");
     assert_eq!(daemon.task(&paused).await["state"], "paused");
     daemon.until(&running, "running").await;
-    hurry(&daemon, &running).await;
+    daemon.hurry(&running).await;
     assert_eq!(daemon.until(&running, "succeeded").await["reclaimed"], 10);
     daemon.post(&format!("/api/v1/tasks/{paused}/resume")).await.ok();
-    hurry(&daemon, &paused).await;
+    daemon.hurry(&paused).await;
     assert_eq!(daemon.until(&paused, "succeeded").await["reclaimed"], 10);
 }
 
@@ -241,7 +235,7 @@ async fn settings_are_read_again_without_disturbing_what_runs() {
     assert_eq!(daemon.task(&running).await["state"], "running");
     let second = daemon.scan("two").await;
     daemon.until(&second, "succeeded").await;
-    hurry(&daemon, &running).await;
+    daemon.hurry(&running).await;
     daemon.until(&running, "succeeded").await;
 }
 
@@ -340,11 +334,39 @@ async fn what_a_sweep_did_is_in_the_figures() {
 }
 
 #[tokio::test]
+async fn when_it_last_succeeded_is_known_after_a_restart_too() {
+    let server = filled(10, 5).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let last_success = async |daemon: &Daemon| {
+        let text = daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.expect("text");
+        let name = "ttlsweep_last_success_timestamp_seconds{instance=\"cache\"} ";
+        text.lines().find_map(|line| line.strip_prefix(name).map(str::to_owned))
+    };
+    assert_eq!(last_success(&daemon).await, None);
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "succeeded").await;
+    let before = last_success(&daemon).await;
+    assert!(before.is_some());
+    daemon.restart().await;
+    assert_eq!(last_success(&daemon).await, before);
+}
+
+#[tokio::test]
+async fn a_second_daemon_is_kept_away_from_the_records() {
+    let mut daemon = Daemon::start("").await;
+    let second = ttlsweep().args(["serve", "--config"]).arg(daemon.settings_path()).output().expect("it runs");
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    assert!(said.contains("another daemon uses the records in") && said.contains("[store] path"), "{said}");
+    daemon.get("/readyz").await.ok();
+    daemon.restart().await;
+}
+
+#[tokio::test]
 async fn an_instance_is_looked_at_without_touching_it() {
     let server = filled(100, 50).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
-    let checks = daemon.post("/api/v1/instances/cache/check").await.ok();
-    let seen = &checks["masters"][0];
+    let seen = daemon.post("/api/v1/instances/cache/check").await.ok();
     assert_eq!((&seen["role"], &seen["dbs"][0]["keys"]), (&json!("master"), &json!(150)));
     assert_eq!(server.expired_keys().await, 0);
 }

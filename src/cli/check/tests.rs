@@ -5,10 +5,13 @@ use std::time::Duration;
 
 use super::*;
 use crate::check::backlog::Counted;
+use crate::check::backlog::{Backlog, NoCount};
 use crate::check::facts::{Expiry, Rights};
+use crate::check::facts::{Facts, Right};
 use crate::model::shard::DbIndex;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
+use crate::settings::Settings;
 use crate::settings::{self, Touch, raw::Raw};
 
 const INFO: &str = "redis_version:7.0.15\r\nredis_mode:standalone\r\nrun_id:abc\r\nuptime_in_seconds:266400\r\nhz:10\r\n\

@@ -122,6 +122,8 @@ impl Daemon {
             std::fs::OpenOptions::new().create(true).append(true).open(path).expect("a file for the output")
         };
         let _ = std::fs::remove_file(&out);
+        // What earlier processes logged is not this one's.
+        let logged = self.log().len();
         let mut command = change(ttlsweep());
         command.args(["serve", "--config"]).arg(self.settings_path());
         command.stdin(Stdio::null()).stdout(open(&out)).stderr(open(&log));
@@ -132,18 +134,32 @@ impl Daemon {
                 panic!("the daemon ended ({status}):\n{}", self.log());
             }
             let text = std::fs::read_to_string(&out).unwrap_or_default();
-            url = text.lines().find_map(|line| line.strip_prefix("listening on ")).unwrap_or("").to_owned();
-            text.ends_with('\n') && !url.is_empty()
+            let said = text.lines().find_map(|line| line.strip_prefix("listening on ").map(str::to_owned));
+            url = said.filter(|_| text.ends_with('\n')).or_else(|| self.logged_url(logged)).unwrap_or_default();
+            !url.is_empty()
         })
         .await;
         self.url = url;
         self.child = Some(child);
     }
 
+    /// Where it listens, as a JSON log says behind this place.
+    fn logged_url(&self, from: usize) -> Option<String> {
+        let log = self.log();
+        let lines = log.get(from..)?.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let mut lines = lines.filter(|line| line["message"] == "listening");
+        lines.find_map(|line| line["url"].as_str().map(str::to_owned))
+    }
+
     /// Starts it again, after killing it where it still runs.
     pub async fn restart(&mut self) {
+        self.restart_as(|command| command).await;
+    }
+
+    /// As [`Daemon::restart`], with a command of the caller's making.
+    pub async fn restart_as(&mut self, change: impl FnOnce(Command) -> Command) {
         self.kill9();
-        self.launch(|command| command).await;
+        self.launch(change).await;
     }
 
     /// Kills it without a chance to say goodbye.
@@ -219,6 +235,12 @@ impl Daemon {
     pub async fn create(&self, options: Value) -> String {
         let answer = self.send(self.request(Method::POST, "/api/v1/tasks").json(&options)).await.ok();
         answer["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// Lets a slow task finish.
+    pub async fn hurry(&self, id: &str) {
+        let request = self.request(Method::PATCH, &format!("/api/v1/tasks/{id}"));
+        self.send(request.json(&json!({"max_keys_per_sec": 0}))).await.ok();
     }
 
     /// A task as it is now.

@@ -1,0 +1,132 @@
+//! The look at an instance: at its one master, or at each master of a cluster, with one verdict for all.
+
+use std::fmt::Write as _;
+
+use crate::check;
+use crate::check::facts::Facts;
+use crate::check::report::{sentence, text};
+use crate::check::verdict::{self, Verdict};
+use crate::model::failure::Failure;
+use crate::model::show::{failure_text, grouped};
+use crate::node::conn::ConnOptions;
+use crate::node::topology::{Kind, View};
+use crate::settings::Settings;
+
+/// What was seen of one master.
+#[derive(Debug)]
+pub struct Seen {
+    /// The facts.
+    pub facts: Facts,
+    /// What they mean.
+    pub verdict: Verdict,
+    /// The same in words.
+    pub sentence: String,
+}
+
+/// One master of a cluster, or why it was not seen.
+#[derive(Debug)]
+pub struct ShardLook {
+    /// Its slots.
+    pub shard: String,
+    /// What was seen of it.
+    pub seen: Result<Seen, Failure>,
+}
+
+/// What was seen of an instance.
+#[derive(Debug)]
+pub enum Look {
+    /// The one master of a standalone server or behind sentinels.
+    One(Box<Seen>),
+    /// Each master of a cluster.
+    Cluster(Vec<ShardLook>),
+}
+
+/// Looks at every master.
+///
+/// # Errors
+/// Why the only one cannot be looked at; a cluster's are said beside those that can.
+pub async fn look(view: &View, options: &ConnOptions, settings: &Settings) -> Result<Look, Failure> {
+    let mut looks = Vec::new();
+    for master in &view.masters {
+        let seen = match check::look(&master.addr, options).await {
+            Ok(facts) => {
+                let verdict = verdict::judge(&facts, None, &settings.scan);
+                let sentence = sentence(&facts, &verdict, settings);
+                Ok(Seen { facts, verdict, sentence })
+            }
+            Err(error) => Err(error.into_failure()),
+        };
+        if view.kind != Kind::Cluster {
+            return seen.map(|seen| Look::One(Box::new(seen)));
+        }
+        looks.push(ShardLook { shard: format!("slots {}", master.slots.name()), seen });
+    }
+    Ok(Look::Cluster(looks))
+}
+
+impl Look {
+    /// Whether a sweep could run everywhere.
+    pub fn can_sweep(&self) -> bool {
+        match self {
+            Self::One(seen) => seen.verdict.can_sweep(),
+            Self::Cluster(looks) => {
+                looks.iter().all(|look| look.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
+            }
+        }
+    }
+
+    /// The verdict on the whole instance.
+    pub fn verdict(&self, settings: &Settings) -> String {
+        match self {
+            Self::One(seen) => seen.sentence.clone(),
+            Self::Cluster(looks) => overall(looks, settings),
+        }
+    }
+
+    /// Everything, for people.
+    pub fn text(&self, settings: &Settings) -> String {
+        let of = |seen: &Seen| text(&seen.facts, None, &seen.verdict, &settings.scan, &seen.sentence);
+        let looks = match self {
+            Self::One(seen) => return of(seen),
+            Self::Cluster(looks) => looks,
+        };
+        let mut whole = String::new();
+        for ShardLook { shard, seen } in looks {
+            let _ = writeln!(whole, "== {shard}");
+            match seen {
+                Ok(seen) => whole.push_str(&of(seen)),
+                Err(failure) => whole.push_str(&format!("{}\n", failure_text(failure))),
+            }
+            whole.push('\n');
+        }
+        format!("{whole}cluster: {}\n", overall(looks, settings))
+    }
+}
+
+/// The verdict on all masters together.
+fn overall(looks: &[ShardLook], settings: &Settings) -> String {
+    let seen = looks.iter().filter_map(|look| look.seen.as_ref().ok());
+    let good: Vec<&Verdict> = seen.map(|seen| &seen.verdict).filter(|verdict| verdict.can_sweep()).collect();
+    let bad = looks.len() - good.len();
+    let mut text = if bad > 0 {
+        format!("{bad} of {} masters cannot be swept; see the errors. ", looks.len())
+    } else {
+        String::new()
+    };
+    let with_ttl: u64 = good.iter().map(|verdict| verdict.swept.size.expires).sum();
+    let expired: Option<u64> = good.iter().map(|verdict| verdict.swept.expired.map(|expired| expired.keys)).sum();
+    let _ = match expired {
+        _ if good.is_empty() => write!(text, "nothing can be swept"),
+        Some(0) => write!(text, "no backlog to be seen on {} masters", good.len()),
+        Some(expired) => write!(
+            text,
+            "about {} of {} keys with a TTL have expired on {} masters; a sweep frees them: ttlsweep scan {}",
+            grouped(expired),
+            grouped(with_ttl),
+            good.len(),
+            settings.target,
+        ),
+        None => write!(text, "how much a sweep would free is unknown"),
+    };
+    text
+}

@@ -1,0 +1,214 @@
+//! What `ttlsweep check` prints, and what the daemon's check of an instance says to people. Pure: facts in, text out.
+
+use std::fmt::Write as _;
+
+use crate::check::backlog::{Backlog, NoCount};
+use crate::check::estimate::{COST, Span};
+use crate::check::facts::{Access, Facts, Right, Role};
+use crate::check::findings::Severity;
+use crate::check::verdict::{DbLook, Expired, Known, Verdict};
+use crate::model::show::{bytes, grouped, span, table};
+use crate::settings::{ScanSettings, Settings, show_duration};
+
+/// Everything that was seen of one server, and what it means.
+pub fn text(
+    facts: &Facts,
+    counted: Option<&Result<Backlog, NoCount>>,
+    verdict: &Verdict,
+    settings: &ScanSettings,
+    sentence: &str,
+) -> String {
+    let mut text = heading(facts);
+    text.push_str(&db_table(facts, verdict));
+    text.push_str(&ways_of_knowing(counted, verdict));
+    text.push('\n');
+    for (name, value) in lines(facts, verdict, settings) {
+        let _ = writeln!(text, "{name:<9} {value}");
+    }
+    text.push('\n');
+    for finding in &verdict.findings {
+        let _ = writeln!(text, "{}: {}\n  hint: {}", finding.severity(), finding.message(), finding.advice());
+    }
+    let _ = writeln!(text, "{}verdict: {sentence}", if verdict.findings.is_empty() { "" } else { "\n" });
+    text
+}
+
+fn heading(facts: &Facts) -> String {
+    let server = facts.server.as_ref();
+    let server = server.map_or_else(|| "server unknown".to_owned(), |s| format!("{} {}", s.product, s.version));
+    let role = match &facts.role {
+        Role::Master => "master".to_owned(),
+        Role::Replica { master: Some(master) } => format!("replica of {master}"),
+        Role::Replica { master: None } => "replica".to_owned(),
+        Role::Sentinel => "sentinel".to_owned(),
+        Role::Unknown => "role unknown".to_owned(),
+    };
+    let cluster = if facts.cluster { ", cluster node" } else { "" };
+    let up = facts.uptime.map_or_else(String::new, |uptime| format!(", up {}", span(uptime)));
+    format!("{}  {server}, {role}{cluster}{up}\n", facts.addr)
+}
+
+fn db_table(facts: &Facts, verdict: &Verdict) -> String {
+    if facts.server.is_none() {
+        return "sizes unknown: INFO does not tell\n".to_owned();
+    }
+    if verdict.dbs.is_empty() {
+        return "no keys\n".to_owned();
+    }
+    let mut rows = vec![["", "keys", "with TTL", "expired", "of them", "hold about"].map(str::to_owned).to_vec()];
+    rows.extend(verdict.dbs.iter().map(|(db, look)| row(db.to_string(), look)));
+    if verdict.dbs.len() > 1 {
+        rows.push(row("to sweep".to_owned(), &verdict.swept));
+    }
+    table(&rows)
+}
+
+fn row(name: String, look: &DbLook) -> Vec<String> {
+    let unknown = || "unknown".to_owned();
+    let expired = |Expired { keys, known, moved }| match (known, moved) {
+        (Known::Estimated, _) => format!("~{}", grouped(keys)),
+        (Known::Counted, 0) => grouped(keys),
+        (Known::Counted, moved) => format!("{} +/-{}", grouped(keys), grouped(moved)),
+    };
+    vec![
+        name,
+        grouped(look.size.keys),
+        grouped(look.size.expires),
+        look.expired.map_or_else(unknown, expired),
+        look.expired.map_or_else(unknown, |expired| share(expired.keys, look.size.expires)),
+        look.bytes.map_or_else(unknown, bytes),
+    ]
+}
+
+fn share(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1}%", part as f64 / whole as f64 * 100.0) }
+}
+
+/// Where the numbers of the table come from.
+fn ways_of_knowing(counted: Option<&Result<Backlog, NoCount>>, verdict: &Verdict) -> String {
+    let mut text = String::new();
+    let estimated = |look: &DbLook| look.expired.is_some_and(|expired| expired.known == Known::Estimated);
+    if verdict.dbs.values().any(estimated) {
+        text.push_str("~ estimated: keys with a TTL x expired_stale_perc, one figure for all DBs\n");
+    }
+    if let Some(Ok(Backlog { replica, .. })) = counted {
+        let _ = writeln!(text, "expired keys counted on the replica {replica}");
+    }
+    if verdict.dbs.values().any(|look| look.bytes.is_some_and(|bytes| bytes > 0)) {
+        text.push_str("bytes estimated: expired keys x mean size of a key (used_memory_dataset / keys)\n");
+    }
+    text
+}
+
+fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'static str, String)> {
+    let known = |value: Option<String>| value.unwrap_or_else(|| "unknown".to_owned());
+    let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
+    let expiry = &facts.expiry;
+    let memory = &facts.memory;
+    let mut lines = vec![
+        (
+            "expiry",
+            format!(
+                "active-expire-effort {}, hz {}, lazyfree-lazy-expire {}",
+                known(expiry.effort.map(|effort| effort.to_string())),
+                known(expiry.hz.map(|hz| hz.to_string())),
+                known(expiry.lazyfree.map(yes_no)),
+            ),
+        ),
+        (
+            "memory",
+            format!(
+                "used {}, limit {}, policy {}, evicted keys {}",
+                known(memory.used.map(bytes)),
+                known(memory.max.map(|max| if max == 0 { "none".to_owned() } else { bytes(max) })),
+                known(memory.policy.clone()),
+                known(memory.evicted.map(grouped)),
+            ),
+        ),
+    ];
+    if facts.replicas.is_empty() {
+        let none = if facts.role == Role::Unknown { "unknown" } else { "none" };
+        lines.push(("replicas", none.to_owned()));
+    }
+    for replica in &facts.replicas {
+        let behind = known(facts.behind(replica).map(bytes));
+        let heard = known(replica.lag_s.map(|s| format!("{s}s ago")));
+        let line = format!("{} {}, {behind} behind, last heard of {heard}", replica.addr, replica.state);
+        lines.push(("replicas", line));
+    }
+    let fork = match (facts.busy.bgsave, facts.busy.aof_rewrite) {
+        (None, None) => "unknown",
+        (Some(true), _) => "writing an RDB file",
+        (_, Some(true)) => "rewriting the AOF",
+        _ => "none",
+    };
+    lines.push(("fork", fork.to_owned()));
+    let rights = |access| {
+        let rights = Right::ALL.iter().filter(|right| facts.rights.get(**right) == access);
+        rights.map(|right| right.as_str()).collect::<Vec<_>>().join(", ")
+    };
+    let groups = [
+        ("", rights(Access::Allowed)),
+        ("; not allowed: ", rights(Access::Denied)),
+        ("; unknown until tried: ", rights(Access::Unknown)),
+    ];
+    let groups = groups.iter().filter(|(_, names)| !names.is_empty());
+    let rights = groups.map(|(word, names)| format!("{word}{names}")).collect::<String>();
+    lines.push(("rights", rights.trim_start_matches("; ").to_owned()));
+    if verdict.can_sweep() {
+        lines.push(("a sweep", sweep_line(verdict, settings)));
+    }
+    lines
+}
+
+fn range(sweep: Span) -> String {
+    let (least, most) = (span(sweep.least), span(sweep.most));
+    if least == most { most } else { format!("{least} to {most}") }
+}
+
+fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
+    let Some(sweep) = verdict.sweep else { return "takes an unknown time: the sizes are unknown".to_owned() };
+    let ceiling = settings
+        .tuning
+        .max_keys_per_sec
+        .map_or_else(|| "no ceiling".to_owned(), |ceiling| format!("at most {} keys/s", grouped(ceiling.into())));
+    let us = |(least, most): (f64, f64)| format!("{least}-{most}us");
+    format!(
+        "takes {} at intensity {}, {ceiling}, touch {}\n          \
+         (assumed: {} of server time per live key, {} per expired key, a round trip of {}us per {} slice)",
+        range(sweep),
+        settings.tuning.intensity,
+        settings.touch,
+        us(COST.live_us),
+        us(COST.reclaimed_us),
+        verdict.round_trip.as_micros(),
+        show_duration(settings.max_slice),
+    )
+}
+
+/// The verdict in words.
+pub fn sentence(facts: &Facts, verdict: &Verdict, settings: &Settings) -> String {
+    if !verdict.can_sweep() {
+        return "a sweep cannot run here; see the errors".to_owned();
+    }
+    let swept = verdict.swept;
+    let (Some(sweep), Some(expired)) = (verdict.sweep, swept.expired) else {
+        return "a sweep can run; how much it would free is unknown".to_owned();
+    };
+    if facts.total().expires == 0 {
+        return "no key has a TTL: there is nothing to sweep".to_owned();
+    }
+    if expired.keys == 0 {
+        return "no backlog to be seen: a sweep would free little or nothing".to_owned();
+    }
+    let about = if expired.known == Known::Estimated || expired.moved > 0 { "about " } else { "" };
+    let hold = swept.bytes.map_or_else(String::new, |held| format!(" and hold about {}", bytes(held)));
+    let first = if verdict.has(Severity::Warning) { "; see the warnings first" } else { "" };
+    format!(
+        "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: ttlsweep scan {}{first}",
+        grouped(expired.keys),
+        grouped(swept.size.expires),
+        range(sweep),
+        settings.target,
+    )
+}
