@@ -5,16 +5,23 @@
 //! counts a keyspace miss for each; on Valkey 8 it frees nothing and refuses a type that it does not know.
 //!
 //! Nobody has to believe that. Every so often a batch is asked again with its names. Keys that the second SCAN frees were left
-//! dead by the first; and only a batch with names shows that deletions are not blocked (see [`crate::engine::batch`]).
+//! dead by the first; and only a batch with names shows that deletions are not blocked (see [`crate::engine::batch`]). What is
+//! between two audits is proven by nothing else, so names are the default.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::model::progress::ServerFacts;
 use crate::settings;
 
 /// From this version of Redis on, SCAN with a TYPE frees whatever it meets and counts no misses.
 const FREES_ALL: (u32, u32) = (8, 2);
-/// A batch is asked again with names every so many batches: a few milliseconds in which deletions might be blocked unseen,
-/// and less than a thirtieth of the bytes.
+/// A batch is asked again with names every so many batches, and at least this often: a pause of deletions that is longer is met
+/// by an audit, and the sweep goes back to where a deletion was last seen. Less than a thirtieth of the bytes.
 const AUDIT_EVERY: u64 = 64;
+/// See [`AUDIT_EVERY`].
+const AUDIT_AFTER: Duration = Duration::from_millis(5);
 /// Fewer dead keys than this prove nothing: keys expire between two SCANs.
 const PROOF: u64 = 3;
 
@@ -22,7 +29,8 @@ const PROOF: u64 = 3;
 #[derive(Debug)]
 pub struct Payload {
     nameless: bool,
-    batches: u64,
+    since_audit: u64,
+    audited: Option<Instant>,
     freed: u64,
     left_dead: u64,
 }
@@ -36,7 +44,7 @@ impl Payload {
             settings::Payload::Names => false,
             settings::Payload::None => true,
         };
-        Self { nameless, batches: 0, freed: 0, left_dead: 0 }
+        Self { nameless, since_audit: 0, audited: None, freed: 0, left_dead: 0 }
     }
 
     /// Whether the next batch is to come without names.
@@ -46,7 +54,8 @@ impl Payload {
 
     /// Whether the batch under way, which came without names, is to be asked again with them. The first is.
     pub fn audit_is_due(&self) -> bool {
-        self.nameless && self.batches.is_multiple_of(AUDIT_EVERY)
+        let due = self.since_audit + 1 >= AUDIT_EVERY || self.audited.is_none_or(|at| at.elapsed() >= AUDIT_AFTER);
+        self.nameless && due
     }
 
     /// COUNT of the second SCAN of a batch. It has to stay within the keys that the first one looked at: of those, so many are
@@ -58,10 +67,13 @@ impl Payload {
 
     /// A batch without names went by: what it freed, and what the second SCAN freed where there was one. Returns whether it was
     /// the proof that SCAN without names leaves dead keys.
-    pub fn learn(&mut self, freed: u64, left_dead: u64) -> bool {
-        self.batches += 1;
+    pub fn learn(&mut self, freed: u64, audit: Option<u64>) -> bool {
+        self.since_audit += 1;
+        if audit.is_some() {
+            (self.since_audit, self.audited) = (0, Some(Instant::now()));
+        }
         self.freed += freed;
-        self.left_dead += left_dead;
+        self.left_dead += audit.unwrap_or(0);
         // The second SCAN saw one batch in so many, and half of it.
         let disagrees = self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed;
         self.nameless &= !disagrees;
@@ -105,24 +117,30 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_first_batch_and_then_one_in_64_is_asked_again() {
+    #[tokio::test(start_paused = true)]
+    async fn the_first_batch_and_then_one_in_64_or_in_5_ms_is_asked_again() {
         let mut payload = payload(settings::Payload::Auto, "Redis", (8, 2));
-        let audits = (0..640).filter(|_| {
-            let due = payload.audit_is_due();
-            payload.learn(5, 0);
-            due
-        });
-        assert_eq!(audits.count(), 10);
+        let mut audits = async |batches: u32, pause: Duration| {
+            let mut audits = 0;
+            for _ in 0..batches {
+                let due = payload.audit_is_due();
+                audits += u32::from(due);
+                payload.learn(5, due.then_some(0));
+                tokio::time::advance(pause).await;
+            }
+            audits
+        };
+        assert_eq!(audits(641, Duration::ZERO).await, 11);
+        assert_eq!(audits(100, Duration::from_millis(5)).await, 99, "all but one that came at once");
     }
 
     #[test]
     fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
         let mut left = payload(settings::Payload::None, "Valkey", (7, 2));
-        assert!(!left.learn(0, 2), "two may have expired in between");
-        assert!(left.learn(0, 2) && !left.is_nameless() && !left.audit_is_due());
+        assert!(!left.learn(0, Some(2)), "two may have expired in between");
+        assert!(left.learn(0, Some(2)) && !left.is_nameless() && !left.audit_is_due());
         let mut fine = payload(settings::Payload::Auto, "Redis", (8, 2));
-        assert!((0..10_000).all(|n| !fine.learn(5, u64::from(n % 64 == 0))), "keys that expired in between");
+        assert!((0..10_000).all(|n| !fine.learn(5, (n % 64 == 0).then_some(1))), "keys that expired in between");
     }
 
     #[test]

@@ -453,12 +453,11 @@ impl ShardScan {
         let next = ScanPosition::from_reply(scanned.cursor);
         let finished = next == ScanPosition::Finished;
         if ask.nameless {
-            let proof = match audit {
-                true => match self.audit_payload(pass, ask, &scanned).await? {
-                    Some(left_dead) => left_dead,
-                    None => return Ok(()),
-                },
-                false => 0,
+            let proof = if audit {
+                let Some(left_dead) = self.audit_payload(pass, ask, &scanned).await? else { return Ok(()) };
+                Some(left_dead)
+            } else {
+                None
             };
             if self.payload.learn(scanned.reclaimed(), proof) {
                 return self.names_again(pass, "SCAN without names left expired keys in memory".to_owned()).await;
@@ -523,6 +522,8 @@ impl ShardScan {
             Err(error) => return self.lost(error, pass).await.map(|()| None),
         };
         self.account(pass, &scanned, again);
+        // It looked at keys that were counted the first time.
+        pass.figures.scanned -= scanned.returned;
         let hidden = batch::hidden(&self.space, pass.figures.position, count, &scanned);
         if self.judges && hidden > 0 {
             return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
@@ -596,14 +597,17 @@ impl ShardScan {
         let reclaimed = scanned.reclaimed();
         let figures = &mut pass.figures;
         let seen = if ask.nameless {
-            // Keys that live are not in the reply. The share of the table that was walked tells how many they are.
+            // Keys that live are not in the reply. The keys that were not met yet are spread over the rest of the table, so the
+            // share of that rest which was walked tells how many were met now.
             let from = if ask.cursor == 0 { ScanPosition::NotStarted } else { ScanPosition::from_reply(ask.cursor) };
-            let to = ScanPosition::from_reply(scanned.cursor);
-            let walked = figures.space.fraction(to) - figures.space.fraction(from);
+            let (from, to) =
+                (figures.space.fraction(from), figures.space.fraction(ScanPosition::from_reply(scanned.cursor)));
+            let to_come = scanned.keys_before.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
+            let walked = ((to - from) / (1.0 - from).max(f64::EPSILON)).clamp(0.0, 1.0);
             figures.nameless += 1;
             // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
             pass.still.add(&MOVED);
-            reclaimed.max((walked.max(0.0) * scanned.keys_before as f64).round() as u64)
+            reclaimed.max((walked * to_come as f64).round() as u64)
         } else {
             pass.still.add(scanned);
             scanned.returned + reclaimed

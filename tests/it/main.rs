@@ -18,6 +18,7 @@ mod deploy;
 mod exact;
 mod files;
 mod fleet;
+mod load;
 mod logs;
 mod network;
 mod resume;

@@ -1,0 +1,216 @@
+//! A sweep gives way: each hold is made for real, seen with its reason, and ends by itself.
+
+use serde_json::json;
+
+use crate::support::daemon::{Daemon, instance};
+use crate::support::keyspace::Keyspace;
+use crate::support::proxy::{Mode, Proxy};
+use crate::support::run::{Run, Running, scan, state_file};
+use crate::support::server::{Kind, Server, Version};
+use crate::support::{PATIENCE, probe};
+
+/// Slow enough to meet a sweep half way, and too short a pass for the guard to mind.
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+
+fn held(run: &Run, reason: &str) -> f64 {
+    run.json()["report"]["shards"][0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
+}
+
+async fn with_dead_keys(n: u64) -> Server {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(n, "dead").await;
+    server
+}
+
+/// Sweeps slowly with more arguments, and waits until it is under way.
+async fn under_way(server: &Server, more: &[&str]) -> Running {
+    let running = Running::scan(&server.url(), &[&SLOW[..], more].concat());
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
+    running
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
+    let server = with_dead_keys(6_000).await;
+    let running = under_way(&server, &[]).await;
+    server.cmd(&["DEBUG", "SLEEP", "0.6"]).await;
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "latency") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
+    let server = with_dead_keys(6_000).await;
+    Keyspace::of(&server, 0).live(4_000, "live").await;
+    let running = under_way(&server, &[]).await;
+    // A millisecond for each key: seconds in all.
+    server.cmd(&["CONFIG", "SET", "rdb-key-save-delay", "300"]).await;
+    server.cmd(&["BGSAVE"]).await;
+    running.says("holding: the server saves or rewrites its data in a child process").await;
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "fork") > 0.2, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
+    let (server, replica) = (with_dead_keys(6_000).await, Server::start().await);
+    let proxy = Proxy::start(server.addr()).await;
+    let port = proxy.addr().port().to_string();
+    replica.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
+    probe("the replica is online", PATIENCE, async || {
+        let line = server.info("replication").await.get("slave0").cloned();
+        line.is_some_and(|line| line.contains("state=online"))
+    })
+    .await;
+    let running = under_way(&server, &["--max-replica-lag", "8KiB"]).await;
+    proxy.set(Mode::Stall);
+    running.says("holding: a replica is too far behind").await;
+    let freed = server.expired_keys().await;
+    assert!(freed < 6_000, "it holds before the end");
+    proxy.set(Mode::Pass);
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "replica_lag") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
+    let server = with_dead_keys(6_000).await;
+    let running = under_way(&server, &["--max-ops", "2000"]).await;
+    let mut conn = server.conn().await;
+    let load = tokio::spawn(async move {
+        loop {
+            let mut pipe = redis::pipe();
+            (0..1000).for_each(|_| {
+                pipe.cmd("PING").ignore();
+            });
+            pipe.query_async::<()>(&mut conn).await.unwrap();
+        }
+    });
+    running.says("holding: other clients are busy").await;
+    load.abort();
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "ops") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
+    let server = with_dead_keys(1_000).await;
+    let run = scan(&server.url(), &["--abort-latency", "1us"]).await;
+    // A sweep of a thousand keys may be over before two looks at the latency.
+    if run.code == Some(1) {
+        assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
+    }
+    let server = with_dead_keys(6_000).await;
+    let run = scan(&server.url(), &[&SLOW[..], &["--abort-latency", "1us"]].concat()).await.expect(1);
+    assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
+    let run = scan(&server.url(), &["--no-throttle", "--abort-latency", "1us", "--max-latency", "1us"]).await.expect(0);
+    assert_eq!(held(&run, "latency"), 0.0);
+    assert_eq!(server.dbsize(0).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_limits_of_a_task_can_be_changed_while_it_runs() {
+    let server = with_dead_keys(6_000).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 3000")).await;
+    let id = daemon.create(json!({"instance_id": "cache", "limits": {"max_latency": "1us"}})).await;
+    probe("it holds for the latency", PATIENCE, async || daemon.task(&id).await["holds"][0]["reason"] == "latency")
+        .await;
+    let path = format!("/api/v1/tasks/{id}");
+    let request = daemon.request(reqwest::Method::PATCH, &path);
+    daemon.send(request.json(&json!({"limits": {"max_latency": "soon"}}))).await.code();
+    let request = daemon.request(reqwest::Method::PATCH, &path);
+    daemon.send(request.json(&json!({"limits": {"max_latency": "off"}, "max_keys_per_sec": 0}))).await.ok();
+    let task = daemon.until(&id, "succeeded").await;
+    assert_eq!(task["reclaimed"], 6_000, "{task}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_for() {
+    let server = Server::start().await;
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
+    let mut conn = server.conn().await;
+    let mut pipe = redis::pipe();
+    for n in 0..200_000_u32 {
+        pipe.cmd("SET").arg(n).arg("x").arg("PX").arg(1_000 + n % 20_000).ignore();
+    }
+    pipe.query_async::<()>(&mut conn).await.unwrap();
+    // Active expiry is busy from a tenth of stale keys on.
+    probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 20_000).await;
+    let slow = ["--max-keys-per-sec", "5000"];
+    let harms = Server::version() >= Version(7, 2, 0) || Server::kind() == Kind::Valkey;
+    if !harms {
+        let running = Running::scan(&server.url(), &slow);
+        probe("it sweeps", PATIENCE, async || running.stderr().contains("db0")).await;
+        running.signal("INT");
+        running.end().await.expect(130);
+        return;
+    }
+    let refused = scan(&server.url(), &slow).await.expect(1);
+    assert_eq!(refused.json()["report"]["failure"]["kind"], "too_slow", "{}", refused.stdout);
+    assert_eq!(refused.num(), 0, "it was refused before it began");
+    assert!(refused.stderr.contains("--allow-slow"), "{}", refused.stderr);
+    scan(&server.url(), &[]).await.expect(0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
+    let server = with_dead_keys(3_000).await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
+    let mut args = vec!["--state", state, "--assist-expiry", "20s"];
+    let run = scan(&server.url(), &args).await.expect(0);
+    assert!(run.stdout.contains("active-expire-effort was 10 for"), "{}", run.stdout);
+    assert_eq!((effort().await.as_str(), server.dbsize(0).await), ("1", 0));
+
+    Keyspace::of(&server, 0).dead(3_000, "more").await;
+    let running = Running::scan(&server.url(), &args);
+    probe("the effort is raised", PATIENCE, async || effort().await == "10").await;
+    running.signal("KILL");
+    running.end().await;
+    assert_eq!(effort().await, "10", "nobody was there to put it back");
+    args.truncate(2);
+    let run = scan(&server.url(), &args).await.expect(0);
+    assert!(run.stdout.contains("it was put back to 1"), "{}", run.stdout);
+    assert_eq!((effort().await.as_str(), server.dbsize(0).await), ("1", 0));
+    let without = scan(&server.url(), &["--assist-expiry", "20s"]).await.expect(2);
+    assert!(without.stderr.contains("needs a state file"), "{}", without.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_without_names_frees_the_same_and_finds_a_server_out_where_it_does_not() {
+    let server = with_dead_keys(30_000).await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(30_000, "live").await;
+    let run = scan(&server.url(), &["--payload", "none"]).await.expect(0);
+    assert_eq!((run.num(), server.dbsize(0).await), (30_000, 30_000));
+    let pass = run.json()["report"]["shards"][0]["dbs"][0].clone();
+    let nameless = pass["nameless"].as_u64().unwrap();
+    let refuses = Server::kind() == Kind::Valkey;
+    assert_eq!(nameless > 0, !refuses, "{pass}");
+    if refuses {
+        assert!(run.stdout.contains("refuses SCAN with a TYPE"), "{}", run.stdout);
+    } else {
+        let scanned = pass["scanned"].as_f64().unwrap();
+        assert!((55_000.0..68_000.0).contains(&scanned), "an estimate by the share of the table: {scanned}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_is_noticed_without_names_too() {
+    if Server::kind() == Kind::Valkey {
+        return;
+    }
+    let server = with_dead_keys(3_000).await;
+    Keyspace::of(&server, 0).live(6_000, "live").await;
+    let running = under_way(&server, &["--payload", "none"]).await;
+    server.cmd(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
+    running.says("holding: the server hides expired keys").await;
+    server.cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(running.end().await.expect(0).num(), 3_000);
+    assert_eq!(server.dbsize(0).await, 6_000);
+}
