@@ -46,22 +46,10 @@ fn main() {
         ("bare socket with DBSIZE around", vec![this, "counted", &addr]),
         (
             "ttlsweep",
-            vec![
-                ours,
-                "scan",
-                &url,
-                "--db",
-                "0",
-                "--count",
-                &count,
-                "--max-slice",
-                "0s",
-                "--intensity",
-                "1",
-                "--quiet",
-            ],
+            vec![ours, "scan", &url, "--db", "0", "--count", &count, "--max-slice", "0s", "--no-throttle", "--quiet"],
         ),
-        ("ttlsweep, steered", vec![ours, "scan", &url, "--db", "0", "--intensity", "1", "--quiet"]),
+        ("ttlsweep, default", vec![ours, "scan", &url, "--db", "0", "--quiet"]),
+        ("ttlsweep, without names", vec![ours, "scan", &url, "--db", "0", "--payload", "auto", "--quiet"]),
         // COUNT 10 is redis-cli's own default; --count came with 7.2.
         ("redis-cli --scan", vec!["redis-cli", "-h", host, "-p", port, "--scan"]),
     ];
