@@ -8,7 +8,7 @@
 //!
 //! Before: a sweep that its ceiling or its intensity makes slow is compared with the flow of expiry, and refused where it
 //! would harm. During: where the server's own expiry has collapsed, the sweep does not make up for it, and keys pile up, it
-//! hurries, and stops where that does not help. Pure, but for the look that [`Flow`] is made of.
+//! hurries, and stops where that does not help. Pure: the loop does the looking.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -1,6 +1,6 @@
 //! Samplers: they look at a master on their own connection and tick, and write down what they see. They decide nothing.
 //!
-//! One connection for each master: a PING every [`PING_EVERY`], INFO every [`INFO_EVERY`]. How busy others keep the main thread
+//! One connection for each master: a PING every 50 ms, INFO every [`INFO_EVERY`]. How busy others keep the main thread
 //! cannot be seen from beside a sweep that keeps it busy itself: for that the sweep stands still for [`LOOK_FOR`] now and
 //! then, and [`busy_share`] is what was used meanwhile.
 
