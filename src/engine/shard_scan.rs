@@ -41,7 +41,7 @@ pub(super) const REPORT_EVERY: Duration = Duration::from_millis(100);
 const DOUBTS: u32 = 2;
 /// Pause between looks at a server that does not delete.
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
-/// Lazy frees have settled when nothing is pending and two readings agree; we wait no longer than this.
+/// Lazy frees have settled when nothing is pending at a second reading; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
 
 /// Why a shard's sweep ends before it is complete.
@@ -711,7 +711,8 @@ impl ShardScan {
         loop {
             let info = commands::info(&mut self.conn).await.ok()?;
             let observation = Observation::from_info(&info);
-            let settled = observation.lazyfree_pending.unwrap_or(0) == 0 && last == observation.used_memory;
+            // Others may write all the time: two equal readings need not come.
+            let settled = observation.lazyfree_pending.unwrap_or(0) == 0 && last.is_some();
             last = observation.used_memory.or(last);
             if settled || Instant::now() >= deadline {
                 return last;

@@ -11,9 +11,11 @@ use crate::settings::Touch;
 
 /// The first batches of a shard are audited, this many.
 const AUDIT_FIRST: u64 = 4;
-/// While neither SCAN nor the audit has met a dead key, every so many batches: an audit costs a round trip in which no batch is
-/// under way, so that every eighth cost a tenth of the speed.
-const AUDIT_UNPROVEN: u64 = 64;
+/// While neither SCAN nor the audit has met a dead key, every so many batches: among the first ones closely, since a small
+/// DB has no more, and then seldom, since an audit costs a round trip in which no batch is under way.
+const AUDIT_UNPROVEN: (u64, u64) = (8, 64);
+/// So many batches are the first ones.
+const AUDIT_CLOSELY: u64 = 512;
 /// Once SCAN has freed a key, every so many batches.
 const AUDIT_PROVEN: u64 = 256;
 /// Of an audited batch this many keys are asked: enough to meet dead keys where there are any, and 1 per cent of the time.
@@ -66,7 +68,11 @@ impl Toucher {
             (Touch::None, _) | (_, TouchOutcome::NoRight) => None,
             (Touch::Auto, TouchOutcome::ScanLeavesDead) => Some(self.audit),
             (Touch::Auto, _) => {
-                let every = if self.freed_by_scan > 0 { AUDIT_PROVEN } else { AUDIT_UNPROVEN };
+                let every = match () {
+                    () if self.freed_by_scan > 0 => AUDIT_PROVEN,
+                    () if batch < AUDIT_CLOSELY => AUDIT_UNPROVEN.0,
+                    () => AUDIT_UNPROVEN.1,
+                };
                 let due = batch < AUDIT_FIRST || batch.is_multiple_of(every);
                 due.then_some(self.audit)
             }
@@ -136,7 +142,7 @@ mod tests {
     #[test]
     fn while_no_dead_key_was_met_the_audit_stays_awake() {
         let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(audits(&mut toucher, 6400, 0), 4 + 99);
+        assert_eq!(audits(&mut toucher, 6400, 0), 4 + 63 + 92);
         assert_eq!(toucher.outcome(), TouchOutcome::NothingDead);
         for _ in 0..64 {
             let left_dead = u64::from(toucher.command().is_some()) * 3;
