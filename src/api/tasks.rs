@@ -188,7 +188,7 @@ pub struct CreateTask {
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
     /// Above which load to hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub limits: LimitWishes,
     /// COUNT to begin with.
     #[serde(default, deserialize_with = "whole")]
@@ -242,7 +242,7 @@ pub struct TuneTask {
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
     /// Above which load to hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub limits: LimitWishes,
 }
 
@@ -275,6 +275,12 @@ pub struct LimitWishes {
     pub abort_latency: Option<String>,
     #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
     pub abort_replica_lag: Option<String>,
+}
+
+/// An object, and no list: serde would take one for the fields in their order.
+fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+    let fields = serde_json::Map::deserialize(deserializer)?;
+    T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
 }
 
 /// The texts that a wish for other limits makes.
