@@ -149,7 +149,7 @@ impl ShardScan {
             observer: Observer::start(conn.addr().clone(), options, before.clone()),
             seen: before.clone(),
             others: Others::default(),
-            decided: None,
+            decided: false,
             flow: lifetime_flow(&info),
             payload: Payload::new(job.settings.payload, info.server(conn.addr()).as_ref(), version),
             redis_version: version,

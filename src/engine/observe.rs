@@ -74,8 +74,6 @@ pub struct Observation {
     pub expired_keys: Option<u64>,
     /// Keys that active expiry alone has freed, on servers that tell.
     pub expired_by_server: Option<u64>,
-    /// `evicted_keys` since the server started.
-    pub evicted_keys: Option<u64>,
     /// Share of the keys with a TTL that active expiry found stale.
     pub stale_share: Option<f64>,
     /// INFO was not answered for too long: everything above is old.
@@ -118,7 +116,6 @@ impl Observation {
             others_cpu: None,
             expired_keys: info.parsed("expired_keys"),
             expired_by_server: info.parsed("expired_keys_active"),
-            evicted_keys: info.parsed("evicted_keys"),
             stale_share: info.stale_share(),
             blind: false,
         }

@@ -59,7 +59,7 @@ impl ShardScan {
             stop_of(&orders)?;
             if self.pacer.tune(orders.tuning) {
                 self.adapt(orders.tuning.intensity);
-                self.decided = None;
+                self.decided = false;
             }
             let Some(reason) = orders.hold else {
                 if std::mem::take(&mut self.ordered_hold) {
@@ -85,7 +85,7 @@ impl ShardScan {
         let begun = Instant::now();
         match self.measure_others().await {
             Ok(()) => {
-                self.decided = None;
+                self.decided = false;
                 self.pacer.stood_still(begun.elapsed());
                 pass.figures.rested += begun.elapsed();
                 Ok(())
@@ -111,7 +111,7 @@ impl ShardScan {
     pub(super) async fn look(&mut self, pass: &mut Pass) -> Result<(), End> {
         match self.observer.take_new() {
             Some(new) => self.seen = new,
-            None if self.decided.is_some() => return Ok(()),
+            None if self.decided => return Ok(()),
             None => {}
         }
         let mut suspect = false;
@@ -185,7 +185,7 @@ impl ShardScan {
     }
 
     fn adapt(&mut self, share: f64) {
-        self.decided = Some(share);
+        self.decided = true;
         self.pacer.set_intensity(share);
     }
 

@@ -129,8 +129,8 @@ pub(super) struct ShardScan {
     pub(super) seen: Observation,
     /// What others need of the master.
     pub(super) others: Others,
-    /// The intensity that was decided by all this, until something new is seen.
-    pub(super) decided: Option<f64>,
+    /// Whether all of this was decided upon. Not any more once something new is seen.
+    pub(super) decided: bool,
     /// Keys that expired each second before the sweep, as far as the server tells.
     pub(super) flow: Option<f64>,
     pub(super) redis_version: Option<(u32, u32)>,
