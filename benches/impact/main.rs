@@ -17,7 +17,8 @@
 //! By environment (the default in parentheses):
 //!
 //! - `TTLSWEEP_IMPACT_SCENARIOS` (a,b,c), and `TTLSWEEP_IMPACT_ONLY`: only contenders whose name holds one of these
-//!   words, such as `no sweep,default,COUNT 1000`.
+//!   words, such as `no sweep,default,COUNT 1000`. `TTLSWEEP_IMPACT_OURS`: more rows of our own, each the arguments of a
+//!   scan, with semicolons: `--max-slice 30us;--intensity 0.5`.
 //! - `TTLSWEEP_BENCH_LIVE` (2,000,000) and `TTLSWEEP_BENCH_DEAD` (1,000,000): keys of a; c has the live ones.
 //!   The full reference test is 10,000,000 and 5,000,000. Its first round takes three quarters of an hour, of which the
 //!   cloud profile's COUNT 50 takes 25 minutes by its clock: 15,000,000 keys at 10,000 a second.

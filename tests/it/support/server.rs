@@ -266,9 +266,17 @@ impl Server {
         }
         let port = master.port.to_string();
         self.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
-        probe("the replica is in step with its master", PATIENCE, async || {
-            let replication = self.info("replication").await;
-            replication.get("master_link_status").map(String::as_str) == Some("up")
+        // The master's view lags behind: the replica counts as online with its first acknowledgement, and the fork
+        // that fed it is seen until it is reaped.
+        probe("the replica is in step with its master, and the master knows", PATIENCE, async || {
+            let (ours, theirs) = (self.info("replication").await, master.info("all").await);
+            ours.get("master_link_status").map(String::as_str) == Some("up")
+                && theirs.get("rdb_bgsave_in_progress").map(String::as_str) == Some("0")
+                && theirs.iter().any(|(name, value)| {
+                    name.starts_with("slave")
+                        && value.contains(&format!("port={},", self.port))
+                        && value.contains("state=online")
+                })
         })
         .await;
     }
