@@ -101,7 +101,7 @@ pub async fn count(
         let mut returned = 0;
         let mut after = before;
         while let Some(cursor) = position.to_send() {
-            let batch = conn.scan(Ask { cursor, count: settings.count, nameless: false }, None, None).await?;
+            let batch = conn.scan(Ask { cursor, count: settings.count, nameless: false }, None, |_| None).await?;
             returned += batch.returned;
             after = batch.keys_after;
             position = ScanPosition::from_reply(batch.cursor);

@@ -15,6 +15,7 @@ use crate::engine::pacer::Pacer;
 use crate::engine::pause::{Others, wait};
 use crate::engine::payload::Payload;
 use crate::engine::roster::Found;
+use crate::engine::scout::Second;
 use crate::engine::seats::Seat;
 use crate::engine::shard_scan::{End, Job, Pass, Reporter, ShardScan};
 use crate::engine::throttle::{self, Decision};
@@ -154,6 +155,7 @@ impl ShardScan {
             payload: Payload::new(job.settings.payload, info.server(conn.addr()).as_ref(), version),
             redis_version: version,
             conn,
+            second: Second::default(),
             run_id: before.run_id.clone(),
             before,
             process: 0,
@@ -299,6 +301,7 @@ impl ShardScan {
         };
         let Reached { conn, info, floor, before, master } = reached;
         self.conn = conn;
+        self.second = Second::default();
         self.pacer.set_floor(floor);
         self.judges = may_judge(&info);
         self.end_hold(pass.as_deref_mut()).await;
@@ -328,6 +331,7 @@ impl ShardScan {
         self.space = space_of(&info, &master);
         self.master = master;
         if let Some(pass) = pass {
+            pass.scout = None;
             pass.figures.space = self.space.clone();
             pass.figures.process = self.run_id.as_ref().map(RunId::fingerprint);
             if pass.figures.position != ScanPosition::NotStarted {

@@ -45,6 +45,7 @@ pub mod pacer;
 mod pause;
 pub mod payload;
 mod roster;
+mod scout;
 mod seats;
 mod shard_scan;
 pub mod throttle;

@@ -207,10 +207,10 @@ impl Pacer {
         }
     }
 
-    /// Whether batches follow each other without rest and without a ceiling under these limits, so that the next may be
-    /// sent before the last one's sums are done.
+    /// Whether the next batch needs to wait neither for a rest nor for the ceiling under these limits, so that it may be sent
+    /// before the last one's sums are done.
     pub fn runs_free(&self, tuning: &Tuning) -> bool {
-        *tuning == self.tuning && self.intensity >= 1.0 && self.ceiling.is_none()
+        *tuning == self.tuning && self.ceiling.is_none() && self.rest_due().is_none()
     }
 
     /// How long to rest now, or `None` where nothing worth a sleep is owed.

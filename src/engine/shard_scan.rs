@@ -15,6 +15,7 @@ use crate::engine::pacer::Pacer;
 use crate::engine::pause::{Others, wait};
 use crate::engine::payload::Payload;
 use crate::engine::roster::Roster;
+use crate::engine::scout::{Course, Scout, Second, Walk};
 use crate::engine::seats::{Line, Seat, Seats};
 use crate::engine::throttle;
 use crate::engine::touch::Toucher;
@@ -121,7 +122,9 @@ pub(super) struct ShardScan {
     pub(super) job: Job,
     pub(super) reporter: Reporter,
     pub(super) orders: watch::Receiver<Orders>,
+    /// The main walk's.
     pub(super) conn: Conn,
+    pub(super) second: Second,
     pub(super) observer: Observer,
     /// What was seen before the first batch: limits are relative to it.
     pub(super) before: Observation,
@@ -169,6 +172,8 @@ pub(super) struct Pass {
     /// DBSIZE after the last batch.
     pub(super) keys: u64,
     pub(super) guard: Guard,
+    /// The walk further on, if there is one.
+    pub(super) scout: Option<Scout>,
     /// Keys that were looked at and that the ceiling has not let through yet.
     pub(super) unpaid: u64,
     /// From here on deletions were proven to work: where to go back to when they stop.
@@ -176,7 +181,7 @@ pub(super) struct Pass {
     doubts: u32,
     /// How far a pass has to come before those doubts are gone: where hidden keys were last proven.
     doubted: ScanPosition,
-    still: StillPass,
+    pub(super) still: StillPass,
     untouched: bool,
     way: Way,
     reported: Instant,
@@ -192,9 +197,15 @@ impl Pass {
         self.go_back();
     }
 
+    /// Where both walks stand.
+    pub(super) fn course(&self) -> Course {
+        Course { position: self.figures.position, scout: self.scout }
+    }
+
     /// Back to where deletions were last proven to work.
     pub(super) fn go_back(&mut self) {
         self.figures.position = self.proven;
+        self.scout = None;
         self.way = Way::default();
         if self.proven == ScanPosition::NotStarted {
             self.still = StillPass::default();
@@ -317,6 +328,7 @@ impl ShardScan {
             reported: Instant::now(),
             begun: Instant::now(),
             keys: 0,
+            scout: None,
             unpaid: 0,
             guard: Guard::new(None, 0, None),
             tally: self.open_tally(db).await,
@@ -349,6 +361,7 @@ impl ShardScan {
                 Err(end) => break Err(end),
             }
         };
+        self.second = Second::default();
         self.end_hold(Some(&mut pass)).await;
         self.fill_in(&mut pass);
         let figures = pass.figures;
@@ -416,15 +429,26 @@ impl ShardScan {
 
     /// One batch with everything around it. Leaves the position where it was when the batch has to be asked again.
     async fn step(&mut self, pass: &mut Pass) -> Result<(), End> {
-        let ahead = self.conn.ahead();
-        if ahead.is_none() {
+        if !self.under_way() {
             self.obey(pass).await?;
             self.look_around(pass).await?;
             self.look(pass).await?;
             self.sit_down().await?;
             self.rest(pass).await?;
         }
-        let from = pass.figures.position;
+        if self.stretches(pass) > 0
+            && self.nothing_waits(pass)
+            && let Err(error) = self.send_both(pass).await
+        {
+            return self.lost(error, Walk::Main, pass).await;
+        }
+        let walk = self.next_walk();
+        let course = pass.course();
+        let ahead = self.conn_of(walk).ahead();
+        let from = course.at(walk).unwrap_or(ScanPosition::Finished);
+        if ahead.is_some_and(|ask| Some(ask.cursor) != from.to_send()) {
+            return self.settle(walk, pass).await;
+        }
         let Some(cursor) = from.to_send() else { return Ok(()) };
         let touch = self.toucher.command();
         let ask = ahead.unwrap_or_else(|| {
@@ -436,25 +460,36 @@ impl ShardScan {
         let touch = touch.filter(|_| !ask.nameless);
         let audit = ask.nameless && self.payload.audit_is_due();
         // A batch without names cannot be touched: one that is to be is not sent ahead.
-        let same = !ask.nameless || !(audit || self.toucher.is_next());
-        let next = (touch.is_none() && same && self.nothing_waits(pass)).then(|| self.pacer.count());
-        let names = touch.is_some().then_some(&mut self.names);
-        let scanned = match self.conn.scan(ask, names, next).await {
+        let same = !ask.nameless || !(audit || self.toucher.is_near());
+        let free = touch.is_none() && same && self.nothing_waits(pass);
+        let bits = if free { self.stretches(pass) } else { 0 };
+        self.take_turn(walk);
+        let conn = match (walk, &mut self.second) {
+            (Walk::Scout, Second::Open(conn)) => conn,
+            _ => &mut self.conn,
+        };
+        let next = |cursor| {
+            let advance = course.advance(&self.space, bits, walk, ScanPosition::from_reply(cursor));
+            let cursor = advance.next.filter(|_| free)?.to_send()?;
+            Some(Ask { cursor, count: self.pacer.count(), nameless: ask.nameless })
+        };
+        let scanned = match conn.scan(ask, touch.is_some().then_some(&mut self.names), next).await {
             Ok(scanned) => scanned,
             Err(error) if audit && matches!(error.class(), Class::Fatal(FailureKind::Unsupported)) => {
                 return self
                     .names_again(pass, format!("the server refuses SCAN with a TYPE that it does not know ({error})"))
                     .await;
             }
-            Err(error) => return self.lost(error, pass).await,
+            Err(error) => return self.lost(error, walk, pass).await,
         };
         self.patience = None;
         self.account(pass, &scanned, ask);
-        let next = ScanPosition::from_reply(scanned.cursor);
-        let finished = next == ScanPosition::Finished;
+        let to = ScanPosition::from_reply(scanned.cursor);
+        let advance = course.advance(&self.space, bits, walk, to);
+        let finished = advance.course.position == ScanPosition::Finished;
         if ask.nameless {
             let proof = if audit {
-                let Some(left_dead) = self.audit_payload(pass, ask, &scanned).await? else { return Ok(()) };
+                let Some(left_dead) = self.audit_payload(walk, from, pass, ask, &scanned).await? else { return Ok(()) };
                 Some(left_dead)
             } else {
                 None
@@ -466,11 +501,11 @@ impl ShardScan {
             let by_batch = batch::hidden(&self.space, from, count, &scanned);
             let hidden = if finished { by_batch.max(pass.still.hidden()) } else { by_batch };
             if hidden > 0 {
-                return self.blocked(pass, next, hidden).await;
+                return self.blocked(pass, to, hidden).await;
             }
         }
         // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
-        if self.space.rank(next) >= self.space.rank(pass.doubted) || scanned.reclaimed() > 0 {
+        if self.space.rank(to) >= self.space.rank(pass.doubted) || scanned.reclaimed() > 0 {
             pass.doubts = 0;
             pass.doubted = ScanPosition::NotStarted;
             self.end_hold(Some(pass)).await;
@@ -483,7 +518,7 @@ impl ShardScan {
             Some(command) => {
                 // What was freed is safe from here on; the position follows once the batch is done.
                 self.write_tally(pass).await;
-                if !self.touch(pass, command, &scanned).await? {
+                if !self.touch(walk, pass, command, &scanned).await? {
                     return Ok(());
                 }
             }
@@ -500,9 +535,13 @@ impl ShardScan {
             }
         }
         self.check_way(pass, &scanned)?;
-        pass.figures.position = next;
+        pass.figures.position = advance.course.position;
+        pass.scout = advance.course.scout;
+        if let (true, Second::Open(second)) = (advance.swapped, &mut self.second) {
+            std::mem::swap(&mut self.conn, second);
+        }
         if scanned.reclaimed() > 0 {
-            pass.proven = next;
+            pass.proven = pass.figures.position;
         }
         self.write_tally(pass).await;
         self.pay(pass).await?;
@@ -514,17 +553,24 @@ impl ShardScan {
 
     /// Asks again for a batch that came without names, with them. Returns how many keys the first time had left dead; `None` where
     /// the batch has to be asked again.
-    async fn audit_payload(&mut self, pass: &mut Pass, ask: Ask, first: &ScanBatch) -> Result<Option<u64>, End> {
+    async fn audit_payload(
+        &mut self,
+        walk: Walk,
+        from: ScanPosition,
+        pass: &mut Pass,
+        ask: Ask,
+        first: &ScanBatch,
+    ) -> Result<Option<u64>, End> {
         let count = Payload::audit_count(ask.count, first.reclaimed());
         let again = Ask { count, nameless: false, ..ask };
-        let scanned = match self.conn.scan(again, None, None).await {
+        let scanned = match self.conn_of(walk).scan(again, None, |_| None).await {
             Ok(scanned) => scanned,
-            Err(error) => return self.lost(error, pass).await.map(|()| None),
+            Err(error) => return self.lost(error, walk, pass).await.map(|()| None),
         };
         self.account(pass, &scanned, again);
         // It looked at keys that were counted the first time.
         pass.figures.scanned -= scanned.returned;
-        let hidden = batch::hidden(&self.space, pass.figures.position, count, &scanned);
+        let hidden = batch::hidden(&self.space, from, count, &scanned);
         if self.judges && hidden > 0 {
             return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
         }
@@ -554,27 +600,6 @@ impl ShardScan {
         !orders_wait && !look_waits && self.hold.is_none() && pass.doubts == 0
     }
 
-    /// A batch that was sent ahead from a place that is not where the sweep goes on: what it freed counts all the same.
-    async fn settle(&mut self, pass: &mut Pass) -> Result<(), End> {
-        let Some(ask) = self.conn.ahead() else { return Ok(()) };
-        match self.conn.scan(ask, None, None).await {
-            Ok(scanned) => {
-                self.account(pass, &scanned, ask);
-                self.write_tally(pass).await;
-                Ok(())
-            }
-            Err(error) => self.lost(error, pass).await,
-        }
-    }
-
-    /// A batch that was not answered, and with it one that may have been sent ahead.
-    pub(super) async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
-        if !matches!(error, NodeError::Server { .. }) {
-            pass.figures.lost_replies += 1 + u64::from(self.conn.ahead().is_some());
-        }
-        self.recover(error, Some(pass)).await
-    }
-
     /// A server, or something in between, whose cursors lead nowhere must not hold us for ever.
     fn check_way(&self, pass: &mut Pass, scanned: &ScanBatch) -> Result<(), Failure> {
         let Some(why) = pass.way.add(scanned) else { return Ok(()) };
@@ -593,7 +618,7 @@ impl ShardScan {
         Ok(())
     }
 
-    fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch, ask: Ask) {
+    pub(super) fn account(&mut self, pass: &mut Pass, scanned: &ScanBatch, ask: Ask) {
         let reclaimed = scanned.reclaimed();
         let figures = &mut pass.figures;
         let seen = if ask.nameless {
@@ -602,8 +627,10 @@ impl ShardScan {
             let from = if ask.cursor == 0 { ScanPosition::NotStarted } else { ScanPosition::from_reply(ask.cursor) };
             let (from, to) =
                 (figures.space.fraction(from), figures.space.fraction(ScanPosition::from_reply(scanned.cursor)));
+            let walked_by_scout = pass.scout.map_or(0.0, |scout| figures.space.fraction(scout.at) - figures.space.fraction(scout.from));
+            let done = figures.space.fraction(figures.position) + walked_by_scout;
             let to_come = scanned.keys_before.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
-            let walked = ((to - from) / (1.0 - from).max(f64::EPSILON)).clamp(0.0, 1.0);
+            let walked = ((to - from) / (1.0 - done).max(f64::EPSILON)).clamp(0.0, 1.0);
             figures.nameless += 1;
             // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
             pass.still.add(&MOVED);
@@ -622,7 +649,6 @@ impl ShardScan {
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
     async fn blocked(&mut self, pass: &mut Pass, at: ScanPosition, hidden: u64) -> Result<(), End> {
-        self.settle(pass).await?;
         pass.go_back();
         self.write_tally(pass).await;
         pass.doubts += 1;
@@ -636,8 +662,18 @@ impl ShardScan {
     }
 
     /// Asks for the keys of a batch. Returns whether the batch is done; if not, the same or an earlier one is next.
-    async fn touch(&mut self, pass: &mut Pass, command: &'static str, scanned: &ScanBatch) -> Result<bool, End> {
-        let touched = match self.conn.touch(command, &self.names).await {
+    async fn touch(
+        &mut self,
+        walk: Walk,
+        pass: &mut Pass,
+        command: &'static str,
+        scanned: &ScanBatch,
+    ) -> Result<bool, End> {
+        let conn = match (walk, &mut self.second) {
+            (Walk::Scout, Second::Open(conn)) => conn,
+            _ => &mut self.conn,
+        };
+        let touched = match conn.touch(command, &self.names).await {
             Ok(touched) => touched,
             Err(error) if matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. }) => {
                 return match self.toucher.refused() {
@@ -648,7 +684,7 @@ impl ShardScan {
                     None => Err(error.into_failure().into()),
                 };
             }
-            Err(error) => return self.lost(error, pass).await.map(|()| false),
+            Err(error) => return self.lost(error, walk, pass).await.map(|()| false),
         };
         let gone = if command == "TTL" { -2 } else { 0 };
         let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;
@@ -723,5 +759,5 @@ impl ShardScan {
 }
 
 /// A batch that moved DBSIZE: after it a [`StillPass`] proves nothing.
-const MOVED: ScanBatch =
+pub(super) const MOVED: ScanBatch =
     ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, waited: Duration::ZERO, ahead: false };

@@ -56,9 +56,14 @@ impl Toucher {
         self.command_of(self.batches)
     }
 
-    /// Whether the keys of the batch after the next one are to be asked for.
-    pub fn is_next(&self) -> bool {
-        self.command_of(self.batches + 1).is_some()
+    /// Whether the keys of one of the two batches after the next one are to be asked for.
+    pub fn is_near(&self) -> bool {
+        (1..=2).any(|more| self.command_of(self.batches + more).is_some())
+    }
+
+    /// Whether the keys of every batch are to be asked for.
+    pub fn touches_all(&self) -> bool {
+        matches!(self.mode, Touch::Exists | Touch::Ttl) || self.outcome == TouchOutcome::ScanLeavesDead
     }
 
     fn command_of(&self, batch: u64) -> Option<&'static str> {
@@ -81,8 +86,7 @@ impl Toucher {
 
     /// Of the keys of a batch that is touched, how many are asked.
     pub fn keys(&self) -> usize {
-        let audit = self.mode == Touch::Auto && self.outcome != TouchOutcome::ScanLeavesDead;
-        if audit { AUDIT_KEYS } else { usize::MAX }
+        if self.touches_all() { usize::MAX } else { AUDIT_KEYS }
     }
 
     /// A batch went by, with a touch or without. Returns the outcome where it changed.

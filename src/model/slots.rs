@@ -62,6 +62,19 @@ impl SlotSet {
         parts.map(|r| u32::from((*r.end()).min(slot - 1) - r.start()) + 1).sum()
     }
 
+    /// The slot with so many others of the set below it.
+    pub fn nth(&self, place: u32) -> Option<u16> {
+        let mut below = place;
+        for range in &self.0 {
+            let len = u32::from(range.end() - range.start()) + 1;
+            if below < len {
+                return Some(range.start() + below as u16);
+            }
+            below -= len;
+        }
+        None
+    }
+
     /// The slots of this set that are not in the other.
     pub fn minus(&self, other: &Self) -> Self {
         let mut left = Vec::new();
@@ -151,6 +164,25 @@ impl CursorSpace {
             (ScanPosition::At(cursor), Self::OneTable) => (0, cursor.0.get().reverse_bits()),
             (ScanPosition::At(cursor), Self::BySlot(_)) => split(cursor),
         }
+    }
+
+    /// A place further on where a walk may begin: with the pass cut into `2^bits` stretches, the second beginning of one after
+    /// `position`, so that a whole stretch lies between. `None` where there is no such place any more. Any walk that
+    /// begins at it and ends behind a later place meets each key that is there meanwhile between the two, as a whole pass does.
+    pub fn further_on(&self, position: ScanPosition, bits: u32) -> Option<ScanPosition> {
+        let (slot, inside) = self.rank(position);
+        let cursor = match self {
+            Self::OneTable => {
+                let unused = 64_u32.checked_sub(bits).filter(|&unused| unused < 64)?;
+                let stretch = (inside >> unused) + 2;
+                if stretch >> bits > 0 {
+                    return None;
+                }
+                (stretch << unused).reverse_bits()
+            }
+            Self::BySlot(owned) => u64::from(owned.nth(owned.below(slot) + 2 * (owned.len() >> bits).max(1))?),
+        };
+        Some(ScanPosition::from_reply(cursor)).filter(|&place| self.rank(place) > self.rank(position))
     }
 }
 

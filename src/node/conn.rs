@@ -81,10 +81,10 @@ pub struct ScanBatch {
     pub keys_before: u64,
     /// DBSIZE just after.
     pub keys_after: u64,
-    /// How long we waited for it: from the first byte written, or where it was sent ahead from the end of the answer before,
-    /// to the last byte read. The server cannot have worked on it for longer.
+    /// How long we waited for it: from the first byte written, or where that is later from the end of the answer before (see
+    /// [`Conn::answered`]), to the last byte read. The server cannot have worked on it for longer.
     pub waited: Duration,
-    /// It was sent while the answer before was still being read, so that its way to the server is not in `waited`.
+    /// It was sent while another batch was under way, so that its way to the server is not in `waited`.
     pub ahead: bool,
 }
 
@@ -122,15 +122,16 @@ pub struct Conn {
     in_flight: bool,
     watchdog: Option<Watchdog>,
     ahead: Option<Ahead>,
-    /// When the last answer to a batch had been read.
-    read_at: Option<Instant>,
+    answered: Option<Instant>,
 }
 
-/// A batch that was sent while the one before was being read.
+/// A batch that was sent and not asked for yet.
 #[derive(Debug, Clone, Copy)]
 struct Ahead {
     ask: Ask,
     at: Instant,
+    /// Nothing was under way when it was sent.
+    first: bool,
 }
 
 /// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
@@ -201,7 +202,7 @@ impl Conn {
             in_flight: false,
             watchdog: None,
             ahead: None,
-            read_at: None,
+            answered: None,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         match conn.handshake(&options.credentials).await {
@@ -295,9 +296,8 @@ impl Conn {
     /// `DBSIZE`, `SCAN cursor COUNT count`, `DBSIZE` in one write. Not in MULTI: the deletions would be propagated as
     /// one transaction, which cluster-aware replication tools reject. `names` receives the key names where it is given.
     ///
-    /// With `next`, the batch after this one is sent with that COUNT, and as nameless as this one, as soon as this one's cursor
-    /// has come, so that the server works while we read the names and do our sums. It must be asked for by the next call: see
-    /// [`Conn::ahead`].
+    /// `next` is told the next cursor as soon as it has come. What it wants to ask is sent then, so that the server works
+    /// while we read the names and do our sums. It must be asked for by the next call: see [`Conn::ahead`].
     ///
     /// # Errors
     /// [`NodeError`]; the first refusal among the three.
@@ -305,23 +305,22 @@ impl Conn {
         &mut self,
         ask: Ask,
         mut names: Option<&mut Names>,
-        next: Option<u32>,
+        next: impl FnOnce(u64) -> Option<Ask>,
     ) -> Result<ScanBatch, NodeError> {
         if let Some(names) = names.as_deref_mut() {
             names.clear();
         }
         self.bounded("SCAN", async |conn| {
             let (begun, ahead) = match conn.ahead.take() {
-                Some(sent) if sent.ask == ask => (conn.read_at.map_or(sent.at, |read| read.max(sent.at)), true),
+                Some(sent) if sent.ask == ask => (conn.answered.map_or(sent.at, |at| at.max(sent.at)), !sent.first),
                 Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
                 None => (conn.send_scan(ask).await?, false),
             };
             let before = conn.read_integer("DBSIZE").await?;
-            let next = next.map(|count| Ask { count, ..ask });
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
             let after = conn.read_integer("DBSIZE").await?;
             let read_at = Instant::now();
-            conn.read_at = Some(read_at);
+            conn.answered = Some(read_at);
             let waited = read_at.duration_since(begun);
             // All three were read, so the connection stays in step whichever was refused.
             let keys_before = conn.count_of(before?)?;
@@ -332,9 +331,37 @@ impl Conn {
         .await
     }
 
+    /// Sends a batch whose answer is to be read later, by [`Conn::scan`]. `first`: nothing is under way.
+    ///
+    /// # Errors
+    /// [`NodeError`] of the connection.
+    pub async fn send_ahead(&mut self, ask: Ask, first: bool) -> Result<(), NodeError> {
+        self.bounded("SCAN", async |conn| {
+            let at = conn.send_scan(ask).await?;
+            conn.ahead = Some(Ahead { ask, at, first });
+            Ok(())
+        })
+        .await
+    }
+
     /// A batch that was sent and not yet asked for. No other command may come before it.
     pub fn ahead(&self) -> Option<Ask> {
         self.ahead.map(|sent| sent.ask)
+    }
+
+    /// When that was sent.
+    pub fn sent_at(&self) -> Option<Instant> {
+        self.ahead.map(|sent| sent.at)
+    }
+
+    /// When the last answer to a batch had been read.
+    pub fn answered_at(&self) -> Option<Instant> {
+        self.answered
+    }
+
+    /// Another connection's batch was answered: until then, the server worked on that one.
+    pub fn answered(&mut self, at: Option<Instant>) {
+        self.answered = self.answered.max(at);
     }
 
     /// Sends one batch and says when.
@@ -485,9 +512,10 @@ impl Conn {
     async fn read_scan(
         &mut self,
         mut names: Option<&mut Names>,
-        mut next: Option<Ask>,
+        next: impl FnOnce(u64) -> Option<Ask>,
     ) -> Result<Result<(u64, u64), NodeError>, NodeError> {
         let mut reader = ScanReader::default();
+        let mut next = Some(next);
         loop {
             let unread = &self.buf[self.start..self.end];
             let (eaten, reply) = reader.feed(unread, names.as_deref_mut()).map_err(|e| self.malformed("SCAN", e))?;
@@ -499,11 +527,9 @@ impl Conn {
             }
             match reader.cursor() {
                 Some(cursor) if next.is_some() => {
-                    // The end has no next batch.
-                    if let (Some(next), true) = (next.take(), cursor != 0) {
-                        let ask = Ask { cursor, ..next };
+                    if let Some(ask) = next.take().and_then(|next| next(cursor)) {
                         let at = self.send_scan(ask).await?;
-                        self.ahead = Some(Ahead { ask, at });
+                        self.ahead = Some(Ahead { ask, at, first: false });
                     }
                 }
                 _ if eaten == 0 => self.fill().await?,
