@@ -68,7 +68,7 @@ pub fn all() -> Vec<Contender> {
     let ours = |args| Sweep::Ours { args, no_throttle: false };
     let no_throttle = help_of(env!("CARGO_BIN_EXE_ttlsweep"), &["scan", "--help"]).contains(NO_THROTTLE);
     let counted_cli = help_of("redis-cli", &["--help"]).contains("--count");
-    let contenders = [
+    let mut contenders = vec![
         (NOBODY, Sweep::Nobody),
         ("ttlsweep, default", ours(DEFAULT)),
         ("ttlsweep, intensity 1", Sweep::Ours { args: INTENSITY_1, no_throttle }),
@@ -84,7 +84,17 @@ pub fn all() -> Vec<Contender> {
         ("COUNT 1000 and TTL of each", Sweep::TtlOfEach(1000)),
         ("active-expire-effort 10", Sweep::Effort10),
     ];
-    contenders.map(|(name, sweep)| Contender { name, sweep }).into()
+    let more = std::env::var("TTLSWEEP_IMPACT_OURS").unwrap_or_default();
+    contenders.extend(more.split(';').map(str::trim).filter(|args| !args.is_empty()).map(|args| {
+        let words: Vec<&'static str> = args.split_whitespace().map(forever).collect();
+        (forever(&format!("ttlsweep {args}")), ours(Vec::leak(words)))
+    }));
+    contenders.into_iter().map(|(name, sweep)| Contender { name, sweep }).collect()
+}
+
+/// A few words that live as long as the program.
+fn forever(text: &str) -> &'static str {
+    Box::leak(text.to_owned().into_boxed_str())
 }
 
 fn help_of(program: &str, args: &[&str]) -> String {
