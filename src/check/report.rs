@@ -175,7 +175,7 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
     let us = |(least, most): (f64, f64)| format!("{least}-{most}us");
     format!(
         "takes {} at intensity {}, {ceiling}, touch {}\n          \
-         (assumed: {} of server time per live key, {} per expired key, a round trip of {}us per {} slice)",
+         (assumed: {} of server time per live key, {} per expired key, a round trip of {}us, two {} slices under way)",
         range(sweep),
         settings.tuning.intensity,
         settings.touch,

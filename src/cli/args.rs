@@ -95,7 +95,7 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_COUNT", value_name = "KEYS", help_heading = "Pace")]
     pub count: Option<String>,
 
-    /// How long one batch may hold the server [default: 75us]
+    /// How long one batch may hold the server [default: 50us]
     #[arg(long, env = "TTLSWEEP_MAX_SLICE", value_name = "TIME", help_heading = "Pace")]
     pub max_slice: Option<String>,
 

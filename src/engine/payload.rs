@@ -75,14 +75,12 @@ impl Payload {
         self.freed += freed;
         self.left_dead += audit.unwrap_or(0);
         // The second SCAN saw one batch in so many, and half of it.
-        let disagrees = self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed;
-        self.nameless &= !disagrees;
-        disagrees
+        self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed
     }
 
-    /// The server does not take it.
-    pub fn refused(&mut self) {
-        self.nameless = false;
+    /// It does not do here. Returns whether that is news.
+    pub fn give_up(&mut self) -> bool {
+        std::mem::take(&mut self.nameless)
     }
 }
 
@@ -138,7 +136,8 @@ mod tests {
     fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
         let mut left = payload(settings::Payload::None, "Valkey", (7, 2));
         assert!(!left.learn(0, Some(2)), "two may have expired in between");
-        assert!(left.learn(0, Some(2)) && !left.is_nameless() && !left.audit_is_due());
+        assert!(left.learn(0, Some(2)) && left.give_up() && !left.audit_is_due());
+        assert!(!left.give_up(), "that is known");
         let mut fine = payload(settings::Payload::Auto, "Redis", (8, 2));
         assert!((0..10_000).all(|n| !fine.learn(5, (n % 64 == 0).then_some(1))), "keys that expired in between");
     }

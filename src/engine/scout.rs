@@ -24,7 +24,7 @@ use crate::node::error::NodeError;
 
 /// Keys of a stretch, about: many batches, since the main walk's last batch before the scout's beginning looks at some keys
 /// a second time; and few enough to walk them again after trouble.
-const STRETCH: u64 = 4096;
+const STRETCH: u64 = 100;
 /// A pass is cut into no more than `2^` so many stretches.
 const MOST_BITS: u32 = 12;
 /// After an error on one connection, the answer on the other is waited for this long.
@@ -215,6 +215,8 @@ impl ShardScan {
                 self.write_tally(pass).await;
                 Ok(())
             }
+            // Refused, it has freed nothing, and the walk that goes on is told the same.
+            Err(NodeError::Server { .. }) => Ok(()),
             Err(error) => self.lost(error, walk, pass).await,
         }
     }
@@ -318,7 +320,7 @@ mod tests {
     #[test]
     fn a_scout_that_was_reached_hands_its_place_over() {
         let space = CursorSpace::OneTable;
-        let at = |share: f64| ScanPosition::from_reply(((share * 1024.0) as u64).reverse_bits() >> 54 << 0);
+        let at = |share: f64| ScanPosition::from_reply((((share * 1024.0) as u64) << 54).reverse_bits());
         let scout = Scout { from: at(0.25), at: at(0.375) };
         let course = Course { position: at(0.125), scout: Some(scout) };
         let near = course.advance(&space, 3, Walk::Main, at(0.2));

@@ -475,7 +475,7 @@ impl ShardScan {
         };
         let scanned = match conn.scan(ask, touch.is_some().then_some(&mut self.names), next).await {
             Ok(scanned) => scanned,
-            Err(error) if audit && matches!(error.class(), Class::Fatal(FailureKind::Unsupported)) => {
+            Err(error) if ask.nameless && matches!(error.class(), Class::Fatal(FailureKind::Unsupported)) => {
                 return self
                     .names_again(pass, format!("the server refuses SCAN with a TYPE that it does not know ({error})"))
                     .await;
@@ -579,7 +579,10 @@ impl ShardScan {
 
     /// SCAN without names does not do here: from now on they come back, and what was swept without them is swept again.
     async fn names_again(&mut self, pass: &mut Pass, why: String) -> Result<(), End> {
-        self.payload.refused();
+        if !self.payload.give_up() {
+            // The answer to the other walk has said so.
+            return Ok(());
+        }
         if pass.figures.nameless > 0 {
             self.done.clear();
             self.redo = Some(why.clone());
