@@ -24,7 +24,7 @@ use crate::node::error::NodeError;
 
 /// Keys of a stretch, about: many batches, since the main walk's last batch before the scout's beginning looks at some keys
 /// a second time; and few enough to walk them again after trouble.
-const STRETCH: u64 = 100;
+const STRETCH: u64 = 4096;
 /// A pass is cut into no more than `2^` so many stretches.
 const MOST_BITS: u32 = 12;
 /// After an error on one connection, the answer on the other is waited for this long.
@@ -102,7 +102,7 @@ pub(super) enum Second {
     /// Not asked for yet.
     #[default]
     None,
-    Open(Conn),
+    Open(Box<Conn>),
     /// The server does not let us in a second time. The sweep goes on with one connection.
     Refused,
 }
@@ -195,7 +195,9 @@ impl ShardScan {
             Ok::<_, NodeError>((info.get("run_id").map(str::to_owned), conn))
         };
         match opened.await {
-            Ok((Some(run_id), conn)) if self.run_id.as_ref().is_some_and(|ours| ours.0 == run_id) => Second::Open(conn),
+            Ok((Some(run_id), conn)) if self.run_id.as_ref().is_some_and(|ours| ours.0 == run_id) => {
+                Second::Open(Box::new(conn))
+            }
             Ok(_) => Second::Refused,
             Err(error) => {
                 tracing::debug!(%error, "no second connection: sweeping with one");
@@ -204,40 +206,59 @@ impl ShardScan {
         }
     }
 
-    /// A batch from a place where the sweep does not go on: what it freed counts all the same.
-    pub(super) async fn settle(&mut self, walk: Walk, pass: &mut Pass) -> Result<(), End> {
+    /// A batch from a place where the sweep does not go on: what it freed counts all the same. Returns whether nothing went
+    /// wrong; else the sweep has gone back.
+    pub(super) async fn settle(&mut self, walk: Walk, pass: &mut Pass) -> Result<bool, End> {
         self.take_turn(walk);
         let conn = self.conn_of(walk);
-        let Some(ask) = conn.ahead() else { return Ok(()) };
+        let Some(ask) = conn.ahead() else { return Ok(true) };
         match conn.scan(ask, None, |_| None).await {
             Ok(scanned) => {
                 self.account(pass, &scanned, ask);
                 self.write_tally(pass).await;
-                Ok(())
+                Ok(true)
             }
             // Refused, it has freed nothing, and the walk that goes on is told the same.
-            Err(NodeError::Server { .. }) => Ok(()),
-            Err(error) => self.lost(error, walk, pass).await,
+            Err(NodeError::Server { .. }) => Ok(true),
+            Err(error) => self.lost(error, pass).await.map(|()| false),
         }
     }
 
+    /// The end of a pass: no batch may be under way any more. Returns what [`ShardScan::settle`] does.
+    pub(super) async fn settle_both(&mut self, pass: &mut Pass) -> Result<bool, End> {
+        Ok(self.settle(Walk::Main, pass).await? && self.settle(Walk::Scout, pass).await?)
+    }
+
     /// A batch that was not answered, and with it those that may have been sent ahead.
-    pub(super) async fn lost(&mut self, error: NodeError, walk: Walk, pass: &mut Pass) -> Result<(), End> {
+    pub(super) async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
         if !matches!(error, NodeError::Server { .. }) {
-            pass.figures.lost_replies += 1 + u64::from(self.conn_of(walk).ahead().is_some());
+            pass.figures.lost_replies += 1;
         }
-        let other = if walk == Walk::Main { Walk::Scout } else { Walk::Main };
-        if let Some(ask) = self.second.conn().is_some().then(|| self.conn_of(other).ahead()).flatten() {
-            match timeout(LAST_WORD, self.conn_of(other).scan(ask, None, |_| None)).await {
+        self.last_words(pass).await;
+        pass.scout = None;
+        self.recover(error, Some(pass)).await
+    }
+
+    /// Takes in what is under way, without much patience: the connections are given up.
+    pub(super) async fn last_words(&mut self, pass: &mut Pass) {
+        for walk in [Walk::Main, Walk::Scout] {
+            if walk == Walk::Scout && self.second.conn().is_none() {
+                continue;
+            }
+            let conn = self.conn_of(walk);
+            let Some(ask) = conn.ahead() else { continue };
+            match timeout(LAST_WORD, conn.scan(ask, None, |_| None)).await {
                 Ok(Ok(scanned)) => {
                     self.account(pass, &scanned, ask);
                     self.write_tally(pass).await;
                 }
-                _ => pass.figures.lost_replies += 1,
+                Ok(Err(NodeError::Server { .. })) => {}
+                _ => {
+                    self.conn_of(walk).forget();
+                    pass.figures.lost_replies += 1;
+                }
             }
         }
-        pass.scout = None;
-        self.recover(error, Some(pass)).await
     }
 }
 

@@ -361,6 +361,7 @@ impl ShardScan {
                 Err(end) => break Err(end),
             }
         };
+        self.last_words(&mut pass).await;
         self.second = Second::default();
         self.end_hold(Some(&mut pass)).await;
         self.fill_in(&mut pass);
@@ -440,14 +441,14 @@ impl ShardScan {
             && self.nothing_waits(pass)
             && let Err(error) = self.send_both(pass).await
         {
-            return self.lost(error, Walk::Main, pass).await;
+            return self.lost(error, pass).await;
         }
         let walk = self.next_walk();
         let course = pass.course();
         let ahead = self.conn_of(walk).ahead();
         let from = course.at(walk).unwrap_or(ScanPosition::Finished);
         if ahead.is_some_and(|ask| Some(ask.cursor) != from.to_send()) {
-            return self.settle(walk, pass).await;
+            return self.settle(walk, pass).await.map(|_| ());
         }
         let Some(cursor) = from.to_send() else { return Ok(()) };
         let touch = self.toucher.command();
@@ -480,7 +481,7 @@ impl ShardScan {
                     .names_again(pass, format!("the server refuses SCAN with a TYPE that it does not know ({error})"))
                     .await;
             }
-            Err(error) => return self.lost(error, walk, pass).await,
+            Err(error) => return self.lost(error, pass).await,
         };
         self.patience = None;
         self.account(pass, &scanned, ask);
@@ -530,6 +531,9 @@ impl ShardScan {
         }
         if finished {
             self.write_tally(pass).await;
+            if !self.settle_both(pass).await? {
+                return Ok(());
+            }
             if !self.confirm(pass).await? {
                 return wait(&mut self.orders, BLOCKED_EVERY).await;
             }
@@ -538,7 +542,7 @@ impl ShardScan {
         pass.figures.position = advance.course.position;
         pass.scout = advance.course.scout;
         if let (true, Second::Open(second)) = (advance.swapped, &mut self.second) {
-            std::mem::swap(&mut self.conn, second);
+            std::mem::swap(&mut self.conn, &mut **second);
         }
         if scanned.reclaimed() > 0 {
             pass.proven = pass.figures.position;
@@ -565,7 +569,7 @@ impl ShardScan {
         let again = Ask { count, nameless: false, ..ask };
         let scanned = match self.conn_of(walk).scan(again, None, |_| None).await {
             Ok(scanned) => scanned,
-            Err(error) => return self.lost(error, walk, pass).await.map(|()| None),
+            Err(error) => return self.lost(error, pass).await.map(|()| None),
         };
         self.account(pass, &scanned, again);
         // It looked at keys that were counted the first time.
@@ -630,7 +634,8 @@ impl ShardScan {
             let from = if ask.cursor == 0 { ScanPosition::NotStarted } else { ScanPosition::from_reply(ask.cursor) };
             let (from, to) =
                 (figures.space.fraction(from), figures.space.fraction(ScanPosition::from_reply(scanned.cursor)));
-            let walked_by_scout = pass.scout.map_or(0.0, |scout| figures.space.fraction(scout.at) - figures.space.fraction(scout.from));
+            let walked_by_scout =
+                pass.scout.map_or(0.0, |scout| figures.space.fraction(scout.at) - figures.space.fraction(scout.from));
             let done = figures.space.fraction(figures.position) + walked_by_scout;
             let to_come = scanned.keys_before.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
             let walked = ((to - from) / (1.0 - done).max(f64::EPSILON)).clamp(0.0, 1.0);
@@ -687,7 +692,7 @@ impl ShardScan {
                     None => Err(error.into_failure().into()),
                 };
             }
-            Err(error) => return self.lost(error, walk, pass).await.map(|()| false),
+            Err(error) => return self.lost(error, pass).await.map(|()| false),
         };
         let gone = if command == "TTL" { -2 } else { 0 };
         let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;

@@ -349,7 +349,12 @@ impl Conn {
         self.ahead.map(|sent| sent.ask)
     }
 
-    /// When that was sent.
+    /// Gives up the batch that was sent ahead.
+    pub fn forget(&mut self) {
+        self.ahead = None;
+    }
+
+    /// When the batch was sent that was not asked for yet.
     pub fn sent_at(&self) -> Option<Instant> {
         self.ahead.map(|sent| sent.at)
     }

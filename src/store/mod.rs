@@ -29,8 +29,8 @@ use crate::store::tally::TallyDir;
 /// How long a writer waits for another one: a person may look into the file with other tools.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Batches of a pass that may be under way at a kill: one, and one that was sent ahead.
-const UNDER_WAY: u64 = 2;
+/// Batches of a pass that may be under way at a kill: one, the next that was sent ahead, and the other walk's.
+const UNDER_WAY: u64 = 3;
 
 /// Trouble with the records.
 #[derive(Debug, thiserror::Error)]

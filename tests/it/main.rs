@@ -33,3 +33,4 @@ mod support_test;
 mod tls;
 mod touch;
 mod trouble;
+mod walks;

@@ -1,0 +1,126 @@
+//! Two walks at once over one table: nothing is missed, nothing counted twice, whatever happens in between.
+
+use std::time::Duration;
+
+use crate::support::keyspace::Keyspace;
+use crate::support::probe;
+use crate::support::proxy::Proxy;
+use crate::support::run::{Run, Running, scan, state_file};
+use crate::support::server::Server;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Rests between bursts make it slow; a ceiling would leave one walk only.
+const SLOW: [&str; 6] = ["--intensity", "0.06", "--min-intensity", "0.06", "--max-latency", "off"];
+const DEAD: u64 = 40_000;
+const LIVE: u64 = 20_000;
+
+async fn filled() -> Server {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(LIVE, "live").await;
+    keys.dead(DEAD, "dead").await;
+    server
+}
+
+async fn under_way(server: &Server, url: &str, more: &[&str]) -> Running {
+    let before = server.expired_keys().await;
+    let running = Running::scan(url, &[&SLOW[..], more].concat());
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 2_000).await;
+    running
+}
+
+async fn sweeping_connections(server: &Server) -> usize {
+    let clients: String = server.query(&["CLIENT", "LIST"]).await;
+    clients.lines().filter(|client| client.contains("cmd=dbsize") || client.contains("cmd=scan")).count()
+}
+
+/// What no sweep could leave, and what may be uncounted.
+async fn assert_clean(server: &Server, run: &Run) {
+    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (LIVE, DEAD));
+    let lost = run.total("lost_replies") as u64;
+    assert!(run.num() <= DEAD && run.num() + lost * 1_000 >= DEAD, "{} of {DEAD}, {lost} lost", run.num());
+    if lost == 0 {
+        assert_eq!(run.num(), DEAD);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_connections_sweep_one_table_and_look_at_few_keys_twice() {
+    let server = filled().await;
+    let running = under_way(&server, &server.url(), &[]).await;
+    probe("two connections sweep", PATIENCE, async || sweeping_connections(&server).await == 2).await;
+    let run = running.end().await.expect(0);
+    assert_clean(&server, &run).await;
+    let scanned = run.total("scanned") as u64;
+    assert!((LIVE + DEAD..(LIVE + DEAD) * 105 / 100).contains(&scanned), "{scanned}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_grows_and_is_written_to_meanwhile_is_swept_to_the_last_key() {
+    let server = filled().await;
+    let running = under_way(&server, &server.url(), &[]).await;
+    // Twice as many keys: the table is doubled under the sweep.
+    Keyspace::of(&server, 0).live(2 * (LIVE + DEAD), "more").await;
+    let run = running.end().await.expect(0);
+    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (2 * (LIVE + DEAD) + LIVE, DEAD));
+    assert_eq!(run.num(), DEAD);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_are_cut_again_and_again_lose_no_key() {
+    let server = filled().await;
+    let proxy = Proxy::start(server.addr()).await;
+    let running = under_way(&server, &proxy.url(), &[]).await;
+    for _ in 0..4 {
+        let (accepted, freed) = (proxy.accepted(), server.expired_keys().await);
+        proxy.cut().await;
+        probe("it is back", PATIENCE, async || proxy.accepted() > accepted && server.expired_keys().await > freed)
+            .await;
+    }
+    assert_clean(&server, &running.end().await.expect(0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_hidden_for_a_while_are_freed_in_the_end() {
+    let server = filled().await;
+    let running = under_way(&server, &server.url(), &[]).await;
+    for _ in 0..3 {
+        let freed = server.expired_keys().await;
+        server.cmd(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
+        running.says("holding: the server hides expired keys").await;
+        server.cmd(&["CLIENT", "UNPAUSE"]).await;
+        probe("it goes on", PATIENCE, async || server.expired_keys().await > freed).await;
+    }
+    let run = running.end().await.expect(0);
+    assert_clean(&server, &run).await;
+    assert_eq!(run.num(), DEAD);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_and_a_kill_are_gone_on_from() {
+    let server = filled().await;
+    let (_dir, state) = state_file();
+    let state = ["--state", state.to_str().unwrap()];
+    let running = under_way(&server, &server.url(), &state).await;
+    running.signal("INT");
+    let interrupted = running.end().await.expect(130);
+    assert_eq!(interrupted.num(), server.expired_keys().await, "both walks were counted to their last batch");
+    let resume = [&state[..], &["--resume"]].concat();
+    let running = under_way(&server, &server.url(), &resume).await;
+    running.signal("KILL");
+    running.end().await;
+    let run = scan(&server.url(), &resume).await.expect(0);
+    assert_clean(&server, &run).await;
+    assert_eq!(run.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_has_room_for_no_second_connection_is_swept_over_one() {
+    let server = filled().await;
+    // Ours: the test's own, the sweep's, and its sampler's.
+    let clients: String = server.query(&["CLIENT", "LIST"]).await;
+    let room = (clients.lines().count() + 2).to_string();
+    server.cmd(&["CONFIG", "SET", "maxclients", &room]).await;
+    let run = scan(&server.url(), &[]).await.expect(0);
+    assert_eq!((run.num(), server.dbsize(0).await), (DEAD, LIVE));
+}
