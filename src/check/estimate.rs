@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use crate::check::findings::Cures;
+use crate::node::info::DbKeys;
 use crate::settings::{COUNT_RANGE, ScanSettings, Touch};
 
 /// Server time per key in microseconds, least and most.
@@ -52,6 +54,27 @@ pub fn sweep_time(live: u64, stale: u64, settings: &ScanSettings, round_trip: Du
     Span { least: one(COST.live_us.0, COST.reclaimed_us.0), most: one(COST.live_us.1, COST.reclaimed_us.1) }
 }
 
+/// Server time of active expiry for each key with a TTL that it looks at, in microseconds: 3.4 for each key that it frees where
+/// one in twelve is expired (measured at effort 10 on 7.0, 8.2 and Valkey 8).
+const LOOKED_AT_US: f64 = 0.28;
+/// Of the keys with a TTL, what effort 10 leaves.
+const LEFT: f64 = 0.01;
+
+/// What freeing `stale` keys costs by active expiry at effort 10 and by a sweep; `None` where the first would stop at once.
+///
+/// Active expiry looks at random keys that have a TTL. While a share `s` of them is stale it looks at `1 / s` for each that it
+/// frees, so that from `s` down to `s'` it looks at `ln(s / s')` times all of them. A sweep looks at every key once.
+pub fn cures(size: DbKeys, stale: u64) -> Option<Cures> {
+    let share = stale as f64 / size.expires.max(1) as f64;
+    let middle = |(least, most): (f64, f64)| f64::midpoint(least, most);
+    let live = size.keys.saturating_sub(stale) as f64;
+    let sweep_us = live * middle(COST.live_us) + stale as f64 * middle(COST.reclaimed_us);
+    (share > LEFT).then(|| Cures {
+        effort: Duration::from_secs_f64(size.expires as f64 * LOOKED_AT_US * (share / LEFT).ln() / 1e6),
+        sweep: Duration::from_secs_f64(sweep_us / 1e6),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +116,17 @@ mod tests {
         let mut capped = defaults();
         capped.tuning.max_keys_per_sec = Some(1000);
         assert_eq!(sweep_time(900_000, 100_000, &capped, Duration::ZERO).least.as_secs(), 1000);
+    }
+
+    #[test]
+    fn raising_the_effort_is_cheaper_where_few_of_many_keys_have_a_ttl() {
+        let of = |keys, expires, stale| cures(DbKeys { keys, expires, ..DbKeys::default() }, stale);
+        let few = of(10_000_000, 500_000, 50_000).unwrap();
+        assert!(few.effort_is_cheaper(), "{few:?}");
+        let all = of(1_000_000, 1_000_000, 83_000).unwrap();
+        assert!(!all.effort_is_cheaper(), "{all:?}");
+        assert_eq!(of(1_000_000, 1_000_000, 9_000), None, "it leaves as many");
+        assert_eq!(of(1_000, 0, 0), None);
     }
 
     #[test]

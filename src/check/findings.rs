@@ -88,7 +88,33 @@ pub enum Finding {
     LowEffort {
         /// `active-expire-effort`.
         effort: u32,
+        /// What the two cures cost, where the backlog is known and more than effort 10 leaves.
+        cures: Option<Cures>,
     },
+}
+
+/// Server time of two ways to free the backlog.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cures {
+    /// Active expiry at effort 10, until it stops.
+    pub effort: Duration,
+    /// A sweep.
+    pub sweep: Duration,
+}
+
+impl Cures {
+    /// Whether raising the effort costs less than half of a sweep: it leaves keys behind, and holds the server for longer at a
+    /// time.
+    pub fn effort_is_cheaper(&self) -> bool {
+        self.effort * 2 < self.sweep
+    }
+}
+
+/// To two digits or so: it is an estimate.
+fn rounded(time: Duration) -> Duration {
+    let us = time.as_micros() as u64;
+    let unit = 10_u64.pow(us.checked_ilog10().unwrap_or(0).saturating_sub(1));
+    Duration::from_micros(us.div_ceil(unit) * unit)
 }
 
 impl Finding {
@@ -209,10 +235,19 @@ impl Finding {
                  taken where active expiry just was, and it needs some seconds to follow a wave of expiries"
                     .to_owned()
             }
-            Self::LowEffort { effort } => format!(
-                "active-expire-effort is {effort}: active expiry stops trying at about 10 % of leftovers (at 10 it \
-                 goes on to about 1 %)"
-            ),
+            Self::LowEffort { effort, cures } => {
+                let cost = cures.map_or_else(String::new, |Cures { effort, sweep }| {
+                    format!(
+                        "; that would take about {} of server time here, a sweep {}",
+                        show_duration(rounded(effort)),
+                        show_duration(rounded(sweep))
+                    )
+                });
+                format!(
+                    "active-expire-effort is {effort}: active expiry stops trying at about 10 % of leftovers (at 10 it \
+                     goes on to about 1 %{cost})"
+                )
+            }
         }
     }
 
@@ -253,9 +288,15 @@ impl Finding {
             Self::EstimateMayBeLow => {
                 "count exactly on a replica, at no cost to this server: --replica redis://HOST:PORT".to_owned()
             }
+            Self::LowEffort { cures: Some(cures), .. } if cures.effort_is_cheaper() => {
+                "few of many keys have a TTL, so that is the cheaper cure: ttlsweep scan --assist-expiry 1min --state FILE \
+                 frees most of them so before it sweeps (its cycles can hold the server for 43 % of 1/hz)"
+                    .to_owned()
+            }
+            Self::LowEffort { cures: Some(_), .. } => "a sweep is the better cure here, and leaves nothing".to_owned(),
             Self::LowEffort { .. } => {
-                "where few of many keys have a TTL, CONFIG SET active-expire-effort 10 may be the cheaper cure; its \
-                 cycles can hold the server for 43 % of 1/hz"
+                "where few of many keys have a TTL, --assist-expiry may be the cheaper cure; its cycles can hold the \
+                 server for 43 % of 1/hz"
                     .to_owned()
             }
         }

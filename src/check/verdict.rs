@@ -200,6 +200,7 @@ fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut V
         findings.push(Finding::EstimateMayBeLow);
     }
     if let (Some(effort @ 1..10), Some(Expired { keys: 1.., .. })) = (facts.expiry.effort, swept.expired) {
-        findings.push(Finding::LowEffort { effort });
+        let cures = swept.expired.and_then(|expired| estimate::cures(swept.size, expired.keys));
+        findings.push(Finding::LowEffort { effort, cures });
     }
 }

@@ -103,7 +103,7 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
     pub intensity: Option<String>,
 
-    /// Least of it, while others keep the server busy [default: 0.1]
+    /// Least of it, while others keep the server busy [default: 0.05]
     #[arg(long, env = "TTLSWEEP_MIN_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
     pub min_intensity: Option<String>,
 

@@ -18,7 +18,7 @@ const RELEASE: f64 = 0.8;
 /// What others may take of the main thread's time before the sweep takes less than all of the rest.
 const CALM: f64 = 0.45;
 /// Where they take this much, the sweep takes the least.
-const BUSY: f64 = 0.95;
+const BUSY: f64 = 0.85;
 
 /// What the loop is to do.
 #[derive(Debug, Clone, PartialEq)]
@@ -344,11 +344,11 @@ mod tests {
     fn the_intensity_falls_as_others_need_the_main_thread() {
         let tuning = tuning();
         let at = |others| (intensity(Some(others), &tuning) * 100.0).round() / 100.0;
-        assert_eq!([0.0, 0.44, 0.7, 0.85, 0.9, 1.0].map(at), [1.0, 1.0, 0.5, 0.2, 0.1, 0.1]);
+        assert_eq!([0.0, 0.44, 0.65, 0.75, 0.85, 1.0].map(at), [1.0, 1.0, 0.5, 0.25, 0.05, 0.05]);
         assert_eq!(intensity(None, &tuning), 1.0, "unknown: the operator's word");
         let low = Tuning { intensity: 0.3, min_intensity: 0.02, ..tuning };
         assert_eq!((intensity(Some(0.0), &low), intensity(Some(1.0), &low)), (0.3, 0.02));
-        let busy = Observation { others_cpu: Some(0.7), ..calm() };
+        let busy = Observation { others_cpu: Some(0.65), ..calm() };
         assert!(matches!(decide(&busy, &calm(), &tuning, None), Decision::Rest(share) if (share - 0.5).abs() < 0.01));
     }
 }

@@ -76,6 +76,44 @@ async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
+    let server = with_dead_keys(9_000).await;
+    let proxy = Proxy::start(server.addr()).await;
+    let replica = Server::start().await;
+    let port = proxy.addr().port().to_string();
+    replica.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
+    probe("the replica is online", PATIENCE, async || {
+        let line = server.info("replication").await.get("slave0").cloned();
+        line.is_some_and(|line| line.contains("state=online"))
+    })
+    .await;
+    proxy.set(Mode::Stall);
+    let running = Running::scan(&server.url(), &[&SLOW[..], &["--max-replica-silence", "2s"]].concat());
+    running.says("holding: a replica has not been heard of").await;
+    assert!(server.expired_keys().await < 9_000, "it holds before the end");
+    proxy.set(Mode::Pass);
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "replica_silent") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 9_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
+    let server = with_dead_keys(6_000).await;
+    // It waits for more replicas before it begins: for that long one is there and not online.
+    server.cmd(&["CONFIG", "SET", "repl-diskless-sync", "yes"]).await;
+    server.cmd(&["CONFIG", "SET", "repl-diskless-sync-delay", "2"]).await;
+    let running = under_way(&server, &[]).await;
+    let replica = Server::start().await;
+    replica.cmd(&["REPLICAOF", "127.0.0.1", &server.addr().port().to_string()]).await;
+    running.says("holding: a replica is being given the whole data set").await;
+    assert!(server.expired_keys().await < 6_000, "it holds before the end");
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "full_sync") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
     let server = with_dead_keys(6_000).await;
     let running = under_way(&server, &["--max-ops", "2000"]).await;
