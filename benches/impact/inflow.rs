@@ -16,7 +16,7 @@ use serde_json::json;
 use super::Settings;
 use super::common::Server;
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
-use super::load::wake_in_time;
+use super::load::comes_first;
 use super::plot::{Axis, Line, Scale, lines};
 use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
 use super::wire::Conn;
@@ -129,7 +129,7 @@ fn measure(settings: &Settings, server: &Server, sweep: Sweep, round: u64) -> Ro
 
 /// Writes the keys of each batch when they are due, whether or not the server keeps up.
 fn write(mut out: std::net::TcpStream, begun: Instant, per_batch: u64, seconds: u64) {
-    wake_in_time();
+    comes_first();
     let ttl = TTL.as_millis().to_string();
     let mut text = String::new();
     for batch in 0..seconds * BATCHES_PER_S {

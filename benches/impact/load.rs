@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -22,12 +23,15 @@ pub fn empty_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("constants")
 }
 
-/// Lets this thread wake when it asked to, and not up to 50 us later, which is Linux's default and as much as what is
-/// measured here. Where the kernel does not allow it, every contender is measured with the same 50 us on top.
-pub fn wake_in_time() {
+/// Lets this thread run when it has something to do, as it would on a machine of its own. Linux lets a sleeper wake up to 50 us
+/// late, which is as much as what is measured here, and on few cores a client waits for the contender's turn to end, and not
+/// for the server. Where the kernel or the user's rights do not allow it, every contender is measured with that on top.
+pub fn comes_first() {
     let thread = std::fs::read_link("/proc/thread-self").unwrap_or_default();
     if let Some(id) = thread.file_name().and_then(|id| id.to_str()) {
         let _ = std::fs::write(format!("/proc/{id}/timerslack_ns"), "1000");
+        let renice = ["-n", "-19", "-p", id];
+        let _ = Command::new("renice").args(renice).stdout(Stdio::null()).stderr(Stdio::null()).status();
     }
 }
 
@@ -49,7 +53,7 @@ impl OpenLoop {
         let writer = std::thread::spawn({
             let stop = stop.clone();
             move || {
-                wake_in_time();
+                comes_first();
                 for n in 0_u64.. {
                     std::thread::sleep(due_of(n).saturating_duration_since(Instant::now()));
                     if stop.load(Ordering::Relaxed) {
@@ -61,6 +65,7 @@ impl OpenLoop {
             }
         });
         let reader = std::thread::spawn(move || {
+            comes_first();
             let mut latency = empty_histogram();
             for n in 0_u64.. {
                 // Answers come in the order of the questions, so the number tells when it was due.

@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn raising_the_effort_is_cheaper_where_few_of_many_keys_have_a_ttl() {
-        let of = |keys, expires, stale| cures(DbKeys { keys, expires, ..DbKeys::default() }, stale);
+        let of = |keys, expires, stale| cures(DbKeys { keys, expires }, stale);
         let few = of(10_000_000, 500_000, 50_000).unwrap();
         assert!(few.effort_is_cheaper(), "{few:?}");
         let all = of(1_000_000, 1_000_000, 83_000).unwrap();

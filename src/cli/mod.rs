@@ -59,6 +59,9 @@ enum Command {
     Settings(settings::SettingsArgs),
 }
 
+/// The nice value that leaves the processor to all others.
+const LAST: i32 = 19;
+
 /// Parses the command line and runs it to its end.
 pub fn main() -> Exit {
     let arguments: Vec<OsString> = std::env::args_os().collect();
@@ -80,6 +83,11 @@ pub fn main() -> Exit {
         // Nobody sits before a daemon: it tells by itself what an operator wants to know.
         Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
         _ => telemetry::init(cli.verbose, LogFormat::Text),
+    }
+    if matches!(cli.command, Command::Scan(_)) {
+        // On the server's own machine: whoever waits for the server comes before the sweep. Inherited by each thread to come;
+        // where it is not allowed, the sweep runs like any other program.
+        let _ = rustix::process::nice(LAST);
     }
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
     let result =
