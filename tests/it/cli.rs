@@ -172,3 +172,23 @@ fn a_module_imports_only_from_the_layers_above_it() {
     }
     assert!(seen > 20, "the imports were found");
 }
+
+#[tokio::test]
+async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(1_000, "dead").await;
+    keys.live(2_000, "live").await;
+    // `script` gives its child a terminal of its own.
+    let program = env!("CARGO_BIN_EXE_ttlsweep");
+    let line = format!("{program} scan {} --max-keys-per-sec 2000", server.url());
+    let mut command = tokio::process::Command::new("script");
+    command.args(["-q", "-e", "-c", &line, "/dev/null"]).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.expect("script of util-linux is there");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    let bar = text.find("keys/s").expect("a bar with the speed");
+    let summary = text.rfind("reclaimed").expect("a summary");
+    assert!(text.contains("\u{1b}[") && text.contains('%') && bar < summary, "{text:?}");
+    assert_eq!(server.dbsize(0).await, 2_000);
+}
