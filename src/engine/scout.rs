@@ -108,10 +108,11 @@ pub(super) enum Second {
 }
 
 impl Second {
-    pub(super) fn conn(&mut self) -> Option<&mut Conn> {
-        match self {
-            Self::Open(conn) => Some(conn),
-            _ => None,
+    /// The connection of a walk, with `main` for the main walk's. Where there is one only, it is both's.
+    pub(super) fn of<'a>(&'a mut self, walk: Walk, main: &'a mut Conn) -> &'a mut Conn {
+        match (walk, self) {
+            (Walk::Scout, Self::Open(conn)) => conn,
+            _ => main,
         }
     }
 
@@ -144,18 +145,12 @@ impl ShardScan {
             Walk::Main => self.second.get().and_then(Conn::answered_at),
             Walk::Scout => self.conn.answered_at(),
         };
-        match (walk, self.second.conn()) {
-            (Walk::Scout, Some(conn)) => conn.answered(other),
-            _ => self.conn.answered(other),
-        }
+        self.conn_of(walk).answered(other);
     }
 
-    /// A connection may be used by either walk.
+    /// The connection of a walk.
     pub(super) fn conn_of(&mut self, walk: Walk) -> &mut Conn {
-        match (walk, self.second.conn()) {
-            (Walk::Scout, Some(conn)) => conn,
-            _ => &mut self.conn,
-        }
+        self.second.of(walk, &mut self.conn)
     }
 
     /// Into how many stretches a pass is cut, as a power of two; 0 where one walk does.
@@ -169,12 +164,19 @@ impl ShardScan {
             self.second = self.open_second(pass.db).await;
         }
         let Second::Open(second) = &mut self.second else { return Ok(()) };
+        if self.conn.ahead().is_some() && second.ahead().is_some() {
+            return Ok(());
+        }
         let course = pass.course();
-        let from = self.space.further_on(course.position, bits_of(pass.keys));
-        let Some(scout) = course.scout.or_else(|| from.map(|from| Scout { from, at: from })) else { return Ok(()) };
-        pass.scout = Some(scout);
-        // A walk that begins in the middle looks at keys that the other has looked at.
-        pass.still.add(&MOVED);
+        let scout = match course.scout {
+            Some(scout) => scout,
+            None => {
+                let Some(from) = self.space.further_on(course.position, bits_of(pass.keys)) else { return Ok(()) };
+                // A walk that begins in the middle looks at keys that the other has looked at.
+                pass.still.add(&MOVED);
+                *pass.scout.insert(Scout { from, at: from })
+            }
+        };
         let mut first = self.conn.ahead().is_none() && second.ahead().is_none();
         for (conn, at) in [(&mut self.conn, course.position), (second, scout.at)] {
             if let (None, Some(cursor)) = (conn.ahead(), at.to_send()) {
@@ -206,20 +208,27 @@ impl ShardScan {
         }
     }
 
-    /// A batch from a place where the sweep does not go on: what it freed counts all the same. Returns whether nothing went
-    /// wrong; else the sweep has gone back.
-    pub(super) async fn settle(&mut self, walk: Walk, pass: &mut Pass) -> Result<bool, End> {
-        self.take_turn(walk);
+    /// Takes in the answer to what a walk has under way: what it freed counts, wherever the sweep goes on.
+    async fn take_in(&mut self, walk: Walk, pass: &mut Pass) -> Result<(), NodeError> {
         let conn = self.conn_of(walk);
-        let Some(ask) = conn.ahead() else { return Ok(true) };
+        let Some(ask) = conn.ahead() else { return Ok(()) };
         match conn.scan(ask, None, |_| None).await {
             Ok(scanned) => {
                 self.account(pass, &scanned, ask);
                 self.write_tally(pass).await;
-                Ok(true)
+                Ok(())
             }
             // Refused, it has freed nothing, and the walk that goes on is told the same.
-            Err(NodeError::Server { .. }) => Ok(true),
+            Err(NodeError::Server { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A batch from a place where the sweep does not go on. Returns whether nothing went wrong; else the sweep has gone back.
+    pub(super) async fn settle(&mut self, walk: Walk, pass: &mut Pass) -> Result<bool, End> {
+        self.take_turn(walk);
+        match self.take_in(walk, pass).await {
+            Ok(()) => Ok(true),
             Err(error) => self.lost(error, pass).await.map(|()| false),
         }
     }
@@ -242,21 +251,9 @@ impl ShardScan {
     /// Takes in what is under way, without much patience: the connections are given up.
     pub(super) async fn last_words(&mut self, pass: &mut Pass) {
         for walk in [Walk::Main, Walk::Scout] {
-            if walk == Walk::Scout && self.second.conn().is_none() {
-                continue;
-            }
-            let conn = self.conn_of(walk);
-            let Some(ask) = conn.ahead() else { continue };
-            match timeout(LAST_WORD, conn.scan(ask, None, |_| None)).await {
-                Ok(Ok(scanned)) => {
-                    self.account(pass, &scanned, ask);
-                    self.write_tally(pass).await;
-                }
-                Ok(Err(NodeError::Server { .. })) => {}
-                _ => {
-                    self.conn_of(walk).forget();
-                    pass.figures.lost_replies += 1;
-                }
+            if !matches!(timeout(LAST_WORD, self.take_in(walk, pass)).await, Ok(Ok(()))) {
+                self.conn_of(walk).forget();
+                pass.figures.lost_replies += 1;
             }
         }
     }

@@ -465,10 +465,7 @@ impl ShardScan {
         let free = touch.is_none() && same && self.nothing_waits(pass);
         let bits = if free { self.stretches(pass) } else { 0 };
         self.take_turn(walk);
-        let conn = match (walk, &mut self.second) {
-            (Walk::Scout, Second::Open(conn)) => conn,
-            _ => &mut self.conn,
-        };
+        let conn = self.second.of(walk, &mut self.conn);
         let next = |cursor| {
             let advance = course.advance(&self.space, bits, walk, ScanPosition::from_reply(cursor));
             let cursor = advance.next.filter(|_| free)?.to_send()?;
@@ -677,10 +674,7 @@ impl ShardScan {
         command: &'static str,
         scanned: &ScanBatch,
     ) -> Result<bool, End> {
-        let conn = match (walk, &mut self.second) {
-            (Walk::Scout, Second::Open(conn)) => conn,
-            _ => &mut self.conn,
-        };
+        let conn = self.second.of(walk, &mut self.conn);
         let touched = match conn.touch(command, &self.names).await {
             Ok(touched) => touched,
             Err(error) if matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. }) => {

@@ -22,6 +22,19 @@ async fn with_dead_keys(n: u64) -> Server {
     server
 }
 
+/// A replica that is online, and what lies between it and its master.
+async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
+    let (replica, proxy) = (Server::start().await, Proxy::start(master.addr()).await);
+    let port = proxy.addr().port().to_string();
+    replica.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
+    probe("the replica is online", PATIENCE, async || {
+        let line = master.info("replication").await.get("slave0").cloned();
+        line.is_some_and(|line| line.contains("state=online"))
+    })
+    .await;
+    (replica, proxy)
+}
+
 /// Sweeps slowly with more arguments, and waits until it is under way.
 async fn under_way(server: &Server, more: &[&str]) -> Running {
     let running = Running::scan(&server.url(), &[&SLOW[..], more].concat());
@@ -55,15 +68,8 @@ async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
-    let (server, replica) = (with_dead_keys(6_000).await, Server::start().await);
-    let proxy = Proxy::start(server.addr()).await;
-    let port = proxy.addr().port().to_string();
-    replica.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
-    probe("the replica is online", PATIENCE, async || {
-        let line = server.info("replication").await.get("slave0").cloned();
-        line.is_some_and(|line| line.contains("state=online"))
-    })
-    .await;
+    let server = with_dead_keys(6_000).await;
+    let (_replica, proxy) = replica_behind_proxy(&server).await;
     let running = under_way(&server, &["--max-replica-lag", "8KiB"]).await;
     proxy.set(Mode::Stall);
     running.says("holding: a replica is too far behind").await;
@@ -78,15 +84,7 @@ async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
     let server = with_dead_keys(20_000).await;
-    let proxy = Proxy::start(server.addr()).await;
-    let replica = Server::start().await;
-    let port = proxy.addr().port().to_string();
-    replica.cmd(&["REPLICAOF", "127.0.0.1", &port]).await;
-    probe("the replica is online", PATIENCE, async || {
-        let line = server.info("replication").await.get("slave0").cloned();
-        line.is_some_and(|line| line.contains("state=online"))
-    })
-    .await;
+    let (_replica, proxy) = replica_behind_proxy(&server).await;
     proxy.set(Mode::Stall);
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--max-replica-silence", "2s"]].concat());
     running.says("holding: a replica has not been heard of").await;

@@ -35,10 +35,7 @@ async fn a_cut_connection_is_made_again_and_the_sweep_goes_on_from_the_last_curs
     let proxy = Proxy::start(server.addr()).await;
     let running = under_way(&server, &proxy.url(), &[]).await;
     for _ in 0..3 {
-        let (accepted, freed) = (proxy.accepted(), server.expired_keys().await);
-        proxy.cut().await;
-        probe("it is back", PATIENCE, async || proxy.accepted() > accepted && server.expired_keys().await > freed)
-            .await;
+        proxy.cut_until_back(&server).await;
     }
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 1_000);

@@ -1,14 +1,11 @@
 //! Two walks at once over one table: nothing is missed, nothing counted twice, whatever happens in between.
 
-use std::time::Duration;
-
 use crate::support::keyspace::Keyspace;
-use crate::support::probe;
 use crate::support::proxy::Proxy;
 use crate::support::run::{Run, Running, scan, state_file};
 use crate::support::server::Server;
+use crate::support::{PATIENCE, probe};
 
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Rests between bursts make it slow; a ceiling would leave one walk only.
 const SLOW: [&str; 6] = ["--intensity", "0.06", "--min-intensity", "0.06", "--max-latency", "off"];
 const DEAD: u64 = 40_000;
@@ -72,10 +69,7 @@ async fn connections_that_are_cut_again_and_again_lose_no_key() {
     let proxy = Proxy::start(server.addr()).await;
     let running = under_way(&server, &proxy.url(), &[]).await;
     for _ in 0..4 {
-        let (accepted, freed) = (proxy.accepted(), server.expired_keys().await);
-        proxy.cut().await;
-        probe("it is back", PATIENCE, async || proxy.accepted() > accepted && server.expired_keys().await > freed)
-            .await;
+        proxy.cut_until_back(&server).await;
     }
     assert_clean(&server, &running.end().await.expect(0)).await;
 }

@@ -19,7 +19,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{PATIENCE, PROBE_TICK, free_port};
+use super::{PATIENCE, PROBE_TICK, free_port, probe, server::Server};
 
 /// What happens to bytes on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +104,13 @@ impl Proxy {
     /// Changes what happens to bytes, in open connections too.
     pub fn set(&self, mode: Mode) {
         self.shared.mode.send_replace(mode);
+    }
+
+    /// Cuts the connections of a sweep of `server`, and returns when it has connected again and freed more.
+    pub async fn cut_until_back(&self, server: &Server) {
+        let (accepted, freed) = (self.accepted(), server.expired_keys().await);
+        self.cut().await;
+        probe("it is back", PATIENCE, async || self.accepted() > accepted && server.expired_keys().await > freed).await;
     }
 
     /// Closes all open connections, and returns when they are closed. New ones are taken.
