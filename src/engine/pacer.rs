@@ -5,7 +5,8 @@
 //!
 //! 1. COUNT is steered so that one batch holds the master for about `max_slice`. It is never raised to go faster.
 //! 2. Rest leaves the master's CPU to others: after work `w` at intensity `i` the sweep owes `w / i - w`.
-//! 3. The ceiling in keys per second is governor's, with a burst of one batch.
+//! 3. The ceiling in keys per second is governor's, with a burst of one batch, or of what the ceiling allows in 5 ms: a timer
+//!    ticks in milliseconds, and with less the sweep would oversleep and never come near a high ceiling.
 //!
 //! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
 //! time that we waited for the batch, less the smallest PING round trip where the way there and back is in it. That is never
@@ -33,6 +34,9 @@ const STEER_EVERY: usize = 15;
 /// each be rounded up to one.
 const REST_AT_LEAST: Duration = Duration::from_millis(2);
 
+/// The burst of the ceiling is a second's keys over this: 5 ms of them.
+const BURSTS_PER_SEC: u32 = 200;
+
 /// Longest slice that the histogram tells apart, in microseconds: ten minutes.
 const MAX_SLICE_US: u64 = 600_000_000;
 
@@ -58,7 +62,7 @@ struct Ceiling {
 impl Ceiling {
     fn new(keys_per_sec: u32, count: u32) -> Self {
         let at_least_one = |n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN);
-        let burst = at_least_one(count);
+        let burst = at_least_one(count.max(keys_per_sec / BURSTS_PER_SEC));
         let quota = Quota::per_second(at_least_one(keys_per_sec)).allow_burst(burst);
         Self { limiter: RateLimiter::direct_with_clock(quota, TokioClock(Instant::now())), burst }
     }
@@ -378,5 +382,19 @@ mod tests {
         // 6,500 keys at 1,000 a second, less the burst of the first 100.
         let took = begun.elapsed().as_secs_f64();
         assert!((6.3..6.6).contains(&took), "{took}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_high_ceiling_is_reached_though_timers_tick_in_milliseconds() {
+        let pacer = pacer(50, 1.0, Some(500_000));
+        let begun = Instant::now();
+        for _ in 0..10_000 {
+            let mut keys = 50;
+            while let Some(wait) = pacer.ceiling_wait(&mut keys) {
+                tokio::time::sleep(wait).await;
+            }
+        }
+        let took = begun.elapsed().as_secs_f64();
+        assert!((0.98..1.05).contains(&took), "{took}");
     }
 }
