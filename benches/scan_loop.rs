@@ -61,7 +61,9 @@ fn main() {
     for _ in 0..rounds {
         for (contender, results) in contenders.iter().zip(&mut results) {
             let (program, args) = contender.1.split_first().expect("a program");
-            results.push(measure(Command::new(program).args(args)));
+            let before = server.sent();
+            let measured = measure(Command::new(program).args(args));
+            results.push(Measured { sent: (server.sent() - before) as f64, ..measured });
         }
     }
     let median = |results: &[Measured], of: fn(&Measured) -> f64| {
@@ -71,15 +73,18 @@ fn main() {
     };
     let per_sec = |results: &[Measured]| keys as f64 / median(results, |m| m.wall.as_secs_f64());
     let bare_speed = per_sec(&results[0]);
-    println!("| contender | keys/s | of the bare socket | client CPU s per million keys | peak memory MiB |");
-    println!("|---|---|---|---|---|");
+    println!(
+        "| contender | keys/s | of the bare socket | client CPU s per million keys | peak memory MiB | bytes sent per key |"
+    );
+    println!("|---|--:|--:|--:|--:|--:|");
     for ((name, _), results) in contenders.iter().zip(&results) {
         let speed = per_sec(results);
         println!(
-            "| {name} | {speed:.0} | {:.2} | {:.2} | {:.1} |",
+            "| {name} | {speed:.0} | {:.2} | {:.2} | {:.1} | {:.2} |",
             speed / bare_speed,
             median(results, |m| m.cpu_s) * 1e6 / keys as f64,
             median(results, |m| m.peak_kib) / 1024.0,
+            median(results, |m| m.sent) / keys as f64,
         );
     }
 }

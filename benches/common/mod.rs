@@ -66,6 +66,13 @@ impl Server {
         }
     }
 
+    /// What the server has sent to its clients so far, in bytes.
+    pub fn sent(&self) -> u64 {
+        let info = self.cli(&["INFO", "stats"]);
+        let sent = info.lines().find_map(|l| l.strip_prefix("total_net_output_bytes:")).map(str::trim);
+        sent.and_then(|sent| sent.parse().ok()).expect("every server tells")
+    }
+
     pub fn dbsize(&self) -> u64 {
         self.cli(&["DBSIZE"]).parse().expect("a number")
     }
@@ -95,6 +102,8 @@ pub struct Measured {
     pub wall: Duration,
     pub cpu_s: f64,
     pub peak_kib: f64,
+    /// What the server sent meanwhile, where somebody has filled it in.
+    pub sent: f64,
 }
 
 /// Runs a program to its end, looking at /proc meanwhile.

@@ -84,6 +84,13 @@ pub fn all() -> Vec<Contender> {
         ("COUNT 1000 and TTL of each", Sweep::TtlOfEach(1000)),
         ("active-expire-effort 10", Sweep::Effort10),
     ];
+    let loops = std::env::var("TTLSWEEP_IMPACT_LOOPS").unwrap_or_default();
+    contenders.extend(
+        loops
+            .split(',')
+            .filter_map(|count| count.trim().parse().ok())
+            .map(|count: u32| (forever(&format!("plain loop, COUNT {count}")), Sweep::BackToBack(count))),
+    );
     let more = std::env::var("TTLSWEEP_IMPACT_OURS").unwrap_or_default();
     contenders.extend(more.split(';').map(str::trim).filter(|args| !args.is_empty()).map(|args| {
         let words: Vec<&'static str> = args.split_whitespace().map(forever).collect();

@@ -17,7 +17,8 @@
 //! By environment (the default in parentheses):
 //!
 //! - `TTLSWEEP_IMPACT_SCENARIOS` (a,b,c), and `TTLSWEEP_IMPACT_ONLY`: only contenders whose name holds one of these
-//!   words, such as `no sweep,default,COUNT 1000`. `TTLSWEEP_IMPACT_OURS`: more rows of our own, each the arguments of a
+//!   words, such as `no sweep;default;profile, COUNT 1000`. `TTLSWEEP_IMPACT_LOOPS`: more rows of a plain socket that
+//!   scans back to back, each a COUNT: `25,50`. `TTLSWEEP_IMPACT_OURS`: more rows of our own, each the arguments of a
 //!   scan, with semicolons: `--max-slice 30us;--intensity 0.5`.
 //! - `TTLSWEEP_BENCH_LIVE` (2,000,000) and `TTLSWEEP_BENCH_DEAD` (1,000,000): keys of a; c has the live ones.
 //!   The full reference test is 10,000,000 and 5,000,000. Its first round takes three quarters of an hour, of which the
@@ -108,7 +109,9 @@ fn number(name: &str, default: u64) -> u64 {
 
 fn list(name: &str, default: &str) -> Vec<String> {
     let text = std::env::var(name).unwrap_or_else(|_| default.to_owned());
-    text.split(',').map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()
+    // Names hold commas: where there is a semicolon, that cuts.
+    let cut = if text.contains(';') { ';' } else { ',' };
+    text.split(cut).map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()
 }
 
 fn main() {

@@ -59,9 +59,6 @@ enum Command {
     Settings(settings::SettingsArgs),
 }
 
-/// The nice value that leaves the processor to all others.
-const LAST: i32 = 19;
-
 /// Parses the command line and runs it to its end.
 pub fn main() -> Exit {
     let arguments: Vec<OsString> = std::env::args_os().collect();
@@ -85,9 +82,7 @@ pub fn main() -> Exit {
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
     if matches!(cli.command, Command::Scan(_)) {
-        // On the server's own machine: whoever waits for the server comes before the sweep. Inherited by each thread to come;
-        // where it is not allowed, the sweep runs like any other program.
-        let _ = rustix::process::nice(LAST);
+        comes_last();
     }
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
     let result =
@@ -103,6 +98,21 @@ pub fn main() -> Exit {
         output::note(&format!("error: {error:#}"));
         Exit::Failed
     })
+}
+
+/// On the server's own machine: the server, and whoever waits for it, come before the sweep. Under Linux's idle policy this
+/// program runs where a processor has nothing else to do and steps aside at once, which a nice value does not make it do.
+/// Inherited by each thread to come. Where it is not allowed, the sweep runs like any other program.
+fn comes_last() {
+    #[cfg(target_os = "linux")]
+    {
+        use thread_priority::{
+            NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy,
+            thread_native_id,
+        };
+        let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+        let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
+    }
 }
 
 async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
