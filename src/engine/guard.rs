@@ -101,31 +101,41 @@ pub enum Advice {
     Fine,
     /// Take the most that is allowed, whatever others need.
     Hurry,
-    /// The sweep does harm.
+    /// The sweep does harm. Said once in a pass: who sweeps on all the same is told to hurry from then on.
     Stop(Failure),
 }
 
 /// Watches the server's own expiry during a pass.
 #[derive(Debug)]
 pub struct Guard {
-    /// Keys that the server expired each second before the sweep; `None`: nothing to guard.
-    before: Option<f64>,
+    /// Whether this version's active expiry can be harmed at all.
+    guards: bool,
+    /// Most keys that the server was seen to expire each second, before the sweep or during it: flow may come after the sweep
+    /// has begun.
+    most: f64,
     keys_at_start: u64,
     window: VecDeque<Seen>,
     troubled_since: Option<Duration>,
+    /// Whether it has said that the sweep does harm.
+    told: bool,
 }
 
 impl Guard {
     /// A guard of a pass over `keys` on a server that expired so many keys each second before.
     pub fn new(redis_version: Option<(u32, u32)>, keys: u64, expire_per_sec: Option<f64>) -> Self {
-        let guards = redis_version >= Some(SAME_ORDER);
-        let before = expire_per_sec.filter(|&flow| guards && flow >= LEAST_FLOW);
-        Self { before, keys_at_start: keys, window: VecDeque::new(), troubled_since: None }
+        Self {
+            guards: redis_version >= Some(SAME_ORDER),
+            most: expire_per_sec.unwrap_or(0.0),
+            keys_at_start: keys,
+            window: VecDeque::new(),
+            troubled_since: None,
+            told: false,
+        }
     }
 
     /// A look at a time since the pass began: what the server says, the sweep's own figures, and DBSIZE.
     pub fn look(&mut self, at: Duration, seen: &Observation, figures: &PassFigures, keys: u64) -> Advice {
-        let (Some(before), Some(expired)) = (self.before, seen.expired_by_server.or(seen.expired_keys)) else {
+        let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };
         let now = Seen { at, expired, reclaimed: figures.reclaimed, scanned: figures.scanned };
@@ -143,19 +153,22 @@ impl Guard {
         let expired = per_sec(|seen| seen.expired);
         // `expired_keys` counts ours among them.
         let by_server = if seen.expired_by_server.is_some() { expired } else { (expired - by_us).max(0.0) };
+        self.most = self.most.max(by_server);
+        let before = self.most;
         // A fast sweep is none that harms, whatever else happens meanwhile.
         let slow = per_sec(|seen| seen.scanned) < before * OUTRUN;
         let grown = keys as f64 > self.keys_at_start as f64 * GROWN;
-        if !slow || by_server >= before * COLLAPSED || by_server + by_us >= before || !grown {
+        if before < LEAST_FLOW || !slow || by_server >= before * COLLAPSED || by_server + by_us >= before || !grown {
             self.troubled_since = None;
             return Advice::Fine;
         }
         let since = *self.troubled_since.get_or_insert(at);
-        if at.saturating_sub(since) < 2 * PATIENCE {
+        if self.told || at.saturating_sub(since) < 2 * PATIENCE {
             return if at.saturating_sub(since) < PATIENCE { Advice::Fine } else { Advice::Hurry };
         }
+        self.told = true;
         let message = format!(
-            "this sweep does harm: the server expired {before:.0} keys a second before it and {by_server:.0} during it, \
+            "this sweep does harm: the server expired up to {before:.0} keys a second and expires {by_server:.0} now, \
              the sweep frees {by_us:.0}, and the DB has grown from {} to {keys} keys",
             self.keys_at_start
         );
@@ -196,18 +209,22 @@ mod tests {
         assert!(harm(NEW, 1_000_000, 20_000.0, &with(None, 0.05)).is_some(), "the intensity makes it slow too");
     }
 
-    /// Looks each quarter of a second at a server of which is told, for each second, what it expires, what the sweep frees and
-    /// reads, and how the DB grows.
-    fn advice(guard: &mut Guard, seconds: u64, [by_server, by_us, read, growth]: [u64; 4]) -> Vec<Advice> {
-        let look = |quarter: u64| {
-            let of = |per_sec: u64| per_sec * quarter / 4;
-            let seen = Observation { expired_keys: Some(of(by_server) + of(by_us)), ..Observation::default() };
+    /// Looks each quarter of a second at a server of which is told, for some seconds each, what it expires, what the sweep
+    /// frees and reads, and how the DB grows.
+    fn advice(guard: &mut Guard, phases: &[(u64, [u64; 4])]) -> Vec<Advice> {
+        let mut sums = [0; 4];
+        let mut advice = Vec::new();
+        for (quarter, rates) in
+            phases.iter().flat_map(|(seconds, rates)| vec![rates; *seconds as usize * 4]).enumerate()
+        {
+            let [by_server, by_us, read, growth] = sums;
+            let seen = Observation { expired_keys: Some(by_server + by_us), ..Observation::default() };
             // It went on from a checkpoint that knew a million more.
-            let reclaimed = 1_000_000 + of(by_us);
-            let figures = PassFigures { reclaimed, scanned: of(read), ..PassFigures::default() };
-            guard.look(Duration::from_millis(250 * quarter), &seen, &figures, 200_000 + of(growth))
-        };
-        let mut advice: Vec<Advice> = (0..seconds * 4).map(look).collect();
+            let reclaimed = 1_000_000 + by_us;
+            let figures = PassFigures { reclaimed, scanned: read, ..PassFigures::default() };
+            advice.push(guard.look(Duration::from_millis(250) * quarter as u32, &seen, &figures, 200_000 + growth));
+            sums.iter_mut().zip(rates).for_each(|(sum, rate)| *sum += rate / 4);
+        }
         advice.dedup();
         advice
     }
@@ -215,10 +232,11 @@ mod tests {
     #[test]
     fn where_expiry_collapses_and_keys_pile_up_the_sweep_hurries_and_then_stops() {
         let guard = || Guard::new(NEW, 200_000, Some(20_000.0));
-        let course = advice(&mut guard(), 30, [500, 3_000, 10_000, 16_500]);
+        let harm = [500, 3_000, 10_000, 16_500];
+        let course = advice(&mut guard(), &[(30, harm)]);
         assert!(
             matches!(&course[..], [Advice::Fine, Advice::Hurry, Advice::Stop(failure), ..]
-            if failure.message.contains("20000 keys a second before it and 500 during it")),
+            if failure.message.contains("up to 20000 keys a second and expires 500 now")),
             "{course:?}"
         );
         let harmless = [
@@ -228,9 +246,22 @@ mod tests {
             ([500, 3_000, 50_000, 16_500], "a fast sweep is not what does it"),
         ];
         for (flow, why) in harmless {
-            assert_eq!(advice(&mut guard(), 30, flow), [Advice::Fine], "{why}");
+            assert_eq!(advice(&mut guard(), &[(30, flow)]), [Advice::Fine], "{why}");
         }
         let old = &mut Guard::new(Some((7, 0)), 200_000, Some(20_000.0));
-        assert_eq!(advice(old, 30, [500, 3_000, 10_000, 16_500]), [Advice::Fine]);
+        assert_eq!(advice(old, &[(30, harm)]), [Advice::Fine]);
+    }
+
+    #[test]
+    fn flow_that_comes_after_the_beginning_is_guarded_too() {
+        let quiet = [0, 0, 10_000, 0];
+        let course = advice(
+            &mut Guard::new(NEW, 200_000, Some(0.0)),
+            &[(20, quiet), (10, [6_000, 0, 10_000, 0]), (30, [100, 3_000, 10_000, 16_500])],
+        );
+        assert!(
+            matches!(&course[..], [Advice::Fine, Advice::Hurry, Advice::Stop(_), Advice::Hurry]),
+            "harm is said once: {course:?}"
+        );
     }
 }
