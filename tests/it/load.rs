@@ -1,5 +1,7 @@
 //! A sweep gives way: each hold is made for real, seen with its reason, and ends by itself.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::support::daemon::{Daemon, instance};
@@ -249,4 +251,44 @@ async fn a_pause_is_noticed_without_names_too() {
     server.cmd(&["CLIENT", "UNPAUSE"]).await;
     assert_eq!(running.end().await.expect(0).num(), 3_000);
     assert_eq!(server.dbsize(0).await, 6_000);
+}
+
+/// Writes keys that live for six seconds, 3,000 a second, until it is aborted.
+async fn flow(server: &Server) -> tokio::task::JoinHandle<()> {
+    let mut conn = server.conn().await;
+    tokio::spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_millis(20));
+        for batch in 0_u32.. {
+            tick.tick().await;
+            let mut pipe = redis::pipe();
+            for n in 0..60 {
+                pipe.cmd("SET").arg(batch * 60 + n).arg("x").arg("PX").arg(6_000).ignore();
+            }
+            pipe.query_async::<()>(&mut conn).await.unwrap();
+        }
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() {
+    if Server::version() < Version(7, 2, 0) && Server::kind() == Kind::Redis {
+        // Active expiry walks in an order of its own there.
+        return;
+    }
+    let server = Server::start().await;
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
+    let flow = flow(&server).await;
+    probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
+    let slow = ["-v", "--max-keys-per-sec", "1000", "--allow-slow"];
+    let running = Running::scan(&server.url(), &slow);
+    running.says("this sweep would do harm").await;
+    // Five seconds until it is known what the server does, and sixteen of patience.
+    let said = async || running.stderr().contains("this sweep does harm");
+    probe("the harm is seen", 3 * PATIENCE, said).await;
+    running.signal("INT");
+    running.end().await.expect(130);
+    flow.abort();
+    // As fast as it can is no harm, and frees what the slow one left.
+    let fast = scan(&server.url(), &[]).await.expect(0);
+    assert!(!fast.stdout.contains("harm"), "{}", fast.stdout);
 }
