@@ -114,6 +114,45 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_a_replica_holds_the_sweep_until_it_is_sent() {
+    let server = with_dead_keys(6_000).await;
+    // The backlog does not count as waiting.
+    server.cmd(&["CONFIG", "SET", "repl-backlog-size", "16384"]).await;
+    let (_replica, proxy) = replica_behind_proxy(&server).await;
+    let limits = ["--max-replica-buffer", "1MiB", "--max-replica-lag", "off", "--max-replica-silence", "off"];
+    let running = under_way(&server, &limits).await;
+    proxy.set(Mode::Stall);
+    // Both kernels' buffers fill first.
+    let value = "x".repeat(1 << 20);
+    for _ in 0..24 {
+        server.cmd(&["SET", "large", &value]).await;
+    }
+    running.says("holding: too much waits to be sent to replicas").await;
+    assert!(server.expired_keys().await < 6_000, "it holds before the end");
+    proxy.set(Mode::Pass);
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "replica_buffer") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
+    if Server::version() < Version(7, 0, 0) && Server::kind() == Kind::Redis {
+        // It frees two million keys in less time than lies between two looks.
+        return;
+    }
+    let server = with_dead_keys(6_000).await;
+    let mut other = server.conn_to(1).await;
+    redis::cmd("DEBUG").arg(&["POPULATE", "2000000"]).exec_async(&mut other).await.unwrap();
+    let running = under_way(&server, &["--max-lazyfree", "1000"]).await;
+    redis::cmd("FLUSHDB").arg("ASYNC").exec_async(&mut other).await.unwrap();
+    running.says("holding: the server has many objects still to free in the background").await;
+    let run = running.end().await.expect(0);
+    assert!(held(&run, "lazy_free") > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
     let server = with_dead_keys(6_000).await;
     let running = under_way(&server, &["--max-ops", "2000"]).await;
