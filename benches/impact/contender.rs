@@ -43,6 +43,13 @@ pub enum Sweep {
     BackToBack(u32),
     /// The same, and one TTL for each name, pipelined.
     TtlOfEach(u32),
+    /// A pass of SCANs of COUNT 50 each 5 ms by the clock, over the hash space in segments out of order.
+    Shuffled,
+    /// SCANs of COUNT 100 back to back, and after so many keys, or at the end of the pass, this rest.
+    Bursts {
+        keys: u64,
+        rest: Duration,
+    },
     /// No sweep, but the server's own expiry at `active-expire-effort 10`.
     Effort10,
 }
@@ -83,6 +90,12 @@ pub fn all() -> Vec<Contender> {
         },
         ("COUNT 1000 and TTL of each", Sweep::TtlOfEach(1000)),
         ("active-expire-effort 10", Sweep::Effort10),
+        // What might make a slow sweep harmless: the same 10,000 keys a second as the cloud profile's COUNT 50, in another order
+        // or in bursts.
+        ("COUNT 50 at 200/s, segments out of order", Sweep::Shuffled),
+        ("bursts of 5,000 keys, rests of 0.5 s", Sweep::Bursts { keys: 5_000, rest: Duration::from_millis(500) }),
+        ("bursts of 40,000 keys, rests of 4 s", Sweep::Bursts { keys: 40_000, rest: Duration::from_secs(4) }),
+        ("whole passes, rests of 20 s", Sweep::Bursts { keys: u64::MAX, rest: Duration::from_secs(20) }),
     ];
     let loops = std::env::var("TTLSWEEP_IMPACT_LOOPS").unwrap_or_default();
     contenders.extend(
@@ -123,8 +136,17 @@ impl Sweep {
             Self::RedisCli(Some(count)) => format!("redis-cli --scan --count {count}"),
             Self::BackToBack(count) => format!("SCAN COUNT {count} on a blocking socket, back to back"),
             Self::TtlOfEach(count) => format!("SCAN COUNT {count} and a pipelined TTL of each name, back to back"),
+            Self::Shuffled => format!("SCAN COUNT 50 each {} ms, {SEGMENTS} segments out of order", TICK.as_millis()),
+            Self::Bursts { keys, rest } => {
+                format!("SCAN COUNT {BURST_COUNT} back to back, after {keys} keys a rest of {} s", rest.as_secs_f64())
+            }
             Self::Effort10 => "CONFIG SET active-expire-effort 10, no sweep".to_owned(),
         }
+    }
+
+    /// Whether it is an attempt at a slow sweep that does no harm, which only a flow of keys can show.
+    pub fn is_slow_by_design(self) -> bool {
+        matches!(self, Self::Shuffled | Self::Bursts { .. })
     }
 
     fn our_args(self) -> Vec<&'static str> {
@@ -149,6 +171,8 @@ impl Sweep {
             Self::Cloud(count) => scan(server, count, Some(TICK), false, until),
             Self::BackToBack(count) => scan(server, count, None, false, until),
             Self::TtlOfEach(count) => scan(server, count, None, true, until),
+            Self::Shuffled => shuffled(server, until),
+            Self::Bursts { keys, rest } => bursts(server, keys, rest, until),
         };
         assert!(pass.whole || until.is_some(), "a pass with no time limit comes to its end");
         pass
@@ -256,6 +280,62 @@ fn scan(server: &Server, count: u32, tick: Option<Duration>, ttl: bool, until: O
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
     }
+}
+
+fn is_over(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() >= until)
+}
+
+/// Into how many segments the hash space is cut. A prime step takes all of them, far from one another.
+const SEGMENTS: u64 = 256;
+const SEGMENT_STEP: u64 = 101;
+
+fn shuffled(server: &Server, until: Option<Instant>) -> Pass {
+    let mut conn = Conn::open(&server.addr());
+    let mut pass = Pass::default();
+    let mut due = Instant::now();
+    // SCAN counts the reversed bits of its cursor up.
+    let bits = SEGMENTS.trailing_zeros();
+    for segment in (0..SEGMENTS).map(|n| n * SEGMENT_STEP % SEGMENTS) {
+        let mut cursor = (segment << (u64::BITS - bits)).reverse_bits();
+        loop {
+            let (next, number) = conn.scan(&cursor.to_string(), 50, None);
+            pass.scanned += number;
+            cursor = next.parse().expect("a cursor");
+            if is_over(until) {
+                return pass;
+            }
+            due = (due + TICK).max(Instant::now());
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if cursor == 0 || cursor.reverse_bits() >> (u64::BITS - bits) != segment {
+                break;
+            }
+        }
+    }
+    Pass { whole: true, ..pass }
+}
+
+/// COUNT of a burst.
+const BURST_COUNT: u32 = 100;
+
+fn bursts(server: &Server, keys: u64, rest: Duration, until: Option<Instant>) -> Pass {
+    let mut conn = Conn::open(&server.addr());
+    let mut pass = Pass::default();
+    let (mut cursor, mut in_burst) = ("0".to_owned(), 0);
+    while !pass.whole && !is_over(until) {
+        let (next, number) = conn.scan(&cursor, BURST_COUNT, None);
+        pass.scanned += number;
+        // The dead among them are not returned.
+        in_burst += u64::from(BURST_COUNT);
+        pass.whole = next == "0";
+        cursor = next;
+        if pass.whole || in_burst >= keys {
+            in_burst = 0;
+            let left = until.map_or(rest, |until| until.saturating_duration_since(Instant::now()));
+            std::thread::sleep(rest.min(left));
+        }
+    }
+    pass
 }
 
 /// The server's own expiry at its hardest, for as long as this lives.

@@ -168,6 +168,10 @@ pub struct ShardDto {
     pub touch: &'static str,
     /// `used_memory` in bytes, before and after.
     pub used_memory: MemoryDto,
+    /// `maxmemory` in bytes; 0: no limit.
+    pub maxmemory: Option<u64>,
+    /// Keys that the server evicted during the sweep, to stay below `maxmemory`; `null` before the end.
+    pub evicted_keys: Option<u64>,
     /// Each DB.
     pub dbs: Vec<PassDto>,
     /// Things to know.
@@ -356,7 +360,9 @@ impl ShardDto {
             shard,
             server: view.server.as_ref().map(ServerDto::from),
             touch: view.touch.sentence(),
-            used_memory: MemoryDto { before: view.memory_before, after: view.memory_after },
+            used_memory: MemoryDto { before: view.memory_before.used, after: view.memory_after.used },
+            maxmemory: view.memory_before.max,
+            evicted_keys: view.evicted(),
             dbs: view.passes.iter().map(|(db, figures)| PassDto::new(db.0, figures)).collect(),
             warnings: view.warnings.clone(),
             failure: view.failure.as_ref().map(FailureDto::from),

@@ -84,16 +84,18 @@ pub fn main() -> Exit {
     if matches!(cli.command, Command::Scan(_)) {
         comes_last();
     }
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if matches!(cli.command, Command::Scan(_)) {
+        // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
+        runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
+    }
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
-    let result =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(anyhow::Error::from).and_then(
-            |runtime| {
-                let exit = runtime.block_on(dispatch(cli.command, inner));
-                // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
-                runtime.shutdown_background();
-                exit
-            },
-        );
+    let result = runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| {
+        let exit = runtime.block_on(dispatch(cli.command, inner));
+        // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
+        runtime.shutdown_background();
+        exit
+    });
     result.unwrap_or_else(|error| {
         output::note(&format!("error: {error:#}"));
         Exit::Failed

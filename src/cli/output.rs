@@ -121,13 +121,18 @@ fn pass_table(shard: &ShardView) -> String {
 
 fn shard_lines(shard: &ShardView) -> String {
     let mut text = String::new();
-    if let (Some(before), Some(after)) = (shard.memory_before, shard.memory_after) {
+    if let (Some(before), Some(after)) = (shard.memory_before.used, shard.memory_after.used) {
         let change = if after <= before {
             format!("{} less", bytes(before - after))
         } else {
             format!("{} more", bytes(after - before))
         };
-        let _ = writeln!(text, "used memory: {} before, {} after ({change})", bytes(before), bytes(after));
+        let limit = shard.memory_before.max.filter(|max| *max > 0).map(|max| format!("; maxmemory is {}", bytes(max)));
+        let (before, after, limit) = (bytes(before), bytes(after), limit.unwrap_or_default());
+        let _ = writeln!(text, "used memory: {before} before, {after} after ({change}){limit}");
+    }
+    if let Some(evicted) = shard.evicted().filter(|keys| *keys > 0) {
+        let _ = writeln!(text, "evicted meanwhile: {} keys, to stay below maxmemory", grouped(evicted));
     }
     let _ = writeln!(text, "touch: {}", shard.touch.sentence());
     let nameless: u64 = shard.passes.values().map(|figures| figures.nameless).sum();
@@ -177,7 +182,7 @@ mod tests {
     use super::*;
     use crate::model::failure::{Failure, FailureKind};
     use crate::model::progress::{
-        PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome,
+        Memory, PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome,
     };
     use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
     use crate::model::task::{Cause, Task, TaskId};
@@ -210,13 +215,15 @@ mod tests {
                     run_id: RunId("r".into()),
                     addr: NodeAddr::Tcp { host: "127.0.0.1".into(), port: 6379 },
                 },
-                used_memory: Some(96 << 20),
+                memory: Memory { used: Some(96 << 20), max: Some(100 << 20), evicted: Some(70) },
                 dbs: vec![DbIndex(0)],
             },
             ScanEventKind::TouchDecided { outcome: TouchOutcome::ScanReclaims },
             ScanEventKind::PassFinished { db: DbIndex(0), figures },
             ScanEventKind::Warned { message: "a thing to know".into() },
-            ScanEventKind::ShardFinished { used_memory: Some(88 << 20) },
+            ScanEventKind::ShardFinished {
+                memory: Memory { used: Some(88 << 20), max: Some(100 << 20), evicted: Some(77) },
+            },
         ];
         for what in what {
             snapshot.apply(ScanEvent { shard: shard.clone(), what });

@@ -21,7 +21,7 @@ use crate::engine::throttle;
 use crate::engine::touch::Toucher;
 use crate::engine::{Outcome, ShardPlan};
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, TouchOutcome};
+use crate::model::progress::{Memory, PassFigures, ScanEvent, ScanEventKind, TouchOutcome};
 use crate::model::shard::{DbIndex, RunId, ScanPosition, ShardId};
 use crate::model::slots::CursorSpace;
 use crate::model::task::TaskId;
@@ -44,6 +44,8 @@ const DOUBTS: u32 = 2;
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// Lazy frees have settled when nothing is pending at a second reading; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
+/// Pause between those readings.
+const SETTLE_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a shard's sweep ends before it is complete.
 pub(super) enum End {
@@ -94,7 +96,7 @@ pub(super) async fn run(job: Job, orders: watch::Receiver<Orders>, events: mpsc:
         Err(End::Dissolved) => {
             let message = "this shard is no more: its slots went to other masters, which are swept for them".to_owned();
             reporter.say(ScanEventKind::Warned { message }).await;
-            reporter.say(ScanEventKind::ShardFinished { used_memory: None }).await;
+            reporter.say(ScanEventKind::ShardFinished { memory: Memory::default() }).await;
             (Outcome::Complete, None)
         }
         Err(End::Failed(failure)) => {
@@ -220,8 +222,8 @@ impl ShardScan {
             Failure::new(FailureKind::Unsupported, "INFO names neither a redis_version nor a valkey_version")
         })?;
         let dbs = self.choose_dbs(&info);
-        let used_memory = info.parsed("used_memory");
-        self.reporter.say(ScanEventKind::ShardStarted { server, used_memory, dbs: dbs.clone() }).await;
+        let memory = Observation::from_info(&info).memory;
+        self.reporter.say(ScanEventKind::ShardStarted { server, memory, dbs: dbs.clone() }).await;
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.toucher.outcome() }).await;
         self.say_skipped().await;
         self.check_checkpoint().await;
@@ -241,8 +243,8 @@ impl ShardScan {
             }
         }
         self.seat = None;
-        let used_memory = self.settled_memory().await;
-        self.reporter.say(ScanEventKind::ShardFinished { used_memory }).await;
+        let memory = self.settled_memory().await;
+        self.reporter.say(ScanEventKind::ShardFinished { memory }).await;
         Ok(())
     }
 
@@ -742,20 +744,19 @@ impl ShardScan {
         self.reporter.say(ScanEventKind::Progressed { db: pass.db, figures: pass.figures.clone() }).await;
     }
 
-    /// `used_memory` once lazy frees are done, or the last reading.
-    async fn settled_memory(&mut self) -> Option<u64> {
+    /// Memory once lazy frees are done, or the last reading.
+    async fn settled_memory(&mut self) -> Memory {
         let deadline = Instant::now() + SETTLE_WITHIN;
-        let mut last: Option<u64> = None;
+        let mut last: Option<Memory> = None;
         loop {
-            let info = commands::info(&mut self.conn).await.ok()?;
+            let Ok(info) = commands::info(&mut self.conn).await else { return last.unwrap_or_default() };
             let observation = Observation::from_info(&info);
             // Others may write all the time: two equal readings need not come.
             let settled = observation.lazyfree_pending.unwrap_or(0) == 0 && last.is_some();
-            last = observation.used_memory.or(last);
-            if settled || Instant::now() >= deadline {
-                return last;
+            last = Some(observation.memory);
+            if settled || Instant::now() >= deadline || wait(&mut self.orders, SETTLE_EVERY).await.is_err() {
+                return observation.memory;
             }
-            wait(&mut self.orders, Duration::from_millis(100)).await.ok()?;
         }
     }
 }

@@ -182,6 +182,17 @@ pub struct ScanEvent {
     pub what: ScanEventKind,
 }
 
+/// What INFO tells of a server's memory, as far as it does.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Memory {
+    /// `used_memory` in bytes.
+    pub used: Option<u64>,
+    /// `maxmemory` in bytes; 0: no limit.
+    pub max: Option<u64>,
+    /// `evicted_keys`: since the server started, to stay below `maxmemory`.
+    pub evicted: Option<u64>,
+}
+
 /// The kinds of [`ScanEvent`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum ScanEventKind {
@@ -194,8 +205,8 @@ pub enum ScanEventKind {
     ShardStarted {
         /// What it is.
         server: ServerFacts,
-        /// `used_memory` in bytes, where the server tells it.
-        used_memory: Option<u64>,
+        /// Its memory before the first batch.
+        memory: Memory,
         /// The DBs that will be swept, in order.
         dbs: Vec<DbIndex>,
     },
@@ -260,8 +271,8 @@ pub enum ScanEventKind {
     },
     /// Every pass of the shard is complete.
     ShardFinished {
-        /// `used_memory` in bytes after lazy frees settled, where the server tells it.
-        used_memory: Option<u64>,
+        /// Its memory after lazy frees settled.
+        memory: Memory,
     },
     /// The shard's sweep ended early.
     ShardEnded {
@@ -289,10 +300,10 @@ pub struct ShardView {
     pub touch: TouchOutcome,
     /// Things an operator should know.
     pub warnings: Vec<String>,
-    /// `used_memory` before, in bytes.
-    pub memory_before: Option<u64>,
-    /// `used_memory` after, in bytes.
-    pub memory_after: Option<u64>,
+    /// Memory before the first batch.
+    pub memory_before: Memory,
+    /// Memory after the last one; nothing is known before.
+    pub memory_after: Memory,
     /// Whether every pass is complete.
     pub finished: bool,
     /// Why it ended early.
@@ -303,6 +314,12 @@ pub struct ShardView {
 const MAX_WARNINGS: usize = 20;
 
 impl ShardView {
+    /// Keys that were evicted from the first batch to the last, where the server tells. A server that was restarted meanwhile
+    /// has forgotten those before.
+    pub fn evicted(&self) -> Option<u64> {
+        self.memory_after.evicted.zip(self.memory_before.evicted).map(|(after, before)| after.saturating_sub(before))
+    }
+
     /// Why it holds, as people read it: the reason's sentence and the facts beside it.
     pub fn hold_text(&self) -> Option<String> {
         let reason = self.hold?;
@@ -336,10 +353,12 @@ impl Snapshot {
         match event.what {
             // A shard that ended early and is swept again has not ended early.
             ScanEventKind::ShardFound { .. } => shard.failure = None,
-            ScanEventKind::ShardStarted { server, used_memory, dbs } => {
+            ScanEventKind::ShardStarted { server, memory, dbs } => {
                 shard.server = Some(server);
                 shard.dbs = dbs;
-                shard.memory_before = shard.memory_before.or(used_memory);
+                if shard.memory_before == Memory::default() {
+                    shard.memory_before = memory;
+                }
             }
             ScanEventKind::Warned { message } => shard.warn(message),
             ScanEventKind::ServerChanged { server } => shard.server = Some(server),
@@ -358,9 +377,9 @@ impl Snapshot {
             ScanEventKind::HoldStarted { reason, detail } => (shard.hold, shard.hold_detail) = (Some(reason), detail),
             ScanEventKind::HoldEnded { .. } => (shard.hold, shard.hold_detail) = (None, None),
             ScanEventKind::TouchDecided { outcome } => shard.touch = outcome,
-            ScanEventKind::ShardFinished { used_memory } => {
+            ScanEventKind::ShardFinished { memory } => {
                 shard.finished = true;
-                shard.memory_after = used_memory;
+                shard.memory_after = memory;
             }
             ScanEventKind::ShardEnded { failure } => {
                 shard.hold = None;
