@@ -132,7 +132,12 @@ fn shard_lines(shard: &ShardView) -> String {
         let _ = writeln!(text, "used memory: {before} before, {after} after ({change}){limit}");
     }
     if let Some(evicted) = shard.evicted().filter(|keys| *keys > 0) {
-        let _ = writeln!(text, "evicted meanwhile: {} keys, to stay below maxmemory", grouped(evicted));
+        let _ = writeln!(
+            text,
+            "evicted meanwhile: {} keys, to stay below maxmemory; those that went within a batch are counted as freed, so that \
+             the count may be too high by as many",
+            grouped(evicted)
+        );
     }
     let _ = writeln!(text, "touch: {}", shard.touch.sentence());
     let nameless: u64 = shard.passes.values().map(|figures| figures.nameless).sum();
