@@ -242,7 +242,7 @@ fn wait(child: &mut Child, until: Option<Instant>) -> bool {
         if child.try_wait().expect("it can be asked").is_some() {
             return true;
         }
-        if until.is_some_and(|until| Instant::now() >= until) {
+        if is_over(until) {
             return false;
         }
         std::thread::sleep(POLL);
@@ -272,18 +272,23 @@ fn scan(server: &Server, count: u32, tick: Option<Duration>, ttl: bool, until: O
             pass.whole = true;
             return pass;
         }
-        if until.is_some_and(|until| Instant::now() >= until) {
+        if is_over(until) {
             return pass;
         }
         if let Some(tick) = tick {
-            due = (due + tick).max(Instant::now());
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            wait_for(tick, &mut due);
         }
     }
 }
 
 fn is_over(until: Option<Instant>) -> bool {
     until.is_some_and(|until| Instant::now() >= until)
+}
+
+/// Waits for the next tick. What was missed is not made up for.
+fn wait_for(tick: Duration, due: &mut Instant) {
+    *due = (*due + tick).max(Instant::now());
+    std::thread::sleep(due.saturating_duration_since(Instant::now()));
 }
 
 /// Into how many segments the hash space is cut. A prime step takes all of them, far from one another.
@@ -305,8 +310,7 @@ fn shuffled(server: &Server, until: Option<Instant>) -> Pass {
             if is_over(until) {
                 return pass;
             }
-            due = (due + TICK).max(Instant::now());
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            wait_for(TICK, &mut due);
             if cursor == 0 || cursor.reverse_bits() >> (u64::BITS - bits) != segment {
                 break;
             }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::model::progress::ServerFacts;
+use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::task::words;
 use crate::node::info::{DbKeys, Info, ReplicaLine};
@@ -198,6 +198,7 @@ pub struct Facts {
 impl Facts {
     /// Puts together what was read.
     pub fn new(addr: &NodeAddr, info: Info, expiry: Expiry, rights: Rights, round_trip: Option<Duration>) -> Self {
+        let progress::Memory { used, max, evicted } = info.memory();
         Self {
             addr: addr.clone(),
             server: info.server(addr),
@@ -215,11 +216,11 @@ impl Facts {
             expired_keys: info.parsed("expired_keys"),
             expiry,
             memory: Memory {
-                used: info.parsed("used_memory"),
                 dataset: info.parsed("used_memory_dataset"),
-                max: info.parsed("maxmemory"),
                 policy: info.get("maxmemory_policy").map(str::to_owned),
-                evicted: info.parsed("evicted_keys"),
+                used,
+                max,
+                evicted,
             },
             replicas: info.replicas(),
             replication_offset: info.parsed("master_repl_offset"),

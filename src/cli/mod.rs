@@ -81,11 +81,9 @@ pub fn main() -> Exit {
         Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
-    if matches!(cli.command, Command::Scan(_)) {
-        comes_last();
-    }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if matches!(cli.command, Command::Scan(_)) {
+        comes_last();
         // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
     }

@@ -163,8 +163,12 @@ impl Guard {
             return Advice::Fine;
         }
         let since = *self.troubled_since.get_or_insert(at);
-        if self.told || at.saturating_sub(since) < 2 * PATIENCE {
-            return if at.saturating_sub(since) < PATIENCE { Advice::Fine } else { Advice::Hurry };
+        let troubled = at.saturating_sub(since);
+        if troubled < PATIENCE {
+            return Advice::Fine;
+        }
+        if self.told || troubled < 2 * PATIENCE {
+            return Advice::Hurry;
         }
         self.told = true;
         let message = format!(

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::model::progress::Memory;
 use crate::model::shard::{NodeAddr, RunId};
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
@@ -51,8 +50,6 @@ pub struct Observation {
     pub writes_paused: bool,
     /// `cmdstat_scan`.
     pub scan_stat: Option<CommandStat>,
-    /// Memory, and what was evicted for it. No limit: a sweep is what makes room.
-    pub memory: Memory,
     /// Objects that are still to be freed in the background.
     pub lazyfree_pending: Option<u64>,
     /// Mean round trip of the last PINGs, one that is under way included as long as it has lasted.
@@ -96,11 +93,6 @@ impl Observation {
             failover_under_way: info.get("master_failover_state").is_some_and(|state| state != "no-failover"),
             writes_paused: info.get("paused_actions").is_some_and(|actions| actions != "none"),
             scan_stat: info.scan_stat(),
-            memory: Memory {
-                used: info.parsed("used_memory"),
-                max: info.parsed("maxmemory"),
-                evicted: info.parsed("evicted_keys"),
-            },
             lazyfree_pending: info.parsed("lazyfree_pending_objects"),
             latency: None,
             ops: None,

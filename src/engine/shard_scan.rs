@@ -222,7 +222,7 @@ impl ShardScan {
             Failure::new(FailureKind::Unsupported, "INFO names neither a redis_version nor a valkey_version")
         })?;
         let dbs = self.choose_dbs(&info);
-        let memory = Observation::from_info(&info).memory;
+        let memory = info.memory();
         self.reporter.say(ScanEventKind::ShardStarted { server, memory, dbs: dbs.clone() }).await;
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.toucher.outcome() }).await;
         self.say_skipped().await;
@@ -750,13 +750,14 @@ impl ShardScan {
         let mut last: Option<Memory> = None;
         loop {
             let Ok(info) = commands::info(&mut self.conn).await else { return last.unwrap_or_default() };
-            let observation = Observation::from_info(&info);
+            let memory = info.memory();
+            let pending = Observation::from_info(&info).lazyfree_pending.unwrap_or(0);
             // Others may write all the time: two equal readings need not come.
-            let settled = observation.lazyfree_pending.unwrap_or(0) == 0 && last.is_some();
-            last = Some(observation.memory);
+            let settled = pending == 0 && last.is_some();
             if settled || Instant::now() >= deadline || wait(&mut self.orders, SETTLE_EVERY).await.is_err() {
-                return observation.memory;
+                return memory;
             }
+            last = Some(memory);
         }
     }
 }

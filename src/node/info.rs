@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 
-use crate::model::progress::ServerFacts;
+use crate::model::progress::{Memory, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 
 /// Oldest Redis that is swept, as (major, minor): the contract's own rule.
@@ -126,6 +126,11 @@ impl Info {
         let value = self.get("cmdstat_scan")?;
         let part = |name| pairs(value).find(|(k, _)| *k == name).and_then(|(_, v)| v.parse().ok());
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
+    }
+
+    /// Memory, and what was evicted for it.
+    pub fn memory(&self) -> Memory {
+        Memory { used: self.parsed("used_memory"), max: self.parsed("maxmemory"), evicted: self.parsed("evicted_keys") }
     }
 
     /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
