@@ -37,6 +37,11 @@ async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
     (replica, proxy)
 }
 
+/// Before, active expiry walks in an order of its own.
+fn slow_sweeps_harm() -> bool {
+    Server::version() >= Version(7, 2, 0) || Server::kind() == Kind::Valkey
+}
+
 /// Sweeps slowly with more arguments, and waits until it is under way.
 async fn under_way(server: &Server, more: &[&str]) -> Running {
     let running = Running::scan(&server.url(), &[&SLOW[..], more].concat());
@@ -44,14 +49,19 @@ async fn under_way(server: &Server, more: &[&str]) -> Running {
     running
 }
 
+/// The sweep ends by itself, has held for this reason, and freed so many keys.
+async fn ends(running: Running, reason: &str, freed: u64) {
+    let run = running.end().await.expect(0);
+    assert!(held(&run, reason) > 0.0, "{}", run.stdout);
+    assert_eq!(run.num(), freed);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
     let server = with_dead_keys(6_000).await;
     let running = under_way(&server, &[]).await;
     server.cmd(&["DEBUG", "SLEEP", "0.6"]).await;
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "latency") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "latency", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,9 +88,7 @@ async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
     let freed = server.expired_keys().await;
     assert!(freed < 6_000, "it holds before the end");
     proxy.set(Mode::Pass);
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "replica_lag") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "replica_lag", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,9 +100,7 @@ async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
     running.says("holding: a replica has not been heard of").await;
     assert!(server.expired_keys().await < 20_000, "it holds before the end");
     proxy.set(Mode::Pass);
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "replica_silent") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 20_000);
+    ends(running, "replica_silent", 20_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,9 +114,7 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
     replica.cmd(&["REPLICAOF", "127.0.0.1", &server.addr().port().to_string()]).await;
     running.says("holding: a replica is being given the whole data set").await;
     assert!(server.expired_keys().await < 6_000, "it holds before the end");
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "full_sync") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "full_sync", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,9 +134,7 @@ async fn what_waits_for_a_replica_holds_the_sweep_until_it_is_sent() {
     running.says("holding: too much waits to be sent to replicas").await;
     assert!(server.expired_keys().await < 6_000, "it holds before the end");
     proxy.set(Mode::Pass);
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "replica_buffer") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "replica_buffer", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,9 +149,7 @@ async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
     let running = under_way(&server, &["--max-lazyfree", "1000"]).await;
     redis::cmd("FLUSHDB").arg("ASYNC").exec_async(&mut other).await.unwrap();
     running.says("holding: the server has many objects still to free in the background").await;
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "lazy_free") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "lazy_free", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -168,9 +168,7 @@ async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
     });
     running.says("holding: other clients are busy").await;
     load.abort();
-    let run = running.end().await.expect(0);
-    assert!(held(&run, "ops") > 0.0, "{}", run.stdout);
-    assert_eq!(run.num(), 6_000);
+    ends(running, "ops", 6_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -218,8 +216,7 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
     // Active expiry is busy from a tenth of stale keys on.
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 20_000).await;
     let slow = ["--max-keys-per-sec", "5000"];
-    let harms = Server::version() >= Version(7, 2, 0) || Server::kind() == Kind::Valkey;
-    if !harms {
+    if !slow_sweeps_harm() {
         let running = Running::scan(&server.url(), &slow);
         probe("it sweeps", PATIENCE, async || running.stderr().contains("db0")).await;
         running.signal("INT");
@@ -310,8 +307,7 @@ async fn flow(server: &Server) -> tokio::task::JoinHandle<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() {
-    if Server::version() < Version(7, 2, 0) && Server::kind() == Kind::Redis {
-        // Active expiry walks in an order of its own there.
+    if !slow_sweeps_harm() {
         return;
     }
     let server = Server::start().await;
