@@ -245,6 +245,7 @@ impl ShardScan {
         }
         self.last_words(pass).await;
         pass.scout = None;
+        pass.way.walks_again();
         self.recover(error, Some(pass)).await
     }
 

@@ -185,7 +185,7 @@ pub(super) struct Pass {
     doubted: ScanPosition,
     pub(super) still: StillPass,
     untouched: bool,
-    way: Way,
+    pub(super) way: Way,
     reported: Instant,
     tally: Option<Tally>,
 }
