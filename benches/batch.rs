@@ -11,7 +11,7 @@ use ttlsweep::engine::pacer::Pacer;
 use ttlsweep::model::shard::ScanPosition;
 use ttlsweep::model::slots::CursorSpace;
 use ttlsweep::model::throttle::Limits;
-use ttlsweep::node::conn::ScanBatch;
+use ttlsweep::node::conn::{Reading, ScanBatch};
 use ttlsweep::node::wire::{Names, ScanReader, ScanReply, frame_len};
 use ttlsweep::settings::Tuning;
 
@@ -60,8 +60,8 @@ fn deciding(c: &mut Criterion) {
     let batch = ScanBatch {
         cursor: 1234,
         returned: 97,
-        keys_before: 1000,
-        keys_after: 997,
+        before: Reading { keys: 1000, expired: None },
+        after: Reading { keys: 997, expired: None },
         waited: Duration::from_micros(90),
         ahead: false,
     };

@@ -170,8 +170,8 @@ pub struct ShardDto {
     pub used_memory: MemoryDto,
     /// `maxmemory` in bytes; 0: no limit.
     pub maxmemory: Option<u64>,
-    /// Keys that the server evicted during the sweep, to stay below `maxmemory`: `reclaimed` may be too high by as many.
-    /// `null` before the end.
+    /// Keys that the server evicted during the sweep, to stay below `maxmemory`: they are not in `reclaimed`. `null` before
+    /// the end.
     pub evicted_keys: Option<u64>,
     /// Each DB.
     pub dbs: Vec<PassDto>,

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use crate::check::facts::{Facts, Role};
 use crate::model::shard::{DbIndex, NodeAddr, ScanPosition};
 use crate::node::commands;
-use crate::node::conn::{Ask, Conn, ConnOptions};
+use crate::node::conn::{Ask, Conn, ConnOptions, Gauge};
 use crate::node::error::NodeError;
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
@@ -101,9 +101,10 @@ pub async fn count(
         let mut returned = 0;
         let mut after = before;
         while let Some(cursor) = position.to_send() {
-            let batch = conn.scan(Ask { cursor, count: settings.count, nameless: false }, None, |_| None).await?;
+            let ask = Ask { cursor, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
+            let batch = conn.scan(ask, None, |_| None).await?;
             returned += batch.returned;
-            after = batch.keys_after;
+            after = batch.after.keys;
             position = ScanPosition::from_reply(batch.cursor);
         }
         let expired = after.saturating_sub(returned);

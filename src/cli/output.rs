@@ -134,8 +134,7 @@ fn shard_lines(shard: &ShardView) -> String {
     if let Some(evicted) = shard.evicted().filter(|keys| *keys > 0) {
         let _ = writeln!(
             text,
-            "evicted meanwhile: {} keys, to stay below maxmemory; those that went within a batch are counted as freed, so that \
-             the count may be too high by as many",
+            "evicted meanwhile: {} keys, to stay below maxmemory; they are not in the count",
             grouped(evicted)
         );
     }

@@ -48,8 +48,8 @@ pub struct StillPass {
 impl StillPass {
     /// Takes a batch in.
     pub fn add(&mut self, batch: &ScanBatch) {
-        self.moved |= batch.keys_after != batch.keys_before || self.keys.is_some_and(|keys| keys != batch.keys_before);
-        self.keys = Some(batch.keys_after);
+        self.moved |= batch.after.keys != batch.before.keys || self.keys.is_some_and(|keys| keys != batch.before.keys);
+        self.keys = Some(batch.after.keys);
         self.returned += batch.returned;
     }
 
@@ -96,7 +96,7 @@ impl Way {
     pub fn add(&mut self, batch: &ScanBatch) -> Option<String> {
         let next = ScanPosition::from_reply(batch.cursor);
         self.seen += batch.returned;
-        self.keys = self.keys.max(batch.keys_before);
+        self.keys = self.keys.max(batch.before.keys);
         self.met += u32::from(self.mark == Some(next));
         self.batches += 1;
         if self.batches == self.until_next_mark {
@@ -117,10 +117,13 @@ impl Way {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::conn::Reading;
     use std::time::Duration;
 
     fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> ScanBatch {
-        ScanBatch { cursor, returned, keys_before, keys_after, waited: Duration::ZERO, ahead: false }
+        let reading = |keys| Reading { keys, expired: None };
+        let (before, after) = (reading(keys_before), reading(keys_after));
+        ScanBatch { cursor, returned, before, after, waited: Duration::ZERO, ahead: false }
     }
 
     /// The cursor after `buckets` buckets of a table of 2^`bits`.

@@ -10,7 +10,8 @@
 //! # How it is counted
 //!
 //! Each batch is `DBSIZE`, `SCAN cursor COUNT n`, `DBSIZE` in one write. The server runs the commands of one buffer back
-//! to back, so the difference is what this SCAN freed, whatever others do.
+//! to back, so the difference is what this SCAN freed, whatever others do. Where the server evicts keys, `INFO stats` goes
+//! beside each `DBSIZE`: see [`crate::node::conn::Gauge`].
 //!
 //! # How it stays gentle
 //!

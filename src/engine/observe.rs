@@ -68,6 +68,8 @@ pub struct Observation {
     pub fork: Option<&'static str>,
     /// Share of the main thread's time that others took when the sweep last stood still, smoothed. Set by the sweep.
     pub others_cpu: Option<f64>,
+    /// It may evict keys to stay below `maxmemory`.
+    pub may_evict: bool,
     /// `expired_keys`, ours included, since the server started.
     pub expired_keys: Option<u64>,
     /// Keys that active expiry alone has freed, on servers that tell.
@@ -111,6 +113,7 @@ impl Observation {
                 () => None,
             },
             others_cpu: None,
+            may_evict: info.may_evict(),
             expired_keys: info.parsed("expired_keys"),
             expired_by_server: info.parsed("expired_keys_active"),
             stale_share: info.stale_share(),

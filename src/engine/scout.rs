@@ -163,6 +163,7 @@ impl ShardScan {
         if matches!(self.second, Second::None) {
             self.second = self.open_second(pass.db).await;
         }
+        let gauge = self.gauge();
         let Second::Open(second) = &mut self.second else { return Ok(()) };
         if self.conn.ahead().is_some() && second.ahead().is_some() {
             return Ok(());
@@ -180,7 +181,7 @@ impl ShardScan {
         let mut first = self.conn.ahead().is_none() && second.ahead().is_none();
         for (conn, at) in [(&mut self.conn, course.position), (second, scout.at)] {
             if let (None, Some(cursor)) = (conn.ahead(), at.to_send()) {
-                let ask = Ask { cursor, count: self.pacer.count(), nameless: self.payload.is_nameless() };
+                let ask = Ask { cursor, count: self.pacer.count(), nameless: self.payload.is_nameless(), gauge };
                 conn.send_ahead(ask, first).await?;
                 first = false;
             }

@@ -27,7 +27,7 @@ use crate::model::slots::CursorSpace;
 use crate::model::task::TaskId;
 use crate::model::throttle::Reason;
 use crate::node::commands;
-use crate::node::conn::{Ask, Conn, ScanBatch};
+use crate::node::conn::{Ask, Conn, Gauge, Reading, ScanBatch};
 use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::node::topology::Master;
@@ -454,9 +454,10 @@ impl ShardScan {
         }
         let Some(cursor) = from.to_send() else { return Ok(()) };
         let touch = self.toucher.command();
+        let gauge = self.gauge();
         let ask = ahead.unwrap_or_else(|| {
             let nameless = touch.is_none() && self.payload.is_nameless();
-            Ask { cursor, count: self.pacer.count(), nameless }
+            Ask { cursor, count: self.pacer.count(), nameless, gauge }
         });
         let count = ask.count;
         // What is asked of the names of this batch, if it comes with any.
@@ -471,7 +472,7 @@ impl ShardScan {
         let next = |cursor| {
             let advance = course.advance(&self.space, bits, walk, ScanPosition::from_reply(cursor));
             let cursor = advance.next.filter(|_| free)?.to_send()?;
-            Some(Ask { cursor, count: self.pacer.count(), nameless: ask.nameless })
+            Some(Ask { cursor, count: self.pacer.count(), nameless: ask.nameless, gauge })
         };
         let scanned = match conn.scan(ask, touch.is_some().then_some(&mut self.names), next).await {
             Ok(scanned) => scanned,
@@ -636,7 +637,7 @@ impl ShardScan {
             let walked_by_scout =
                 pass.scout.map_or(0.0, |scout| figures.space.fraction(scout.at) - figures.space.fraction(scout.from));
             let done = figures.space.fraction(figures.position) + walked_by_scout;
-            let to_come = scanned.keys_before.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
+            let to_come = scanned.before.keys.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
             let walked = ((to - from) / (1.0 - done).max(f64::EPSILON)).clamp(0.0, 1.0);
             figures.nameless += 1;
             // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
@@ -650,7 +651,7 @@ impl ShardScan {
         figures.batches += 1;
         figures.scanned += seen;
         figures.reclaimed += reclaimed;
-        pass.keys = scanned.keys_after;
+        pass.keys = scanned.after.keys;
         pass.unpaid += seen;
     }
 
@@ -668,6 +669,11 @@ impl ShardScan {
         wait(&mut self.orders, BLOCKED_EVERY).await
     }
 
+    /// What tells how many keys the next batch frees.
+    pub(super) fn gauge(&self) -> Gauge {
+        if self.seen.may_evict { Gauge::ExpiredKeys } else { Gauge::Dbsize }
+    }
+
     /// Asks for the keys of a batch. Returns whether the batch is done; if not, the same or an earlier one is next.
     async fn touch(
         &mut self,
@@ -676,8 +682,9 @@ impl ShardScan {
         command: &'static str,
         scanned: &ScanBatch,
     ) -> Result<bool, End> {
+        let gauge = self.gauge();
         let conn = self.second.of(walk, &mut self.conn);
-        let touched = match conn.touch(command, &self.names).await {
+        let touched = match conn.touch(command, &self.names, gauge).await {
             Ok(touched) => touched,
             Err(error) if matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. }) => {
                 return match self.toucher.refused() {
@@ -696,7 +703,7 @@ impl ShardScan {
         figures.active += self.pacer.worked(0, touched.waited, false);
         figures.touched += touched.answers.iter().flatten().count() as u64;
         figures.found_by_touch += left_dead;
-        figures.reclaimed += touched.keys_before.saturating_sub(touched.keys_after);
+        figures.reclaimed += touched.reclaimed();
         if command == "TTL" {
             touched.answers.iter().flatten().for_each(|&ttl| figures.ttl.add(ttl));
         }
@@ -763,5 +770,11 @@ impl ShardScan {
 }
 
 /// A batch that moved DBSIZE: after it a [`StillPass`] proves nothing.
-pub(super) const MOVED: ScanBatch =
-    ScanBatch { cursor: 0, returned: 0, keys_before: 1, keys_after: 0, waited: Duration::ZERO, ahead: false };
+pub(super) const MOVED: ScanBatch = ScanBatch {
+    cursor: 0,
+    returned: 0,
+    before: Reading { keys: 1, expired: None },
+    after: Reading { keys: 0, expired: None },
+    waited: Duration::ZERO,
+    ahead: false,
+};

@@ -133,6 +133,12 @@ impl Info {
         Memory { used: self.parsed("used_memory"), max: self.parsed("maxmemory"), evicted: self.parsed("evicted_keys") }
     }
 
+    /// Whether it may evict keys, before any command, to stay below `maxmemory`.
+    pub fn may_evict(&self) -> bool {
+        let limited = self.parsed::<u64>("maxmemory").is_some_and(|max| max > 0);
+        limited && self.get("maxmemory_policy").is_none_or(|policy| policy != "noeviction")
+    }
+
     /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
     /// mean over its samples in all DBs together.
     pub fn stale_share(&self) -> Option<f64> {
@@ -163,6 +169,11 @@ impl Info {
     pub fn master_addr(&self) -> Option<String> {
         self.master_endpoint().map(|(host, port)| format!("{host}:{port}"))
     }
+}
+
+/// `expired_keys` of the text of INFO stats: for a place where it is read thousands of times a second.
+pub fn expired_keys(stats: &str) -> Option<u64> {
+    stats.lines().find_map(|line| line.strip_prefix("expired_keys:"))?.trim_end().parse().ok()
 }
 
 fn major_minor(version: &str) -> Option<(u32, u32)> {

@@ -101,6 +101,47 @@ async fn the_count_is_exact_while_other_clients_write() {
     assert_eq!(server.expired_keys().await, 7_000);
 }
 
+/// A full server that evicts keys, dead and live ones alike, before any command: also between those of one batch.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
+    for more in [["--touch", "auto"], ["--touch", "exists"], ["--payload", "none"]] {
+        let server = Server::start().await;
+        let keys = Keyspace::of(&server, 0);
+        keys.live(60_000, "live").await;
+        keys.dead(30_000, "dead").await;
+        let used = server.info_number("memory", "used_memory").await;
+        server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
+        server.cmd(&["CONFIG", "SET", "maxmemory", &(used + 200_000).to_string()]).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut conn = server.conn().await;
+        let writing = stop.clone();
+        let writer = tokio::spawn(async move {
+            let value = "x".repeat(100);
+            for first in (0_u64..).step_by(200) {
+                if writing.load(Ordering::Relaxed) {
+                    break;
+                }
+                let mut pipeline = redis::pipe();
+                for i in first..first + 200 {
+                    pipeline.cmd("SET").arg(format!("new{i}")).arg(&value).ignore();
+                }
+                let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
+                written.expect("the writer writes");
+            }
+        });
+        let evicted = async || server.info_number("stats", "evicted_keys").await;
+        probe("it evicts", PATIENCE, async || evicted().await > 100).await;
+        let (expired_before, evicted_before) = (server.expired_keys().await, evicted().await);
+        let run =
+            scan(&server.url(), &[more[0], more[1], "--max-keys-per-sec", "60000", "--no-throttle"]).await.expect(0);
+        let (freed, evicted) = (server.expired_keys().await - expired_before, evicted().await - evicted_before);
+        stop.store(true, Ordering::Relaxed);
+        writer.await.unwrap();
+        assert!(freed > 1_000 && evicted > 1_000, "{more:?}: {freed} freed, {evicted} evicted");
+        assert_eq!(run.num(), freed, "{more:?}, {evicted} evicted meanwhile");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
     let server = Server::start().await;
