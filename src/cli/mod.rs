@@ -8,6 +8,7 @@ pub mod demo;
 pub mod exit;
 pub mod instance;
 pub mod output;
+pub mod priority;
 pub mod progress;
 pub mod scan;
 pub mod serve;
@@ -82,8 +83,8 @@ pub fn main() -> Exit {
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if matches!(cli.command, Command::Scan(_)) {
-        comes_last();
+    if let Command::Scan(scan) = &cli.command {
+        scan.priority.apply();
         // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
     }
@@ -98,21 +99,6 @@ pub fn main() -> Exit {
         output::note(&format!("error: {error:#}"));
         Exit::Failed
     })
-}
-
-/// On the server's own machine: the server, and whoever waits for it, come before the sweep. Under Linux's idle policy this
-/// program runs where a processor has nothing else to do and steps aside at once, which a nice value does not make it do.
-/// Inherited by each thread to come. Where it is not allowed, the sweep runs like any other program.
-fn comes_last() {
-    #[cfg(target_os = "linux")]
-    {
-        use thread_priority::{
-            NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy, set_thread_priority_and_policy,
-            thread_native_id,
-        };
-        let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
-        let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle);
-    }
 }
 
 async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {

@@ -11,6 +11,7 @@ use crate::api::dto::{Report, ScanOutput};
 use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
 use crate::cli::output;
+use crate::cli::priority::Priority;
 use crate::cli::progress::{self, Rows};
 use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
@@ -33,6 +34,11 @@ pub struct ScanArgs {
     /// How.
     #[command(flatten)]
     pub sweep: SweepArgs,
+
+    /// Whom this program lets go first on this machine: idle (everybody, at once), low (nice 19), normal (nobody)
+    #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "idle")]
+    #[arg(hide_possible_values = true, hide_env_values = true)]
+    pub priority: Priority,
 
     /// Go on from the checkpoint in --state
     #[arg(long)]

@@ -192,3 +192,49 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     assert!(text.contains("\u{1b}[") && text.contains('%') && bar < summary, "{text:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
 }
+
+/// A program that spins until this is dropped.
+struct Spinning(std::process::Child);
+
+impl Spinning {
+    fn on(cpu: &str) -> Self {
+        let mut command = std::process::Command::new("taskset");
+        Self(
+            command
+                .args(["-c", cpu, "sh", "-c", "while :; do :; done"])
+                .spawn()
+                .expect("taskset of util-linux is there"),
+        )
+    }
+}
+
+impl Drop for Spinning {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(3_000, "dead").await;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let cpu = allowed.split(['-', ',']).next().unwrap();
+    let pin = |sweep: &Running| {
+        let pinned = std::process::Command::new("taskset").args(["-acp", cpu, &sweep.pid().to_string()]).output();
+        assert!(pinned.unwrap().status.success());
+    };
+    let starved = Running::scan(&server.url(), &["--priority", "idle", "--max-keys-per-sec", "500"]);
+    probe("it sweeps", PATIENCE, async || server.expired_keys().await > 100).await;
+    let spinning = Spinning::on(cpu);
+    pin(&starved);
+    starved.says("no processor time to spare").await;
+    let low = Running::scan(&server.url(), &["--priority", "low", "--max-keys-per-sec", "1000"]);
+    pin(&low);
+    low.end().await.expect(0);
+    drop(spinning);
+    starved.signal("INT");
+    starved.end().await.expect(130);
+}

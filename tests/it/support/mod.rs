@@ -43,7 +43,8 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
     }
 }
 
-/// The command under test, without the settings and secrets of whoever runs the tests.
+/// The command under test, without the settings and secrets of whoever runs the tests. It competes for this machine's
+/// processors: a machine that others keep busy would give it nothing otherwise.
 pub fn ttlsweep() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
     command.env_remove("REDISCLI_AUTH");
@@ -52,6 +53,7 @@ pub fn ttlsweep() -> Command {
             command.env_remove(name);
         }
     }
+    command.env("TTLSWEEP_PRIORITY", "low");
     command
 }
 

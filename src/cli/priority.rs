@@ -1,0 +1,81 @@
+//! At what priority a sweep runs on its own machine, which may be the server's as well.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+
+use crate::cli::output::note;
+
+/// Who comes first when processors are short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Priority {
+    /// Everybody else: the sweep runs where a processor has nothing else to do, and steps aside at once
+    Idle,
+    /// Mostly everybody else: the sweep has a nice value of 19, and gets a little time on a machine that is never idle
+    Low,
+    /// Nobody
+    Normal,
+}
+
+/// How often we look whether the sweep gets any time.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// It gets none where it waits this many times as long as it runs, and at least half of the time.
+const STARVED: u32 = 9;
+
+impl Priority {
+    /// Gives this thread, and each that it starts from now on, the priority. Where that is not allowed, or there is no such
+    /// thing, the sweep runs like any other program.
+    pub fn apply(self) {
+        #[cfg(target_os = "linux")]
+        {
+            use thread_priority::{
+                NormalThreadSchedulePolicy as Policy, ThreadPriority, ThreadSchedulePolicy,
+                set_thread_priority_and_policy, thread_native_id,
+            };
+            let policy = match self {
+                Self::Idle => Policy::Idle,
+                Self::Low => Policy::Other,
+                Self::Normal => return,
+            };
+            // Before: what it starts keeps the priority that we have.
+            if self == Self::Idle {
+                let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(say_when_starved);
+            }
+            let policy = ThreadSchedulePolicy::Normal(policy);
+            let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
+        }
+    }
+}
+
+/// Under the idle policy a machine that is never idle gives a sweep nothing, and then its PINGs look slow as if that were
+/// the server's doing. Says so once.
+#[cfg(target_os = "linux")]
+fn say_when_starved() {
+    let Some(mut last) = processor_time() else { return };
+    loop {
+        std::thread::sleep(LOOK_EVERY);
+        let Some(now) = processor_time() else { return };
+        let (ran, waited) = (now.0.saturating_sub(last.0), now.1.saturating_sub(last.1));
+        last = now;
+        if waited > LOOK_EVERY / 2 && waited > ran * STARVED {
+            note(
+                "warning: this machine has no processor time to spare, so the sweep stands still most of the time, and what it \
+                 sees of the server's latency is its own waiting (--priority low gives it a little time)",
+            );
+            return;
+        }
+    }
+}
+
+/// How long the threads of this process have run, and how long they have waited for a processor.
+#[cfg(target_os = "linux")]
+fn processor_time() -> Option<(Duration, Duration)> {
+    let mut sum = (Duration::ZERO, Duration::ZERO);
+    for task in std::fs::read_dir("/proc/self/task").ok()? {
+        // A thread may end while we look. The file's numbers are nanoseconds run, nanoseconds waited, and times.
+        let Ok(text) = std::fs::read_to_string(task.ok()?.path().join("schedstat")) else { continue };
+        let mut numbers = text.split_whitespace().map(|number| number.parse().map(Duration::from_nanos));
+        sum = (sum.0 + numbers.next()?.ok()?, sum.1 + numbers.next()?.ok()?);
+    }
+    Some(sum)
+}
