@@ -1,8 +1,11 @@
 //! What goes out: Markdown on stdout and in a file, JSON with everything, plots; and the sums behind them.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
@@ -28,10 +31,11 @@ impl Output {
         let mut output = Self { folder, markdown: String::new(), json };
         let fact = |name: &str| output.json["machine"][name].as_str().unwrap_or("unknown").to_owned();
         let text = format!(
-            "{}, {} cores, Linux {}; commit {}\n",
+            "{}, {} cores, Linux {}, a loopback round trip takes {} us; commit {}\n",
             fact("cpu"),
             output.json["machine"]["cores"],
             fact("kernel"),
+            output.json["machine"]["round_trip_us"],
             fact("commit")
         );
         output.markdown(&text);
@@ -70,7 +74,34 @@ fn machine() -> Value {
     let cores = std::thread::available_parallelism().ok().map(usize::from);
     let commit = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok();
     let commit = commit.filter(|o| o.status.success()).map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
-    json!({ "cpu": cpu, "cores": cores, "kernel": kernel, "commit": commit })
+    json!({ "cpu": cpu, "cores": cores, "kernel": kernel, "round_trip_us": round_trip_us(), "commit": commit })
+}
+
+/// What a message to another thread and back over loopback takes with no work at either end, in microseconds, the median of
+/// many. Machines differ in it by a factor of five, and a loop of small batches is made of it.
+fn round_trip_us() -> u64 {
+    let trips = || {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let mut near = TcpStream::connect(listener.local_addr()?)?;
+        let (mut far, _) = listener.accept()?;
+        near.set_nodelay(true)?;
+        far.set_nodelay(true)?;
+        let echo = std::thread::spawn(move || {
+            let mut byte = [0];
+            while far.read_exact(&mut byte).and_then(|()| far.write_all(&byte)).is_ok() {}
+        });
+        let mut trips = Vec::new();
+        for _ in 0..5_000 {
+            let begun = Instant::now();
+            near.write_all(&[0])?;
+            near.read_exact(&mut [0])?;
+            trips.push(begun.elapsed().as_secs_f64() * 1e6);
+        }
+        drop(near);
+        echo.join().expect("it only echoes");
+        Ok::<_, std::io::Error>(trips)
+    };
+    median(trips().expect("loopback is there")).expect("many trips").round() as u64
 }
 
 /// The middle of the values, or the mean of the two in the middle. None where there are none.
