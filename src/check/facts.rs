@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::engine::guard;
 use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::task::words;
@@ -175,8 +176,8 @@ pub struct Facts {
     pub dbs: BTreeMap<DbIndex, DbKeys>,
     /// Share of the keys with a TTL that have expired and are still in memory: see [`Info::stale_share`].
     pub stale_share: Option<f64>,
-    /// Keys that were freed since the start because they had expired.
-    pub expired_keys: Option<u64>,
+    /// Keys that expire each second, where that was watched.
+    pub expire_per_sec: Option<f64>,
     /// How it frees expired keys.
     pub expiry: Expiry,
     /// Memory and eviction.
@@ -213,7 +214,7 @@ impl Facts {
             uptime: info.parsed("uptime_in_seconds").map(Duration::from_secs),
             dbs: info.keyspace(),
             stale_share: info.stale_share(),
-            expired_keys: info.parsed("expired_keys"),
+            expire_per_sec: None,
             expiry,
             memory: Memory {
                 dataset: info.parsed("used_memory_dataset"),
@@ -249,6 +250,17 @@ impl Facts {
         } else {
             settings.dbs.iter().map(|db| (*db, self.dbs.get(db).copied().unwrap_or_default())).collect()
         }
+    }
+
+    /// Whether a sweep with these settings is so slow that the flow of expiry decides whether it does harm.
+    pub fn has_to_know_the_flow(&self, settings: &ScanSettings) -> bool {
+        let keys = self.longest_pass(settings);
+        self.role == Role::Master && guard::has_to_know_the_flow(self.redis_version, keys, settings)
+    }
+
+    /// Keys of the largest DB that would be swept.
+    pub fn longest_pass(&self, settings: &ScanSettings) -> u64 {
+        self.swept(settings).values().map(|db| db.keys).max().unwrap_or(0)
     }
 
     /// Expired keys among these, by the sample of active expiry. A replica has no such sample: it expires nothing.

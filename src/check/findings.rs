@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::check::facts::Right;
+use crate::model::failure::Failure;
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
 use crate::node::commands::{ACL_LINE, ACL_TOUCH};
@@ -64,12 +65,12 @@ pub enum Finding {
         /// `maxmemory_policy`.
         policy: Option<String>,
     },
-    /// The ceiling is too low for the rate at which keys expire.
+    /// The sweep would be too slow for the rate at which keys expire.
     TooSlow {
-        /// Keys a second that the sweep would look at.
-        keys_per_sec: u64,
-        /// Keys a second that expired, on the mean since the start.
-        expired_per_sec: u64,
+        /// What a sweep would say.
+        harm: Failure,
+        /// It would not begin.
+        refused: bool,
     },
     /// The sweep may not end in the time allowed.
     LongerThanTimeout {
@@ -146,9 +147,12 @@ impl Finding {
     /// How bad it is.
     pub fn severity(&self) -> Severity {
         match self {
-            Self::Replica(_) | Self::Sentinel | Self::NoRedis | Self::TooOld(_) | Self::MissingRights(_) => {
-                Severity::Error
-            }
+            Self::Replica(_)
+            | Self::Sentinel
+            | Self::NoRedis
+            | Self::TooOld(_)
+            | Self::MissingRights(_)
+            | Self::TooSlow { refused: true, .. } => Severity::Error,
             Self::NotCounted(_)
             | Self::Loading
             | Self::Failover
@@ -211,11 +215,7 @@ impl Finding {
                      still held"
                 )
             }
-            Self::TooSlow { keys_per_sec, expired_per_sec } => format!(
-                "this sweep would look at {keys_per_sec} keys/s while {expired_per_sec} keys/s expire (mean since the \
-                 start); from Redis 7.2 on active expiry walks in SCAN's order and gets stuck in the wake of a slow \
-                 sweep, so that more stays behind than without one"
-            ),
+            Self::TooSlow { harm, .. } => harm.message.clone(),
             Self::LongerThanTimeout { most, timeout } => format!(
                 "the sweep may take {} and is allowed {}; what it freed until then stays freed",
                 show_duration(Duration::from_secs(most.as_secs())),
@@ -277,9 +277,7 @@ impl Finding {
                 "wait until it has caught up, or sweep with a lower --intensity and watch it".to_owned()
             }
             Self::Evicting { .. } => "sweep before the peak hours, and regularly".to_owned(),
-            Self::TooSlow { .. } => {
-                "raise --max-keys-per-sec and --intensity: fast in short slices and be done".to_owned()
-            }
+            Self::TooSlow { harm, .. } => harm.hint.clone().unwrap_or_default(),
             Self::LongerThanTimeout { .. } => {
                 "allow more with --timeout, or keep a checkpoint with --state and go on with --resume".to_owned()
             }

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use futures_util::future::join_all;
+
 use crate::check;
 use crate::check::facts::Facts;
 use crate::check::report::{sentence, text};
@@ -9,7 +11,7 @@ use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
 use crate::model::show::{failure_text, grouped};
 use crate::node::conn::ConnOptions;
-use crate::node::topology::{Kind, View};
+use crate::node::topology::{Kind, Master, View};
 use crate::settings::Settings;
 
 /// What was seen of one master.
@@ -46,22 +48,24 @@ pub enum Look {
 /// # Errors
 /// Why the only one cannot be looked at; a cluster's are said beside those that can.
 pub async fn look(view: &View, options: &ConnOptions, settings: &Settings) -> Result<Look, Failure> {
-    let mut looks = Vec::new();
-    for master in &view.masters {
-        let seen = match check::look(&master.addr, options).await {
-            Ok(facts) => {
-                let verdict = verdict::judge(&facts, None, &settings.scan);
-                let sentence = sentence(&facts, &verdict, settings);
-                Ok(Seen { facts, verdict, sentence })
-            }
-            Err(error) => Err(error.into_failure()),
-        };
-        if view.kind != Kind::Cluster {
-            return seen.map(|seen| Look::One(Box::new(seen)));
+    let look = async |master: &Master| match check::look(&master.addr, options, Some(&settings.scan)).await {
+        Ok(facts) => {
+            let verdict = verdict::judge(&facts, None, &settings.scan);
+            let sentence = sentence(&facts, &verdict, settings);
+            Ok(Seen { facts, verdict, sentence })
         }
-        looks.push(ShardLook { shard: format!("slots {}", master.slots.name()), seen });
+        Err(error) => Err(error.into_failure()),
+    };
+    match &view.masters[..] {
+        [master] if view.kind != Kind::Cluster => look(master).await.map(|seen| Look::One(Box::new(seen))),
+        masters => {
+            let looks = masters.iter().map(async |master| {
+                let shard = format!("slots {}", master.slots.name());
+                ShardLook { shard, seen: look(master).await }
+            });
+            Ok(Look::Cluster(join_all(looks).await))
+        }
     }
-    Ok(Look::Cluster(looks))
 }
 
 impl Look {

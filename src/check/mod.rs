@@ -20,20 +20,23 @@ pub mod verdict;
 use std::time::{Duration, Instant};
 
 use crate::check::facts::{Expiry, Facts, Right, Rights};
+use crate::engine::guard;
 use crate::model::shard::NodeAddr;
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
 use crate::node::info::Info;
+use crate::settings::ScanSettings;
 
 /// How many PINGs find the smallest round trip.
 const PINGS: u32 = 10;
 
-/// Looks at a server.
+/// Looks at a server. With the settings of a sweep that would be slow it takes [`guard::WATCH_FOR`], in which it watches how
+/// many keys expire.
 ///
 /// # Errors
 /// [`NodeError`] where it is not reached, does not let us in, or does not speak RESP.
-pub async fn look(addr: &NodeAddr, options: &ConnOptions) -> Result<Facts, NodeError> {
+pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&ScanSettings>) -> Result<Facts, NodeError> {
     let mut conn = Conn::open(addr, options).await?;
     let (info, may_info) = match commands::info(&mut conn).await {
         Ok(info) => (info, true),
@@ -51,7 +54,15 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions) -> Result<Facts, NodeE
         },
     };
     let round_trip = smallest_ping(&mut conn).await?;
-    Ok(Facts::new(addr, info, expiry, rights, round_trip))
+    let mut facts = Facts::new(addr, info, expiry, rights, round_trip);
+    if settings.is_some_and(|settings| facts.has_to_know_the_flow(settings)) {
+        let before = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
+        tokio::time::sleep(guard::WATCH_FOR).await;
+        let after = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
+        let expired = after.zip(before).map(|(after, before)| after.saturating_sub(before));
+        facts.expire_per_sec = expired.map(|expired| expired as f64 / guard::WATCH_FOR.as_secs_f64());
+    }
+    Ok(facts)
 }
 
 /// What this connection's user may run: by DRYRUN (Redis 7.0), by the user's flags (Redis 6), else by running what is

@@ -9,7 +9,7 @@ use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{self, Span};
 use crate::check::facts::{Access, Facts, Right, Role, sum};
 use crate::check::findings::{Finding, Severity};
-use crate::engine::guard::{OUTRUN, SAME_ORDER};
+use crate::engine::guard;
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
 use crate::node::info::{DbKeys, OLDEST};
@@ -97,7 +97,7 @@ pub fn judge(facts: &Facts, counted: Option<&Result<Backlog, NoCount>>, settings
     }
     state(facts, &mut findings);
     if let Some(sweep) = sweep {
-        pace(facts, settings, swept.size.keys, sweep, &mut findings);
+        pace(facts, settings, sweep, &mut findings);
     }
     notes(facts, settings, swept, &mut findings);
     findings.sort_by_key(Finding::severity);
@@ -172,19 +172,14 @@ fn state(facts: &Facts, findings: &mut Vec<Finding>) {
     }
 }
 
-fn pace(facts: &Facts, settings: &ScanSettings, keys: u64, sweep: Span, findings: &mut Vec<Finding>) {
+fn pace(facts: &Facts, settings: &ScanSettings, sweep: Span, findings: &mut Vec<Finding>) {
     if sweep.most > settings.timeout {
         findings.push(Finding::LongerThanTimeout { most: sweep.most, timeout: settings.timeout });
     }
-    let (Some(expired), Some(uptime)) = (facts.expired_keys, facts.uptime) else { return };
-    if keys == 0 || uptime.is_zero() || sweep.most.is_zero() || facts.redis_version < Some(SAME_ORDER) {
-        return;
-    }
-    let expired_per_sec = expired as f64 / uptime.as_secs_f64();
-    let keys_per_sec = keys as f64 / sweep.most.as_secs_f64();
-    if keys_per_sec < OUTRUN * expired_per_sec {
-        let (keys_per_sec, expired_per_sec) = (keys_per_sec as u64, expired_per_sec as u64);
-        findings.push(Finding::TooSlow { keys_per_sec, expired_per_sec });
+    if let Some(flow) = facts.expire_per_sec
+        && let Some(harm) = guard::harm(facts.redis_version, facts.longest_pass(settings), flow, settings)
+    {
+        findings.push(Finding::TooSlow { harm, refused: !settings.allow_slow });
     }
 }
 

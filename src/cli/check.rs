@@ -84,7 +84,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         let message = "--replica counts for one master, and this is a cluster".to_owned();
         return Ok(scan::usage(&[Problem { origin: None, message }]));
     }
-    let facts = match check::look(&view.masters[0].addr, &options).await {
+    let facts = match check::look(&view.masters[0].addr, &options, Some(&settings.scan)).await {
         Ok(facts) => facts,
         Err(error) => return Ok(refused(error)),
     };

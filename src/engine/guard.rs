@@ -19,13 +19,13 @@ use crate::model::progress::PassFigures;
 use crate::settings::{ScanSettings, Tuning};
 
 /// From this version on (of the Redis whose commands the server has) a slow sweep stops active expiry.
-pub const SAME_ORDER: (u32, u32) = (7, 2);
+const SAME_ORDER: (u32, u32) = (7, 2);
 /// A sweep should read this many times as many keys as expire meanwhile.
-pub const OUTRUN: f64 = 2.0;
+const OUTRUN: f64 = 2.0;
 /// A pass that ends within this does no harm: what piles up meanwhile is freed at once after it.
-pub const SHORT_PASS: Duration = Duration::from_secs(10);
+const SHORT_PASS: Duration = Duration::from_secs(10);
 /// Fewer keys a second are no flow that a sweep could harm.
-pub const LEAST_FLOW: f64 = 100.0;
+const LEAST_FLOW: f64 = 100.0;
 /// Server time for a key in microseconds, at most: what a rest multiplies.
 const SLOW_KEY_US: f64 = 2.5;
 /// How long the flow is watched before a sweep that would be slow.
@@ -41,7 +41,7 @@ const WINDOW: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Keys a second that a sweep reads at most with these limits, where they make it slow.
-pub fn fastest(tuning: &Tuning) -> Option<f64> {
+fn fastest(tuning: &Tuning) -> Option<f64> {
     let ceiling = tuning.max_keys_per_sec.map(f64::from);
     let rested = (tuning.intensity < 1.0).then_some(tuning.intensity * 1e6 / SLOW_KEY_US);
     match (ceiling, rested) {

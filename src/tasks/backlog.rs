@@ -29,7 +29,7 @@ pub(super) async fn nothing_to_gain(
 ) -> Option<String> {
     let mut all = Backlog { bytes: Some(0), ..Backlog::default() };
     for master in masters {
-        let facts = tokio::time::timeout(WITHIN, check::look(&master.addr, options)).await.ok()?.ok()?;
+        let facts = tokio::time::timeout(WITHIN, check::look(&master.addr, options, None)).await.ok()?.ok()?;
         let DbLook { size, expired, bytes } = verdict::judge(&facts, None, settings).swept;
         all.keys += expired?.keys;
         all.expires += size.expires;

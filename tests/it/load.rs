@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::proxy::{Mode, Proxy};
-use crate::support::run::{Run, Running, scan, state_file};
+use crate::support::run::{Run, Running, run, scan, state_file};
 use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe};
 
@@ -216,6 +216,13 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
     // Active expiry is busy from a tenth of stale keys on.
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 20_000).await;
     let slow = ["--max-keys-per-sec", "5000"];
+    let predicted = run(["check", &server.url(), "--json"].into_iter().chain(slow)).await;
+    let findings = predicted.json()["findings"].to_string();
+    assert_eq!(
+        (predicted.code == Some(1), findings.contains("too_slow")),
+        (slow_sweeps_harm(), slow_sweeps_harm()),
+        "{findings}"
+    );
     if !slow_sweeps_harm() {
         let running = Running::scan(&server.url(), &slow);
         probe("it sweeps", PATIENCE, async || running.stderr().contains("db0")).await;

@@ -66,7 +66,6 @@ fn everything_that_deserves_a_warning() {
         ("evicted_keys:0", "evicted_keys:77"),
         ("noeviction", "allkeys-lru"),
         ("maxmemory:0", "maxmemory:104857600"),
-        ("expired_keys:1000", "expired_keys:532800000"),
         ("redis_mode:standalone", "redis_mode:cluster\r\ncluster_enabled:1\r\nmaster_failover_state:waiting-for-sync"),
         (
             "role:master",
@@ -75,6 +74,7 @@ fn everything_that_deserves_a_warning() {
     ]);
     facts.expiry = Expiry { lazyfree: Some(false), effort: Some(1), hz: Some(10) };
     facts.rights.set(Right::Exists, Some(false));
+    facts.expire_per_sec = Some(2000.0);
     let mut settings = settings();
     settings.scan.dbs = vec![DbIndex(0), DbIndex(3), DbIndex(7)];
     settings.scan.tuning.max_keys_per_sec = Some(200);
