@@ -211,7 +211,9 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
     if let Some(failure) = &view.task.failure {
         output::note(&output::failure_text(failure));
     }
-    if view.task.state == TaskState::Interrupted
+    let unfinished = matches!(view.task.state, TaskState::Interrupted | TaskState::Failed);
+    if unfinished
+        && view.snapshot.passes().next().is_some()
         && let Some(path) = &settings.state
     {
         output::note(&format!("the checkpoint is kept; go on with --state {} --resume", path.display()));

@@ -112,7 +112,7 @@ words!(
 );
 
 impl TaskState {
-    /// Whether nothing can change it any more.
+    /// Whether nothing happens to it any more by itself.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -145,12 +145,22 @@ pub enum Command {
     Fail,
     /// A person ends it.
     Cancel,
+    /// A person has one that failed go on from its checkpoint.
+    Retry,
 }
 
 impl Command {
     /// Every command, for tables.
-    pub const ALL: &'static [Self] =
-        &[Self::Start, Self::Pause, Self::Resume, Self::Interrupt, Self::Succeed, Self::Fail, Self::Cancel];
+    pub const ALL: &'static [Self] = &[
+        Self::Start,
+        Self::Pause,
+        Self::Resume,
+        Self::Interrupt,
+        Self::Succeed,
+        Self::Fail,
+        Self::Cancel,
+        Self::Retry,
+    ];
 }
 
 /// A command that makes no sense in the task's present state.
@@ -178,6 +188,7 @@ pub fn transition(state: TaskState, command: Command) -> Result<TaskState, Illeg
         (S::Running, C::Succeed) => Ok(S::Succeeded),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Fail) => Ok(S::Failed),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Cancel) => Ok(S::Cancelled),
+        (S::Failed, C::Retry) => Ok(S::Interrupted),
         (state, command) => Err(IllegalTransition { state, command }),
     }
 }
@@ -242,9 +253,9 @@ mod tests {
     }
 
     #[test]
-    fn a_final_state_takes_no_command() {
+    fn a_final_state_takes_no_command_but_to_try_again_what_failed() {
         for &state in TaskState::ALL.iter().filter(|s| s.is_final()) {
-            for &command in Command::ALL {
+            for &command in Command::ALL.iter().filter(|c| (state, **c) != (TaskState::Failed, Command::Retry)) {
                 assert_eq!(transition(state, command), Err(IllegalTransition { state, command }));
             }
         }

@@ -245,15 +245,18 @@ impl TaskService {
         Ok(task)
     }
 
-    /// The newest task of an instance where that can go on: its process was killed or interrupted before it ended.
+    /// The newest task of an instance where that can go on: its process was killed or interrupted before it ended, its time was
+    /// over, or it failed.
     ///
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn resumable(&self, instance_id: &str) -> Result<Option<Task>, TaskError> {
         let Some(mut task) = self.store.latest(instance_id).await? else { return Ok(None) };
-        if task.state == TaskState::Running {
+        match task.state {
             // Whoever ran it wrote no end: the process was killed.
-            task.state = transition(task.state, Command::Interrupt)?;
+            TaskState::Running => task.state = transition(task.state, Command::Interrupt)?,
+            TaskState::Failed => task.state = transition(task.state, Command::Retry)?,
+            _ => {}
         }
         Ok((!task.state.is_final()).then_some(task))
     }
@@ -265,7 +268,7 @@ impl TaskService {
     pub async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
         task.state = transition(task.state, Command::Start)?;
         task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
-        task.failure = None;
+        (task.failure, task.finished_at) = (None, None);
         task.spent = Default::default();
         let (plan, snapshot) = self.plan(&task, &spec, self.store.shards(task.id).await?);
         self.store.update(&task).await?;

@@ -112,6 +112,25 @@ async fn resume_without_something_to_resume_is_a_usage_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_whose_time_was_over_goes_on_where_it_was() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(3_000, "d").await;
+    keys.live(3_000, "l").await;
+    let (_dir, state) = state_file();
+    let state = state.to_str().unwrap();
+    let slowly = ["--max-keys-per-sec", "2000", "--timeout", "1s", "--state", state];
+    let over = scan(&server.url(), &slowly).await.expect(4);
+    assert!((1..3_000).contains(&over.num()), "{}", over.num());
+    assert!(over.stderr.contains("--resume"), "{}", over.stderr);
+    let before = over.total("scanned");
+    let whole = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
+    assert_eq!((whole.num(), whole.json()["id"].clone()), (3_000, over.json()["id"].clone()), "the same task");
+    let again = whole.total("scanned") - 6_000.0;
+    assert!(again < before / 2.0, "{again} keys were looked at twice, of {before} before");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(10, "d").await;
