@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::listen::{self, Limits};
+use crate::api::listen::{self, Terms, TlsListenError};
 use crate::api::{AppState, router};
 use crate::metrics::Metrics;
 use crate::model::task::TaskState;
@@ -41,17 +41,10 @@ const OWN_FILES: u64 = 256;
 /// Where it cannot start; running, it fails no more.
 pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
     let connections = connections(&settings);
-    let limits = Limits { connections, header_within: settings.api.request_timeout };
-    let tls = match &settings.api.tls {
-        Some((cert, key)) => {
-            let acceptor = listen::tls(cert, key).map_err(|problems| {
-                let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
-                anyhow::anyhow!("TLS cannot be set up: {}", problems.join("; "))
-            });
-            Some(acceptor?)
-        }
-        None => None,
-    };
+    let terms = terms(&settings).map_err(|problems| {
+        let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+        anyhow::anyhow!("TLS cannot be set up: {}", problems.join("; "))
+    })?;
     let listener = TcpListener::bind(settings.api.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
     let address = listener.local_addr()?;
@@ -64,7 +57,8 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     remember(&store, &settings, &metrics).await?;
 
     let (settings, in_force) = watch::channel(Arc::new(settings));
-    let reload = Reloader { path, settings: Arc::new(settings), service: service.clone() };
+    let (terms, terms_in_force) = watch::channel(terms);
+    let reload = Reloader { path, settings: Arc::new(settings), terms: Arc::new(terms), service: service.clone() };
     let stop = CancellationToken::new();
     shutdown::obey_signals(stop.clone(), {
         let reload = reload.clone();
@@ -90,7 +84,7 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
         stopping: stop.clone(),
     });
     let stop_listening = CancellationToken::new();
-    let api = tokio::spawn(listen::serve(listener, tls, router(app), limits, stop_listening.clone()));
+    let api = tokio::spawn(listen::serve(listener, terms_in_force, router(app), connections, stop_listening.clone()));
     tracing::info!(%address, "ready");
     ready(address);
 
@@ -151,30 +145,38 @@ fn connections(settings: &ServeSettings) -> usize {
     wanted.min(allowed)
 }
 
+/// How clients are met, with the certificate as it is now.
+fn terms(settings: &ServeSettings) -> Result<Terms, Vec<TlsListenError>> {
+    let tls = settings.api.tls.as_ref().map(|(cert, key)| listen::tls(cert, key)).transpose()?;
+    Ok(Terms { tls, header_within: settings.api.request_timeout })
+}
+
 /// Takes changed settings in.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct Reloader {
     path: PathBuf,
     settings: Arc<watch::Sender<Arc<ServeSettings>>>,
+    terms: Arc<watch::Sender<Terms>>,
     service: TaskService,
 }
 
 impl Reloader {
     /// Puts the file's settings in force. Running tasks go on with the settings that they began with.
     fn reload(&self) -> Result<(), Vec<Problem>> {
-        let changed = load(&self.path).and_then(|mut new| {
+        let changed = load(&self.path).and_then(|new| {
             let old = self.settings.borrow().clone();
             let problems = needs_restart(&old, &new);
             if !problems.is_empty() {
                 return Err(problems);
             }
-            // Certificates are read at the start; their paths may stay.
-            new.api.tls = old.api.tls.clone();
-            Ok(new)
+            let problem = |error: &TlsListenError| Problem { origin: None, message: error.to_string() };
+            let terms = terms(&new).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
+            Ok((new, terms))
         });
         match changed {
-            Ok(new) => {
+            Ok((new, terms)) => {
                 tracing::info!(instances = new.instances.len(), "settings read again");
+                self.terms.send_replace(terms);
                 self.service.set_places(new.at_once);
                 self.settings.send_replace(Arc::new(new));
                 Ok(())
@@ -193,7 +195,7 @@ impl Reloader {
 fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
     let fixed = [
         ("[api] listen", old.api.listen != new.api.listen),
-        ("[api] tls-cert and tls-key", old.api.tls != new.api.tls),
+        ("[api] TLS", old.api.tls.is_some() != new.api.tls.is_some()),
         ("[api] max-connections", old.api.max_connections != new.api.max_connections),
         ("[store] path", old.store.path != new.store.path),
     ];

@@ -112,7 +112,11 @@ impl Default for Metrics {
             active: register!("active", "Time in which batches held a master", Unit::Seconds, Family::default()),
             rested: register!("rested", "Time rested for intensity and ceiling", Unit::Seconds, Family::default()),
             held: register!("held", "Time that sweeps were held, by reason", Unit::Seconds, Family::default()),
-            holding: register!("holding", "Shards that are held now, by reason", Family::default()),
+            holding: register!(
+                "holding",
+                "Shards that are held now and tasks that wait to begin, by reason",
+                Family::default()
+            ),
             fraction: register!(
                 "sweep_progress",
                 "Share of the sweep under way that is done",
@@ -222,7 +226,8 @@ impl Metrics {
             self.0.held.get_or_create(&self.hold_labels(instance, *reason)).inc_by(since.as_secs_f64());
         }
         for &reason in Reason::ALL {
-            let shards = snapshot.shards.values().filter(|shard| shard.hold == Some(reason)).count();
+            let shards = snapshot.shards.values().filter(|shard| shard.hold == Some(reason)).count()
+                + usize::from(snapshot.waits == Some(reason));
             let labels = self.hold_labels(instance, reason);
             // A series appears with the first hold of its kind and stays, so that it can fall back to 0.
             let known = self.0.holding.get(&labels).is_some();

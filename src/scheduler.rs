@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::schedule::{AutoScan, Decision, Moment, Skip, decide, until};
+use crate::model::schedule::{AutoScan, Decision, GRACE, Moment, Skip, decide, until};
 use crate::model::task::Cause;
 use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::tasks::{TaskError, TaskService, TaskSpec};
@@ -39,18 +39,31 @@ impl Scheduler {
     pub async fn run(mut self, stop: CancellationToken) {
         // For which due time each busy instance is waited for.
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
+        // The schedules in force at the last look, once there was one.
+        let mut in_force: Option<BTreeMap<String, AutoScan>> = None;
         loop {
             let settings = self.settings.borrow_and_update().clone();
             waiting.retain(|id, _| settings.instance(id).is_some());
+            let (mut seen, mut all_seen) = (BTreeMap::new(), true);
             let mut sleep = LOOK_AGAIN;
             for instance in &settings.instances {
-                match self.look(instance, &mut waiting).await {
-                    Ok(next) => sleep = sleep.min(next),
+                let before = in_force.as_ref().map(|in_force| in_force.get(&instance.id));
+                match self.look(instance, before, &mut waiting).await {
+                    Ok((config, next)) => {
+                        seen.insert(instance.id.clone(), config);
+                        sleep = sleep.min(next);
+                    }
                     Err(error) => {
                         tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
+                        seen.extend(before.flatten().map(|config| (instance.id.clone(), config.clone())));
+                        all_seen = false;
                         sleep = sleep.min(LOOK_SOON);
                     }
                 }
+            }
+            // Whoever was not seen at the first look is no newcomer at the second.
+            if all_seen || in_force.is_some() {
+                in_force = Some(seen);
             }
             tokio::select! {
                 () = tokio::time::sleep(sleep) => {}
@@ -61,24 +74,51 @@ impl Scheduler {
         }
     }
 
-    /// Does what is to be done for one instance. Returns how long nothing will be.
+    /// Does what is to be done for one instance. `before`: its schedule at the last look, if there was a look; `Some(None)`: it
+    /// had none. Returns the schedule, and how long nothing will be to do.
     async fn look(
         &self,
         instance: &Arc<Instance>,
+        before: Option<Option<&AutoScan>>,
         waiting: &mut BTreeMap<String, Timestamp>,
-    ) -> Result<Duration, TaskError> {
+    ) -> Result<(AutoScan, Duration), TaskError> {
         let config = self.service.auto_scan(instance).await?;
         let now = Timestamp::now();
-        let store = self.service.store();
-        let Some(handled) = store.handled(&instance.id).await? else {
-            // Seen for the first time: due times before this moment were nobody's to keep.
-            store.set_handled(&instance.id, now).await?;
-            return Ok(Duration::ZERO);
+        let handled = self.service.store().handled(&instance.id).await?;
+        // What the API set says itself from when on it counts.
+        let other = |before: &AutoScan| {
+            config.updated_at.is_none() && (before.rhythm != config.rhythm || (config.enabled && !before.enabled))
         };
-        if !config.enabled {
-            waiting.remove(&instance.id);
-            return Ok(LOOK_AGAIN);
+        let began = before.is_some_and(|before| before.is_none_or(other));
+        let off = !config.enabled && handled.is_some_and(|handled| config.rhythm.latest_due(now) > Some(handled));
+        let ahead = handled.is_some_and(|handled| handled.duration_since(now) > GRACE);
+        if ahead {
+            tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
         }
+        if handled.is_none() || began || off || ahead {
+            // Due times before this moment were nobody's to keep.
+            self.service.store().reset_handled(&instance.id, now).await?;
+            return Ok((config, Duration::ZERO));
+        }
+        let next = match handled {
+            Some(handled) if config.enabled => self.act(instance, &config, handled, now, waiting).await?,
+            _ => {
+                waiting.remove(&instance.id);
+                LOOK_AGAIN
+            }
+        };
+        Ok((config, next))
+    }
+
+    /// Does what the schedule wants.
+    async fn act(
+        &self,
+        instance: &Arc<Instance>,
+        config: &AutoScan,
+        handled: Timestamp,
+        now: Timestamp,
+        waiting: &mut BTreeMap<String, Timestamp>,
+    ) -> Result<Duration, TaskError> {
         let moment = Moment {
             now,
             handled,
@@ -94,7 +134,7 @@ impl Scheduler {
             }
             Decision::Skip(due, why) => {
                 tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
-                store.set_handled(&instance.id, due).await?;
+                self.service.store().set_handled(&instance.id, due).await?;
                 let outcome = match why {
                     Skip::StillRunning => "still_running",
                     Skip::Missed => "missed",
@@ -103,7 +143,7 @@ impl Scheduler {
                 waiting.remove(&instance.id);
                 Ok(Duration::ZERO)
             }
-            Decision::Run(due) => match self.begin(instance, &config, due).await {
+            Decision::Run(due) => match self.begin(instance, config, due).await {
                 Ok(()) => {
                     waiting.remove(&instance.id);
                     Ok(Duration::ZERO)

@@ -16,7 +16,7 @@ use subtle::ConstantTimeEq;
 use crate::api::error::ApiError;
 use crate::api::signature::{SCHEME, Signed};
 use crate::api::{App, AppState};
-use crate::settings::serve::{ApiSettings, Grant, Role};
+use crate::settings::serve::{AccessKey, ApiSettings, Grant, Role};
 
 /// Longest body that any call here takes, in bytes.
 pub const MAX_BODY: usize = 64 << 10;
@@ -54,13 +54,18 @@ pub async fn require(State(app): State<App>, request: Request, next: Next) -> Re
 async fn admit(app: &AppState, request: Request) -> Result<Request, ApiError> {
     let settings = app.settings.borrow().clone();
     let (mut parts, body) = request.into_parts();
-    // A signature covers the body, so the body must be here before anybody may act on it.
+    // Nobody's body is read before there is a reason to: a buffer for each of thousands of strangers would be the end.
+    let known = known(&settings.api, &parts)?;
     let body = axum::body::to_bytes(body, MAX_BODY).await.map_err(|_| ApiError::too_large())?;
-    let grant = if settings.api.is_open() {
-        refuse_foreign_sites(&parts.headers)?;
-        open_grant()
-    } else {
-        grant_of(&settings.api, &parts, &body)?
+    let grant = match known {
+        Known::Granted(grant) => grant,
+        // A signature covers the body, so the body must be here before anybody may act on it.
+        Known::Signed(signed, key) => {
+            if !signed.verify(&parts, &body, key.secret.expose_secret(), Timestamp::now()) {
+                return Err(ApiError::invalid_token());
+            }
+            key.grant.clone()
+        }
     };
     let looks = matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
     if !looks && grant.role < Role::Operator {
@@ -70,22 +75,38 @@ async fn admit(app: &AppState, request: Request) -> Result<Request, ApiError> {
     Ok(Request::from_parts(parts, Body::from(body)))
 }
 
-fn open_grant() -> Grant {
-    Grant { name: "loopback".to_owned(), role: Role::Operator, projects: None }
+/// What the headers tell.
+enum Known<'a> {
+    /// Who it is.
+    Granted(Grant),
+    /// Who it is if the signature is right.
+    Signed(Signed, &'a AccessKey),
 }
 
-fn grant_of(settings: &ApiSettings, parts: &Parts, body: &[u8]) -> Result<Grant, ApiError> {
+fn known<'a>(settings: &'a ApiSettings, parts: &Parts) -> Result<Known<'a>, ApiError> {
+    if settings.is_open() {
+        refuse_foreign_sites(&parts.headers)?;
+        return Ok(Known::Granted(open_grant()));
+    }
     let text = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
     let authorization = text(header::AUTHORIZATION.as_str());
     let bearer = authorization.and_then(|value| value.strip_prefix("Bearer "));
     if let Some(token) = text("x-auth-token").or(bearer) {
-        return by_token(settings, token.trim());
+        return by_token(settings, token.trim()).map(Known::Granted);
     }
     match authorization {
-        Some(value) if value.starts_with(SCHEME) => by_signature(settings, value, parts, body),
+        Some(value) if value.starts_with(SCHEME) => {
+            let signed = Signed::parse(value).ok_or_else(ApiError::invalid_token)?;
+            let key = settings.keys.iter().find(|key| key.access == signed.access);
+            Ok(Known::Signed(signed, key.ok_or_else(ApiError::invalid_token)?))
+        }
         Some(_) => Err(ApiError::invalid_token()),
         None => Err(ApiError::no_token()),
     }
+}
+
+fn open_grant() -> Grant {
+    Grant { name: "loopback".to_owned(), role: Role::Operator, projects: None }
 }
 
 fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
@@ -99,16 +120,6 @@ fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
     match known.expires {
         Some(expires) if expires <= Timestamp::now() => Err(ApiError::token_expired()),
         _ => Ok(known.grant.clone()),
-    }
-}
-
-fn by_signature(settings: &ApiSettings, value: &str, parts: &Parts, body: &[u8]) -> Result<Grant, ApiError> {
-    let signed = Signed::parse(value).ok_or_else(ApiError::invalid_token)?;
-    let key = settings.keys.iter().find(|key| key.access == signed.access).ok_or_else(ApiError::invalid_token)?;
-    if signed.verify(parts, body, key.secret.expose_secret(), Timestamp::now()) {
-        Ok(key.grant.clone())
-    } else {
-        Err(ApiError::invalid_token())
     }
 }
 

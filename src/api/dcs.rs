@@ -330,7 +330,7 @@ pub async fn update_config(
         // Switched off: everything else stays for the day it is switched on again.
         None => AutoScan { enabled: false, updated_at: Some(now), ..app.service.auto_scan(&instance).await? },
     };
-    app.service.store().set_auto_scan(&instance.id, &config, now).await?;
+    app.service.store().set_auto_scan(&instance.id, Some(&config), now).await?;
     app.schedule_changed.notify_one();
     tracing::info!(instance = instance.id, caller = caller.0.name, enabled = config.enabled, "automatic scan changed");
     Ok(Json(AutoScanConfig::new(&instance, &config)))

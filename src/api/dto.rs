@@ -277,7 +277,7 @@ pub struct TtlDto {
 /// Why a shard stands still.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HoldDto {
-    /// Which shard.
+    /// Which shard; empty: the whole task, which has not begun.
     pub shard: String,
     /// The reason's word.
     pub reason: &'static str,

@@ -19,7 +19,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -28,27 +28,30 @@ use tower::ServiceExt;
 const MAX_HEADERS: usize = 16 << 10;
 /// After a failed accept: the process is out of file descriptors, and asking again at once would only spin.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// How long a client may leave an answer unread.
+#[cfg(target_os = "linux")]
+const UNREAD_FOR: Duration = Duration::from_secs(60);
 /// How long answers under way may take once the daemon stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Bounds on clients.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Connections at once.
-    pub connections: usize,
+/// How a new connection is met.
+#[derive(Clone)]
+pub struct Terms {
+    /// How to encrypt, if at all.
+    pub tls: Option<TlsAcceptor>,
     /// Time to make a TLS connection, and to send the header of a request.
     pub header_within: Duration,
 }
 
-/// Answers requests until `stop`, and then those that are under way.
+/// Answers requests until `stop`, and then those that are under way. At most so many `connections` at once.
 pub async fn serve(
     listener: TcpListener,
-    tls: Option<TlsAcceptor>,
+    terms: watch::Receiver<Terms>,
     router: Router,
-    limits: Limits,
+    connections: usize,
     stop: CancellationToken,
 ) {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let places = Arc::new(Semaphore::new(connections));
     let graceful = GracefulShutdown::new();
     loop {
         let accepted = async {
@@ -68,12 +71,14 @@ pub async fn serve(
                 continue;
             }
         };
-        let (router, tls, watcher, stop) = (router.clone(), tls.clone(), graceful.watcher(), stop.clone());
+        let (router, watcher, stop) = (router.clone(), graceful.watcher(), stop.clone());
+        let Terms { tls, header_within } = terms.borrow().clone();
+        bound_writing(&stream);
         tokio::spawn(async move {
             let ended = match tls {
-                None => converse(stream, router, limits, watcher).await,
-                Some(tls) => match secured(tls, stream, limits, &stop).await {
-                    Some(stream) => converse(stream, router, limits, watcher).await,
+                None => converse(stream, router, header_within, watcher).await,
+                Some(tls) => match secured(tls, stream, header_within, &stop).await {
+                    Some(stream) => converse(stream, router, header_within, watcher).await,
                     None => Ok(()),
                 },
             };
@@ -89,14 +94,22 @@ pub async fn serve(
     }
 }
 
+/// A client that takes no byte of its answer for [`UNREAD_FOR`] is cut by the kernel: it would keep its place for ever.
+fn bound_writing(stream: &TcpStream) {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(UNREAD_FOR)) {
+        tracing::debug!(%error, "a connection without a bound on writing");
+    }
+}
+
 async fn secured(
     tls: TlsAcceptor,
     stream: TcpStream,
-    limits: Limits,
+    header_within: Duration,
     stop: &CancellationToken,
 ) -> Option<tokio_rustls::server::TlsStream<TcpStream>> {
     tokio::select! {
-        secured = tokio::time::timeout(limits.header_within, tls.accept(stream)) => secured.ok()?.ok(),
+        secured = tokio::time::timeout(header_within, tls.accept(stream)) => secured.ok()?.ok(),
         () = stop.cancelled() => None,
     }
 }
@@ -104,7 +117,7 @@ async fn secured(
 async fn converse<S>(
     stream: S,
     router: Router,
-    limits: Limits,
+    header_within: Duration,
     watcher: hyper_util::server::graceful::Watcher,
 ) -> Result<(), hyper::Error>
 where
@@ -116,7 +129,7 @@ where
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_within)
+        .header_read_timeout(header_within)
         .max_buf_size(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     watcher.watch(connection).await

@@ -26,7 +26,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Router, body::Bytes};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
@@ -79,6 +79,7 @@ pub fn router(app: App) -> Router {
         )
         .route("/api/v1/instances", get(tasks::list_instances))
         .route("/api/v1/instances/{instance_id}", get(tasks::get_instance))
+        .route("/api/v1/instances/{instance_id}/auto-scan", delete(tasks::reset_auto_scan))
         .route("/api/v1/instances/{instance_id}/check", post(tasks::check_instance))
         .route("/api/v1/tasks", get(tasks::list_tasks).post(tasks::create_task))
         .route("/api/v1/tasks/{task_id}", get(tasks::get_task).patch(tasks::tune_task))

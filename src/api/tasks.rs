@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::extract::State;
+use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::sync::Arc;
 use utoipa::{IntoParams, ToSchema};
@@ -152,7 +153,12 @@ impl TaskView {
                 sentence: view.hold_text().unwrap_or_default(),
             })
         });
-        held.collect()
+        let waits = self.snapshot.waits.map(|reason| HoldDto {
+            shard: String::new(),
+            reason: reason.as_str(),
+            sentence: reason.sentence().to_owned(),
+        });
+        waits.into_iter().chain(held).collect()
     }
 }
 
@@ -430,6 +436,28 @@ pub async fn get_instance(
     At(id): At<String>,
 ) -> Result<Json<InstanceDto>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
+    Ok(Json(app.describe(&instance).await?))
+}
+
+/// Forgets the automatic scan that the API set: from now on the settings file's is in force again.
+#[utoipa::path(
+    delete, path = "/api/v1/instances/{instance_id}/auto-scan", tag = "instances", operation_id = "reset_auto_scan",
+    params(("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = InstanceDto), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn reset_auto_scan(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+) -> Result<Json<InstanceDto>, ApiError> {
+    let instance = app.instance_of(&caller, &id)?;
+    app.service.store().set_auto_scan(&instance.id, None, Timestamp::now()).await?;
+    app.schedule_changed.notify_one();
+    tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
     Ok(Json(app.describe(&instance).await?))
 }
 

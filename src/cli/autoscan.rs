@@ -57,6 +57,11 @@ enum AutoscanCommand {
         /// The instance
         instance: String,
     },
+    /// Forget what was set here: the one of the daemon's settings file is in force again
+    Reset {
+        /// The instance
+        instance: String,
+    },
 }
 
 /// Runs the command.
@@ -68,6 +73,7 @@ pub async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
     let answer = match &args.command {
         AutoscanCommand::Show { instance } => ask(&client, instance, None).await,
         AutoscanCommand::Off { instance } => ask(&client, instance, Some(json!({"enable_auto_scan": false}))).await,
+        AutoscanCommand::Reset { instance } => reset(&client, instance).await,
         AutoscanCommand::Set { instance, first_scan_at, interval, timeout, scan_keys_count } => {
             let body = json!({
                 "enable_auto_scan": true,
@@ -96,4 +102,9 @@ async fn ask(client: &Client, instance: &str, body: Option<Value>) -> Result<Val
         None => client.get(&path).await,
         Some(body) => client.send(Method::PUT, &path, Some(body)).await,
     }
+}
+
+async fn reset(client: &Client, instance: &str) -> Result<Value, ClientError> {
+    client.send(Method::DELETE, &format!("/api/v1/instances/{instance}/auto-scan"), None).await?;
+    ask(client, instance, None).await
 }

@@ -225,9 +225,9 @@ async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
 
 /// The daemon's view of a task as the bar shows it.
 fn rows(view: &Value) -> Rows {
-    let hold = |shard: &Value| {
+    let hold = |shard: &str| {
         let holds = view["holds"].as_array().into_iter().flatten();
-        let mut mine = holds.filter(|hold| hold["shard"] == shard["shard"]);
+        let mut mine = holds.filter(|hold| hold["shard"] == shard);
         mine.next().and_then(|hold| hold["sentence"].as_str()).map(str::to_owned)
     };
     let number = |pass: &Value, name: &str| pass.pointer(name).and_then(Value::as_u64).unwrap_or_default();
@@ -240,12 +240,14 @@ fn rows(view: &Value) -> Rows {
         slice_p50_us: number(pass, "/slice_us/p50"),
         intensity: pass["intensity"].as_f64().unwrap_or_default(),
     };
-    let shards = view["shards"].as_array().into_iter().flatten().map(|shard| ShardRow {
-        name: shard["shard"].as_str().unwrap_or_default().to_owned(),
-        hold: hold(shard),
-        passes: shard["dbs"].as_array().into_iter().flatten().map(pass).collect(),
+    let shards = view["shards"].as_array().into_iter().flatten().map(|shard| {
+        let name = shard["shard"].as_str().unwrap_or_default();
+        let passes = shard["dbs"].as_array().into_iter().flatten().map(pass).collect();
+        ShardRow { name: name.to_owned(), hold: hold(name), passes }
     });
-    Rows { shards: shards.collect() }
+    // A task that has not begun has no shards, and a reason.
+    let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), passes: Vec::new() });
+    Rows { shards: waits.into_iter().chain(shards).collect() }
 }
 
 fn show(answer: &Value, json: bool) -> anyhow::Result<()> {

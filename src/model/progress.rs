@@ -344,6 +344,8 @@ pub struct Snapshot {
     pub shards: BTreeMap<ShardId, ShardView>,
     /// When the sweep began.
     pub started_at: Option<Timestamp>,
+    /// Why it has not begun yet.
+    pub waits: Option<Reason>,
 }
 
 impl Snapshot {

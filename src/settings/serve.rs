@@ -252,8 +252,11 @@ impl<'a> Reader<'a> {
         let key = table.optional("tls-key", readable);
         let max_connections = table.read("max-connections", |text| whole(text, 1..=1_000_000));
         let request_timeout = table.read("request-timeout", positive_duration);
-        let tokens: Vec<_> = table.list("tokens").iter().filter_map(Self::token).collect();
-        let keys: Vec<_> = table.list("keys").iter().filter_map(Self::access_key).collect();
+        let (tokens, keys) = (table.list("tokens"), table.list("keys"));
+        // Whoever is wrongly written is somebody all the same.
+        let nobody = tokens.is_empty() && keys.is_empty();
+        let tokens: Vec<_> = tokens.iter().filter_map(Self::token).collect();
+        let keys: Vec<_> = keys.iter().filter_map(Self::access_key).collect();
         table.no_more();
         let tls = match (cert, key) {
             (Some(cert), Some(key)) => Some((cert, key)),
@@ -273,7 +276,6 @@ impl<'a> Reader<'a> {
             tokens,
             keys,
         };
-        let nobody = !table.has("tokens") && !table.has("keys");
         if nobody && !api.listen.ip().is_loopback() {
             let message = format!(
                 "listen: {} can be reached by others, and no credentials are configured: add [[api.tokens]] or \
@@ -537,8 +539,10 @@ mod tests {
         let settings = parse("").unwrap();
         assert!(settings.api.listen.ip().is_loopback() && settings.api.is_open());
         assert_eq!((settings.auto_scan.count, settings.auto_scan.timeout_s), (50, 2880 * 60));
-        let problems = parse("[api]\nlisten = \"0.0.0.0:80\"\n").unwrap_err();
-        assert!(problems[0].to_string().starts_with("s.toml:2: listen: 0.0.0.0:80 can be reached by others"));
+        for nobody in ["", "tokens = []\n", "tokens = []\nkeys = []\n"] {
+            let problems = parse(&format!("[api]\nlisten = \"0.0.0.0:80\"\n{nobody}")).unwrap_err();
+            assert!(problems[0].to_string().starts_with("s.toml:2: listen: 0.0.0.0:80 can be reached by others"));
+        }
     }
 
     #[test]

@@ -92,17 +92,21 @@ pub(super) async fn page(
 
 /// Removes ended tasks: those that ended before `before`, and the oldest beyond `keep`. Returns which.
 ///
-/// The newest ended task of each instance stays, whatever its age and number: it is the answer to "when did it run last,
-/// and how did that end", and a busy instance must not take it away from a quiet one.
+/// The newest ended task of each instance and the newest that succeeded stay, whatever their age and number: they are the answer
+/// to "when did it run last, and how did that end" and "when did it last succeed", and a busy instance must not take them away
+/// from a quiet one.
 pub(super) async fn prune(pool: &SqlitePool, before: Timestamp, keep: u32) -> Result<Vec<TaskId>, StoreError> {
     let rows = sqlx::query(
         "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks AS one WHERE finished_at IS NOT NULL AND (finished_at < ? \
          OR id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT -1 OFFSET ?)) \
          AND EXISTS (SELECT 1 FROM tasks AS newer WHERE newer.instance_id = one.instance_id AND newer.id > one.id \
-         AND newer.finished_at IS NOT NULL) ORDER BY id LIMIT ?) RETURNING id",
+         AND newer.finished_at IS NOT NULL) AND (state <> ? OR EXISTS (SELECT 1 FROM tasks AS newer \
+         WHERE newer.instance_id = one.instance_id AND newer.id > one.id AND newer.state = one.state)) \
+         ORDER BY id LIMIT ?) RETURNING id",
     )
     .bind(before.as_millisecond())
     .bind(signed(u64::from(keep)))
+    .bind(TaskState::Succeeded.as_str())
     .bind(PRUNE_AT_ONCE)
     .fetch_all(pool)
     .await?;

@@ -153,6 +153,14 @@ impl Store {
         schedules::set_handled(&self.pool, instance_id, handled).await
     }
 
+    /// Sets the mark of the due times that were dealt with, also back.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn reset_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
+        schedules::reset_handled(&self.pool, instance_id, handled).await
+    }
+
     /// The automatic scan that the API set for an instance.
     ///
     /// # Errors
@@ -161,16 +169,24 @@ impl Store {
         schedules::auto_scan(&self.pool, instance_id).await
     }
 
-    /// Sets the automatic scan of an instance. Due times before `now` are none of it.
+    /// Sets the automatic scan of an instance, or forgets it. Due times before `now` are none of it.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn set_auto_scan(&self, instance_id: &str, config: &AutoScan, now: Timestamp) -> Result<(), StoreError> {
+    pub async fn set_auto_scan(
+        &self,
+        instance_id: &str,
+        config: Option<&AutoScan>,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
         let mut conn = self.pool.acquire().await?;
         let written = async {
             let mut tx = conn.begin().await?;
-            schedules::set_auto_scan(&mut *tx, instance_id, config).await?;
-            schedules::set_handled(&mut *tx, instance_id, now).await?;
+            match config {
+                Some(config) => schedules::set_auto_scan(&mut *tx, instance_id, config).await?,
+                None => schedules::forget_auto_scan(&mut *tx, instance_id).await?,
+            }
+            schedules::reset_handled(&mut *tx, instance_id, now).await?;
             tx.commit().await?;
             Ok(())
         };

@@ -82,7 +82,7 @@ pub(super) async fn handled(
     query.fetch_optional(executor).await?.map(|row| time(row.try_get("handled")?)).transpose()
 }
 
-/// Moves the mark forward; it never goes back.
+/// Moves the mark forward; it does not go back.
 pub(super) async fn set_handled(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
@@ -93,8 +93,36 @@ pub(super) async fn set_handled(
          ON CONFLICT (instance_id) DO UPDATE SET handled = MAX(handled, excluded.handled)",
     )
     .bind(instance_id)
-    .bind(handled.as_millisecond())
+    .bind(mark_of(handled))
     .execute(executor)
     .await?;
     Ok(())
+}
+
+/// Sets the mark, wherever it was.
+pub(super) async fn reset_handled(
+    executor: impl SqliteExecutor<'_>,
+    instance_id: &str,
+    handled: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO dues (instance_id, handled) VALUES (?, ?) \
+         ON CONFLICT (instance_id) DO UPDATE SET handled = excluded.handled",
+    )
+    .bind(instance_id)
+    .bind(mark_of(handled))
+    .execute(executor)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn forget_auto_scan(executor: impl SqliteExecutor<'_>, instance_id: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM auto_scans WHERE instance_id = ?").bind(instance_id).execute(executor).await?;
+    Ok(())
+}
+
+/// The mark in whole milliseconds, and never before the time itself: a due time that seems to lie after its own mark would be due
+/// again and again.
+fn mark_of(handled: Timestamp) -> i64 {
+    handled.as_millisecond() + i64::from(handled.subsec_nanosecond() % 1_000_000 > 0)
 }

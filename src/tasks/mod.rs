@@ -331,12 +331,13 @@ impl Job {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
                 Ok(()) => {
                     self.recorder.begin().await;
-                    match self.nothing_to_gain(min_backlog).await {
-                        Some(note) => {
+                    match self.recorder.obeying(nothing_to_gain(&self.plan, min_backlog)).await {
+                        Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
+                        Ok(Some(note)) => {
                             self.recorder.task.note = Some(note);
                             self.recorder.finish(Outcome::Complete, Some(closing)).await;
                         }
-                        None => self.sweep(Some(closing)).await,
+                        Ok(None) => self.sweep(Some(closing)).await,
                     }
                 }
             }
@@ -370,14 +371,13 @@ impl Job {
         });
         self.recorder.finish(outcome, persist).await;
     }
+}
 
-    /// Why a due scan is not worth beginning, if it is not.
-    async fn nothing_to_gain(&self, min_backlog: Option<MinBacklog>) -> Option<String> {
-        let least = min_backlog?;
-        let topology = &self.plan.topology;
-        let masters = topology.view(None).await.ok()?.masters;
-        backlog::nothing_to_gain(&masters, topology.options(), &self.plan.settings, least).await
-    }
+/// Why a due scan is not worth beginning, if it is not.
+async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<MinBacklog>) -> Option<String> {
+    let least = min_backlog?;
+    let masters = plan.topology.view(None).await.ok()?.masters;
+    backlog::nothing_to_gain(&masters, plan.topology.options(), &plan.settings, least).await
 }
 
 /// A task as it is first recorded.

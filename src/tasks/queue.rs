@@ -65,11 +65,18 @@ impl Queue {
 }
 
 impl TaskService {
-    /// Records a task and queues it. `due`: the due time that caused it, dealt with in the same write.
+    /// Records a task and queues it, also where the caller goes away meanwhile: what is on record is on hand. `due`: the due
+    /// time that caused it, dealt with in the same write.
     ///
     /// # Errors
     /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
     pub async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
+        let service = self.clone();
+        let submitted = self.queue.tracker.spawn(async move { service.record_and_queue(spec, due).await });
+        submitted.await.unwrap_or(Err(TaskError::Closing))
+    }
+
+    async fn record_and_queue(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
         let _one_at_a_time = self.queue.submitting.lock().await;
         if self.queue.closing.is_cancelled() {
             return Err(TaskError::Closing);
@@ -215,7 +222,7 @@ impl TaskService {
         let stored = self.store.shards(task.id).await?;
         let view = |passes| ShardView { passes, ..ShardView::default() };
         let shards = stored.into_iter().map(|(id, shard)| (id, view(shard.passes))).collect::<BTreeMap<ShardId, _>>();
-        let snapshot = Snapshot { started_at: task.started_at, shards };
+        let snapshot = Snapshot { started_at: task.started_at, shards, waits: None };
         Ok(TaskView { task, snapshot })
     }
 
@@ -288,5 +295,7 @@ fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
     })?;
     let window: Option<Window> = instance.window.clone().filter(|_| task.respect_window);
     let spec = TaskSpec::of(instance, &settings, task.cause).map_err(|error| error.to_string())?;
-    Ok(TaskSpec { window, ..spec })
+    // What had not begun is still weighed.
+    let weighed = task.cause == Cause::Schedule && task.started_at.is_none();
+    Ok(TaskSpec { window, min_backlog: instance.min_backlog.filter(|_| weighed), ..spec })
 }

@@ -105,11 +105,33 @@ impl Recorder {
             if let Some(reason) = now.stop {
                 return Err(reason);
             }
+            if self.snapshot.waits != now.hold {
+                self.snapshot.waits = now.hold;
+                self.metrics.progressed(&self.task.instance_id, &self.totals, &self.totals, &self.snapshot);
+                self.publish();
+            }
             if now.hold.is_none() {
                 return Ok(());
             }
             tokio::select! {
-                changed = orders.changed() => if changed.is_err() { return Err(StopReason::Interrupted) },
+                // The control is ours: it cannot go away before us.
+                _ = orders.changed() => {}
+                Some(asked) = self.inbox.recv() => self.answer(asked).await,
+            }
+        }
+    }
+
+    /// Does something that takes its time, and takes orders in meanwhile. Ends early where the task is told to stop.
+    pub(super) async fn obeying<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
+        let mut orders = self.control.orders();
+        let mut work = std::pin::pin!(work);
+        loop {
+            if let Some(reason) = orders.borrow_and_update().stop {
+                return Err(reason);
+            }
+            tokio::select! {
+                done = &mut work => return Ok(done),
+                _ = orders.changed() => {}
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
             }
         }

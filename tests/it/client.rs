@@ -8,6 +8,7 @@ use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Run, run};
 use crate::support::server::Server;
+use crate::support::{PATIENCE, probe};
 
 async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
     run(args.iter().copied().chain(["--server", daemon.url()])).await
@@ -136,4 +137,17 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
     assert!(stranger.stderr.contains("cannot reach the daemon"), "{}", stranger.stderr);
     let plain = daemon.url().replace("https", "http");
     run(["instance", "list", "--server", &plain]).await.expect(3);
+    // A renewed certificate, of another authority so that the difference shows, is in force after a reload.
+    let other = Authority::new();
+    let renewed = other.issue("renewed", &["127.0.0.1"], Validity::Now);
+    std::fs::copy(&renewed.cert, &identity.cert).expect("the file is replaced");
+    std::fs::copy(&renewed.key, &identity.key).expect("the file is replaced");
+    daemon.signal("HUP");
+    let new_ca = other.cacert();
+    let new_ca = new_ca.to_str().expect("a path");
+    probe("the new certificate is shown", PATIENCE, async || {
+        ask(&daemon, &["instance", "list", "--ca-file", new_ca]).await.code == Some(0)
+    })
+    .await;
+    ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(3);
 }

@@ -166,3 +166,18 @@ fn limit_files(daemon: &Daemon, bytes: u64) {
     let set = std::process::Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), &limit]).status();
     assert!(set.expect("prlimit runs").success());
 }
+
+#[tokio::test]
+async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_nobody_runs() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(100, "dead:").await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let mut lock = lock_the_store(&daemon).await;
+    let scan = daemon.request(reqwest::Method::POST, &Daemon::path("cache", "scan-expire-keys-task"));
+    let gone = scan.timeout(Duration::from_millis(500)).send().await;
+    assert!(gone.is_err_and(|error| error.is_timeout()), "the record cannot be written yet");
+    sqlx::query("ROLLBACK").execute(&mut lock).await.expect("the lock ends");
+    let history = async || daemon.history("cache").await;
+    probe("it was recorded and it runs", PATIENCE, async || history().await["records"][0]["status"] == "success").await;
+    assert_eq!((&history().await["count"], &history().await["total"]), (&json!(1), &json!(100)));
+}

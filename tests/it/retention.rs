@@ -101,3 +101,26 @@ async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the
     let done = daemon.until(&paused, "succeeded").await;
     assert_eq!(done["reclaimed"], 40, "what had not ended has lost nothing");
 }
+
+#[tokio::test]
+async fn the_last_success_of_an_instance_stays_behind_newer_failures() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(20, "live:").await;
+    let instances = instance("cache", &server.url(), "");
+    let mut daemon = Daemon::start(&instances).await;
+    let mut ended = Vec::new();
+    for _ in 0..3 {
+        let id = daemon.scan("cache").await;
+        daemon.until(&id, "succeeded").await;
+        ended.insert(0, id);
+    }
+    daemon.kill9();
+    let mut conn = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(daemon.store())).await.unwrap();
+    let failed = "UPDATE tasks SET state = 'failed' WHERE id = ?";
+    sqlx::query(failed).bind(&ended[0]).execute(&mut conn).await.expect("it is written");
+    drop(conn);
+    daemon.restart().await;
+    keep(&daemon, &instances, "keep-tasks = 1\n").await;
+    probe("the others go", PATIENCE, async || listed(&daemon).await.len() <= 2).await;
+    assert_eq!(listed(&daemon).await, ended[..2]);
+}

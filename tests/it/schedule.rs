@@ -254,3 +254,74 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
     }
     assert!(daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].is_string());
 }
+
+/// An instance `cache` as the settings want it, and one `other` that is due each second: once that has run twice, the schedule
+/// of the first was looked at.
+async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
+    let each_second = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
+    let [one, other] = servers.each_ref().map(Server::url);
+    daemon.write_settings(&[instance("cache", &one, cache), instance("other", &other, each_second)].concat());
+    daemon.post("/api/v1/reload").await.ok();
+    let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
+    let before = count().await;
+    probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
+}
+
+#[tokio::test]
+async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_before() {
+    let servers = [Server::start().await, Server::start().await];
+    let rhythm = |enabled: bool, first: Timestamp| {
+        format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
+    };
+    let first = Timestamp::now() + SignedDuration::from_secs(2);
+    let daemon = Daemon::start(&instance("cache", &servers[0].url(), &rhythm(false, first))).await;
+    // A due time passes while it is switched off.
+    looked_at_after(&daemon, &servers, &rhythm(false, first)).await;
+    probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
+    looked_at_after(&daemon, &servers, &rhythm(true, first)).await;
+    assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
+    // A rhythm that would have been due a second ago.
+    let earlier = Timestamp::now() - SignedDuration::from_secs(1);
+    looked_at_after(&daemon, &servers, &rhythm(true, earlier)).await;
+    assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");
+    let soon = soon();
+    looked_at_after(&daemon, &servers, &rhythm(true, soon)).await;
+    probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
+    looked_at_after(&daemon, &servers, &rhythm(true, soon)).await;
+    assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
+}
+
+#[tokio::test]
+async fn a_clock_that_was_once_ahead_stops_no_schedule() {
+    let server = Server::start().await;
+    let each_second = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), each_second)).await;
+    let count = async |daemon: &Daemon| daemon.history("cache").await["count"].as_u64().expect("a number");
+    probe("it runs", PATIENCE, async || count(&daemon).await >= 1).await;
+    daemon.kill9();
+    let mut conn = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(daemon.store())).await.unwrap();
+    let year = "UPDATE dues SET handled = handled + 31536000000";
+    sqlx::query(year).execute(&mut conn).await.expect("it is written");
+    drop(conn);
+    let before = {
+        daemon.restart().await;
+        count(&daemon).await
+    };
+    probe("it goes on", PATIENCE, async || count(&daemon).await > before).await;
+    assert!(daemon.log().contains("the clock was set back"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn a_schedule_of_the_file_comes_back_once_what_the_api_set_is_forgotten() {
+    let server = Server::start().await;
+    let cron = "[instances.auto-scan]\nenabled = true\ncron = \"0 0 3 1 1 *\"\n";
+    let daemon = Daemon::start(&instance("cache", &server.url(), cron)).await;
+    let next = async || daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].clone();
+    let by_file = next().await;
+    assert!(by_file.is_string(), "{by_file}");
+    set(&daemon, &json!({"enable_auto_scan": false})).await;
+    assert_eq!(next().await, Value::Null);
+    let reset = daemon.request(reqwest::Method::DELETE, "/api/v1/instances/cache/auto-scan");
+    assert_eq!(daemon.send(reset).await.ok()["next_scan_at"], by_file);
+    assert_eq!(next().await, by_file);
+}

@@ -120,9 +120,15 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
     let respectful = daemon.create(json!({"instance_id": "cache", "respect_window": true})).await;
     let task = daemon.task(&respectful).await;
     assert_eq!((&task["state"], &task["respect_window"]), (&json!("waiting"), &json!(true)));
+    probe("it says why it waits", PATIENCE, async || hold(&daemon.task(&respectful).await) == "outside_window").await;
+    let figures =
+        async || daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.unwrap();
+    let held = "ttlsweep_holding{instance=\"cache\",reason=\"outside_window\"}";
+    assert!(figures().await.contains(&format!("{held} 1")));
     daemon.post(&format!("/api/v1/tasks/{respectful}/cancel")).await.ok();
     let urgent = daemon.scan("cache").await;
     assert_eq!(daemon.until(&urgent, "succeeded").await["reclaimed"], 100);
+    assert!(figures().await.contains(&format!("{held} 0")));
 }
 
 #[tokio::test]
@@ -384,4 +390,36 @@ async fn a_due_scan_with_nothing_to_gain_ends_at_once_and_says_so() {
     let note = list["tasks"][0]["note"].as_str().expect("a note");
     assert!(note.starts_with("nothing to gain: about 0 of 1000 keys"), "{note}");
     assert!(!server.info("commandstats").await.contains_key("cmdstat_scan"), "no SCAN was sent");
+}
+
+#[tokio::test]
+async fn a_due_scan_that_weighs_the_backlog_of_a_server_that_hangs_can_be_cancelled() {
+    let server = filled(100, 0).await;
+    let settings = "min-backlog = 1\n[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
+    let daemon = Daemon::start(&instance("cache", &server.url(), settings)).await;
+    server.sigstop();
+    let mut id = String::new();
+    probe("a due scan weighs the backlog", PATIENCE, async || {
+        let running = daemon.get("/api/v1/tasks?state=running").await.ok();
+        id = running["tasks"][0]["id"].as_str().unwrap_or_default().to_owned();
+        !id.is_empty()
+    })
+    .await;
+    let cancelled = daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await;
+    server.sigcont();
+    assert_eq!(cancelled.ok()["state"], "cancelled");
+}
+
+#[tokio::test]
+async fn a_stranger_is_answered_before_its_body_is_read() {
+    let hash = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+    let token = format!("[[api.tokens]]\nname = \"t\"\nrole = \"operator\"\nprojects = \"*\"\nsha256 = \"{hash}\"\n");
+    let daemon = Daemon::start(&format!("[api]\nlisten = \"127.0.0.1:0\"\n{token}")).await;
+    let mut stream = TcpStream::connect(daemon.authority()).await.expect("a connection");
+    let head = "POST /api/v1/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 60000\r\n\r\n{";
+    stream.write_all(head.as_bytes()).await.expect("it is taken");
+    let mut answer = [0; 64];
+    let read = tokio::time::timeout(PATIENCE, stream.read(&mut answer)).await.expect("an answer").expect("bytes");
+    let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 401"), "{answer}");
 }
