@@ -78,7 +78,7 @@ pub fn all() -> Vec<Contender> {
     let mut contenders = vec![
         (NOBODY, Sweep::Nobody),
         ("ttlsweep, default", ours(DEFAULT)),
-        ("ttlsweep, intensity 1", Sweep::Ours { args: INTENSITY_1, no_throttle }),
+        ("ttlsweep, intensity 1 (--no-throttle)", Sweep::Ours { args: INTENSITY_1, no_throttle }),
         ("cloud profile, COUNT 50", Sweep::Cloud(50)),
         ("cloud profile, COUNT 100", Sweep::Cloud(100)),
         (CLOUD, Sweep::Cloud(1000)),

@@ -111,6 +111,11 @@ impl Right {
         }
     }
 
+    /// The command as an ACL rule names it.
+    pub fn rule(self) -> String {
+        format!("+{}", self.as_str().to_lowercase().replace(' ', "|"))
+    }
+
     /// Whether a sweep with these settings cannot do without.
     pub fn is_needed(self, settings: &ScanSettings) -> bool {
         match self {
@@ -190,6 +195,8 @@ pub struct Facts {
     pub replication_id: Option<String>,
     /// What it is busy with.
     pub busy: Busy,
+    /// The ACL user, where the server tells.
+    pub user: Option<String>,
     /// What this user may run.
     pub rights: Rights,
     /// The smallest PING round trip.
@@ -233,6 +240,7 @@ impl Facts {
                 failover: info.get("master_failover_state").is_some_and(|state| state != "no-failover"),
                 writes_paused: info.get("paused_actions").is_some_and(|actions| actions != "none"),
             },
+            user: None,
             rights,
             round_trip,
         }

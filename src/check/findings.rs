@@ -40,7 +40,12 @@ pub enum Finding {
     /// Older than [`OLDEST`].
     TooOld((u32, u32)),
     /// Commands that a sweep needs and this user may not run.
-    MissingRights(Vec<Right>),
+    MissingRights {
+        /// The commands.
+        rights: Vec<Right>,
+        /// The user, where the server tells.
+        user: Option<String>,
+    },
     /// The replica could not be used for the count.
     NotCounted(String),
     /// It loads its data.
@@ -81,8 +86,8 @@ pub enum Finding {
     },
     /// DBs that were named and hold no key with a TTL.
     NothingIn(Vec<DbIndex>),
-    /// `touch` is `auto` and EXISTS is not allowed.
-    NoAudit,
+    /// `touch` is `auto` and EXISTS is not allowed to this user, where the server tells who it is.
+    NoAudit(Option<String>),
     /// The backlog is an estimate that may be far too low.
     EstimateMayBeLow,
     /// Active expiry works at low effort.
@@ -126,7 +131,7 @@ impl Finding {
             Self::Sentinel => "sentinel",
             Self::NoRedis => "no_redis",
             Self::TooOld(_) => "too_old",
-            Self::MissingRights(_) => "missing_rights",
+            Self::MissingRights { .. } => "missing_rights",
             Self::NotCounted(_) => "not_counted",
             Self::Loading => "loading",
             Self::Failover => "failover",
@@ -138,7 +143,7 @@ impl Finding {
             Self::TooSlow { .. } => "too_slow",
             Self::LongerThanTimeout { .. } => "longer_than_timeout",
             Self::NothingIn(_) => "nothing_in_db",
-            Self::NoAudit => "no_audit",
+            Self::NoAudit(_) => "no_audit",
             Self::EstimateMayBeLow => "estimate_may_be_low",
             Self::LowEffort { .. } => "low_effort",
         }
@@ -151,7 +156,7 @@ impl Finding {
             | Self::Sentinel
             | Self::NoRedis
             | Self::TooOld(_)
-            | Self::MissingRights(_)
+            | Self::MissingRights { .. }
             | Self::TooSlow { refused: true, .. } => Severity::Error,
             Self::NotCounted(_)
             | Self::Loading
@@ -163,7 +168,7 @@ impl Finding {
             | Self::Evicting { .. }
             | Self::TooSlow { .. }
             | Self::LongerThanTimeout { .. } => Severity::Warning,
-            Self::NothingIn(_) | Self::NoAudit | Self::EstimateMayBeLow | Self::LowEffort { .. } => Severity::Note,
+            Self::NothingIn(_) | Self::NoAudit(_) | Self::EstimateMayBeLow | Self::LowEffort { .. } => Severity::Note,
         }
     }
 
@@ -179,7 +184,7 @@ impl Finding {
             Self::TooOld((major, minor)) => {
                 format!("Redis {major}.{minor} cannot be swept; {}.{} is the oldest", OLDEST.0, OLDEST.1)
             }
-            Self::MissingRights(rights) => {
+            Self::MissingRights { rights, .. } => {
                 format!("this user may not run {}, which a sweep sends", list(rights.iter().map(|r| r.as_str())))
             }
             Self::NotCounted(why) => format!("the backlog was not counted: {why}"),
@@ -225,7 +230,7 @@ impl Finding {
                 let names = list(dbs.iter().map(ToString::to_string));
                 format!("{names} {} no key with a TTL: there is nothing to free", if dbs.len() == 1 { "holds" } else { "hold" })
             }
-            Self::NoAudit => {
+            Self::NoAudit(_) => {
                 "this user may not run EXISTS: `touch auto` cannot audit whether SCAN frees what it meets (Redis and \
                  Valkey do; some proxies and other engines do not)"
                     .to_owned()
@@ -259,12 +264,7 @@ impl Finding {
             Self::Sentinel => "give the URL of the master that it watches".to_owned(),
             Self::NoRedis => "check the port".to_owned(),
             Self::TooOld(_) => "upgrade the server".to_owned(),
-            Self::MissingRights(rights) => {
-                let (touch, sweep): (Vec<Right>, Vec<Right>) =
-                    rights.iter().partition(|right| matches!(right, Right::Exists | Right::Ttl));
-                let lines = [(!sweep.is_empty()).then_some(ACL_LINE), (!touch.is_empty()).then_some(ACL_TOUCH)];
-                format!("grant it: {}", lines.into_iter().flatten().collect::<Vec<_>>().join("; "))
-            }
+            Self::MissingRights { rights, user } => format!("grant it: {}", grant(user.as_deref(), rights)),
             Self::NotCounted(_) => "give --replica the URL of a replica of this very master that is in step".to_owned(),
             Self::Loading => "wait until it is done".to_owned(),
             Self::Failover => "wait for its end, then look at the new master".to_owned(),
@@ -274,7 +274,7 @@ impl Finding {
                 "CONFIG SET lazyfree-lazy-expire yes, at least for the time of the sweep".to_owned()
             }
             Self::ReplicaBehind(..) => {
-                "wait until it has caught up, or sweep with a lower --intensity and watch it".to_owned()
+                "wait until it has caught up; --max-replica-lag holds a sweep by itself".to_owned()
             }
             Self::Evicting { .. } => "sweep before the peak hours, and regularly".to_owned(),
             Self::TooSlow { harm, .. } => harm.hint.clone().unwrap_or_default(),
@@ -282,7 +282,10 @@ impl Finding {
                 "allow more with --timeout, or keep a checkpoint with --state and go on with --resume".to_owned()
             }
             Self::NothingIn(_) => "leave --db out to sweep each DB that holds keys with a TTL".to_owned(),
-            Self::NoAudit => format!("nothing on Redis and Valkey; otherwise grant it: {ACL_TOUCH}"),
+            Self::NoAudit(user) => format!(
+                "on Redis and Valkey nothing needs to be done; behind a proxy or on another engine grant it: {}",
+                grant(user.as_deref(), &[Right::Exists, Right::Ttl])
+            ),
             Self::EstimateMayBeLow => {
                 "count exactly on a replica, at no cost to this server: --replica redis://HOST:PORT".to_owned()
             }
@@ -298,6 +301,20 @@ impl Finding {
                     .to_owned()
             }
         }
+    }
+}
+
+/// The line that gives these rights to the user that we are, or makes a user of our own where the server does not tell.
+fn grant(user: Option<&str>, rights: &[Right]) -> String {
+    let touches = rights.iter().any(|right| matches!(right, Right::Exists | Right::Ttl));
+    match user {
+        Some(user) => {
+            let rules: Vec<_> =
+                touches.then(|| "~*".to_owned()).into_iter().chain(rights.iter().map(|r| r.rule())).collect();
+            format!("ACL SETUSER {user} {}", rules.join(" "))
+        }
+        None if touches => ACL_TOUCH.to_owned(),
+        None => ACL_LINE.to_owned(),
     }
 }
 

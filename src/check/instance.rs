@@ -121,7 +121,12 @@ fn overall(looks: &[ShardLook], settings: &Settings) -> String {
     let expired: Option<u64> = good.iter().map(|verdict| verdict.swept.expired.map(|expired| expired.keys)).sum();
     let _ = match expired {
         _ if good.is_empty() => write!(text, "nothing can be swept"),
-        Some(0) => write!(text, "no backlog to be seen on {} masters", good.len()),
+        Some(0) => write!(
+            text,
+            "the servers' own samples show no backlog on {} masters, and can be far too low; a sweep tells: ttlsweep scan {}",
+            good.len(),
+            settings.target
+        ),
         Some(expired) => write!(
             text,
             "about {} of {} keys with a TTL have expired on {} masters; a sweep frees them: ttlsweep scan {}",

@@ -43,7 +43,8 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
         Err(error) if error.is_no_permission() => (Info::default(), false),
         Err(error) => return Err(error),
     };
-    let mut rights = rights(&mut conn).await?;
+    let user = commands::whoami(&mut conn).await?;
+    let mut rights = rights(&mut conn, user.as_deref()).await?;
     rights.set(Right::Info, Some(may_info));
     let expiry = Expiry {
         lazyfree: commands::config(&mut conn, "lazyfree-lazy-expire").await?.map(|value| value == "yes"),
@@ -54,7 +55,7 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
         },
     };
     let round_trip = smallest_ping(&mut conn).await?;
-    let mut facts = Facts::new(addr, info, expiry, rights, round_trip);
+    let mut facts = Facts { user, ..Facts::new(addr, info, expiry, rights, round_trip) };
     if settings.is_some_and(|settings| facts.has_to_know_the_flow(settings)) {
         let before = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
         tokio::time::sleep(guard::WATCH_FOR).await;
@@ -67,19 +68,19 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
 
 /// What this connection's user may run: by DRYRUN (Redis 7.0), by the user's flags (Redis 6), else by running what is
 /// harmless. EXISTS and TTL are not: they free an expired key.
-async fn rights(conn: &mut Conn) -> Result<Rights, NodeError> {
+async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError> {
     let mut rights = Rights::default();
-    if let Some(user) = commands::whoami(conn).await? {
+    if let Some(user) = user {
         let mut told = false;
         for &right in Right::ALL {
-            let allowed = commands::dry_run(conn, &user, right.example()).await?;
+            let allowed = commands::dry_run(conn, user, right.example()).await?;
             rights.set(right, allowed);
             told |= allowed.is_some();
         }
         if told {
             return Ok(rights);
         }
-        if commands::may_do_everything(conn, &user).await? == Some(true) {
+        if commands::may_do_everything(conn, user).await? == Some(true) {
             Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
             return Ok(rights);
         }

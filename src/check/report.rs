@@ -198,8 +198,16 @@ pub fn sentence(facts: &Facts, verdict: &Verdict, settings: &Settings) -> String
     if facts.total().expires == 0 {
         return "no key has a TTL: there is nothing to sweep".to_owned();
     }
+    if expired.keys == 0 && expired.known == Known::Counted {
+        return "no expired key is in memory: a sweep would free nothing".to_owned();
+    }
     if expired.keys == 0 {
-        return "no backlog to be seen: a sweep would free little or nothing".to_owned();
+        return format!(
+            "the server's own sample shows no backlog, and can be far too low: count with --replica URL, or sweep, which takes \
+             {}: ttlsweep scan {}",
+            range(sweep),
+            settings.target
+        );
     }
     let about = if expired.known == Known::Estimated || expired.moved > 0 { "about " } else { "" };
     let hold = swept.bytes.map_or_else(String::new, |held| format!(" and hold about {}", bytes(held)));

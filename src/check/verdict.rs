@@ -148,7 +148,7 @@ fn blockers(facts: &Facts, settings: &ScanSettings, findings: &mut Vec<Finding>)
         .collect();
     // A sentinel knows no keyspace command at all; that it is one says enough.
     if !missing.is_empty() && facts.role != Role::Sentinel {
-        findings.push(Finding::MissingRights(missing));
+        findings.push(Finding::MissingRights { rights: missing, user: facts.user.clone() });
     }
 }
 
@@ -189,7 +189,7 @@ fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut V
         findings.push(Finding::NothingIn(empty));
     }
     if settings.touch == Touch::Auto && facts.rights.get(Right::Exists) == Access::Denied {
-        findings.push(Finding::NoAudit);
+        findings.push(Finding::NoAudit(facts.user.clone()));
     }
     if swept.expired.is_some_and(|expired| expired.known == Known::Estimated) && facts.role == Role::Master {
         findings.push(Finding::EstimateMayBeLow);

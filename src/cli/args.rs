@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args};
+use clap::{ArgMatches, Args, CommandFactory};
 
-use crate::cli::exit;
+use crate::cli::{Cli, exit};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
 
 /// Square brackets stand for themselves here, and not for links as in a doc comment.
@@ -200,11 +200,11 @@ pub fn scan_examples() -> String {
         "\
 Examples:
   ttlsweep scan                                         sweep the server on this machine
-  ttlsweep scan redis://cache:6379 --intensity 0.2      leave four fifths of its time to others
+  ttlsweep scan redis://cache:6379 --max-slice 30us     shorter batches: gentler, slower
   ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, a record for a script
   ttlsweep scan rediss://node1 --parallel 3             a cluster by TLS, three masters at a time
   ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that sentinels watch
-  ttlsweep scan --state sweep.db                        keep a checkpoint; after a kill: --state sweep.db --resume
+  ttlsweep scan --state sweep.db                        keep a checkpoint; to go on after a kill: --resume
 
 {}",
         exit::HELP
@@ -217,7 +217,7 @@ pub fn check_examples() -> String {
         "\
 Examples:
   ttlsweep check                                        look at the server on this machine
-  ttlsweep check redis://cache:6379 --intensity 0.2     how long would this sweep take?
+  ttlsweep check redis://cache --max-keys-per-sec 50000 how long would this sweep take, and would it be refused?
   ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly, on the replica
 
 {}",
@@ -230,6 +230,10 @@ Examples:
 /// # Errors
 /// Every problem of the settings file.
 pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec<Problem>> {
+    let misspelt = misspelt();
+    if !misspelt.is_empty() {
+        return Err(misspelt);
+    }
     let mut raw = Raw::defaults();
     if let Some(path) = config {
         raw.add_file(path)?;
@@ -249,4 +253,32 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
         raw.set("throttle", "false".to_owned(), Origin::Flag("--no-throttle".to_owned()));
     }
     Ok(raw)
+}
+
+/// What the names of our environment variables begin with.
+const PREFIX: &str = "TTLSWEEP_";
+/// From this likeness on, 0 to 1, a name was meant to be another one. Names that are like none are somebody else's: Kubernetes
+/// sets TTLSWEEP_PORT and the like for a service of our name.
+const LIKE: f64 = 0.75;
+
+/// Environment variables that are none of ours and were meant to be: a limit that is misspelt would not be there.
+fn misspelt() -> Vec<Problem> {
+    let mut known = vec!["TTLSWEEP_LOG".to_owned()];
+    variables_of(&Cli::command(), &mut known);
+    let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let ours = set.filter(|name| name.starts_with(PREFIX) && !known.contains(name));
+    let problems = ours.filter_map(|name| {
+        let likeness = |known: &&String| {
+            strsim::normalized_damerau_levenshtein(&name[PREFIX.len()..], known.strip_prefix(PREFIX).unwrap_or(known))
+        };
+        let meant = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+        let message = format!("no setting has this name; did you mean {meant}?");
+        (likeness(&meant) >= LIKE).then(|| Problem { origin: Some(Origin::Env(name.clone())), message })
+    });
+    problems.collect()
+}
+
+fn variables_of(command: &clap::Command, names: &mut Vec<String>) {
+    names.extend(command.get_arguments().filter_map(|a| Some(a.get_env()?.to_str()?.to_owned())));
+    command.get_subcommands().for_each(|inner| variables_of(inner, names));
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use clap::{ArgMatches, Args};
+use clap::{ArgMatches, Args, ValueEnum};
 use secrecy::SecretString;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
@@ -40,9 +40,10 @@ pub struct ScanArgs {
     #[arg(hide_possible_values = true, hide_env_values = true)]
     pub priority: Priority,
 
-    /// Go on from the checkpoint in --state
-    #[arg(long)]
-    pub resume: bool,
+    /// Go on from the checkpoint in --state; =auto: begin where there is none
+    #[arg(long, value_name = "WORD", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
+    #[arg(hide_possible_values = true)]
+    pub resume: Option<Resume>,
 
     /// Print one JSON object: the task record and a report
     #[arg(long)]
@@ -51,6 +52,15 @@ pub struct ScanArgs {
     /// Show no progress and no summary; errors only
     #[arg(long, short, conflicts_with = "json")]
     pub quiet: bool,
+}
+
+/// Whether a sweep goes on from a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Resume {
+    /// It does, and it is an error where there is none
+    Always,
+    /// Where there is one; else it begins
+    Auto,
 }
 
 /// How a view is shown at the end.
@@ -126,7 +136,7 @@ pub fn instance_id(target: &Target) -> String {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn sweep(settings: Settings, conn: ConnOptions, resume: bool, show: Show) -> anyhow::Result<Exit> {
+pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>, show: Show) -> anyhow::Result<Exit> {
     let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
         Err(failure) => {
@@ -147,15 +157,15 @@ pub async fn sweep(settings: Settings, conn: ConnOptions, resume: bool, show: Sh
     Ok(exit_of(&view))
 }
 
-async fn begin(settings: &Settings, conn: ConnOptions, resume: bool) -> Result<RunningTask, Failure> {
+async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -> Result<RunningTask, Failure> {
     let store_failure = |e: &dyn std::fmt::Display| Failure::new(FailureKind::Store, e.to_string());
     let store = match &settings.state {
-        Some(path) if resume && !path.exists() => {
+        Some(path) if resume == Some(Resume::Always) && !path.exists() => {
             let failure = Failure::new(FailureKind::NoSuchDb, format!("there is no state file {}", path.display()));
-            return Err(failure.hint("start without --resume; the file is made then"));
+            return Err(failure.hint("start without --resume, or with --resume=auto; the file is made then"));
         }
         Some(path) => Store::open(path).await,
-        None if resume => {
+        None if resume.is_some() => {
             let failure = Failure::new(FailureKind::NoSuchDb, "--resume needs the state file of the earlier sweep");
             return Err(failure.hint("name it with --state FILE"));
         }
@@ -163,14 +173,20 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: bool) -> Result<R
     };
     let service = TaskService::new(store.map_err(|e| store_failure(&e))?);
     let spec = TaskSpec::new(instance_id(&settings.target), settings, conn, Cause::Cli);
-    let task = if resume {
-        let found = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
-        found.ok_or_else(|| {
+    let unfinished = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
+    let task = match (unfinished, resume) {
+        (Some(task), Some(_)) => task,
+        (None, Some(Resume::Always)) => {
             let message = format!("the state file holds no unfinished sweep of {}", spec.target);
-            Failure::new(FailureKind::NoSuchDb, message).hint("start a new one without --resume")
-        })?
-    } else {
-        service.create(&spec).await.map_err(|e| store_failure(&e))?
+            let failure = Failure::new(FailureKind::NoSuchDb, message);
+            return Err(failure.hint("start a new one without --resume, or with --resume=auto"));
+        }
+        (unfinished, _) => {
+            if unfinished.is_some() {
+                output::note("note: the unfinished sweep in the state file is given up; --resume would go on with it");
+            }
+            service.create(&spec).await.map_err(|e| store_failure(&e))?
+        }
     };
     service.start(task, spec).await.map_err(|e| store_failure(&e))
 }

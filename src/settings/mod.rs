@@ -156,7 +156,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
         Ok(count) if COUNT_RANGE.contains(&count) => Ok(count),
         _ => Err(format!("`{text}` is not a COUNT between {} and {}", COUNT_RANGE.start(), COUNT_RANGE.end())),
     });
-    let max_slice = reader.read("max-slice", duration);
+    let max_slice = reader.read("max-slice", slice);
     let tuning = tuning(&mut reader);
     let allow_slow = reader.read("allow-slow", switch);
     let assist_expiry = reader.read("assist-expiry", |text| duration(text).map(|d| Some(d).filter(|d| !d.is_zero())));
@@ -385,6 +385,9 @@ impl Reader<'_> {
     }
 }
 
+/// Longer slices are a mistake, such as a wrong unit.
+const LONGEST_SLICE: Duration = Duration::from_millis(100);
+
 fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
     let mut dbs = Vec::new();
     for part in text.split([',', ' ']).filter(|p| !p.is_empty()) {
@@ -406,6 +409,20 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         Some(duration) => Ok(duration),
         None if text.parse::<f64>().is_ok() => Err(format!("`{text}` needs a unit, such as {text}s or {text}min")),
         None => Err(format!("`{text}` is not a duration such as 75us, 20ms, 30s, 90min or 6h")),
+    }
+}
+
+/// A duration that other clients may wait behind one batch.
+fn slice(text: &str) -> Result<Duration, String> {
+    if text.parse::<f64>().is_ok_and(|number| number > 0.0) {
+        return Err(format!("`{text}` needs a unit, such as {text}us"));
+    }
+    match duration(text)? {
+        long if long > LONGEST_SLICE => Err(format!(
+            "`{text}` is too long: all other clients wait for as long behind each batch; at most {}",
+            show_duration(LONGEST_SLICE)
+        )),
+        short => Ok(short),
     }
 }
 

@@ -557,7 +557,7 @@ mod tests {
         let settings = parse(include_str!("../../deploy/ttlsweep.toml")).unwrap();
         let cache = settings.instance("session-cache").unwrap();
         assert!(cache.auto_scan.enabled && cache.window.is_some());
-        assert_eq!(cache.settings.scan.tuning.intensity, 0.5);
+        assert_eq!(cache.settings.scan.max_slice, Duration::from_micros(30));
     }
 
     #[test]

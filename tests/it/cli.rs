@@ -40,6 +40,19 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
+    let server = Server::start().await;
+    let scan = |name: &str| ttlsweep().args(["scan", &server.url()]).env(name, "0.1").output().unwrap();
+    let misspelt = scan("TTLSWEEP_INTENSTIY");
+    assert_eq!(misspelt.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&misspelt.stderr).into_owned();
+    assert!(said.contains("TTLSWEEP_INTENSTIY") && said.contains("did you mean TTLSWEEP_INTENSITY?"), "{said}");
+    for other in ["TTLSWEEP_PORT_8080_TCP_ADDR", "TTLSWEEP_SERVICE_HOST", "TTLSWEEP_PORT"] {
+        assert_eq!(scan(other).status.code(), Some(0), "{other}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_server_there_is_said_with_the_next_step() {
     let port = crate::support::free_port();
     let run = scan(&format!("redis://127.0.0.1:{port}"), &[]).await.expect(3);

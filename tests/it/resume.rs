@@ -109,6 +109,10 @@ async fn resume_without_something_to_resume_is_a_usage_error() {
     assert!(no_file.stderr.contains("--state FILE"), "{}", no_file.stderr);
     let missing = scan(&server.url(), &["--resume", "--state", state]).await.expect(2);
     assert!(missing.stderr.contains("there is no state file"), "{}", missing.stderr);
+    // What a timer runs each night: it begins where there is nothing to go on with.
+    for _ in 0..2 {
+        scan(&server.url(), &["--resume=auto", "--state", state]).await.expect(0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,6 +132,9 @@ async fn a_sweep_whose_time_was_over_goes_on_where_it_was() {
     assert_eq!((whole.num(), whole.json()["id"].clone()), (3_000, over.json()["id"].clone()), "the same task");
     let again = whole.total("scanned") - 6_000.0;
     assert!(again < before / 2.0, "{again} keys were looked at twice, of {before} before");
+    scan(&server.url(), &[&slowly[..], &["--db", "0"]].concat()).await.expect(4);
+    let anew = scan(&server.url(), &["--state", state]).await.expect(0);
+    assert!(anew.stderr.contains("the unfinished sweep in the state file is given up"), "{}", anew.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]

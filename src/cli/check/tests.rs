@@ -131,6 +131,9 @@ fn a_touch_that_is_not_allowed_names_its_own_grant() {
     let text = shown(&facts, None, &settings);
     assert!(text.contains("error: this user may not run TTL"), "{text}");
     assert!(text.contains("grant it: ACL SETUSER ttlsweep ~* +exists +ttl"), "{text}");
+    facts.user = Some("ann".to_owned());
+    let text = shown(&facts, None, &settings);
+    assert!(text.contains("grant it: ACL SETUSER ann ~* +ttl"), "to whom we are, and what is missing: {text}");
 }
 
 #[test]
@@ -138,7 +141,7 @@ fn nothing_to_sweep_is_said() {
     let none = shown(&facts(&[("expires=900000", "expires=0")]), None, &settings());
     assert!(none.contains("verdict: no key has a TTL"), "{none}");
     let clean = shown(&facts(&[("8.20", "0.00")]), None, &settings());
-    assert!(clean.contains("verdict: no backlog to be seen"), "{clean}");
+    assert!(clean.contains("verdict: the server's own sample shows no backlog, and can be far too low"), "{clean}");
 }
 
 #[test]
