@@ -204,7 +204,7 @@ Examples:
   ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, a record for a script
   ttlsweep scan rediss://node1 --parallel 3             a cluster by TLS, three masters at a time
   ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that sentinels watch
-  ttlsweep scan --state sweep.db                        keep a checkpoint; to go on after a kill: --resume
+  ttlsweep scan --state sweep.db                        keep a checkpoint, for --resume
 
 {}",
         exit::HELP
