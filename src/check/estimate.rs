@@ -39,13 +39,18 @@ pub fn sweep_time(live: u64, stale: u64, settings: &ScanSettings, round_trip: Du
         let round_trip_s = round_trip.as_secs_f64();
         let (factor, wait_s) = match settings.touch {
             // The audit of `auto` is a few batches.
+            // Under a ceiling there is one walk.
+            Touch::Auto | Touch::None if settings.tuning.max_keys_per_sec.is_some() => (1.0, round_trip_s),
             Touch::Auto | Touch::None => (1.0, round_trip.saturating_sub(settings.max_slice).as_secs_f64() / 2.0),
             Touch::Exists => (1.5, 2.0 * round_trip_s),
             Touch::Ttl => (3.0, 2.0 * round_trip_s),
         };
         let scan_us = live as f64 * live_us + stale as f64 * reclaimed_us;
-        let count = settings.max_slice.as_secs_f64() * 1e6 / (scan_us / keys.max(1.0)).max(0.01);
-        let count = count.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end()));
+        let steered = settings.max_slice.as_secs_f64() * 1e6 / (scan_us / keys.max(1.0)).max(0.01);
+        let count = match settings.max_slice.is_zero() {
+            true => f64::from(settings.count),
+            false => steered.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end())),
+        };
         let waited_s = (keys / count).ceil() * wait_s;
         let paced_s = scan_us * factor / 1e6 / settings.tuning.intensity + waited_s;
         let ceiling_s = settings.tuning.max_keys_per_sec.map_or(0.0, |ceiling| keys / f64::from(ceiling));
@@ -105,6 +110,19 @@ mod tests {
         let near = sweep_time(10_000_000, 0, &touching, Duration::ZERO);
         let far = sweep_time(10_000_000, 0, &touching, Duration::from_micros(500));
         assert_eq!((far.most - near.most).as_secs(), 240);
+    }
+
+    #[test]
+    fn a_count_that_is_not_steered_is_taken_as_it_is() {
+        let mut fixed = defaults();
+        (fixed.count, fixed.max_slice) = (1000, Duration::ZERO);
+        let wait = |settings: &ScanSettings| {
+            let of = |round_trip| sweep_time(10_000_000, 0, settings, round_trip).most;
+            (of(Duration::from_micros(500)) - of(Duration::ZERO)).as_secs_f64()
+        };
+        assert!((wait(&fixed) - 2.5).abs() < 0.01, "{}", wait(&fixed));
+        fixed.tuning.max_keys_per_sec = Some(u32::MAX);
+        assert!((wait(&fixed) - 5.0).abs() < 0.01, "one walk under a ceiling: {}", wait(&fixed));
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub fn main() -> Exit {
     }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Command::Scan(scan) = &cli.command {
-        scan.priority.apply();
+        scan.priority.apply(scan.quiet);
         // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
     }

@@ -21,11 +21,14 @@ pub enum Priority {
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// It gets none where it waits this many times as long as it runs, and at least half of the time.
 const STARVED: u32 = 9;
+/// It gets it too late where a thread waits as long as this for its turn, on the mean.
+const LATE: Duration = Duration::from_millis(2);
 
 impl Priority {
     /// Gives this thread, and each that it starts from now on, the priority. Where that is not allowed, or there is no such
     /// thing, the sweep runs like any other program.
-    pub fn apply(self) {
+    /// `quiet`: nothing is to be said about what that means.
+    pub fn apply(self, quiet: bool) {
         #[cfg(target_os = "linux")]
         {
             use thread_priority::{
@@ -38,7 +41,7 @@ impl Priority {
                 Self::Normal => return,
             };
             // Before: what it starts keeps the priority that we have.
-            if self == Self::Idle {
+            if self == Self::Idle && !quiet {
                 let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(say_when_starved);
             }
             let policy = ThreadSchedulePolicy::Normal(policy);
@@ -55,27 +58,41 @@ fn say_when_starved() {
     loop {
         std::thread::sleep(LOOK_EVERY);
         let Some(now) = processor_time() else { return };
-        let (ran, waited) = (now.0.saturating_sub(last.0), now.1.saturating_sub(last.1));
+        let (ran, waited) = (now.ran.saturating_sub(last.ran), now.waited.saturating_sub(last.waited));
+        let turns = u32::try_from(now.turns.saturating_sub(last.turns)).unwrap_or(u32::MAX);
         last = now;
-        if waited > LOOK_EVERY / 2 && waited > ran * STARVED {
+        let none = waited > LOOK_EVERY / 2 && waited > ran * STARVED;
+        let late = waited > LOOK_EVERY / 10 && waited > LATE * turns;
+        if none || late {
             note(
-                "warning: this machine has no processor time to spare, so the sweep stands still most of the time, and what it \
-                 sees of the server's latency is its own waiting (--priority low gives it a little time)",
+                "warning: this machine has no processor time to spare, so the sweep stands still most of the time, or comes late \
+                 and takes its own waiting for the server's latency (--priority low gives it a little time)",
             );
             return;
         }
     }
 }
 
-/// How long the threads of this process have run, and how long they have waited for a processor.
+/// What the threads of this process have had.
 #[cfg(target_os = "linux")]
-fn processor_time() -> Option<(Duration, Duration)> {
-    let mut sum = (Duration::ZERO, Duration::ZERO);
+#[derive(Clone, Copy, Default)]
+struct Had {
+    ran: Duration,
+    /// For a processor.
+    waited: Duration,
+    turns: u64,
+}
+
+#[cfg(target_os = "linux")]
+fn processor_time() -> Option<Had> {
+    let mut sum = Had::default();
     for task in std::fs::read_dir("/proc/self/task").ok()? {
-        // A thread may end while we look. The file's numbers are nanoseconds run, nanoseconds waited, and times.
+        // A thread may end while we look. The file's numbers are nanoseconds run, nanoseconds waited, and turns.
         let Ok(text) = std::fs::read_to_string(task.ok()?.path().join("schedstat")) else { continue };
-        let mut numbers = text.split_whitespace().map(|number| number.parse().map(Duration::from_nanos));
-        sum = (sum.0 + numbers.next()?.ok()?, sum.1 + numbers.next()?.ok()?);
+        let mut numbers = text.split_whitespace().map(|number| number.parse::<u64>().ok());
+        sum.ran += Duration::from_nanos(numbers.next()??);
+        sum.waited += Duration::from_nanos(numbers.next()??);
+        sum.turns += numbers.next()??;
     }
     Some(sum)
 }

@@ -15,6 +15,7 @@ use crate::engine::observe::Observation;
 use crate::engine::pause::wait;
 use crate::engine::shard_scan::{End, ShardScan};
 use crate::engine::throttle::{self, Decision};
+use crate::model::failure::FailureKind;
 use crate::model::progress::ScanEventKind;
 use crate::node::commands;
 use crate::node::error::NodeError;
@@ -71,6 +72,8 @@ impl ShardScan {
             Ok(Err(why)) => format!("the server's own expiry was not helped: {why}"),
             Err(error) => {
                 self.recover(error, None).await?;
+                // The answer was lost, and perhaps not the order.
+                self.put_back_effort_quietly().await;
                 "the server's own expiry was not helped: the connection was lost".to_owned()
             }
         };
@@ -104,9 +107,10 @@ impl ShardScan {
     async fn watch_expiry(&mut self, at_most: Duration) -> Result<(Option<f64>, u64), End> {
         let begun = Instant::now();
         let first = self.before.expired_keys.unwrap_or(0);
+        let mut suspect = false;
         loop {
             wait(&mut self.orders, LOOK_EVERY).await?;
-            let info = self.info().await?;
+            let info = self.info(None).await?;
             let mut seen = Observation::from_info(&info);
             seen.latency = self.observer.latency();
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
@@ -129,8 +133,17 @@ impl ShardScan {
                     }
                     self.begin_hold(None, reason, detail).await;
                 }
+                // The sweep itself meets it next, and follows.
+                Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
+                    return Ok((seen.stale_share, freed));
+                }
+                Decision::Abort(failure) if failure.kind == FailureKind::LimitPassed && !suspect => {
+                    suspect = true;
+                    continue;
+                }
                 Decision::Abort(failure) => return Err(failure.into()),
             }
+            suspect = false;
         }
     }
 

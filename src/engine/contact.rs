@@ -26,7 +26,7 @@ use crate::model::shard::{RunId, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;
 use crate::node::commands;
-use crate::node::conn::Conn;
+use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::{Class, NodeError};
 use crate::node::info::{Info, OLDEST};
 use crate::node::topology::{Kind, Master};
@@ -109,21 +109,27 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
 /// How long attempts go on, and how they thin out.
 pub(super) struct Patience {
     limit: Duration,
+    /// An attempt takes no longer: what comes later is other trouble.
+    attempt: Duration,
     since: Instant,
+    last: Instant,
     backoff: Duration,
 }
 
 impl Patience {
-    fn new(limit: Duration) -> Self {
-        Self { limit, since: Instant::now(), backoff: BACKOFF.0 }
+    fn new(limit: Duration, options: &ConnOptions) -> Self {
+        let attempt = options.connect_timeout * 2 + options.response_timeout * 2;
+        Self { limit, attempt, since: Instant::now(), last: Instant::now(), backoff: BACKOFF.0 }
     }
 
     /// The next wait, or the failure once there were enough.
     fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
-        if matches!(reason, Reason::Loading | Reason::Busy) {
+        let other_trouble = self.last.elapsed() > self.backoff + self.attempt;
+        if other_trouble || matches!(reason, Reason::Loading | Reason::Busy) {
             // It answers: only the task's own time limits how long it may stay so.
             self.since = Instant::now();
         }
+        self.last = Instant::now();
         if self.since.elapsed() >= self.limit {
             let mut failure = error.into_failure();
             failure.message = format!("{} (tried again for {:?})", failure.message, self.limit);
@@ -220,7 +226,8 @@ impl ShardScan {
             }
             // From the first failure on: waiting in line for a seat is nobody's failure.
             let limit = job.settings.retry_for;
-            let pause = match patience.get_or_insert_with(|| Patience::new(limit)).next(reason, error) {
+            let options = job.roster.topology().options();
+            let pause = match patience.get_or_insert_with(|| Patience::new(limit, options)).next(reason, error) {
                 Ok(pause) => pause,
                 Err(failure) => break Err(failure.into()),
             };
@@ -242,7 +249,8 @@ impl ShardScan {
             let Some(reason) = reason_of(&error) else { return Err(error.into_failure().into()) };
             let detail = error.to_string();
             // Kept until a batch is answered: a server that lets us in and answers no batch is away as well.
-            let patience = self.patience.get_or_insert_with(|| Patience::new(self.job.settings.retry_for));
+            let (limit, options) = (self.job.settings.retry_for, self.job.roster.topology().options());
+            let patience = self.patience.get_or_insert_with(|| Patience::new(limit, options));
             let pause = patience.next(reason, error)?;
             self.begin_hold(pass.as_deref_mut(), reason, Some(detail)).await;
             wait(&mut self.orders, pause).await?;
@@ -304,12 +312,15 @@ impl ShardScan {
         self.second = Second::default();
         self.pacer.set_floor(floor);
         self.judges = may_judge(&info);
+        // What was seen of it before the connection was lost says nothing about it now.
+        self.seen = before.clone();
+        self.decided = false;
         self.end_hold(pass.as_deref_mut()).await;
         if master.addr != self.master.addr {
             let options = self.job.roster.topology().options().clone();
             self.observer = Observer::start(master.addr.clone(), options, before.clone());
         }
-        if before.run_id == self.run_id {
+        if before.run_id.is_some() && before.run_id == self.run_id {
             // Slots that came meanwhile were not there when the pass began: they are not covered by it.
             self.master.slots = self.master.slots.common(&master.slots);
             self.master.addr = master.addr;

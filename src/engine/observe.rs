@@ -187,7 +187,7 @@ impl Sampler {
             }
             self.round_trips.clear();
             if answered.elapsed() > BLIND_AFTER {
-                self.sender.send_modify(|seen| seen.blind = true);
+                self.sender.send_if_modified(|seen| !std::mem::replace(&mut seen.blind, true));
             }
             tokio::time::sleep(INFO_EVERY).await;
         }

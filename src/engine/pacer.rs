@@ -37,6 +37,13 @@ const REST_AT_LEAST: Duration = Duration::from_millis(2);
 /// The burst of the ceiling is a second's keys over this: 5 ms of them.
 const BURSTS_PER_SEC: u32 = 200;
 
+/// A wait counts for no more than so many usual ones where the mean of waits is compared with the server's own: a process that was
+/// not let run, or somebody's slow command, is neither SCAN's time nor the network's.
+const UNUSUAL: u32 = 4;
+
+/// The most rest that one batch can owe: a wait of seconds is seldom its work, and nobody is listened to while it rests.
+const REST_AT_MOST: Duration = Duration::from_secs(1);
+
 /// Longest slice that the histogram tells apart, in microseconds: ten minutes.
 const MAX_SLICE_US: u64 = 600_000_000;
 
@@ -89,6 +96,8 @@ pub struct Pacer {
     slices: Histogram<u64>,
     last_stat: Option<CommandStat>,
     since_stat: (u64, Duration),
+    /// About as many waits are longer as are shorter.
+    usual: Option<Duration>,
     server_us_per_scan: Option<f64>,
 }
 
@@ -110,6 +119,7 @@ impl Pacer {
             slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
             last_stat: None,
             since_stat: (0, Duration::ZERO),
+            usual: None,
             server_us_per_scan: None,
         }
     }
@@ -158,12 +168,14 @@ impl Pacer {
         };
         if keys > 0 {
             // A touch is no SCAN: `cmdstat_scan` does not know it.
+            let usual = self.usual.get_or_insert(slice);
             self.since_stat.0 += 1;
-            self.since_stat.1 += slice;
+            self.since_stat.1 += slice.min(*usual * UNUSUAL);
+            *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
         }
         let held = slice.mul_f64(self.correction);
         self.slices.saturating_record((held.as_micros() as u64).max(1));
-        let rest = held.div_f64(self.intensity).saturating_sub(held);
+        let rest = held.div_f64(self.intensity).saturating_sub(held).min(REST_AT_MOST);
         self.owed += rest.saturating_sub(self.ahead);
         self.ahead = self.ahead.saturating_sub(rest);
         if keys > 0 && !self.max_slice.is_zero() {
@@ -316,6 +328,33 @@ mod tests {
             pacer.worked(75, us * US, false);
         }
         assert_eq!(pacer.count(), 75);
+    }
+
+    #[test]
+    fn waits_that_were_not_the_servers_do_not_make_batches_long() {
+        let mut pacer = pacer(100, 1.0, None);
+        let (mut calls, mut usec) = (0, 0);
+        let mut counts = Vec::new();
+        for batch in 0..2_000_u64 {
+            // 0.75 us a key; one wait in twenty is that of a process that was not let run.
+            let held = u64::from(pacer.count()) * 3 / 4;
+            let late = if batch % 20 == 0 { 20_000 } else { 0 };
+            pacer.worked(u64::from(pacer.count()), (20 + held + late) as u32 * US, false);
+            (calls, usec) = (calls + 1, usec + held);
+            if batch % 100 == 0 {
+                pacer.observe(CommandStat { calls, usec });
+            }
+            counts.push(pacer.count());
+        }
+        let most = counts[200..].iter().max();
+        assert!(most.is_some_and(|&most| most <= 200), "a slice of 75 us is 100 keys: {most:?}");
+    }
+
+    #[test]
+    fn a_stall_of_seconds_owes_no_minute_of_rest() {
+        let mut pacer = pacer(100, 0.1, None);
+        pacer.worked(100, Duration::from_secs(5), false);
+        assert_eq!(pacer.rest_due(), Some(REST_AT_MOST));
     }
 
     #[test]

@@ -164,6 +164,8 @@ impl ShardScan {
             self.second = self.open_second(pass.db).await;
         }
         let gauge = self.gauge();
+        // A batch without names cannot be touched.
+        let nameless = self.payload.is_nameless() && self.toucher.command().is_none();
         let Second::Open(second) = &mut self.second else { return Ok(()) };
         if self.conn.ahead().is_some() && second.ahead().is_some() {
             return Ok(());
@@ -181,7 +183,7 @@ impl ShardScan {
         let mut first = self.conn.ahead().is_none() && second.ahead().is_none();
         for (conn, at) in [(&mut self.conn, course.position), (second, scout.at)] {
             if let (None, Some(cursor)) = (conn.ahead(), at.to_send()) {
-                let ask = Ask { cursor, count: self.pacer.count(), nameless: self.payload.is_nameless(), gauge };
+                let ask = Ask { cursor, count: self.pacer.count(), nameless, gauge };
                 conn.send_ahead(ask, first).await?;
                 first = false;
             }

@@ -176,6 +176,8 @@ pub(super) struct Pass {
     pub(super) guard: Guard,
     /// The walk further on, if there is one.
     pub(super) scout: Option<Scout>,
+    /// Keys that were met since the walk began and that live.
+    met: u64,
     /// Keys that were looked at and that the ceiling has not let through yet.
     pub(super) unpaid: u64,
     /// From here on deletions were proven to work: where to go back to when they stop.
@@ -208,6 +210,7 @@ impl Pass {
     pub(super) fn go_back(&mut self) {
         self.figures.position = self.proven;
         self.scout = None;
+        self.met = (self.figures.fraction() * self.keys as f64) as u64;
         self.way = Way::default();
         if self.proven == ScanPosition::NotStarted {
             self.still = StillPass::default();
@@ -217,7 +220,7 @@ impl Pass {
 
 impl ShardScan {
     async fn sweep(&mut self) -> Result<(), End> {
-        let info = self.info().await?;
+        let info = self.info(None).await?;
         let server = info.server(self.conn.addr()).ok_or_else(|| {
             Failure::new(FailureKind::Unsupported, "INFO names neither a redis_version nor a valkey_version")
         })?;
@@ -238,7 +241,7 @@ impl ShardScan {
             self.done.insert(db, self.process);
             if self.process != process {
                 // Another node may hold keys in other DBs.
-                let info = self.info().await?;
+                let info = self.info(None).await?;
                 dbs = self.choose_dbs(&info);
             }
         }
@@ -260,11 +263,12 @@ impl ShardScan {
         }
     }
 
-    pub(super) async fn info(&mut self) -> Result<Info, End> {
+    /// INFO, however often the connection is lost. `pass`: the one under way, which goes on in its DB then.
+    pub(super) async fn info(&mut self, mut pass: Option<&mut Pass>) -> Result<Info, End> {
         loop {
             match commands::info(&mut self.conn).await {
                 Ok(info) => return Ok(info),
-                Err(error) => self.recover(error, None).await?,
+                Err(error) => self.recover(error, pass.as_deref_mut()).await?,
             }
         }
     }
@@ -331,6 +335,7 @@ impl ShardScan {
             begun: Instant::now(),
             keys: 0,
             scout: None,
+            met: 0,
             unpaid: 0,
             guard: Guard::new(None, 0, None),
             tally: self.open_tally(db).await,
@@ -355,6 +360,7 @@ impl ShardScan {
         if pass.figures.batches == 0 {
             pass.figures.keys_at_start = pass.keys;
         }
+        pass.met = (pass.figures.fraction() * pass.keys as f64) as u64;
         self.guard_against_harm(&mut pass).await?;
         let ended = loop {
             match self.step(&mut pass).await {
@@ -379,10 +385,14 @@ impl ShardScan {
     /// A sweep that is slower than keys expire is refused; any other is watched.
     async fn guard_against_harm(&mut self, pass: &mut Pass) -> Result<(), End> {
         let mut flow = self.flow;
-        if guard::has_to_know_the_flow(self.redis_version, pass.keys, &self.job.settings) {
-            let before = self.info().await?.parsed::<u64>("expired_keys");
+        while guard::has_to_know_the_flow(self.redis_version, pass.keys, &self.job.settings) {
+            let process = self.process;
+            let before = self.info(Some(pass)).await?.parsed::<u64>("expired_keys");
             wait(&mut self.orders, guard::WATCH_FOR).await?;
-            let after = self.info().await?.parsed::<u64>("expired_keys");
+            let after = self.info(Some(pass)).await?.parsed::<u64>("expired_keys");
+            if self.process != process {
+                continue;
+            }
             let expired = after.zip(before).map(|(after, before)| after.saturating_sub(before));
             let now = expired.map(|expired| expired as f64 / guard::WATCH_FOR.as_secs_f64());
             if let Some(now) = now
@@ -394,7 +404,8 @@ impl ShardScan {
                 let message = format!("{} (sweeping all the same, as asked)", failure.message);
                 self.reporter.say(ScanEventKind::Warned { message }).await;
             }
-            flow = now.or(flow);
+            flow = now.or(self.flow);
+            break;
         }
         pass.guard = Guard::new(self.redis_version, pass.keys, flow);
         pass.begun = Instant::now();
@@ -574,6 +585,7 @@ impl ShardScan {
         self.account(pass, &scanned, again);
         // It looked at keys that were counted the first time.
         pass.figures.scanned -= scanned.returned;
+        pass.met = pass.met.saturating_sub(scanned.returned);
         let hidden = batch::hidden(&self.space, from, count, &scanned);
         if self.judges && hidden > 0 {
             return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
@@ -637,7 +649,7 @@ impl ShardScan {
             let walked_by_scout =
                 pass.scout.map_or(0.0, |scout| figures.space.fraction(scout.at) - figures.space.fraction(scout.from));
             let done = figures.space.fraction(figures.position) + walked_by_scout;
-            let to_come = scanned.before.keys.saturating_sub(figures.scanned.saturating_sub(figures.reclaimed));
+            let to_come = scanned.before.keys.saturating_sub(pass.met);
             let walked = ((to - from) / (1.0 - done).max(f64::EPSILON)).clamp(0.0, 1.0);
             figures.nameless += 1;
             // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
@@ -652,7 +664,9 @@ impl ShardScan {
         figures.scanned += seen;
         figures.reclaimed += reclaimed;
         pass.keys = scanned.after.keys;
-        pass.unpaid += seen;
+        pass.met += seen.saturating_sub(reclaimed);
+        // Where it is not known how many were looked at, COUNT is the least.
+        pass.unpaid += if ask.nameless { seen.max(u64::from(ask.count)) } else { seen };
     }
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
@@ -703,7 +717,8 @@ impl ShardScan {
         figures.active += self.pacer.worked(0, touched.waited, false);
         figures.touched += touched.answers.iter().flatten().count() as u64;
         figures.found_by_touch += left_dead;
-        figures.reclaimed += touched.reclaimed();
+        // A long touch is not run back to back: what others did in between is not ours.
+        figures.reclaimed += touched.reclaimed().min(left_dead);
         if command == "TTL" {
             touched.answers.iter().flatten().for_each(|&ttl| figures.ttl.add(ttl));
         }

@@ -238,6 +238,26 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_same_db() {
+    let server = with_dead_keys(200).await;
+    let third = Keyspace::of(&server, 3);
+    third.live_ttl(18_000, "live").await;
+    third.dead(2_000, "dead").await;
+    let proxy = Proxy::start(server.addr()).await;
+    // Slow enough for the flow of expiry to be watched first, for two seconds, where slow sweeps can harm.
+    let selects = async || server.info("commandstats").await.get("cmdstat_select").cloned();
+    let before = selects().await;
+    let running = Running::scan(&proxy.url(), &["--db", "3", "--max-keys-per-sec", "1500"]);
+    probe("it has selected its DB", PATIENCE, async || selects().await != before).await;
+    proxy.cut_until_back(&server).await;
+    probe("it sweeps", PATIENCE, async || server.expired_keys().await > 50).await;
+    assert_eq!(server.dbsize(0).await, 200, "another DB is none of it");
+    assert!(server.dbsize(3).await < 20_000);
+    running.signal("INT");
+    running.end().await.expect(130);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
     let server = with_dead_keys(3_000).await;
     let (_dir, state) = state_file();
@@ -268,6 +288,7 @@ async fn a_sweep_without_names_frees_the_same_and_finds_a_server_out_where_it_do
     let keys = Keyspace::of(&server, 0);
     keys.live(30_000, "live").await;
     let run = scan(&server.url(), &["--payload", "none"]).await.expect(0);
+    assert!(run.total("touched") > 0.0, "the audit asks for names all the same");
     assert_eq!((run.num(), server.dbsize(0).await), (30_000, 30_000));
     let pass = run.json()["report"]["shards"][0]["dbs"][0].clone();
     let nameless = pass["nameless"].as_u64().unwrap();
