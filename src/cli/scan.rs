@@ -182,7 +182,9 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
             return Err(failure.hint("start a new one without --resume, or with --resume=auto"));
         }
         (unfinished, _) => {
-            if unfinished.is_some() {
+            if let Some(task) = unfinished
+                && !service.store().shards(task.id).await.map_err(|e| store_failure(&e))?.is_empty()
+            {
                 output::note("note: the unfinished sweep in the state file is given up; --resume would go on with it");
             }
             service.create(&spec).await.map_err(|e| store_failure(&e))?

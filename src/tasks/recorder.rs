@@ -234,6 +234,7 @@ impl Recorder {
     /// Writes how the task ended. `persist`: try again until it is written or this is
     /// cancelled.
     pub(super) async fn finish(&mut self, outcome: Outcome, persist: Option<&CancellationToken>) {
+        self.snapshot.waits = None;
         let running = self.task.state == TaskState::Running;
         let (command, failure) = match outcome {
             Outcome::Complete => (Some(Command::Succeed), None),

@@ -126,6 +126,7 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
     let held = "ttlsweep_holding{instance=\"cache\",reason=\"outside_window\"}";
     assert!(figures().await.contains(&format!("{held} 1")));
     daemon.post(&format!("/api/v1/tasks/{respectful}/cancel")).await.ok();
+    assert_eq!(daemon.until(&respectful, "cancelled").await["holds"], json!([]));
     let urgent = daemon.scan("cache").await;
     assert_eq!(daemon.until(&urgent, "succeeded").await["reclaimed"], 100);
     assert!(figures().await.contains(&format!("{held} 0")));
