@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use proptest::test_runner::{Config, TestRunner};
 
@@ -127,6 +128,8 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
                 }
                 let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
                 written.expect("the writer writes");
+                // Slow enough for the sweep to meet dead keys before they are evicted.
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         });
         let evicted = async || server.info_number("stats", "evicted_keys").await;
@@ -137,7 +140,7 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
         let (freed, evicted) = (server.expired_keys().await - expired_before, evicted().await - evicted_before);
         stop.store(true, Ordering::Relaxed);
         writer.await.unwrap();
-        assert!(freed > 1_000 && evicted > 1_000, "{more:?}: {freed} freed, {evicted} evicted");
+        assert!(freed > 100 && evicted > 100, "{more:?}: {freed} freed, {evicted} evicted");
         assert_eq!(run.num(), freed, "{more:?}, {evicted} evicted meanwhile");
     }
 }
