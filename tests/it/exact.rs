@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use proptest::test_runner::{Config, TestRunner};
 
@@ -113,6 +112,8 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
         let used = server.info_number("memory", "used_memory").await;
         server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
         server.cmd(&["CONFIG", "SET", "maxmemory", &(used + 200_000).to_string()]).await;
+        let running = Running::scan(&server.url(), &[more[0], more[1], "--max-keys-per-sec", "20000", "--no-throttle"]);
+        probe("the sweep has freed some", PATIENCE, async || server.expired_keys().await > 100).await;
         let stop = Arc::new(AtomicBool::new(false));
         let mut conn = server.conn().await;
         let writing = stop.clone();
@@ -128,18 +129,12 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
                 }
                 let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
                 written.expect("the writer writes");
-                // Slow enough for the sweep to meet dead keys before they are evicted.
-                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         });
-        let evicted = async || server.info_number("stats", "evicted_keys").await;
-        probe("it evicts", PATIENCE, async || evicted().await > 100).await;
-        let (expired_before, evicted_before) = (server.expired_keys().await, evicted().await);
-        let run =
-            scan(&server.url(), &[more[0], more[1], "--max-keys-per-sec", "60000", "--no-throttle"]).await.expect(0);
-        let (freed, evicted) = (server.expired_keys().await - expired_before, evicted().await - evicted_before);
+        let run = running.end().await.expect(0);
         stop.store(true, Ordering::Relaxed);
         writer.await.unwrap();
+        let (freed, evicted) = (server.expired_keys().await, server.info_number("stats", "evicted_keys").await);
         assert!(freed > 100 && evicted > 100, "{more:?}: {freed} freed, {evicted} evicted");
         assert_eq!(run.num(), freed, "{more:?}, {evicted} evicted meanwhile");
     }

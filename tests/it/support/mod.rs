@@ -53,7 +53,7 @@ pub fn ttlsweep() -> Command {
             command.env_remove(name);
         }
     }
-    command.env("TTLSWEEP_PRIORITY", "low");
+    command.env("TTLSWEEP_PRIORITY", "normal");
     command
 }
 
