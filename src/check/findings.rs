@@ -313,8 +313,11 @@ fn grant(user: Option<&str>, rights: &[Right]) -> String {
                 touches.then(|| "~*".to_owned()).into_iter().chain(rights.iter().map(|r| r.rule())).collect();
             format!("ACL SETUSER {user} {}", rules.join(" "))
         }
-        None if touches => ACL_TOUCH.to_owned(),
-        None => ACL_LINE.to_owned(),
+        None => {
+            let sweeps = rights.iter().any(|right| !matches!(right, Right::Exists | Right::Ttl));
+            let lines = [sweeps.then_some(ACL_LINE), touches.then_some(ACL_TOUCH)];
+            lines.into_iter().flatten().collect::<Vec<_>>().join("; ")
+        }
     }
 }
 

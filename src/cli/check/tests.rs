@@ -131,6 +131,10 @@ fn a_touch_that_is_not_allowed_names_its_own_grant() {
     let text = shown(&facts, None, &settings);
     assert!(text.contains("error: this user may not run TTL"), "{text}");
     assert!(text.contains("grant it: ACL SETUSER ttlsweep ~* +exists +ttl"), "{text}");
+    facts.rights.set(Right::Scan, Some(false));
+    let both = shown(&facts, None, &settings);
+    assert!(both.contains("-@all +scan") && both.contains("; ACL SETUSER ttlsweep ~* +exists +ttl"), "{both}");
+    facts.rights.set(Right::Scan, Some(true));
     facts.user = Some("ann".to_owned());
     let text = shown(&facts, None, &settings);
     assert!(text.contains("grant it: ACL SETUSER ann ~* +ttl"), "to whom we are, and what is missing: {text}");
