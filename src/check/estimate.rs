@@ -38,18 +38,19 @@ pub fn sweep_time(live: u64, stale: u64, settings: &ScanSettings, round_trip: Du
         let keys = (live + stale) as f64;
         let round_trip_s = round_trip.as_secs_f64();
         let (factor, wait_s) = match settings.touch {
-            // The audit of `auto` is a few batches.
             // Under a ceiling there is one walk.
             Touch::Auto | Touch::None if settings.tuning.max_keys_per_sec.is_some() => (1.0, round_trip_s),
+            // The audit of `auto` is a few batches.
             Touch::Auto | Touch::None => (1.0, round_trip.saturating_sub(settings.max_slice).as_secs_f64() / 2.0),
             Touch::Exists => (1.5, 2.0 * round_trip_s),
             Touch::Ttl => (3.0, 2.0 * round_trip_s),
         };
         let scan_us = live as f64 * live_us + stale as f64 * reclaimed_us;
         let steered = settings.max_slice.as_secs_f64() * 1e6 / (scan_us / keys.max(1.0)).max(0.01);
-        let count = match settings.max_slice.is_zero() {
-            true => f64::from(settings.count),
-            false => steered.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end())),
+        let count = if settings.max_slice.is_zero() {
+            f64::from(settings.count)
+        } else {
+            steered.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end()))
         };
         let waited_s = (keys / count).ceil() * wait_s;
         let paced_s = scan_us * factor / 1e6 / settings.tuning.intensity + waited_s;

@@ -60,8 +60,7 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
         let before = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
         tokio::time::sleep(guard::WATCH_FOR).await;
         let after = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
-        let expired = after.zip(before).map(|(after, before)| after.saturating_sub(before));
-        facts.expire_per_sec = expired.map(|expired| expired as f64 / guard::WATCH_FOR.as_secs_f64());
+        facts.expire_per_sec = guard::flow(before, after);
     }
     Ok(facts)
 }

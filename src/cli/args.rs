@@ -263,11 +263,14 @@ const LIKE: f64 = 0.75;
 
 /// Environment variables that are none of ours and were meant to be: a limit that is misspelt would not be there.
 fn misspelt() -> Vec<Problem> {
+    let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let set: Vec<String> = set.filter(|name| name.starts_with(PREFIX)).collect();
+    if set.is_empty() {
+        return Vec::new();
+    }
     let mut known = vec!["TTLSWEEP_LOG".to_owned()];
     variables_of(&Cli::command(), &mut known);
-    let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    let ours = set.filter(|name| name.starts_with(PREFIX) && !known.contains(name));
-    let problems = ours.filter_map(|name| {
+    let problems = set.into_iter().filter(|name| !known.contains(name)).filter_map(|name| {
         let likeness = |known: &&String| {
             strsim::normalized_damerau_levenshtein(&name[PREFIX.len()..], known.strip_prefix(PREFIX).unwrap_or(known))
         };

@@ -13,6 +13,8 @@ pub mod progress;
 pub mod scan;
 pub mod serve;
 pub mod settings;
+#[cfg(target_os = "linux")]
+mod starved;
 pub mod task;
 
 use std::ffi::OsString;

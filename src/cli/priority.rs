@@ -1,10 +1,9 @@
 //! At what priority a sweep runs on its own machine, which may be the server's as well.
 
-use std::time::Duration;
-
 use clap::ValueEnum;
 
-use crate::cli::output::note;
+#[cfg(target_os = "linux")]
+use crate::cli::starved;
 
 /// Who comes first when processors are short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -16,13 +15,6 @@ pub enum Priority {
     /// Nobody
     Normal,
 }
-
-/// How often we look whether the sweep gets any time.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// It gets none where it waits this many times as long as it runs, and at least half of the time.
-const STARVED: u32 = 9;
-/// It gets it too late where a thread waits as long as this for its turn, on the mean.
-const LATE: Duration = Duration::from_millis(2);
 
 impl Priority {
     /// Gives this thread, and each that it starts from now on, the priority. Where that is not allowed, or there is no such
@@ -42,57 +34,10 @@ impl Priority {
             };
             // Before: what it starts keeps the priority that we have.
             if self == Self::Idle && !quiet {
-                let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(say_when_starved);
+                let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(starved::say);
             }
             let policy = ThreadSchedulePolicy::Normal(policy);
             let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);
         }
     }
-}
-
-/// Under the idle policy a machine that is never idle gives a sweep nothing, and then its PINGs look slow as if that were
-/// the server's doing. Says so once.
-#[cfg(target_os = "linux")]
-fn say_when_starved() {
-    let Some(mut last) = processor_time() else { return };
-    loop {
-        std::thread::sleep(LOOK_EVERY);
-        let Some(now) = processor_time() else { return };
-        let (ran, waited) = (now.ran.saturating_sub(last.ran), now.waited.saturating_sub(last.waited));
-        let turns = u32::try_from(now.turns.saturating_sub(last.turns)).unwrap_or(u32::MAX);
-        last = now;
-        let none = waited > LOOK_EVERY / 2 && waited > ran * STARVED;
-        let late = waited > LOOK_EVERY / 10 && waited > LATE * turns;
-        if none || late {
-            note(
-                "warning: this machine has no processor time to spare, so the sweep stands still most of the time, or comes late \
-                 and takes its own waiting for the server's latency (--priority low gives it a little time)",
-            );
-            return;
-        }
-    }
-}
-
-/// What the threads of this process have had.
-#[cfg(target_os = "linux")]
-#[derive(Clone, Copy, Default)]
-struct Had {
-    ran: Duration,
-    /// For a processor.
-    waited: Duration,
-    turns: u64,
-}
-
-#[cfg(target_os = "linux")]
-fn processor_time() -> Option<Had> {
-    let mut sum = Had::default();
-    for task in std::fs::read_dir("/proc/self/task").ok()? {
-        // A thread may end while we look. The file's numbers are nanoseconds run, nanoseconds waited, and turns.
-        let Ok(text) = std::fs::read_to_string(task.ok()?.path().join("schedstat")) else { continue };
-        let mut numbers = text.split_whitespace().map(|number| number.parse::<u64>().ok());
-        sum.ran += Duration::from_nanos(numbers.next()??);
-        sum.waited += Duration::from_nanos(numbers.next()??);
-        sum.turns += numbers.next()??;
-    }
-    Some(sum)
 }

@@ -40,6 +40,12 @@ const WINDOW: Duration = Duration::from_secs(5);
 /// Trouble that lasts this long makes the sweep hurry, and as long again ends it.
 const PATIENCE: Duration = Duration::from_secs(8);
 
+/// Keys that expired each second between two readings of `expired_keys`, [`WATCH_FOR`] apart.
+pub fn flow(before: Option<u64>, after: Option<u64>) -> Option<f64> {
+    let expired = after?.saturating_sub(before?);
+    Some(expired as f64 / WATCH_FOR.as_secs_f64())
+}
+
 /// Keys a second that a sweep reads at most with these limits, where they make it slow.
 fn fastest(tuning: &Tuning) -> Option<f64> {
     let ceiling = tuning.max_keys_per_sec.map(f64::from);

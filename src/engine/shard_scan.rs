@@ -206,11 +206,16 @@ impl Pass {
         Course { position: self.figures.position, scout: self.scout }
     }
 
+    /// The walk is at a place that it did not come to batch by batch: keys are spread evenly.
+    fn meet_by_share(&mut self) {
+        self.met = (self.figures.fraction() * self.keys as f64) as u64;
+    }
+
     /// Back to where deletions were last proven to work.
     pub(super) fn go_back(&mut self) {
         self.figures.position = self.proven;
         self.scout = None;
-        self.met = (self.figures.fraction() * self.keys as f64) as u64;
+        self.meet_by_share();
         self.way = Way::default();
         if self.proven == ScanPosition::NotStarted {
             self.still = StillPass::default();
@@ -360,7 +365,7 @@ impl ShardScan {
         if pass.figures.batches == 0 {
             pass.figures.keys_at_start = pass.keys;
         }
-        pass.met = (pass.figures.fraction() * pass.keys as f64) as u64;
+        pass.meet_by_share();
         self.guard_against_harm(&mut pass).await?;
         let ended = loop {
             match self.step(&mut pass).await {
@@ -393,8 +398,7 @@ impl ShardScan {
             if self.process != process {
                 continue;
             }
-            let expired = after.zip(before).map(|(after, before)| after.saturating_sub(before));
-            let now = expired.map(|expired| expired as f64 / guard::WATCH_FOR.as_secs_f64());
+            let now = guard::flow(before, after);
             if let Some(now) = now
                 && let Some(failure) = guard::harm(self.redis_version, pass.keys, now, &self.job.settings)
             {

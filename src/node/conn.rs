@@ -75,10 +75,9 @@ pub struct Ask {
 /// What tells how many expired keys a batch freed: the server runs the commands of a batch back to back, so a counter read
 /// just before and just after tells exactly. But where it evicts keys to stay below `maxmemory`, it does so before any
 /// command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gauge {
     /// The difference of DBSIZE: exact where nothing is evicted.
-    #[default]
     Dbsize,
     /// The difference of `expired_keys` of INFO stats, which evicted keys are not in. Two INFO stats cost a server some 5
     /// microseconds a batch (Redis 7.0, 8.2). A server whose INFO has no such field is taken at its DBSIZE.
@@ -86,7 +85,7 @@ pub enum Gauge {
 }
 
 /// What was read beside a batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reading {
     /// DBSIZE.
     pub keys: u64,

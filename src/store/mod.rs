@@ -24,6 +24,7 @@ use crate::model::progress::{PassFigures, ShardView};
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
+use crate::store::schedules::Move;
 use crate::store::tally::TallyDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
@@ -128,7 +129,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::insert_task(&mut *tx, task).await?;
             if let Some(due) = due {
-                schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
+                schedules::set_handled(&mut *tx, &task.instance_id, due, Move::Forward).await?;
             }
             tx.commit().await?;
             Ok(())
@@ -150,7 +151,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn set_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
-        schedules::set_handled(&self.pool, instance_id, handled).await
+        schedules::set_handled(&self.pool, instance_id, handled, Move::Forward).await
     }
 
     /// Sets the mark of the due times that were dealt with, also back.
@@ -158,7 +159,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn reset_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
-        schedules::reset_handled(&self.pool, instance_id, handled).await
+        schedules::set_handled(&self.pool, instance_id, handled, Move::To).await
     }
 
     /// The automatic scan that the API set for an instance.
@@ -186,7 +187,7 @@ impl Store {
                 Some(config) => schedules::set_auto_scan(&mut *tx, instance_id, config).await?,
                 None => schedules::forget_auto_scan(&mut *tx, instance_id).await?,
             }
-            schedules::reset_handled(&mut *tx, instance_id, now).await?;
+            schedules::set_handled(&mut *tx, instance_id, now, Move::To).await?;
             tx.commit().await?;
             Ok(())
         };

@@ -82,35 +82,29 @@ pub(super) async fn handled(
     query.fetch_optional(executor).await?.map(|row| time(row.try_get("handled")?)).transpose()
 }
 
-/// Moves the mark forward; it does not go back.
+/// Which way the mark may be moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Move {
+    /// Forward only.
+    Forward,
+    /// To that time, wherever it was.
+    To,
+}
+
+/// Moves the mark of the due times that were dealt with.
 pub(super) async fn set_handled(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
     handled: Timestamp,
+    way: Move,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO dues (instance_id, handled) VALUES (?, ?) \
-         ON CONFLICT (instance_id) DO UPDATE SET handled = MAX(handled, excluded.handled)",
+        "INSERT INTO dues (instance_id, handled) VALUES (?1, ?2) ON CONFLICT (instance_id) DO UPDATE SET \
+         handled = CASE WHEN ?3 THEN MAX(handled, excluded.handled) ELSE excluded.handled END",
     )
     .bind(instance_id)
     .bind(mark_of(handled))
-    .execute(executor)
-    .await?;
-    Ok(())
-}
-
-/// Sets the mark, wherever it was.
-pub(super) async fn reset_handled(
-    executor: impl SqliteExecutor<'_>,
-    instance_id: &str,
-    handled: Timestamp,
-) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO dues (instance_id, handled) VALUES (?, ?) \
-         ON CONFLICT (instance_id) DO UPDATE SET handled = excluded.handled",
-    )
-    .bind(instance_id)
-    .bind(mark_of(handled))
+    .bind(way == Move::Forward)
     .execute(executor)
     .await?;
     Ok(())

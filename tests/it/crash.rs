@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sqlx::Connection;
 
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::{Keyspace, Random};
@@ -85,8 +84,7 @@ async fn short_lived(server: &Server, round: u64) {
 
 /// Nobody else can write the records while this is held.
 async fn lock_the_store(daemon: &Daemon) -> sqlx::SqliteConnection {
-    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(daemon.store());
-    let mut conn = sqlx::SqliteConnection::connect_with(&options).await.expect("the store opens");
+    let mut conn = daemon.records().await;
     sqlx::query("BEGIN IMMEDIATE").execute(&mut conn).await.expect("nobody else writes");
     conn
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::support::certs::{Authority, Validity};
-use crate::support::daemon::{Daemon, instance};
+use crate::support::daemon::{Daemon, EACH_SECOND, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Run, run};
 use crate::support::server::Server;
@@ -151,8 +151,7 @@ async fn a_due_scan_whose_file_is_gone_is_on_record_as_failed_once_for_each_due_
         return;
     }
     let encrypted = Encrypted::start().await;
-    let cron = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
-    let daemon = Daemon::start(&encrypted.settings(cron)).await;
+    let daemon = Daemon::start(&encrypted.settings(EACH_SECOND)).await;
     let bring_back = encrypted.hide();
     let failed = async || daemon.get("/api/v1/tasks?state=failed").await.ok();
     probe("a due scan has failed", PATIENCE, async || failed().await["count"] != json!(0)).await;

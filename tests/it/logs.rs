@@ -99,8 +99,7 @@ async fn a_log_of_everything_is_json_and_holds_no_secret_and_no_key_name() {
     said.push(daemon.post("/api/v1/reload").await.body);
     daemon.write_settings(&good);
     said.push(daemon.post("/api/v1/reload").await.ok());
-    let figures = daemon.request(Method::GET, "/metrics").send().await.expect("an answer");
-    said.push(Value::String(figures.text().await.expect("text")));
+    said.push(Value::String(daemon.figures().await));
     assert_eq!(daemon.stop().await, Some(0));
 
     let log = daemon.log();

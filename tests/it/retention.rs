@@ -115,7 +115,7 @@ async fn the_last_success_of_an_instance_stays_behind_newer_failures() {
         ended.insert(0, id);
     }
     daemon.kill9();
-    let mut conn = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(daemon.store())).await.unwrap();
+    let mut conn = daemon.records().await;
     let failed = "UPDATE tasks SET state = 'failed' WHERE id = ?";
     sqlx::query(failed).bind(&ended[0]).execute(&mut conn).await.expect("it is written");
     drop(conn);

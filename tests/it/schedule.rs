@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use sqlx::Connection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
-use crate::support::daemon::{Daemon, instance};
+use crate::support::daemon::{Daemon, EACH_SECOND, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe};
@@ -140,8 +140,7 @@ fn due_at(server: &Server, first: Timestamp, more: &str) -> String {
 
 /// Makes it look as if the daemon had been there before the due time: its mark of what was dealt with is older.
 async fn rewind(daemon: &Daemon) {
-    let options = SqliteConnectOptions::new().filename(daemon.store());
-    let mut conn = SqliteConnection::connect_with(&options).await.expect("the store opens");
+    let mut conn = daemon.records().await;
     let sql = "UPDATE dues SET handled = handled - 600000 WHERE instance_id = 'cache'";
     let changed = sqlx::query(sql).execute(&mut conn).await.expect("it is written").rows_affected();
     assert_eq!(changed, 1, "the daemon has looked at the schedule");
@@ -166,8 +165,7 @@ async fn has_looked(daemon: &Daemon) -> bool {
 }
 
 async fn outcome(daemon: &Daemon, word: &str) -> u64 {
-    let figures = daemon.request(reqwest::Method::GET, "/metrics").send().await.expect("an answer");
-    let text = figures.text().await.expect("text");
+    let text = daemon.figures().await;
     let name = format!("ttlsweep_due_times_total{{instance=\"cache\",outcome=\"{word}\"}} ");
     text.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).unwrap_or(0)
 }
@@ -258,9 +256,8 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
 /// An instance `cache` as the settings want it, and one `other` that is due each second: once that has run twice, the schedule
 /// of the first was looked at.
 async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
-    let each_second = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
     let [one, other] = servers.each_ref().map(Server::url);
-    daemon.write_settings(&[instance("cache", &one, cache), instance("other", &other, each_second)].concat());
+    daemon.write_settings(&[instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat());
     daemon.post("/api/v1/reload").await.ok();
     let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
     let before = count().await;
@@ -294,19 +291,16 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
 #[tokio::test]
 async fn a_clock_that_was_once_ahead_stops_no_schedule() {
     let server = Server::start().await;
-    let each_second = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
-    let mut daemon = Daemon::start(&instance("cache", &server.url(), each_second)).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), EACH_SECOND)).await;
     let count = async |daemon: &Daemon| daemon.history("cache").await["count"].as_u64().expect("a number");
     probe("it runs", PATIENCE, async || count(&daemon).await >= 1).await;
     daemon.kill9();
-    let mut conn = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(daemon.store())).await.unwrap();
+    let mut conn = daemon.records().await;
     let year = "UPDATE dues SET handled = handled + 31536000000";
     sqlx::query(year).execute(&mut conn).await.expect("it is written");
     drop(conn);
-    let before = {
-        daemon.restart().await;
-        count(&daemon).await
-    };
+    daemon.restart().await;
+    let before = count(&daemon).await;
     probe("it goes on", PATIENCE, async || count(&daemon).await > before).await;
     assert!(daemon.log().contains("the clock was set back"), "{}", daemon.log());
 }

@@ -4,7 +4,6 @@
 use std::path::PathBuf;
 use std::process::{Command, Output};
 
-use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::daemon::{Daemon, PROJECT, instance};
@@ -128,8 +127,7 @@ async fn promtool_accepts_the_figures() {
     let daemon = daemon(&server).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "succeeded").await;
-    let response = daemon.request(Method::GET, "/metrics").send().await.expect("an answer");
-    let text = response.text().await.expect("text");
+    let text = daemon.figures().await;
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), &text).expect("it is written");
     let mut check = Command::new(client("promtool"));

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::daemon::{Daemon, instance};
+use crate::support::daemon::{Daemon, EACH_SECOND, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, ttlsweep};
@@ -121,15 +121,13 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
     let task = daemon.task(&respectful).await;
     assert_eq!((&task["state"], &task["respect_window"]), (&json!("waiting"), &json!(true)));
     probe("it says why it waits", PATIENCE, async || hold(&daemon.task(&respectful).await) == "outside_window").await;
-    let figures =
-        async || daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.unwrap();
     let held = "ttlsweep_holding{instance=\"cache\",reason=\"outside_window\"}";
-    assert!(figures().await.contains(&format!("{held} 1")));
+    assert!(daemon.figures().await.contains(&format!("{held} 1")));
     daemon.post(&format!("/api/v1/tasks/{respectful}/cancel")).await.ok();
     assert_eq!(daemon.until(&respectful, "cancelled").await["holds"], json!([]));
     let urgent = daemon.scan("cache").await;
     assert_eq!(daemon.until(&urgent, "succeeded").await["reclaimed"], 100);
-    assert!(figures().await.contains(&format!("{held} 0")));
+    assert!(daemon.figures().await.contains(&format!("{held} 0")));
 }
 
 #[tokio::test]
@@ -324,7 +322,7 @@ async fn what_a_sweep_did_is_in_the_figures() {
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "succeeded").await;
-    let text = daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.expect("text");
+    let text = daemon.figures().await;
     for line in [
         "ttlsweep_keys_reclaimed_total{instance=\"cache\"} 250",
         "ttlsweep_tasks_ended_total{instance=\"cache\",cause=\"api\",state=\"succeeded\"} 1",
@@ -345,7 +343,7 @@ async fn when_it_last_succeeded_is_known_after_a_restart_too() {
     let server = filled(10, 5).await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let last_success = async |daemon: &Daemon| {
-        let text = daemon.request(Method::GET, "/metrics").send().await.expect("an answer").text().await.expect("text");
+        let text = daemon.figures().await;
         let name = "ttlsweep_last_success_timestamp_seconds{instance=\"cache\"} ";
         text.lines().find_map(|line| line.strip_prefix(name).map(str::to_owned))
     };
@@ -381,8 +379,8 @@ async fn an_instance_is_looked_at_without_touching_it() {
 #[tokio::test]
 async fn a_due_scan_with_nothing_to_gain_ends_at_once_and_says_so() {
     let server = filled(1_000, 0).await;
-    let settings = "min-backlog = 1000000\n[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
-    let daemon = Daemon::start(&instance("cache", &server.url(), settings)).await;
+    let settings = format!("min-backlog = 1000000\n{EACH_SECOND}");
+    let daemon = Daemon::start(&instance("cache", &server.url(), &settings)).await;
     probe("a due scan has ended", PATIENCE, async || {
         daemon.history("cache").await["records"][0]["status"] == "success"
     })
@@ -396,8 +394,8 @@ async fn a_due_scan_with_nothing_to_gain_ends_at_once_and_says_so() {
 #[tokio::test]
 async fn a_due_scan_that_weighs_the_backlog_of_a_server_that_hangs_can_be_cancelled() {
     let server = filled(100, 0).await;
-    let settings = "min-backlog = 1\n[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
-    let daemon = Daemon::start(&instance("cache", &server.url(), settings)).await;
+    let settings = format!("min-backlog = 1\n{EACH_SECOND}");
+    let daemon = Daemon::start(&instance("cache", &server.url(), &settings)).await;
     server.sigstop();
     let mut id = String::new();
     probe("a due scan weighs the backlog", PATIENCE, async || {

@@ -9,6 +9,8 @@ use std::{
 
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
+use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use tempfile::TempDir;
 
 use super::{PATIENCE, probe, ttlsweep};
@@ -24,6 +26,9 @@ pub struct Daemon {
     client: Client,
     dir: TempDir,
 }
+
+/// An automatic scan of an instance that is due each second.
+pub const EACH_SECOND: &str = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
 
 /// An answer of the API.
 #[derive(Debug)]
@@ -97,6 +102,12 @@ impl Daemon {
 
     pub fn store(&self) -> PathBuf {
         self.dir.path().join("store.db")
+    }
+
+    /// The records, opened beside the daemon.
+    pub async fn records(&self) -> SqliteConnection {
+        let options = SqliteConnectOptions::new().filename(self.store());
+        SqliteConnection::connect_with(&options).await.expect("the store opens")
     }
 
     pub fn url(&self) -> &str {
@@ -218,6 +229,12 @@ impl Daemon {
 
     pub async fn put(&self, path: &str, body: &Value) -> Answer {
         self.send(self.request(Method::PUT, path).json(body)).await
+    }
+
+    /// The figures, as Prometheus reads them.
+    pub async fn figures(&self) -> String {
+        let answer = self.request(Method::GET, "/metrics").send().await.expect("an answer");
+        answer.text().await.expect("text")
     }
 
     /// The path of one of the contract's calls.
