@@ -6,14 +6,13 @@
 
 use std::time::{Duration, Instant};
 
-use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::json;
 
 use super::Settings;
 use super::common::Server;
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Pass, Sweep};
-use super::load::{OpenLoop, empty_histogram};
+use super::load::{OpenLoop, Waits};
 use super::plot::{Axis, Point, Scale, scatter};
 use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
 use super::wire::{A_DAY, AT_ONCE, Conn};
@@ -28,16 +27,19 @@ const LONGEST_EFFORT: Duration = Duration::from_secs(60);
 struct Latency {
     p50_us: u64,
     p99_us: u64,
+    /// The median over the windows of their p99.
+    p99_of_windows_us: Option<f64>,
     p999_us: u64,
     max_us: u64,
     requests: u64,
 }
 
 impl Latency {
-    fn of(histogram: &Histogram<u64>) -> Self {
+    fn of(Waits { all: histogram, windows }: &Waits) -> Self {
         Self {
             p50_us: histogram.value_at_quantile(0.5),
             p99_us: histogram.value_at_quantile(0.99),
+            p99_of_windows_us: median(windows.iter().map(|p99| *p99 as f64)),
             p999_us: histogram.value_at_quantile(0.999),
             max_us: histogram.max(),
             requests: histogram.len(),
@@ -55,6 +57,7 @@ struct Round {
     foreground: Latency,
     no_sweep_beside: Latency,
     p99_ratio: f64,
+    p99_of_windows_ratio: f64,
 }
 
 pub fn run(settings: &Settings, contenders: &[Contender], output: &mut Output) {
@@ -82,12 +85,14 @@ pub fn run(settings: &Settings, contenders: &[Contender], output: &mut Output) {
                 lengths.push(Duration::from_secs_f64(result.seconds));
             }
             settings.progress(&format!(
-                "a, round {}: {name}: {:.2} s, {} reclaimed, p99 {} us, {:.2} times no sweep's",
+                "a, round {}: {name}: {:.2} s, {} reclaimed, p99 {} us, {:.2} times no sweep's, of \
+                 windows {:.2}",
                 round + 1,
                 result.seconds,
                 result.reclaimed,
                 result.foreground.p99_us,
-                result.p99_ratio
+                result.p99_ratio,
+                result.p99_of_windows_ratio
             ));
             results[i].push(result);
         }
@@ -134,8 +139,7 @@ fn measure(
         std::thread::sleep(settings.baseline / 2);
         foreground.stop()
     };
-    let mut beside = empty_histogram();
-    beside.add(alone()).expect("the same bounds");
+    let before = alone();
 
     let load = foreground();
     let begun = Instant::now();
@@ -150,7 +154,7 @@ fn measure(
         assert_eq!(server.cli(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]), "OK");
     }
 
-    beside.add(alone()).expect("the same bounds");
+    let beside = Waits::of_both(before, alone());
     let reclaimed = (live + dead).checked_sub(conn.dbsize()).expect("nobody writes");
     match sweep {
         Sweep::Nobody => assert_eq!(reclaimed, 0, "with no sweep and active expiry off, keys stay"),
@@ -162,6 +166,8 @@ fn measure(
         assert_eq!(num, dead, "what it says that it reclaimed is what is gone");
     }
     let (foreground, no_sweep_beside) = (Latency::of(&latency), Latency::of(&beside));
+    // No whole window makes no ratio, and medians leave out what is no number.
+    let of_windows = |latency: &Latency| latency.p99_of_windows_us.unwrap_or(f64::NAN);
     Round {
         round,
         seconds: took.as_secs_f64(),
@@ -169,6 +175,7 @@ fn measure(
         scanned: pass.scanned,
         num: pass.num,
         p99_ratio: foreground.p99_us as f64 / no_sweep_beside.p99_us as f64,
+        p99_of_windows_ratio: of_windows(&foreground) / of_windows(&no_sweep_beside),
         foreground,
         no_sweep_beside,
     }
@@ -201,6 +208,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         "p99 us",
         "p99.9 us",
         "p99 / no sweep beside it",
+        "of windows",
         "p99 / COUNT 1000 at 200/s",
         "dead keys reclaimed",
     ];
@@ -213,6 +221,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         let p99 = of(|r| r.foreground.p99_us as f64);
         let p99_ratio = of(|r| r.p99_ratio);
         let seconds_to_cloud = median_ratio(rounds, cloud, |r| r.round, |r| r.seconds);
+        let windows_ratio = of(|r| r.p99_of_windows_ratio);
         let p99_to_cloud = median_ratio(rounds, cloud, |r| r.round, |r| r.foreground.p99_us as f64);
         let cleans = !matches!(sweep, Sweep::Nobody);
         let cells = [
@@ -223,6 +232,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
             cell(p99, 0),
             cell(of(|r| r.foreground.p999_us as f64), 0),
             cell(p99_ratio, 2),
+            cell(windows_ratio, 2),
             cell(p99_to_cloud, 2),
             cell(of(|r| r.reclaimed as f64), 0),
         ];
@@ -230,6 +240,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         medians.insert(
             (*name).to_owned(),
             json!({ "seconds": seconds, "p99_us": p99, "p99_ratio_to_no_sweep": p99_ratio,
+                "p99_of_windows_ratio_to_no_sweep": windows_ratio,
                 "seconds_ratio_to_cloud": seconds_to_cloud, "p99_ratio_to_cloud": p99_to_cloud }),
         );
         if let (Some(x), Some(y), true) = (seconds, p99, cleans) {

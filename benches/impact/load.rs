@@ -19,8 +19,27 @@ fn get_of(n: u64, live: u64) -> Vec<u8> {
     encode(&["GET", &format!("live:{}", n.wrapping_mul(STEP) % live)])
 }
 
-pub fn empty_histogram() -> Histogram<u64> {
+fn empty_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("constants")
+}
+
+/// What requests waited.
+pub struct Waits {
+    pub all: Histogram<u64>,
+    /// The p99 of each whole [`WINDOW`]. A machine that others share stands still now and then, for longer than the slowest
+    /// requests wait; that is in the p99 of everything, and in few of these.
+    pub windows: Vec<u64>,
+}
+
+/// Long enough for a p99 of a thousand requests, and short enough for twenty of them in a sweep.
+pub const WINDOW: Duration = Duration::from_millis(250);
+
+impl Waits {
+    pub fn of_both(mut one: Self, other: Self) -> Self {
+        one.all.add(&other.all).expect("the same bounds");
+        one.windows.extend(other.windows);
+        one
+    }
 }
 
 /// Lets this thread run when it has something to do, as it would on a machine of its own. Linux lets a sleeper wake up to 50 us
@@ -40,7 +59,7 @@ pub fn comes_first() {
 pub struct OpenLoop {
     stop: Arc<AtomicBool>,
     writer: JoinHandle<()>,
-    reader: JoinHandle<Histogram<u64>>,
+    reader: JoinHandle<Waits>,
 }
 
 impl OpenLoop {
@@ -64,9 +83,10 @@ impl OpenLoop {
                 out.shutdown(std::net::Shutdown::Write).expect("an open socket");
             }
         });
+        let in_window = (rate as f64 * WINDOW.as_secs_f64()).ceil() as u64;
         let reader = std::thread::spawn(move || {
             comes_first();
-            let mut latency = empty_histogram();
+            let (mut all, mut window, mut windows) = (empty_histogram(), empty_histogram(), Vec::new());
             for n in 0_u64.. {
                 // Answers come in the order of the questions, so the number tells when it was due.
                 match input.line() {
@@ -77,14 +97,20 @@ impl OpenLoop {
                         input.skip(len + 2);
                     }
                 }
-                latency.saturating_record((due_of(n).elapsed().as_micros() as u64).max(1));
+                let waited = (due_of(n).elapsed().as_micros() as u64).max(1);
+                all.saturating_record(waited);
+                window.saturating_record(waited);
+                if window.len() >= in_window {
+                    windows.push(window.value_at_quantile(0.99));
+                    window.reset();
+                }
             }
-            latency
+            Waits { all, windows }
         });
         Self { stop, writer, reader }
     }
 
-    pub fn stop(self) -> Histogram<u64> {
+    pub fn stop(self) -> Waits {
         self.stop.store(true, Ordering::Relaxed);
         self.writer.join().expect("the writer ends");
         self.reader.join().expect("the reader ends")
