@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::tasks::TaskDetails;
+use crate::api::task_dto::TaskDetails;
 use crate::api::{App, At};
 use crate::tasks::TaskView;
 

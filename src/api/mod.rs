@@ -14,7 +14,9 @@ pub mod health;
 pub mod listen;
 pub mod page;
 pub mod signature;
+pub mod task_dto;
 pub mod tasks;
+pub mod wishes;
 
 use std::any::Any;
 use std::sync::Arc;

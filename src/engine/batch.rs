@@ -53,6 +53,11 @@ impl StillPass {
         self.returned += batch.returned;
     }
 
+    /// A part of the pass was walked without this, or without names: it proves nothing.
+    pub fn misses_a_batch(&mut self) {
+        self.moved = true;
+    }
+
     /// Keys that were hidden in this pass, for sure.
     pub fn hidden(&self) -> u64 {
         if self.moved { 0 } else { self.keys.unwrap_or(0).saturating_sub(self.returned) }

@@ -43,12 +43,14 @@ pub mod control;
 pub mod guard;
 pub mod observe;
 pub mod pacer;
+mod pass;
 mod pause;
 pub mod payload;
 mod roster;
 mod scout;
 mod seats;
 mod shard_scan;
+mod step;
 pub mod throttle;
 pub mod touch;
 

@@ -76,8 +76,8 @@ pub struct Observation {
     pub expired_by_server: Option<u64>,
     /// Share of the keys with a TTL that active expiry found stale.
     pub stale_share: Option<f64>,
-    /// INFO was not answered for too long: everything above is old.
-    pub blind: bool,
+    /// INFO was not answered for too long, and why: everything above is old.
+    pub blind: Option<String>,
 }
 
 impl Observation {
@@ -117,7 +117,7 @@ impl Observation {
             expired_keys: info.parsed("expired_keys"),
             expired_by_server: info.parsed("expired_keys_active"),
             stale_share: info.stale_share(),
-            blind: false,
+            blind: None,
         }
     }
 }
@@ -181,14 +181,14 @@ impl Sampler {
     async fn run(mut self) {
         let mut answered = Instant::now();
         loop {
-            let sampled = self.sample(&mut answered).await;
-            if let Err(error) = sampled {
+            if let Err(error) = self.sample(&mut answered).await {
                 tracing::debug!(addr = %self.addr, %error, "the sampler lost its connection");
+                if answered.elapsed() > BLIND_AFTER {
+                    let why = error.to_string();
+                    self.sender.send_if_modified(|seen| seen.blind.replace(why.clone()) != Some(why));
+                }
             }
             self.round_trips.clear();
-            if answered.elapsed() > BLIND_AFTER {
-                self.sender.send_if_modified(|seen| !std::mem::replace(&mut seen.blind, true));
-            }
             tokio::time::sleep(INFO_EVERY).await;
         }
     }

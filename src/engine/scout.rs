@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::engine::shard_scan::{End, MOVED, Pass, ShardScan};
+use crate::engine::pass::Pass;
+use crate::engine::shard_scan::{End, ShardScan};
 use crate::model::shard::{DbIndex, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::node::commands;
@@ -176,7 +177,7 @@ impl ShardScan {
             None => {
                 let Some(from) = self.space.further_on(course.position, bits_of(pass.keys)) else { return Ok(()) };
                 // A walk that begins in the middle looks at keys that the other has looked at.
-                pass.still.add(&MOVED);
+                pass.still.misses_a_batch();
                 *pass.scout.insert(Scout { from, at: from })
             }
         };

@@ -128,8 +128,8 @@ fn over_a_soft_limit(
     limits: &Limits,
     held: Option<Reason>,
 ) -> Option<(Reason, String)> {
-    if seen.blind && *limits != Limits::NONE {
-        return Some((Reason::Unreadable, "INFO was not answered for seconds".to_owned()));
+    if let Some(why) = seen.blind.as_ref().filter(|_| *limits != Limits::NONE) {
+        return Some((Reason::Unreadable, format!("no INFO for seconds: {why}")));
     }
     if limits.hold_during_fork {
         if let Some(what) = seen.fork {
@@ -285,7 +285,7 @@ mod tests {
             (Observation { lazyfree_pending: Some(100_001), ..calm() }, Reason::LazyFree),
             (Observation { fork: Some("RDB"), ..calm() }, Reason::Fork),
             (Observation { full_sync: true, ..calm() }, Reason::FullSync),
-            (Observation { blind: true, ..calm() }, Reason::Unreadable),
+            (Observation { blind: Some("timed out".to_owned()), ..calm() }, Reason::Unreadable),
         ];
         let none = Tuning { limits: Limits::NONE, ..tuning() };
         for (seen, reason) in cases {

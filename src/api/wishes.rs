@@ -1,0 +1,234 @@
+//! What a caller may wish of tasks: which to list, and how one is to sweep.
+
+#![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
+
+use serde::{Deserialize, Deserializer};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::api::error::ApiError;
+use crate::model::task::{Cause, SweepTexts, TaskState};
+use crate::settings::raw::Problem;
+
+/// What a sweep is asked for. What is left out is as the instance's settings say.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateTask {
+    /// The instance to sweep.
+    pub instance_id: String,
+    /// Share of the master's time, above 0 and up to 1.
+    #[schema(minimum = 0.000_001, maximum = 1)]
+    pub intensity: Option<f64>,
+    /// Ceiling in keys per second; 0 for none.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 0, maximum = 2_147_483_647)]
+    pub max_keys_per_sec: Option<u32>,
+    /// Above which load to hold.
+    #[serde(default, deserialize_with = "object")]
+    pub limits: LimitWishes,
+    /// COUNT to begin with.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 10, maximum = 1000)]
+    pub count: Option<u32>,
+    /// DBs to sweep; empty: each that holds keys with a TTL.
+    #[schema(value_type = Option<Vec<DbNumber>>)]
+    pub db: Option<Vec<DbNumber>>,
+    /// `auto`, `none`, `exists` or `ttl`.
+    pub touch: Option<TouchWord>,
+    /// How long it may take, in seconds.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1, maximum = 31_536_000)]
+    pub timeout_s: Option<u32>,
+    /// Sweep only while the instance's window is open.
+    #[serde(default)]
+    pub respect_window: bool,
+}
+
+/// Whether each key that SCAN returned is asked for.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the words of the setting")]
+pub enum TouchWord {
+    Auto,
+    None,
+    Exists,
+    Ttl,
+}
+
+impl TouchWord {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::None => "none",
+            Self::Exists => "exists",
+            Self::Ttl => "ttl",
+        }
+    }
+}
+
+/// Other limits for a task that has not ended.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TuneTask {
+    /// Share of the master's time, above 0 and up to 1.
+    #[schema(minimum = 0.000_001, maximum = 1)]
+    pub intensity: Option<f64>,
+    /// Ceiling in keys per second; 0 for none.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 0, maximum = 2_147_483_647)]
+    pub max_keys_per_sec: Option<u32>,
+    /// Above which load to hold.
+    #[serde(default, deserialize_with = "object")]
+    pub limits: LimitWishes,
+}
+
+/// Above which load a sweep holds or gives up, and how far it gives way: `off`, `auto`, or a value, as the settings of the same
+/// names (`_` for `-`) take it. What is left out stays.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+#[allow(missing_docs, reason = "the names are those of the settings")]
+pub struct LimitWishes {
+    #[schema(minimum = 0.000_001, maximum = 1)]
+    pub min_intensity: Option<f64>,
+    pub throttle: Option<bool>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub max_latency: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub max_replica_lag: Option<String>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub max_replica_silence: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub max_replica_buffer: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
+    pub max_lazyfree: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
+    pub max_ops: Option<String>,
+    #[schema(pattern = "^(off|auto|1|0[.][0-9]{0,3}[1-9])$")]
+    pub max_cpu: Option<String>,
+    #[schema(pattern = "^(hold|go)$")]
+    pub during_fork: Option<String>,
+    #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
+    pub abort_latency: Option<String>,
+    #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
+    pub abort_replica_lag: Option<String>,
+}
+
+/// An object, and no list: serde would take one for the fields in their order.
+fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+    let fields = serde_json::Map::deserialize(deserializer)?;
+    T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
+}
+
+/// The texts that a wish for other limits makes.
+pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>, limits: LimitWishes) -> SweepTexts {
+    let wishes = [
+        ("intensity", intensity.map(|share| share.to_string())),
+        ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),
+        ("min-intensity", limits.min_intensity.map(|share| share.to_string())),
+        ("throttle", limits.throttle.map(|on| on.to_string())),
+        ("max-latency", limits.max_latency),
+        ("max-replica-lag", limits.max_replica_lag),
+        ("max-replica-silence", limits.max_replica_silence),
+        ("max-replica-buffer", limits.max_replica_buffer),
+        ("max-lazyfree", limits.max_lazyfree),
+        ("max-ops", limits.max_ops),
+        ("max-cpu", limits.max_cpu),
+        ("during-fork", limits.during_fork),
+        ("abort-latency", limits.abort_latency),
+        ("abort-replica-lag", limits.abort_replica_lag),
+    ];
+    wishes.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
+}
+
+/// What is wrong with the settings that a caller wishes.
+pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
+    let problems: Vec<_> = problems.into_iter().map(|problem| problem.message).collect();
+    ApiError::invalid(format_args!("settings ({})", problems.join("; ")))
+}
+
+/// The number of a logical database.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[schema(value_type = u32, minimum = 0, maximum = 2_147_483_647)]
+pub struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
+
+/// A whole number in JSON's sense: 60.0 is one.
+fn whole_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    let number = f64::deserialize(deserializer)?;
+    if number.fract() == 0.0 && (0.0..=f64::from(i32::MAX)).contains(&number) {
+        // Exact: a double holds every whole number of 32 bits.
+        Ok(number as u32)
+    } else {
+        Err(serde::de::Error::custom(format_args!("{number} is not a whole number of 31 bits")))
+    }
+}
+
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    #[derive(Deserialize)]
+    struct Whole(#[serde(deserialize_with = "whole_number")] u32);
+    Ok(Option::<Whole>::deserialize(deserializer)?.map(|Whole(number)| number))
+}
+
+/// Which tasks to list.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ListTasks {
+    /// Of this instance.
+    pub instance_id: Option<String>,
+    /// In this state.
+    pub state: Option<StateWord>,
+    /// Asked for by this.
+    pub cause: Option<CauseWord>,
+    /// Older than this task: the last one of the list before.
+    #[param(value_type = Option<uuid::Uuid>)]
+    pub before: Option<uuid::Uuid>,
+    /// At most so many.
+    #[param(minimum = 1, maximum = 1000)]
+    pub limit: Option<u32>,
+}
+
+/// Our own states.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the words of `TaskState`")]
+pub enum StateWord {
+    Waiting,
+    Running,
+    Paused,
+    Interrupted,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+impl From<StateWord> for TaskState {
+    fn from(word: StateWord) -> Self {
+        match word {
+            StateWord::Waiting => Self::Waiting,
+            StateWord::Running => Self::Running,
+            StateWord::Paused => Self::Paused,
+            StateWord::Interrupted => Self::Interrupted,
+            StateWord::Succeeded => Self::Succeeded,
+            StateWord::Failed => Self::Failed,
+            StateWord::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// Who asked.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the words of `Cause`")]
+pub enum CauseWord {
+    Cli,
+    Api,
+    Schedule,
+}
+
+impl From<CauseWord> for Cause {
+    fn from(word: CauseWord) -> Self {
+        match word {
+            CauseWord::Cli => Self::Cli,
+            CauseWord::Api => Self::Api,
+            CauseWord::Schedule => Self::Schedule,
+        }
+    }
+}
