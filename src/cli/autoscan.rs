@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use crate::cli::client::{self, Client, ClientArgs, ClientError};
 use crate::cli::exit::Exit;
 use crate::cli::output;
+use crate::settings;
+use crate::settings::serve::MAX_TIMEOUT_S;
 
 const COLUMNS: [(&str, &str); 7] = [
     ("instance", "/instance_id"),
@@ -42,11 +44,11 @@ enum AutoscanCommand {
         /// First due time, UTC, such as 2030-01-31T02:00:00Z
         #[arg(long, value_name = "TIME")]
         first_scan_at: String,
-        /// Seconds from one due time to the next; 0: once
-        #[arg(long, value_name = "SECONDS")]
+        /// From one due time to the next, such as 1d or 90min, or seconds; 0: once
+        #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         interval: u32,
-        /// Seconds that a scan may take; at least twice the interval
-        #[arg(long, value_name = "SECONDS")]
+        /// How long a scan may take, in the same forms; at least twice the interval
+        #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         timeout: u32,
         /// COUNT to begin with, 10 to 1000
         #[arg(long, value_name = "KEYS")]
@@ -62,6 +64,11 @@ enum AutoscanCommand {
         /// The instance
         instance: String,
     },
+}
+
+/// Whole seconds: a number, as the contract has them, or a duration.
+fn whole_seconds(text: &str) -> Result<u32, String> {
+    text.parse().or_else(|_| settings::seconds(text, MAX_TIMEOUT_S))
 }
 
 /// Runs the command.

@@ -5,8 +5,10 @@
 pub mod raw;
 pub mod serve;
 mod table;
+mod values;
 
-use std::collections::BTreeMap;
+pub use values::{bytes, duration, positive_duration, seconds, show_duration, show_limits};
+
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -18,8 +20,9 @@ use secrecy::SecretString;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
 use crate::model::task::{SweepTexts, words};
-use crate::model::throttle::{Limit, Limits};
+use crate::model::throttle::Limits;
 use crate::settings::raw::{Origin, Problem, Raw};
+use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch};
 
 /// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
 pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
@@ -283,38 +286,6 @@ pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
     }
 }
 
-/// Reads `off`, `auto`, or a value.
-fn limit<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Limit<T>, String>
-where
-    E: fmt::Display,
-{
-    move |text| match text {
-        "off" => Ok(Limit::Off),
-        "auto" => Ok(Limit::Auto),
-        _ => value(text).map(Limit::At).map_err(|e| format!("{e}; or write off or auto")),
-    }
-}
-
-/// Bytes with a unit of 1024: `65536`, `512KiB`, `64MiB`, `1GiB`.
-///
-/// # Errors
-/// A sentence that shows the right form.
-pub fn bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" | "B" => Some(0),
-        "KiB" | "kb" | "K" => Some(10),
-        "MiB" | "mb" | "M" => Some(20),
-        "GiB" | "gb" | "G" => Some(30),
-        _ => None,
-    };
-    let number = digits.trim().parse::<u64>().ok();
-    number
-        .zip(shift)
-        .and_then(|(number, shift)| number.checked_mul(1 << shift))
-        .ok_or_else(|| format!("`{text}` is not a number of bytes such as 65536, 512KiB or 64MiB"))
-}
-
 /// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a
 /// mistake that would send a password in the clear.
 fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
@@ -344,18 +315,6 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     Some(TlsSettings { cacert, identity, sni, insecure: insecure? })
 }
 
-fn given(text: &str) -> Result<Option<String>, String> {
-    Ok(Some(text.to_owned()).filter(|t| !t.is_empty()))
-}
-
-fn switch(text: &str) -> Result<bool, String> {
-    text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
-}
-
-fn password_in(path: &str) -> Result<Option<SecretString>, String> {
-    if path.is_empty() { Ok(None) } else { read_password(path).map(Some) }
-}
-
 struct Reader<'a> {
     raw: &'a Raw,
     problems: Vec<Problem>,
@@ -383,92 +342,6 @@ impl Reader<'_> {
             }
         }
     }
-}
-
-/// Longer slices are a mistake, such as a wrong unit.
-const LONGEST_SLICE: Duration = Duration::from_millis(100);
-
-fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
-    let mut dbs = Vec::new();
-    for part in text.split([',', ' ']).filter(|p| !p.is_empty()) {
-        let db = part.parse().map(DbIndex).map_err(|_| format!("`{part}` is not a DB number"))?;
-        if !dbs.contains(&db) {
-            dbs.push(db);
-        }
-    }
-    Ok(dbs)
-}
-
-/// A duration with its unit: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
-///
-/// # Errors
-/// A sentence that shows the right form.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    let parsed = text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok());
-    match parsed {
-        Some(duration) => Ok(duration),
-        None if text.parse::<f64>().is_ok() => Err(format!("`{text}` needs a unit, such as {text}s or {text}min")),
-        None => Err(format!("`{text}` is not a duration such as 75us, 20ms, 30s, 90min or 6h")),
-    }
-}
-
-/// A duration that other clients may wait behind one batch.
-fn slice(text: &str) -> Result<Duration, String> {
-    if text.parse::<f64>().is_ok_and(|number| number > 0.0) {
-        return Err(format!("`{text}` needs a unit, such as {text}us"));
-    }
-    match duration(text)? {
-        long if long > LONGEST_SLICE => Err(format!(
-            "`{text}` is too long: all other clients wait for as long behind each batch; at most {}",
-            show_duration(LONGEST_SLICE)
-        )),
-        short => Ok(short),
-    }
-}
-
-/// As [`duration`], above zero.
-///
-/// # Errors
-/// A sentence that shows the right form.
-pub fn positive_duration(text: &str) -> Result<Duration, String> {
-    let duration = duration(text)?;
-    if duration.is_zero() { Err(format!("`{text}` must be above zero")) } else { Ok(duration) }
-}
-
-/// A duration as [`positive_duration`] reads it.
-pub fn show_duration(duration: Duration) -> String {
-    let signed = jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX);
-    format!("{signed:#}")
-}
-
-/// Each limit by the key of its setting, as a setting is written.
-pub fn show_limits(limits: &Limits) -> BTreeMap<&'static str, String> {
-    let span = |limit: Limit<Duration>| match limit {
-        Limit::At(span) => show_duration(span),
-        Limit::Off => "off".to_owned(),
-        Limit::Auto => "auto".to_owned(),
-    };
-    BTreeMap::from([
-        ("max-latency", span(limits.latency)),
-        ("max-replica-lag", limits.replica_lag.to_string()),
-        ("max-replica-silence", span(limits.replica_silence)),
-        ("max-replica-buffer", limits.replica_buffer.to_string()),
-        ("max-lazyfree", limits.lazyfree.to_string()),
-        ("max-ops", limits.ops.to_string()),
-        ("max-cpu", limits.cpu.to_string()),
-        ("during-fork", if limits.hold_during_fork { "hold" } else { "go" }.to_owned()),
-        ("abort-latency", span(limits.abort_latency)),
-        ("abort-replica-lag", limits.abort_replica_lag.to_string()),
-    ])
-}
-
-fn read_password(path: &str) -> Result<SecretString, String> {
-    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))?;
-    let line = text.lines().next().unwrap_or("");
-    if line.is_empty() {
-        return Err(format!("the first line of {path} is empty; it must be the password"));
-    }
-    Ok(SecretString::from(line.to_owned()))
 }
 
 #[cfg(test)]
@@ -544,13 +417,5 @@ mod tests {
         let settings = resolve(&with(&[("url", "rediss://h"), ("insecure", "true")]), None).unwrap();
         assert!(settings.tls.unwrap().insecure);
         assert!(resolve(&with(&[("url", "redis://h")]), None).unwrap().tls.is_none());
-    }
-
-    #[test]
-    fn durations_read_what_they_show() {
-        for text in ["75us", "20ms", "30s", "6h", "360min", "1h 30min"] {
-            let duration = positive_duration(text).unwrap();
-            assert_eq!(positive_duration(&show_duration(duration)).unwrap(), duration, "{text}");
-        }
     }
 }

@@ -12,14 +12,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use jiff::civil::{Time, Weekday};
-use jiff::tz::TimeZone;
+use jiff::civil::Time;
 use secrecy::SecretString;
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::table::{File, Table};
+use crate::settings::values::{
+    parse_sha256, read_password, readable, seconds, some_text, time_zone, timestamp, weekday, whole,
+};
 use crate::settings::{self, COUNT_RANGE, Settings, positive_duration};
 
 /// The defaults, as text that people read.
@@ -327,7 +329,7 @@ impl<'a> Reader<'a> {
             Ok(secret) if !secret.is_empty() => Ok(SecretString::from(secret)),
             _ => Err(format!("the environment variable {name} is not set")),
         });
-        let from_file = table.optional(file, settings::read_password);
+        let from_file = table.optional(file, read_password);
         from_env.or(from_file)
     }
 
@@ -462,67 +464,6 @@ impl<'a> Reader<'a> {
         let zone = table.read("zone", time_zone);
         table.no_more();
         Some(Some(Window { days: days?, start: start?, end: end?, zone: zone? }))
-    }
-}
-
-/// SHA-256 in 64 hexadecimal digits.
-fn parse_sha256(text: &str) -> Result<[u8; 32], String> {
-    let wrong = || "must be the SHA-256 of the token in 64 hexadecimal digits: printf %s TOKEN | sha256sum".to_owned();
-    if text.len() != 64 || !text.is_ascii() {
-        return Err(wrong());
-    }
-    let mut bytes = [0; 32];
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
-        let pair = std::str::from_utf8(pair).map_err(|_| wrong())?;
-        *byte = u8::from_str_radix(pair, 16).map_err(|_| wrong())?;
-    }
-    Ok(bytes)
-}
-
-fn some_text(text: &str) -> Result<String, String> {
-    if text.trim().is_empty() { Err("must not be empty".to_owned()) } else { Ok(text.to_owned()) }
-}
-
-fn readable(text: &str) -> Result<PathBuf, String> {
-    match std::fs::File::open(text) {
-        Ok(_) => Ok(PathBuf::from(text)),
-        Err(e) => Err(format!("cannot read {text}: {e}")),
-    }
-}
-
-fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
-    match text.parse() {
-        Ok(number) if range.contains(&number) => Ok(number),
-        _ => Err(format!("`{text}` is not a whole number between {} and {}", range.start(), range.end())),
-    }
-}
-
-fn seconds(text: &str, at_most: u32) -> Result<u32, String> {
-    let duration = positive_duration(text)?;
-    match u32::try_from(duration.as_secs()) {
-        Ok(seconds) if duration.subsec_nanos() == 0 && seconds <= at_most => Ok(seconds),
-        _ => Err(format!("`{text}` must be whole seconds, at most {} minutes", at_most / 60)),
-    }
-}
-
-fn timestamp(text: &str) -> Result<Timestamp, String> {
-    text.parse().map_err(|_| format!("`{text}` is not a UTC time such as 2026-01-31T02:00:00Z"))
-}
-
-fn time_zone(text: &str) -> Result<TimeZone, String> {
-    TimeZone::get(text).map_err(|_| format!("`{text}` is not a time zone such as Europe/Berlin or UTC"))
-}
-
-fn weekday(text: &str) -> Result<Weekday, String> {
-    match text {
-        "mon" => Ok(Weekday::Monday),
-        "tue" => Ok(Weekday::Tuesday),
-        "wed" => Ok(Weekday::Wednesday),
-        "thu" => Ok(Weekday::Thursday),
-        "fri" => Ok(Weekday::Friday),
-        "sat" => Ok(Weekday::Saturday),
-        "sun" => Ok(Weekday::Sunday),
-        _ => Err(format!("`{text}` is none of mon, tue, wed, thu, fri, sat, sun")),
     }
 }
 
