@@ -9,6 +9,7 @@ use crate::cli::client::{self, Client, ClientArgs, ClientError};
 use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::cli::progress::{self, PassRow, Rows, ShardRow};
+use crate::model::failure::{Failure, FailureKind};
 use crate::settings::positive_duration;
 
 const COLUMNS: [(&str, &str); 8] = [
@@ -166,7 +167,7 @@ pub async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
             let followed = matches!(args.command, TaskCommand::Watch { .. })
                 || matches!(&args.command, TaskCommand::Create(create) if create.watch);
             show(&answer, args.client.json)?;
-            Ok(if followed && answer["state"] != "succeeded" { Exit::Failed } else { Exit::Done })
+            Ok(if followed { ended(&answer) } else { Exit::Done })
         }
         Err(error) => Ok(client::failed(&error)),
     }
@@ -204,6 +205,25 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
             body.insert("limits".to_owned(), json!(limits.iter().cloned().collect::<Map<_, _>>()));
             client.send(Method::PATCH, &format!("/api/v1/tasks/{id}"), Some(&Value::Object(body))).await
         }
+    }
+}
+
+/// Says why a task failed, and gives the code that `scan` would have ended with.
+fn ended(task: &Value) -> Exit {
+    let text = |name: &str| task["failure"][name].as_str();
+    match text("kind").map(str::parse::<FailureKind>) {
+        Some(Ok(kind)) => {
+            let failure = Failure {
+                hint: text("hint").map(str::to_owned),
+                ..Failure::new(kind, text("message").unwrap_or_default())
+            };
+            output::note(&output::failure_text(&failure));
+            let met =
+                task["shards"].as_array().is_some_and(|shards| shards.iter().any(|shard| shard["server"].is_object()));
+            Exit::of(&failure, met)
+        }
+        None if task["state"] == "succeeded" => Exit::Done,
+        _ => Exit::Failed,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The time that a task is allowed. Time in which a person or a window held it does not count.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -7,6 +8,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::engine::control::Orders;
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::Snapshot;
+use crate::model::throttle::Reason;
+use crate::settings::show_duration;
 
 /// The time spent is brought up to date this often, for the checkpoints.
 const TICK: Duration = Duration::from_millis(500);
@@ -61,11 +66,38 @@ impl Allowance {
     }
 }
 
+/// The failure of a sweep whose time was over, with what it spent most of that time on.
+pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
+    let mut held = BTreeMap::<Reason, Duration>::new();
+    let (mut active, mut rested) = (Duration::ZERO, Duration::ZERO);
+    for figures in snapshot.shards.values().flat_map(|shard| shard.passes.values()) {
+        active += figures.active;
+        rested += figures.rested;
+        for (reason, time) in &figures.held {
+            *held.entry(*reason).or_default() += *time;
+        }
+    }
+    // A hold that has not ended may stand in no figures yet.
+    let holds = snapshot.shards.values().find_map(|shard| shard.hold);
+    let most = held.into_iter().max_by_key(|(_, time)| *time).filter(|(_, time)| *time > active.max(rested));
+    let hint = match holds.or(most.map(|(reason, _)| reason)) {
+        Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
+        None if rested > active => {
+            "it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout"
+                .to_owned()
+        }
+        None => "allow more with --timeout".to_owned(),
+    };
+    let message = format!("the time allowed ({}) was over before the sweep was complete", show_duration(allowed));
+    Failure::new(FailureKind::TimedOut, message).hint(hint)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::engine::control::Control;
-    use crate::model::throttle::Reason;
+    use crate::model::progress::{PassFigures, ShardView};
+    use crate::model::shard::{DbIndex, ShardId};
     use crate::settings::raw::Raw;
 
     #[tokio::test(start_paused = true)]
@@ -86,5 +118,34 @@ mod tests {
         }
         assert_eq!(begun.elapsed().as_secs(), 3600 + 8, "two of ten seconds were spent before");
         assert_eq!(allowance.spent(), Duration::from_secs(10));
+    }
+
+    #[test]
+    fn the_end_of_the_time_names_what_took_it() {
+        let s = Duration::from_secs;
+        let hint = |active, rested, held: &[(Reason, Duration)], hold| {
+            let figures =
+                PassFigures { active, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
+            let shard = ShardView { passes: [(DbIndex(0), figures)].into(), hold, ..ShardView::default() };
+            let snapshot = Snapshot { shards: [(ShardId("a:1".to_owned()), shard)].into(), ..Snapshot::default() };
+            over(s(5_400), &snapshot).hint.unwrap()
+        };
+        insta::assert_snapshot!(
+            [
+                hint(s(60), s(10), &[], None),
+                hint(s(10), s(60), &[(Reason::Latency, s(50))], None),
+                hint(s(10), s(60), &[(Reason::Latency, s(50)), (Reason::Fork, s(61))], None),
+                hint(s(10), s(60), &[], Some(Reason::DeletionBlocked)),
+                over(s(5_400), &Snapshot::default()).message,
+            ]
+            .join("\n"),
+            @r"
+        allow more with --timeout
+        it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout
+        allow more with --timeout, or see to what held it: the server saves or rewrites its data in a child process (during-fork)
+        allow more with --timeout, or see to what held it: the server hides expired keys without deleting them (CLIENT PAUSE?); waiting for that to end
+        the time allowed (1h 30m) was over before the sweep was complete
+        "
+        );
     }
 }

@@ -18,7 +18,7 @@ use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
 use crate::model::shard::ShardId;
 use crate::model::task::{Command, Task, TaskState, transition};
 use crate::store::{Store, StoreError};
-use crate::tasks::allowance::Allowance;
+use crate::tasks::allowance::{self, Allowance};
 use crate::tasks::{TaskError, TaskView, Tune};
 
 /// A checkpoint is written this often. What happens between two is in the tally.
@@ -245,10 +245,7 @@ impl Recorder {
                 (running.then_some(Command::Interrupt), running.then_some(failure))
             }
             Outcome::Stopped(StopReason::TimedOut) => {
-                let allowed = self.allowance.allowed;
-                let message = format!("the time allowed ({allowed:?}) was over before the sweep was complete");
-                let failure = Failure::new(FailureKind::TimedOut, message);
-                (Some(Command::Fail), Some(failure.hint("allow more with --timeout, or more speed with --intensity")))
+                (Some(Command::Fail), Some(allowance::over(self.allowance.allowed, &self.snapshot)))
             }
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
         };

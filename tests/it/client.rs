@@ -100,10 +100,16 @@ async fn orders_are_given_from_the_command_line() {
     let run = ask(&daemon, &["task", "cancel", &id, "--json"]).await.expect(0);
     assert_eq!(run.json()["state"], "cancelled");
 
-    let set = ["autoscan", "set", "cache", "--first-scan-at", "2999-01-01T00:00:00Z", "--interval", "60"];
+    let brief = ["task", "create", "cache", "--max-keys-per-sec", "100", "--timeout", "4s", "--watch"];
+    let brief = ask(&daemon, &brief).await.expect(4);
+    assert!(brief.stderr.contains("error: the time allowed (4s) was over"), "{}", brief.stderr);
+    assert!(brief.stderr.contains("hint: it rested most of the time: raise --max-keys-per-sec"), "{}", brief.stderr);
+
+    let set = ["autoscan", "set", "cache", "--first-scan-at", "2999-01-01T00:00:00Z", "--interval", "1min"];
     let rest = ["--timeout", "120", "--scan-keys-count", "30", "--json"];
     let run = ask(&daemon, &[&set[..], &rest[..]].concat()).await.expect(0);
     assert_eq!(run.json()["first_scan_at"], "2999-01-01T00:00:00.000Z");
+    assert_eq!((&run.json()["interval"], &run.json()["timeout"]), (&json!(60), &json!(120)));
     let off = ask(&daemon, &["autoscan", "off", "cache"]).await.expect(0);
     assert!(off.stdout.contains("2999-01-01T00:00:00.000Z"), "what was set is kept: {}", off.stdout);
     let bad = ["autoscan", "set", "cache", "--first-scan-at", "2020-01-01T00:00:00Z", "--interval", "60"];

@@ -104,6 +104,24 @@ async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
+    let server = with_dead_keys(20_000).await;
+    // Nobody can come in later, the test neither.
+    let mut inside = server.conn().await;
+    let running = under_way(&server, &[]).await;
+    redis::cmd("CONFIG").arg("SET").arg("maxclients").arg(1).exec_async(&mut inside).await.unwrap();
+    let clients: String = redis::cmd("CLIENT").arg("LIST").query_async(&mut inside).await.unwrap();
+    let sampler = clients.lines().find(|client| client.contains("cmd=ping") || client.contains("cmd=info"));
+    let id =
+        sampler.and_then(|client| client.strip_prefix("id=")?.split(' ').next()).expect("the sampler's connection");
+    redis::cmd("CLIENT").arg("KILL").arg("ID").arg(id).exec_async(&mut inside).await.unwrap();
+    running.says("holding: a figure with a limit on it cannot be read").await;
+    running.says("max number of clients reached").await;
+    redis::cmd("CONFIG").arg("SET").arg("maxclients").arg(1_000).exec_async(&mut inside).await.unwrap();
+    ends(running, "unreadable", 20_000).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
     let server = with_dead_keys(6_000).await;
     // It waits for more replicas before it begins: for that long one is there and not online.

@@ -146,6 +146,7 @@ async fn a_pause_that_outlasts_the_time_allowed_is_a_failure() {
     let run = scan(&server.url(), &["--timeout", "2s"]).await.expect(4);
     assert_eq!((run.num(), run.json()["status"].as_str()), (0, Some("failed")));
     assert!(run.stderr.contains("the time allowed (2s) was over"), "{}", run.stderr);
+    assert!(run.stderr.contains("or see to what held it: the server hides expired keys"), "{}", run.stderr);
     server.cmd(&["CLIENT", "UNPAUSE"]).await;
 }
 
