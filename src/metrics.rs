@@ -16,7 +16,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::model::progress::{PassFigures, Snapshot};
+use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
 use crate::model::task::{Task, TaskState};
 use crate::model::throttle::Reason;
 
@@ -179,7 +179,7 @@ pub struct Totals {
 impl Totals {
     /// The sums of a snapshot.
     pub fn of(snapshot: &Snapshot) -> Self {
-        let mut totals = Self::default();
+        let mut totals = Self { held: held_by_reason(snapshot.passes()), ..Self::default() };
         for pass in snapshot.passes() {
             let PassFigures { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
             for (sum, count) in totals.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
@@ -187,9 +187,6 @@ impl Totals {
             }
             for (sum, time) in totals.times.iter_mut().zip([active, rested]) {
                 *sum += *time;
-            }
-            for (reason, time) in &pass.held {
-                *totals.held.entry(*reason).or_default() += *time;
             }
         }
         totals

@@ -32,7 +32,7 @@ pub struct Waits {
 }
 
 /// Long enough for a p99 of a thousand requests, and short enough for twenty of them in a sweep.
-pub const WINDOW: Duration = Duration::from_millis(250);
+const WINDOW: Duration = Duration::from_millis(250);
 
 impl Waits {
     pub fn of_both(mut one: Self, other: Self) -> Self {

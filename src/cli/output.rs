@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram};
+use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram, held_by_reason};
 pub use crate::model::show::{bytes, failure_text, grouped, span, table};
 use crate::model::task::TaskState;
 use crate::tasks::TaskView;
@@ -149,15 +149,9 @@ fn shard_lines(shard: &ShardView) -> String {
             grouped(batches)
         );
     }
-    let mut held: std::collections::BTreeMap<_, Duration> = Default::default();
     let mut ttl = TtlHistogram::default();
-    for figures in shard.passes.values() {
-        for (reason, time) in &figures.held {
-            *held.entry(*reason).or_default() += *time;
-        }
-        ttl.merge(&figures.ttl);
-    }
-    for (reason, time) in held {
+    shard.passes.values().for_each(|figures| ttl.merge(&figures.ttl));
+    for (reason, time) in held_by_reason(shard.passes.values()) {
         let _ = writeln!(text, "held {}: {}", span(time), reason.sentence());
     }
     if !ttl.is_empty() {

@@ -138,6 +138,15 @@ impl PassFigures {
     }
 }
 
+/// How long passes were held, by reason.
+pub fn held_by_reason<'a>(passes: impl IntoIterator<Item = &'a PassFigures>) -> BTreeMap<Reason, Duration> {
+    let mut held = BTreeMap::new();
+    for (reason, time) in passes.into_iter().flat_map(|figures| &figures.held) {
+        *held.entry(*reason).or_default() += *time;
+    }
+    held
+}
+
 /// What became of the touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TouchOutcome {

@@ -1,6 +1,5 @@
 //! The time that a task is allowed. Time in which a person or a window held it does not count.
 
-use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,8 +8,7 @@ use tokio::time::Instant;
 
 use crate::engine::control::Orders;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::Snapshot;
-use crate::model::throttle::Reason;
+use crate::model::progress::{Snapshot, held_by_reason};
 use crate::settings::show_duration;
 
 /// The time spent is brought up to date this often, for the checkpoints.
@@ -68,18 +66,14 @@ impl Allowance {
 
 /// The failure of a sweep whose time was over, with what it spent most of that time on.
 pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
-    let mut held = BTreeMap::<Reason, Duration>::new();
-    let (mut active, mut rested) = (Duration::ZERO, Duration::ZERO);
-    for figures in snapshot.shards.values().flat_map(|shard| shard.passes.values()) {
-        active += figures.active;
-        rested += figures.rested;
-        for (reason, time) in &figures.held {
-            *held.entry(*reason).or_default() += *time;
-        }
-    }
+    let active: Duration = snapshot.passes().map(|pass| pass.active).sum();
+    let rested: Duration = snapshot.passes().map(|pass| pass.rested).sum();
     // A hold that has not ended may stand in no figures yet.
     let holds = snapshot.shards.values().find_map(|shard| shard.hold);
-    let most = held.into_iter().max_by_key(|(_, time)| *time).filter(|(_, time)| *time > active.max(rested));
+    let most = held_by_reason(snapshot.passes())
+        .into_iter()
+        .max_by_key(|(_, time)| *time)
+        .filter(|(_, time)| *time > active.max(rested));
     let hint = match holds.or(most.map(|(reason, _)| reason)) {
         Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
         None if rested > active => {
@@ -98,6 +92,7 @@ mod tests {
     use crate::engine::control::Control;
     use crate::model::progress::{PassFigures, ShardView};
     use crate::model::shard::{DbIndex, ShardId};
+    use crate::model::throttle::Reason;
     use crate::settings::raw::Raw;
 
     #[tokio::test(start_paused = true)]
