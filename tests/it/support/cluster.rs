@@ -71,13 +71,32 @@ impl Cluster {
             true
         })
         .await;
+        let mut pairs = Vec::new();
         for place in masters..count {
             let master = node_id(&cluster.nodes[place - masters]).await;
             probe("it knows its master", PATIENCE, async || {
                 cluster.nodes[place].try_query::<Value>(&["CLUSTER", "REPLICATE", &master]).await.is_ok()
             })
             .await;
+            pairs.push((node_id(&cluster.nodes[place]).await, master));
         }
+        // A master says nothing to the failover order of a node that it does not know as its replica yet.
+        probe("every node knows who replicates whom", PATIENCE, async || {
+            for node in &cluster.nodes {
+                let lines = node_lines(node).await;
+                let known = |(replica, master): &(String, String)| {
+                    lines.iter().any(|line| {
+                        let mut fields = line.split(' ');
+                        fields.next() == Some(replica) && fields.nth(2) == Some(master)
+                    })
+                };
+                if !pairs.iter().all(known) {
+                    return false;
+                }
+            }
+            true
+        })
+        .await;
         cluster.until_well().await;
         for place in masters..count {
             probe("the replica is in step", PATIENCE, async || {
