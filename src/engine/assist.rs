@@ -4,8 +4,9 @@
 //! `active-expire-effort 10`. Where few of many keys have a TTL that costs far less per freed key than SCAN. So, where the
 //! operator asks for it, the effort is raised for a while, under the same throttle as the sweep, which then frees the rest.
 //!
-//! The old value is noted beside the state file before anything is changed, put back on every way out, and put back by the
-//! next start where there was no way out.
+//! The old value is noted beside the state file before anything is changed, and put back on every way out, also on a server
+//! that has lost its part to another meanwhile. Where it does not answer, the end of the sweep tries again, and then every
+//! later sweep of the instance.
 
 use std::time::Duration;
 
@@ -17,9 +18,11 @@ use crate::engine::shard_scan::{End, ShardScan};
 use crate::engine::throttle::{self, Decision};
 use crate::model::failure::FailureKind;
 use crate::model::progress::ScanEventKind;
+use crate::model::shard::NodeAddr;
 use crate::node::commands;
+use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
-use crate::store::undo::Undo;
+use crate::store::undo::{Undo, UndoNote};
 
 const PARAMETER: &str = "active-expire-effort";
 const MOST: &str = "10";
@@ -31,86 +34,89 @@ const AT_LEAST: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 impl ShardScan {
-    fn undo(&self) -> Option<Undo> {
-        self.job.tallies.as_ref().map(|dir| Undo::new(dir, self.conn.addr(), PARAMETER))
-    }
-
-    /// Puts back what a sweep before this one could not.
-    pub(super) async fn put_back_effort(&mut self) {
-        let Some(undo) = self.undo() else { return };
-        let Some(value) = undo.value() else { return };
-        let message = match commands::set_config(&mut self.conn, PARAMETER, &value).await {
-            Ok(()) => {
-                undo.done();
-                format!("an earlier sweep had raised {PARAMETER} and was killed: it was put back to {value}")
+    /// Puts back what sweeps before this one could not, or this one on a server that did not answer.
+    pub(super) async fn put_back_what_was_left(&mut self) {
+        let Some(dir) = &self.job.tallies else { return };
+        let target = self.job.roster.topology().target().to_string();
+        let ours = |undo: &Undo| undo.target == target || undo.addr == *self.conn.addr();
+        for note in UndoNote::left(dir, ours) {
+            let Undo { addr, parameter, value, .. } = note.undo.clone();
+            if self.put_back(note).await {
+                let message = format!("{parameter} of {addr} had been left at {MOST}: it was put back to {value}");
+                self.warn(message).await;
             }
-            Err(error) => format!(
-                "an earlier sweep had raised {PARAMETER} and was killed, and it cannot be put back ({error}): run \
-                 CONFIG SET {PARAMETER} {value}"
-            ),
-        };
-        self.reporter.say(ScanEventKind::Warned { message }).await;
+        }
     }
 
     /// Raises the effort until few stale keys are left, for `at_most` that long.
     pub(super) async fn assist(&mut self, at_most: Duration) -> Result<(), End> {
-        let message = match self.raise().await {
-            Ok(Ok(())) => {
-                let begun = Instant::now();
-                let before = self.before.stale_share;
-                let ended = self.watch_expiry(at_most).await;
-                self.put_back_effort_quietly().await;
-                let (stale, freed) = ended?;
-                format!(
-                    "{PARAMETER} was {MOST} for {:.1} s: the server freed {freed} keys itself, and its sample of stale keys \
-                     went from {} to {}",
-                    begun.elapsed().as_secs_f64(),
-                    percent(before),
-                    percent(stale),
-                )
+        let note = match self.raise().await {
+            Ok(Ok(note)) => note,
+            Ok(Err(why)) => {
+                self.warn(format!("the server's own expiry was not helped: {why}")).await;
+                return Ok(());
             }
-            Ok(Err(why)) => format!("the server's own expiry was not helped: {why}"),
             Err(error) => {
                 self.recover(error, None).await?;
+                self.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
                 // The answer was lost, and perhaps not the order.
-                self.put_back_effort_quietly().await;
-                "the server's own expiry was not helped: the connection was lost".to_owned()
+                self.put_back_what_was_left().await;
+                return Ok(());
             }
         };
-        self.reporter.say(ScanEventKind::Warned { message }).await;
+        let (begun, before, addr) = (Instant::now(), self.before.stale_share, note.undo.addr.clone());
+        let watched = self.watch_expiry(at_most, &note.undo.value).await;
+        self.end_hold(None).await;
+        self.put_back(note).await;
+        let what = match watched? {
+            Some((stale, freed)) => format!(
+                "the server freed {freed} keys itself, and its sample of stale keys went from {} to {}",
+                percent(before),
+                percent(stale)
+            ),
+            None => format!("then {addr} was restarted, or another took over from it"),
+        };
+        self.warn(format!("{PARAMETER} was {MOST} for {:.1} s: {what}", begun.elapsed().as_secs_f64())).await;
         Ok(())
     }
 
     /// The outer error is the connection's; the inner one says why the effort was not raised.
-    async fn raise(&mut self) -> Result<Result<(), String>, NodeError> {
-        let Some(undo) = self.undo() else { return Ok(Err("there is no state file".to_owned())) };
+    async fn raise(&mut self) -> Result<Result<UndoNote, String>, NodeError> {
+        let Some(dir) = self.job.tallies.clone() else { return Ok(Err("there is no state file".to_owned())) };
         let Some(value) = commands::config(&mut self.conn, PARAMETER).await? else {
             return Ok(Err(format!("the server does not tell its {PARAMETER} (no right to CONFIG GET?)")));
         };
         if value == MOST {
             return Ok(Err(format!("{PARAMETER} is {MOST} already")));
         }
-        if let Err(error) = undo.note(&value) {
-            return Ok(Err(format!("its old value cannot be kept beside the state file: {error}")));
-        }
+        let target = self.job.roster.topology().target().to_string();
+        let undo = Undo { target, addr: self.conn.addr().clone(), parameter: PARAMETER.to_owned(), value };
+        let note = match undo.note(&dir) {
+            Ok(note) => note,
+            Err(error) => return Ok(Err(format!("its old value cannot be kept beside the state file: {error}"))),
+        };
         match commands::set_config(&mut self.conn, PARAMETER, MOST).await {
-            Ok(()) => Ok(Ok(())),
+            Ok(()) => Ok(Ok(note)),
             Err(error @ NodeError::Server { .. }) => {
-                undo.done();
+                note.done();
                 Ok(Err(error.to_string()))
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Waits until few stale keys are left. Returns their share and what was freed meanwhile.
-    async fn watch_expiry(&mut self, at_most: Duration) -> Result<(Option<f64>, u64), End> {
-        let begun = Instant::now();
+    /// Waits until few stale keys are left. Returns their share and what was freed meanwhile, or nothing where the server
+    /// whose effort was raised is not the one that is swept any more. `value`: the old one, in force while this holds.
+    async fn watch_expiry(&mut self, at_most: Duration, value: &str) -> Result<Option<(Option<f64>, u64)>, End> {
+        let (begun, process) = (Instant::now(), self.process);
         let first = self.before.expired_keys.unwrap_or(0);
         let mut suspect = false;
         loop {
             wait(&mut self.orders, LOOK_EVERY).await?;
             let info = self.info(None).await?;
+            if self.process != process {
+                return Ok(None);
+            }
             let mut seen = Observation::from_info(&info);
             seen.latency = self.observer.latency();
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
@@ -119,7 +125,7 @@ impl ShardScan {
             let tuning = self.orders.borrow().tuning;
             match throttle::decide(&seen, &self.before, &tuning, held) {
                 Decision::Proceed | Decision::Rest(_) if settled || begun.elapsed() >= at_most => {
-                    return Ok((seen.stale_share, freed));
+                    return Ok(Some((seen.stale_share, freed)));
                 }
                 Decision::Proceed | Decision::Rest(_) if held.is_some() => {
                     self.end_hold(None).await;
@@ -127,15 +133,12 @@ impl ShardScan {
                 }
                 Decision::Proceed | Decision::Rest(_) => {}
                 Decision::Hold(reason, detail) => {
-                    // The note stays: the value that it holds is in force meanwhile.
-                    if let Some(value) = self.undo().and_then(|undo| undo.value()) {
-                        let _ = commands::set_config(&mut self.conn, PARAMETER, &value).await;
-                    }
+                    let _ = commands::set_config(&mut self.conn, PARAMETER, value).await;
                     self.begin_hold(None, reason, detail).await;
                 }
                 // The sweep itself meets it next, and follows.
                 Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
-                    return Ok((seen.stale_share, freed));
+                    return Ok(Some((seen.stale_share, freed)));
                 }
                 Decision::Abort(failure) if failure.kind == FailureKind::LimitPassed && !suspect => {
                     suspect = true;
@@ -147,17 +150,40 @@ impl ShardScan {
         }
     }
 
-    /// Puts the old value back after we have raised it. Where that fails the note stays, and the next start does it.
-    async fn put_back_effort_quietly(&mut self) {
-        self.end_hold(None).await;
-        let Some(undo) = self.undo() else { return };
-        let Some(value) = undo.value() else { return };
-        if commands::set_config(&mut self.conn, PARAMETER, &value).await.is_ok() {
-            undo.done();
-        } else {
-            self.put_back_effort().await;
+    /// Puts the old value back where it was changed, and says so if that fails. Then the note stays for the next attempt.
+    async fn put_back(&mut self, note: UndoNote) -> bool {
+        let Undo { addr, parameter, value, .. } = &note.undo;
+        let mut done = Ok(());
+        // A full server has no room for another connection.
+        if addr != self.conn.addr() || commands::set_config(&mut self.conn, parameter, value).await.is_err() {
+            done = set_config_at(addr, self.job.roster.topology().options(), parameter, value).await;
         }
+        match done {
+            Ok(()) => note.done(),
+            Err(error) => {
+                let message = format!(
+                    "{parameter} of {addr} was raised to {MOST} and cannot be put back to {value} now: {error}. Sweeps of this \
+                     instance try it again. Or run CONFIG SET {parameter} {value} there and remove {}",
+                    note.path().display()
+                );
+                self.warn(message).await;
+                return false;
+            }
+        }
+        true
     }
+
+    async fn warn(&self, message: String) {
+        self.reporter.say(ScanEventKind::Warned { message }).await;
+    }
+}
+
+/// Waits no longer for an answer than for a connection: what was swept before must not keep the sweep from what is swept now.
+async fn set_config_at(addr: &NodeAddr, options: &ConnOptions, parameter: &str, value: &str) -> Result<(), NodeError> {
+    let limit = options.connect_timeout;
+    let options = ConnOptions { response_timeout: options.response_timeout.min(limit), ..options.clone() };
+    let mut conn = Conn::open(addr, &options).await?;
+    commands::set_config(&mut conn, parameter, value).await
 }
 
 fn percent(share: Option<f64>) -> String {

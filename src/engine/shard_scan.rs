@@ -78,7 +78,11 @@ pub(super) async fn run(job: Job, orders: watch::Receiver<Orders>, events: mpsc:
     let reporter = Reporter { shard: job.shard.id.clone(), events };
     let passes = job.shard.passes.clone();
     let (ended, swept, passes) = match ShardScan::connect(job, reporter.clone(), orders).await {
-        Ok(mut scan) => (scan.sweep().await, Some(scan.master), scan.job.shard.passes),
+        Ok(mut scan) => {
+            let ended = scan.sweep().await;
+            scan.put_back_what_was_left().await;
+            (ended, Some(scan.master), scan.job.shard.passes)
+        }
         Err(end) => (Err(end), None, passes),
     };
     let (outcome, swept) = match ended {
@@ -168,7 +172,7 @@ impl ShardScan {
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.toucher.outcome() }).await;
         self.say_skipped().await;
         self.check_checkpoint().await;
-        self.put_back_effort().await;
+        self.put_back_what_was_left().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
             self.assist(at_most).await?;
         }

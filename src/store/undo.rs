@@ -1,75 +1,143 @@
 //! What has to be put back: the value that a setting of a server had before we changed it, kept beside the state file.
 //!
-//! Written before the change and removed after it was undone, so that whatever happens in between, the next start finds it.
+//! Written before the change and removed after it was undone, so that whatever happens in between, a later sweep finds it.
+//! It is locked for as long as its process means to undo it: one that nobody holds was left behind.
 
+use std::fs::{File, TryLockError};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::model::shard::NodeAddr;
 use crate::store::tally::TallyDir;
 
-/// The note about one setting of one server.
-#[derive(Debug, Clone)]
+/// What has to be put back, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undo {
-    dir: PathBuf,
+    /// The instance: its URL without credentials. Nobody but a sweep of it may log in to `addr`.
+    pub target: String,
+    /// The server.
+    pub addr: NodeAddr,
+    /// The setting.
+    pub parameter: String,
+    /// The value that it had.
+    pub value: String,
+}
+
+/// The note about it, which is ours for as long as this is not dropped.
+#[derive(Debug)]
+pub struct UndoNote {
+    /// What it says.
+    pub undo: Undo,
     file: PathBuf,
+    _lock: File,
 }
 
 impl Undo {
-    /// The note about `parameter` of the server at `addr`.
-    pub fn new(dir: &TallyDir, addr: &NodeAddr, parameter: &str) -> Self {
-        let hash = Sha256::digest(addr.to_string().as_bytes());
-        let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        let dir = dir.path().to_owned();
-        Self { file: dir.join(format!("undo-{short}-{parameter}")), dir }
-    }
-
-    /// The old value, where there is one to put back.
-    pub fn value(&self) -> Option<String> {
-        let text = std::fs::read_to_string(&self.file).ok()?;
-        text.strip_suffix('\n').map(str::to_owned)
-    }
-
-    /// Notes the old value, so that it outlives a crash and a power cut.
+    /// Notes it, so that it outlives a crash and a power cut.
     ///
     /// # Errors
-    /// Of the file system; then nothing is noted.
-    pub fn note(&self, value: &str) -> io::Result<()> {
-        std::fs::create_dir_all(&self.dir)?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
-        // The line's end tells a whole note from a torn one.
-        writeln!(file, "{value}")?;
-        file.as_file().sync_all()?;
-        file.persist(&self.file).map_err(|error| error.error)?;
-        std::fs::File::open(&self.dir)?.sync_all()
+    /// Of the file system, and `WouldBlock` where another sweep has changed the same setting of the same server. Nothing is
+    /// noted then.
+    pub fn note(self, dir: &TallyDir) -> io::Result<UndoNote> {
+        let hash = Sha256::digest(self.addr.to_string().as_bytes());
+        let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let file = dir.path().join(format!("undo-{short}-{}", self.parameter));
+        if File::open(&file).is_ok_and(|there| !is_free(&there)) {
+            return Err(io::Error::new(io::ErrorKind::WouldBlock, "another sweep has changed it and will put it back"));
+        }
+        std::fs::create_dir_all(dir.path())?;
+        let mut new = tempfile::NamedTempFile::new_in(dir.path())?;
+        is_free(new.as_file());
+        serde_json::to_writer(&mut new, &self)?;
+        new.flush()?;
+        new.as_file().sync_all()?;
+        let lock = new.persist(&file).map_err(|error| error.error)?;
+        File::open(dir.path())?.sync_all()?;
+        Ok(UndoNote { undo: self, file, _lock: lock })
+    }
+}
+
+impl UndoNote {
+    /// The notes in `dir` that were left behind by whoever wrote them, as far as `ours` says yes.
+    pub fn left(dir: &TallyDir, ours: impl Fn(&Undo) -> bool) -> Vec<Self> {
+        // No directory: nothing was left.
+        let Ok(entries) = std::fs::read_dir(dir.path()) else { return Vec::new() };
+        let files = entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"undo-"));
+        files.filter_map(|entry| Self::take(&entry.path(), &ours)).collect()
+    }
+
+    fn take(path: &Path, ours: impl Fn(&Undo) -> bool) -> Option<Self> {
+        let file = File::open(path).ok()?;
+        // A torn one is none: it was never relied upon.
+        let undo: Undo = serde_json::from_reader(&file).ok()?;
+        // One without a name was done before we had the lock.
+        let is_left = ours(&undo) && is_free(&file) && file.metadata().is_ok_and(|data| data.nlink() > 0);
+        is_left.then(|| Self { undo, file: path.to_owned(), _lock: file })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.file
     }
 
     /// It was put back.
-    pub fn done(&self) {
+    pub fn done(self) {
         let _ = std::fs::remove_file(&self.file);
-        // Succeeds only where it was the last file.
-        let _ = std::fs::remove_dir(&self.dir);
+        if let Some(dir) = self.file.parent() {
+            // Succeeds only where it was the last file.
+            let _ = std::fs::remove_dir(dir);
+        }
     }
+}
+
+/// Takes the lock of a note. Some network file systems know no locks: there every note counts as free.
+fn is_free(note: &File) -> bool {
+    !matches!(note.try_lock(), Err(TryLockError::WouldBlock))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn undo(target: &str) -> Undo {
+        let addr = NodeAddr::Tcp { host: target.to_owned(), port: 1 };
+        Undo { target: target.to_owned(), addr, parameter: "effort".to_owned(), value: "1".to_owned() }
+    }
+
+    fn left(dir: &TallyDir) -> Vec<Undo> {
+        UndoNote::left(dir, |undo| undo.target != "foreign").into_iter().map(|note| note.undo).collect()
+    }
+
     #[test]
-    fn a_note_stays_until_it_is_done_and_a_torn_one_is_none() {
+    fn a_note_is_left_once_its_holder_is_gone_and_until_it_is_done() {
         let dir = tempfile::tempdir().unwrap();
         let tallies = TallyDir::beside(&dir.path().join("state.db"));
-        let addr = NodeAddr::Tcp { host: "h".into(), port: 1 };
-        let undo = || Undo::new(&tallies, &addr, "active-expire-effort");
-        assert_eq!(undo().value(), None);
-        undo().note("1").unwrap();
-        assert_eq!(undo().value().as_deref(), Some("1"));
-        std::fs::write(&undo().file, "1").unwrap();
-        assert_eq!(undo().value(), None);
-        undo().done();
+        assert_eq!(left(&tallies), []);
+        let note = undo("a").note(&tallies).unwrap();
+        assert_eq!(left(&tallies), [], "it is held");
+        assert_eq!(undo("a").note(&tallies).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(note);
+        assert_eq!(left(&tallies), [undo("a")]);
+        drop(undo("foreign").note(&tallies).unwrap());
+        assert_eq!(left(&tallies), [undo("a")]);
+        for note in UndoNote::left(&tallies, |_| true) {
+            assert_eq!(left(&tallies), [], "what was taken is held");
+            note.done();
+        }
         assert!(!tallies.path().exists());
+    }
+
+    #[test]
+    fn a_torn_note_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let tallies = TallyDir::beside(&dir.path().join("state.db"));
+        let file = undo("a").note(&tallies).unwrap().path().to_owned();
+        let whole = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &whole[..whole.len() - 1]).unwrap();
+        assert_eq!(left(&tallies), []);
     }
 }

@@ -8,6 +8,7 @@ use crate::support::{
     probe,
     proxy::Proxy,
     run::{Run, Running, run, scan, state_file},
+    server::Server,
 };
 
 /// Slow enough that a test can do something meanwhile.
@@ -112,6 +113,55 @@ async fn a_killed_master_is_followed_to_its_replica() {
     assert_eq!(first["server"]["addr"], cluster.replica_of(0).addr().to_string());
     cluster.nodes.remove(0);
     cluster.assert_only(&live).await;
+}
+
+async fn effort(node: &Server) -> String {
+    node.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await.remove(1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_another_took_over_from_gets_its_old_effort_back() {
+    let cluster = Cluster::start(3, true).await;
+    cluster.fill(0, 6_000).await;
+    let (_dir, state) = state_file();
+    let (old, new) = (&cluster.nodes[0], cluster.replica_of(0));
+    let options =
+        ["--max-keys-per-sec", "500", "--parallel", "3", "--connect-timeout", "1s", "--response-timeout", "1s"];
+    let assist = ["--assist-expiry", "20s", "--state", state.to_str().unwrap()];
+    let running = Running::scan(&cluster.nodes[1].url(), &[&options[..], &assist].concat());
+    probe("the effort is raised", PATIENCE, async || effort(old).await == "10").await;
+    old.sigstop();
+    cluster.until_promoted(0).await;
+    probe("the new master is swept", PATIENCE, async || new.expired_keys().await > 0).await;
+    old.sigcont();
+    let run = running.end().await.expect(0);
+    // The first shard that ends afterwards does it.
+    let said: String = shards(&run).iter().map(warnings).collect();
+    assert!(
+        said.contains(&format!("active-expire-effort of {} was raised to 10 and cannot be put back", old.addr())),
+        "{said}"
+    );
+    assert!(said.contains(&format!("of {} had been left at 10: it was put back to 1", old.addr())), "{said}");
+    for node in &cluster.nodes {
+        assert_eq!(effort(node).await, "1");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_after_a_kill_and_a_failover_gives_the_old_master_its_effort_back() {
+    let cluster = Cluster::start(3, true).await;
+    cluster.fill(0, 3_000).await;
+    let (_dir, state) = state_file();
+    let options = ["--state", state.to_str().unwrap()];
+    let running = Running::scan(&cluster.url(), &[&options[..], &["--assist-expiry", "20s"]].concat());
+    probe("the effort is raised", PATIENCE, async || effort(&cluster.nodes[0]).await == "10").await;
+    running.signal("KILL");
+    running.end().await;
+    cluster.failover(0).await;
+    assert_eq!(effort(&cluster.nodes[0]).await, "10", "nobody was there to put it back");
+    let run = scan(&cluster.url(), &options).await.expect(0);
+    assert!(run.stdout.contains("had been left at 10: it was put back to 1"), "{}", run.stdout);
+    assert_eq!(effort(&cluster.nodes[0]).await, "1");
 }
 
 #[tokio::test(flavor = "multi_thread")]
