@@ -5,8 +5,6 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
-
 /// Names a shard for the life of its task: the address of a standalone server, the name that sentinels give a master,
 /// or the hash slots that a cluster master owned when the task met it (`slots 0-5460`). A failover changes none of these,
 /// so a task that is resumed finds its shards; one whose slots have changed meanwhile has another name and is swept anew.
@@ -20,8 +18,7 @@ impl fmt::Display for ShardId {
 }
 
 /// Where one server process listens.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum NodeAddr {
     /// A host name or address, and a port.
     Tcp {

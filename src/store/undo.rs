@@ -20,11 +20,19 @@ pub struct Undo {
     /// The instance: its URL without credentials. Nobody but a sweep of it may log in to `addr`.
     pub target: String,
     /// The server.
+    #[serde(with = "StoredAddr")]
     pub addr: NodeAddr,
     /// The setting.
     pub parameter: String,
     /// The value that it had.
     pub value: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "NodeAddr", rename_all = "snake_case")]
+enum StoredAddr {
+    Tcp { host: String, port: u16 },
+    Unix(PathBuf),
 }
 
 /// The note about it, which is ours for as long as this is not dropped.
