@@ -113,7 +113,9 @@ impl Right {
 
     /// The command as an ACL rule names it.
     pub fn rule(self) -> String {
-        format!("+{}", self.as_str().to_lowercase().replace(' ', "|"))
+        let name = self.as_str().to_lowercase();
+        // Quoted as in `commands::ACL_LINE`.
+        if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 
     /// Whether a sweep with these settings cannot do without.

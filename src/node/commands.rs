@@ -9,14 +9,14 @@ use crate::node::error::NodeError;
 use crate::node::info::Info;
 
 /// The line that gives a user exactly what a sweep needs: no key, no channel, no command that writes. AUTH needs no
-/// right; CLIENT SETNAME is a courtesy.
-pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select +client|setname";
+/// right; CLIENT SETNAME is a courtesy. Quoted for a shell, which would take the bar for a pipe, and for redis-cli's prompt.
+pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select '+client|setname'";
 
 /// What a cluster needs beside that: to be asked who its masters are, and (it works without) whether it is well.
-pub const ACL_CLUSTER: &str = "+cluster|slots +cluster|info";
+pub const ACL_CLUSTER: &str = "'+cluster|slots' '+cluster|info'";
 
 /// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
-pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep ~* +exists +ttl";
+pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep '~*' +exists +ttl";
 
 /// INFO of the default sections and of `commandstats`, in one write.
 ///

@@ -10,7 +10,7 @@ use ttlsweep::node::commands::ACL_LINE;
 
 use crate::support::keyspace::Keyspace;
 use crate::support::server::{Kind, Server, Version};
-use crate::support::{PATIENCE, free_port, probe, ttlsweep};
+use crate::support::{PATIENCE, free_port, probe, shell_words, ttlsweep};
 
 fn check(arguments: &[&str]) -> Output {
     ttlsweep().arg("check").args(arguments).output().expect("the program runs")
@@ -155,12 +155,17 @@ async fn only_a_replica_of_this_master_is_counted_on() {
 async fn the_user_with_the_least_rights_learns_that_they_suffice() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(500, "dead:").await;
-    let line = ACL_LINE.replace("'>PASSWORD'", ">secret");
-    server.cmd(&line.split(' ').collect::<Vec<_>>()).await;
+    let words = shell_words(&ACL_LINE.replace("PASSWORD", "secret"));
+    server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
 
     let (object, code) = check_json(&[&server.url_as("ttlsweep", "secret")]);
 
     assert_eq!(code, 0, "{object:#}");
+    let verdict = object["verdict"].as_str().unwrap();
+    assert!(
+        verdict.ends_with(&format!("ttlsweep scan redis://ttlsweep@{}", server.addr())),
+        "as the same user: {verdict}"
+    );
     for right in ["SCAN", "DBSIZE", "INFO", "PING", "SELECT", "CLIENT SETNAME"] {
         assert_eq!(object["rights"][right], "yes", "{right}");
     }

@@ -6,13 +6,13 @@ use crate::support::{
     probe,
     run::{Running, scan},
     server::Server,
+    shell_words,
 };
 
 /// Runs the line that we tell operators to run.
 async fn grant(server: &Server, line: &str) {
-    let line = line.replace("'>PASSWORD'", ">pw");
-    let words: Vec<&str> = line.split(' ').collect();
-    server.cmd(&words).await;
+    let words = shell_words(&line.replace("PASSWORD", "pw"));
+    server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -20,6 +20,8 @@ const INFO: &str = "redis_version:7.0.15\r\nredis_mode:standalone\r\nrun_id:abc\
     expired_stale_perc:8.20\r\nevicted_keys:0\r\nrole:master\r\nmaster_replid:history\r\nmaster_repl_offset:5000\r\n\
     db0:keys=1000000,expires=900000,avg_ttl=1\r\ndb3:keys=500,expires=0,avg_ttl=0\r\n";
 
+const ORDER: &str = "ttlsweep scan redis://127.0.0.1:6379";
+
 fn addr(port: u16) -> NodeAddr {
     NodeAddr::Tcp { host: "127.0.0.1".into(), port }
 }
@@ -47,7 +49,7 @@ fn facts(changes: &[(&str, &str)]) -> Facts {
 
 fn shown(facts: &Facts, counted: Option<Result<Backlog, NoCount>>, settings: &Settings) -> String {
     let verdict = verdict::judge(facts, counted.as_ref(), &settings.scan);
-    let sentence = sentence(facts, &verdict, settings);
+    let sentence = sentence(facts, &verdict, ORDER);
     text(facts, counted.as_ref(), &verdict, &settings.scan, &sentence)
 }
 
@@ -130,14 +132,14 @@ fn a_touch_that_is_not_allowed_names_its_own_grant() {
     settings.scan.touch = Touch::Ttl;
     let text = shown(&facts, None, &settings);
     assert!(text.contains("error: this user may not run TTL"), "{text}");
-    assert!(text.contains("grant it: ACL SETUSER ttlsweep ~* +exists +ttl"), "{text}");
+    assert!(text.contains("grant it: ACL SETUSER ttlsweep '~*' +exists +ttl"), "{text}");
     facts.rights.set(Right::Scan, Some(false));
     let both = shown(&facts, None, &settings);
-    assert!(both.contains("-@all +scan") && both.contains("; ACL SETUSER ttlsweep ~* +exists +ttl"), "{both}");
+    assert!(both.contains("-@all +scan") && both.contains("; ACL SETUSER ttlsweep '~*' +exists +ttl"), "{both}");
     facts.rights.set(Right::Scan, Some(true));
     facts.user = Some("ann".to_owned());
     let text = shown(&facts, None, &settings);
-    assert!(text.contains("grant it: ACL SETUSER ann ~* +ttl"), "to whom we are, and what is missing: {text}");
+    assert!(text.contains("grant it: ACL SETUSER ann '~*' +ttl"), "to whom we are, and what is missing: {text}");
 }
 
 #[test]
@@ -153,7 +155,7 @@ fn the_json_holds_every_figure() {
     let facts = facts(&[("role:master", "role:master\r\nslave0:ip=10.0.0.2,port=6379,state=online,offset=4990,lag=1")]);
     let settings = settings();
     let verdict = verdict::judge(&facts, None, &settings.scan);
-    let sentence = sentence(&facts, &verdict, &settings);
+    let sentence = sentence(&facts, &verdict, ORDER);
     let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);
     insta::assert_snapshot!(serde_json::to_string_pretty(&object).unwrap());
 }

@@ -57,6 +57,14 @@ pub fn ttlsweep() -> Command {
     command
 }
 
+/// The words of a line that people are told to type, as a shell takes them.
+#[track_caller]
+pub fn shell_words(line: &str) -> Vec<String> {
+    let output = Command::new("sh").args(["-c", &format!("printf '%s\\n' {line}")]).output().expect("a shell");
+    assert!(output.status.success() && output.stderr.is_empty(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8").lines().map(str::to_owned).collect()
+}
+
 /// A TCP port of 127.0.0.1 that nobody listens on.
 ///
 /// It lies below 32768, outside of what systems hand out to outgoing connections: a server that is stopped for
