@@ -100,8 +100,8 @@ pub enum ShardSeen {
 }
 
 impl Checked {
-    /// Puts it together.
-    pub fn new(look: &Look, settings: &Settings) -> Self {
+    /// Puts it together. `order`: the command that sweeps the instance.
+    pub fn new(look: &Look, settings: &Settings, order: &str) -> Self {
         let of = |target: String, seen: &Seen| {
             Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
         };
@@ -118,7 +118,7 @@ impl Checked {
             ShardOutput { shard: shard.clone(), seen }
         });
         let shards = shards.collect();
-        Self::Cluster(ClusterOutput { target, shards, verdict: look.verdict(settings), report: None })
+        Self::Cluster(ClusterOutput { target, shards, verdict: look.verdict(order), report: None })
     }
 
     /// With what people read.

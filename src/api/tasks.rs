@@ -103,8 +103,9 @@ pub async fn check_instance(
     // An operator may know why the instance does not answer; no secret is in it.
     let unreachable = |failure: Failure| ApiError::conflict(failure.to_string());
     let (view, options) = crate::tasks::masters(settings).await.map_err(unreachable)?;
-    let look = check::instance::look(&view, &options, settings).await.map_err(unreachable)?;
-    Ok(Json(Checked::new(&look, settings).with_report(look.text(settings))))
+    let order = format!("ttlsweep task create {id}");
+    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(unreachable)?;
+    Ok(Json(Checked::new(&look, settings, &order).with_report(look.text(&settings.scan, &order))))
 }
 
 /// Lists tasks, newest first.

@@ -287,11 +287,11 @@ impl Finding {
                 grant(user.as_deref(), &[Right::Exists, Right::Ttl])
             ),
             Self::EstimateMayBeLow => {
-                "count exactly on a replica, at no cost to this server: --replica redis://HOST:PORT".to_owned()
+                "count exactly on a replica, at no cost to this server: ttlsweep check with --replica redis://HOST:PORT".to_owned()
             }
             Self::LowEffort { cures: Some(cures), .. } if cures.effort_is_cheaper() => {
-                "few of many keys have a TTL, so that is the cheaper cure: ttlsweep scan --assist-expiry 1min --state FILE \
-                 frees most of them so before it sweeps (its cycles can hold the server for 43 % of 1/hz)"
+                "that is the cheaper cure here: ttlsweep scan --assist-expiry 1min --state FILE frees most of them so before it \
+                 sweeps (its cycles can hold the server for 43 % of 1/hz)"
                     .to_owned()
             }
             Self::LowEffort { cures: Some(_), .. } => "a sweep is the better cure here, and leaves nothing".to_owned(),
@@ -310,7 +310,7 @@ fn grant(user: Option<&str>, rights: &[Right]) -> String {
     match user {
         Some(user) => {
             let rules: Vec<_> =
-                touches.then(|| "~*".to_owned()).into_iter().chain(rights.iter().map(|r| r.rule())).collect();
+                touches.then(|| "'~*'".to_owned()).into_iter().chain(rights.iter().map(|r| r.rule())).collect();
             format!("ACL SETUSER {user} {}", rules.join(" "))
         }
         None => {

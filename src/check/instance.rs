@@ -12,7 +12,7 @@ use crate::model::failure::Failure;
 use crate::model::show::{failure_text, grouped};
 use crate::node::conn::ConnOptions;
 use crate::node::topology::{Kind, Master, View};
-use crate::settings::Settings;
+use crate::settings::ScanSettings;
 
 /// What was seen of one master.
 #[derive(Debug)]
@@ -43,15 +43,15 @@ pub enum Look {
     Cluster(Vec<ShardLook>),
 }
 
-/// Looks at every master.
+/// Looks at every master. `order`: the command that sweeps the instance.
 ///
 /// # Errors
 /// Why the only one cannot be looked at; a cluster's are said beside those that can.
-pub async fn look(view: &View, options: &ConnOptions, settings: &Settings) -> Result<Look, Failure> {
-    let look = async |master: &Master| match check::look(&master.addr, options, Some(&settings.scan)).await {
+pub async fn look(view: &View, options: &ConnOptions, scan: &ScanSettings, order: &str) -> Result<Look, Failure> {
+    let look = async |master: &Master| match check::look(&master.addr, options, Some(scan)).await {
         Ok(facts) => {
-            let verdict = verdict::judge(&facts, None, &settings.scan);
-            let sentence = sentence(&facts, &verdict, settings);
+            let verdict = verdict::judge(&facts, None, scan);
+            let sentence = sentence(&facts, &verdict, order);
             Ok(Seen { facts, verdict, sentence })
         }
         Err(error) => Err(error.into_failure()),
@@ -80,16 +80,16 @@ impl Look {
     }
 
     /// The verdict on the whole instance.
-    pub fn verdict(&self, settings: &Settings) -> String {
+    pub fn verdict(&self, order: &str) -> String {
         match self {
             Self::One(seen) => seen.sentence.clone(),
-            Self::Cluster(looks) => overall(looks, settings),
+            Self::Cluster(looks) => overall(looks, order),
         }
     }
 
     /// Everything, for people.
-    pub fn text(&self, settings: &Settings) -> String {
-        let of = |seen: &Seen| text(&seen.facts, None, &seen.verdict, &settings.scan, &seen.sentence);
+    pub fn text(&self, scan: &ScanSettings, order: &str) -> String {
+        let of = |seen: &Seen| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
         let looks = match self {
             Self::One(seen) => return of(seen),
             Self::Cluster(looks) => looks,
@@ -103,12 +103,12 @@ impl Look {
             }
             whole.push('\n');
         }
-        format!("{whole}cluster: {}\n", overall(looks, settings))
+        format!("{whole}cluster: {}\n", overall(looks, order))
     }
 }
 
 /// The verdict on all masters together.
-fn overall(looks: &[ShardLook], settings: &Settings) -> String {
+fn overall(looks: &[ShardLook], order: &str) -> String {
     let seen = looks.iter().filter_map(|look| look.seen.as_ref().ok());
     let good: Vec<&Verdict> = seen.map(|seen| &seen.verdict).filter(|verdict| verdict.can_sweep()).collect();
     let bad = looks.len() - good.len();
@@ -123,17 +123,15 @@ fn overall(looks: &[ShardLook], settings: &Settings) -> String {
         _ if good.is_empty() => write!(text, "nothing can be swept"),
         Some(0) => write!(
             text,
-            "the servers' own samples show no backlog on {} masters, and can be far too low; a sweep tells: ttlsweep scan {}",
-            good.len(),
-            settings.target
+            "the servers' own samples show no backlog on {} masters, and can be far too low; a sweep tells: {order}",
+            good.len()
         ),
         Some(expired) => write!(
             text,
-            "about {} of {} keys with a TTL have expired on {} masters; a sweep frees them: ttlsweep scan {}",
+            "about {} of {} keys with a TTL have expired on {} masters; a sweep frees them: {order}",
             grouped(expired),
             grouped(with_ttl),
             good.len(),
-            settings.target,
         ),
         None => write!(text, "how much a sweep would free is unknown"),
     };

@@ -8,7 +8,7 @@ use crate::check::facts::{Access, Facts, Right, Role};
 use crate::check::findings::Severity;
 use crate::check::verdict::{DbLook, Expired, Known, Verdict};
 use crate::model::show::{bytes, grouped, span, table};
-use crate::settings::{ScanSettings, Settings, show_duration};
+use crate::settings::{ScanSettings, show_duration};
 
 /// Everything that was seen of one server, and what it means.
 pub fn text(
@@ -186,8 +186,8 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
     )
 }
 
-/// The verdict in words.
-pub fn sentence(facts: &Facts, verdict: &Verdict, settings: &Settings) -> String {
+/// The verdict in words. `order`: the command that sweeps this.
+pub fn sentence(facts: &Facts, verdict: &Verdict, order: &str) -> String {
     if !verdict.can_sweep() {
         return "a sweep cannot run here; see the errors".to_owned();
     }
@@ -203,20 +203,18 @@ pub fn sentence(facts: &Facts, verdict: &Verdict, settings: &Settings) -> String
     }
     if expired.keys == 0 {
         return format!(
-            "the server's own sample shows no backlog, and can be far too low: count with --replica URL, or sweep, which takes \
-             {}: ttlsweep scan {}",
-            range(sweep),
-            settings.target
+            "the server's own sample shows no backlog, and can be far too low: count with ttlsweep check --replica URL, or \
+             sweep, which takes {}: {order}",
+            range(sweep)
         );
     }
     let about = if expired.known == Known::Estimated || expired.moved > 0 { "about " } else { "" };
     let hold = swept.bytes.map_or_else(String::new, |held| format!(" and hold about {}", bytes(held)));
     let first = if verdict.has(Severity::Warning) { "; see the warnings first" } else { "" };
     format!(
-        "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: ttlsweep scan {}{first}",
+        "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: {order}{first}",
         grouped(expired.keys),
         grouped(swept.size.expires),
         range(sweep),
-        settings.target,
     )
 }

@@ -257,8 +257,8 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
 
 /// What the names of our environment variables begin with.
 const PREFIX: &str = "TTLSWEEP_";
-/// From this likeness on, 0 to 1, a name was meant to be another one. Names that are like none are somebody else's: Kubernetes
-/// sets TTLSWEEP_PORT and the like for a service of our name.
+/// From this likeness on, 0 to 1, a name was meant to be another one. Names that are like none, and whose words are not all in
+/// one, are somebody else's: Kubernetes sets TTLSWEEP_PORT and the like for a service of our name.
 const LIKE: f64 = 0.75;
 
 /// Environment variables that are none of ours and were meant to be: a limit that is misspelt would not be there.
@@ -271,8 +271,14 @@ fn misspelt() -> Vec<Problem> {
     let mut known = vec!["TTLSWEEP_LOG".to_owned()];
     variables_of(&Cli::command(), &mut known);
     let problems = set.into_iter().filter(|name| !known.contains(name)).filter_map(|name| {
+        // As `--no-throttle`, which has no variable.
+        let typed = name[PREFIX.len()..].trim_start_matches("NO_");
         let likeness = |known: &&String| {
-            strsim::normalized_damerau_levenshtein(&name[PREFIX.len()..], known.strip_prefix(PREFIX).unwrap_or(known))
+            let known = known.strip_prefix(PREFIX).unwrap_or(known);
+            if typed.split('_').all(|word| known.split('_').any(|other| other == word)) {
+                return 1.0;
+            }
+            strsim::normalized_damerau_levenshtein(typed, known)
         };
         let meant = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
         let message = format!("no setting has this name; did you mean {meant}?");

@@ -1,5 +1,6 @@
 //! `ttlsweep check`: look, touch nothing.
 
+use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::api::check_dto::{CheckOutput, Checked};
@@ -18,7 +19,8 @@ use crate::model::target::{InstanceUrl, Place};
 use crate::node::conn::ConnOptions;
 use crate::node::error::NodeError;
 use crate::node::topology::{Kind, Topology};
-use crate::settings::raw::{Origin, Problem};
+use crate::settings::Settings;
+use crate::settings::raw::{KEYS, Origin, Problem};
 use crate::tasks::conn_options;
 
 /// `ttlsweep check`
@@ -62,21 +64,22 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         Ok(replica) => replica,
         Err(problem) => return Ok(scan::usage(&[problem])),
     };
+    let order = order(&settings, matches);
     let topology = Topology::new(settings.target.clone(), options.clone(), settings.scan.follow);
     let view = match topology.view(None).await {
         Ok(view) => view,
         Err(error) => return Ok(refused(error)),
     };
     let Some((replica, replica_options)) = replica else {
-        let look = match instance::look(&view, &options, &settings).await {
+        let look = match instance::look(&view, &options, &settings.scan, &order).await {
             Ok(look) => look,
             Err(failure) => return Ok(failed(&failure)),
         };
         output::print(&if args.json {
-            let object = Checked::new(&look, &settings);
+            let object = Checked::new(&look, &settings, &order);
             format!("{}\n", serde_json::to_string_pretty(&object)?)
         } else {
-            look.text(&settings)
+            look.text(&settings.scan, &order)
         })?;
         return Ok(if look.can_sweep() { Exit::Done } else { Exit::Failed });
     };
@@ -90,7 +93,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
     };
     let counted = backlog::count(&replica, &replica_options, &facts, &settings.scan).await;
     let verdict = verdict::judge(&facts, Some(&counted), &settings.scan);
-    let sentence = sentence(&facts, &verdict, &settings);
+    let sentence = sentence(&facts, &verdict, &order);
     output::print(&if args.json {
         let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);
         format!("{}\n", serde_json::to_string_pretty(&object)?)
@@ -98,6 +101,23 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         text(&facts, Some(&counted), &verdict, &settings.scan, &sentence)
     })?;
     Ok(if verdict.can_sweep() { Exit::Done } else { Exit::Failed })
+}
+
+/// The command that sweeps what was looked at. Passwords are said again in the way they were said before.
+fn order(settings: &Settings, matches: &ArgMatches) -> String {
+    let mut url = settings.target.to_string();
+    if let (Some(user), Some(at)) = (&settings.credentials.user, url.find("://"))
+        && !url.starts_with("unix")
+    {
+        let user = percent_encoding::utf8_percent_encode(user, percent_encoding::NON_ALPHANUMERIC);
+        url.insert_str(at + 3, &format!("{user}@"));
+    }
+    let typed = |id: &str| {
+        matches!(matches.try_contains_id(id), Ok(true)) && matches.value_source(id) == Some(ValueSource::CommandLine)
+    };
+    let mut ids = KEYS.iter().filter(|key| **key != "url").map(|key| key.replace('-', "_"));
+    let more = ids.any(|id| typed(&id)) || typed("config") || typed("no_throttle");
+    format!("ttlsweep scan {url}{}", if more { " (and the same options)" } else { "" })
 }
 
 fn refused(error: NodeError) -> Exit {

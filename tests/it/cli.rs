@@ -43,10 +43,17 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
 async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
     let server = Server::start().await;
     let scan = |name: &str| ttlsweep().args(["scan", &server.url()]).env(name, "0.1").output().unwrap();
-    let misspelt = scan("TTLSWEEP_INTENSTIY");
-    assert_eq!(misspelt.status.code(), Some(2));
-    let said = String::from_utf8_lossy(&misspelt.stderr).into_owned();
-    assert!(said.contains("TTLSWEEP_INTENSTIY") && said.contains("did you mean TTLSWEEP_INTENSITY?"), "{said}");
+    for (typed, meant) in [
+        ("TTLSWEEP_INTENSTIY", "TTLSWEEP_INTENSITY"),
+        ("TTLSWEEP_MAX_KEYS", "TTLSWEEP_MAX_KEYS_PER_SEC"),
+        ("TTLSWEEP_SLICE", "TTLSWEEP_MAX_SLICE"),
+        ("TTLSWEEP_NO_THROTTLE", "TTLSWEEP_THROTTLE"),
+    ] {
+        let misspelt = scan(typed);
+        assert_eq!(misspelt.status.code(), Some(2), "{typed}");
+        let said = String::from_utf8_lossy(&misspelt.stderr).into_owned();
+        assert!(said.contains(typed) && said.contains(&format!("did you mean {meant}?")), "{said}");
+    }
     for other in ["TTLSWEEP_PORT_8080_TCP_ADDR", "TTLSWEEP_SERVICE_HOST", "TTLSWEEP_PORT"] {
         assert_eq!(scan(other).status.code(), Some(0), "{other}");
     }
