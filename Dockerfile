@@ -1,7 +1,10 @@
 # The daemon and the command line in one small image: non-root, and content with a read-only root and a volume.
 #
-#   docker build -t ttlsweep .
-#   docker run --read-only -v ttlsweep:/var/lib/ttlsweep -v $PWD/ttlsweep.toml:/etc/ttlsweep/ttlsweep.toml:ro ttlsweep
+#   docker build -t ttlsweep:0.1.0 .
+#   docker run --read-only -p 127.0.0.1:8080:8080 -v ttlsweep:/var/lib/ttlsweep \
+#     -v $PWD/ttlsweep.toml:/etc/ttlsweep/ttlsweep.toml:ro ttlsweep:0.1.0
+#
+# In a container only others ask, so the settings need `listen = "0.0.0.0:8080"` and credentials below [api].
 
 FROM rust:1.94-slim-bookworm AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*

@@ -10,7 +10,7 @@
 #   clients.sh promtool     print the path of promtool, empty where this system's packages have none
 set -euo pipefail
 
-CACHE="${TTLSWEEP_CLIENTS:-${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients}"
+CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
 SDK=3.1.219
 SCHEMATHESIS=4.32.5
 KUBERNETES_VALIDATE=1.37.0

@@ -11,7 +11,7 @@
 #   servers.sh list              print each name, its pinned version and what is in the cache
 set -euo pipefail
 
-CACHE="${TTLSWEEP_SERVERS:-${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers}"
+CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers"
 NAMES="redis-6.2 redis-7.0 redis-8.2 valkey-8.0"
 
 # The pinned version of a server. Where the system's own package manager is the source, another version of
