@@ -105,18 +105,20 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
 
 /// The command that sweeps what was looked at. Passwords are said again in the way they were said before.
 fn order(settings: &Settings, matches: &ArgMatches) -> String {
-    let mut url = settings.target.to_string();
-    if let (Some(user), Some(at)) = (&settings.credentials.user, url.find("://"))
-        && !url.starts_with("unix")
-    {
-        let user = percent_encoding::utf8_percent_encode(user, percent_encoding::NON_ALPHANUMERIC);
-        url.insert_str(at + 3, &format!("{user}@"));
-    }
     let typed = |id: &str| {
         matches!(matches.try_contains_id(id), Ok(true)) && matches.value_source(id) == Some(ValueSource::CommandLine)
     };
-    let mut ids = KEYS.iter().filter(|key| **key != "url").map(|key| key.replace('-', "_"));
-    let more = ids.any(|id| typed(&id)) || typed("config") || typed("no_throttle");
+    let mut url = settings.target.to_string();
+    let is_unix = url.starts_with("unix:");
+    if let (Some(user), Some(at), false) = (&settings.credentials.user, url.find("://"), is_unix) {
+        let user = percent_encoding::utf8_percent_encode(user, percent_encoding::NON_ALPHANUMERIC);
+        url.insert_str(at + 3, &format!("{user}@"));
+    }
+    if let (&[db], false) = (&settings.scan.dbs[..], typed("db")) {
+        url.push_str(&format!("{}{}", if is_unix { "?db=" } else { "/" }, db.0));
+    }
+    let mut keys = KEYS.iter().filter(|key| **key != "url").map(|key| key.replace('-', "_"));
+    let more = keys.any(|key| typed(&key)) || typed("config") || typed("no_throttle");
     format!("ttlsweep scan {url}{}", if more { " (and the same options)" } else { "" })
 }
 

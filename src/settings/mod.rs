@@ -24,6 +24,9 @@ use crate::model::throttle::Limits;
 use crate::settings::raw::{Origin, Problem, Raw};
 use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch};
 
+/// What a share of a server may be. Less than the least would be a stop, and no sweep.
+const SHARES: std::ops::RangeInclusive<f64> = 0.000_001..=1.0;
+
 /// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
 pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
 
@@ -184,9 +187,11 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let resolved = (|| {
         let InstanceUrl { target, credentials, db } = url?;
         let target_tls = target.tls;
-        let mut dbs = dbs?;
-        if dbs.is_empty() {
-            dbs.extend(db);
+        let (mut dbs, mut sweep_texts) = (dbs?, raw.sweep_texts());
+        if let (true, Some(db)) = (dbs.is_empty(), db) {
+            dbs.push(db);
+            // The URL is no part of these.
+            sweep_texts.insert("db".to_owned(), db.0.to_string());
         }
         Some(Settings {
             target,
@@ -214,7 +219,7 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
                 follow: follow?,
             },
             state: state?,
-            sweep_texts: raw.sweep_texts(),
+            sweep_texts,
         })
     })();
     match resolved {
@@ -226,8 +231,8 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
 /// The limits in force, as they were typed; `None` where one of them makes no sense.
 fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     let share = |text: &str| match text.parse::<f64>() {
-        Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
-        _ => Err(format!("`{text}` is not a share above 0 and up to 1, such as 0.25")),
+        Ok(share) if SHARES.contains(&share) => Ok(share),
+        _ => Err(format!("`{text}` is not a share between {} and {}, such as 0.25", SHARES.start(), SHARES.end())),
     };
     let number = |text: &str| text.parse::<u64>().map_err(|_| format!("`{text}` is not a whole number"));
     let intensity = reader.read("intensity", share);

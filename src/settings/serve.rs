@@ -503,10 +503,15 @@ mod tests {
 
     #[test]
     fn a_sweep_can_be_made_again_from_its_texts() {
-        let text = "[[instances]]\nid = \"a\"\nproject_id = \"p\"\nurl = \"redis://h\"\nintensity = 0.25\ncount = 20\n";
-        let settings = parse(text).unwrap();
-        let instance = &settings.instances[0].settings;
-        assert_eq!(with_texts(instance, &instance.sweep_texts).unwrap().scan, instance.scan);
-        assert!(!instance.sweep_texts.contains_key("url"));
+        for url in ["redis://h", "redis://h/3", "unix:///s?db=3"] {
+            let text = format!(
+                "[[instances]]\nid = \"a\"\nproject_id = \"p\"\nurl = \"{url}\"\nintensity = 0.25\ncount = 20\n"
+            );
+            let settings = parse(&text).unwrap();
+            let instance = &settings.instances[0].settings;
+            assert_eq!(with_texts(instance, &instance.sweep_texts).unwrap().scan, instance.scan, "{url}");
+            assert_eq!(instance.scan.dbs.len(), usize::from(url.contains('3')));
+            assert!(!instance.sweep_texts.contains_key("url"));
+        }
     }
 }

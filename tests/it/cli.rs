@@ -29,6 +29,9 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
         &["scan", "--count", "5"][..],
         &["scan", "http://x"],
         &["scan", "--timeout", "10"],
+        &["scan", "--intensity", "1e-30"],
+        &["scan", "--throttle=true", "--no-throttle"],
+        &["scan", "--password-file", "/dev/null", "--askpass"],
         &["scan", "--nonsense"],
         &["nonsense"],
         &[],
@@ -57,6 +60,15 @@ async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
     for other in ["TTLSWEEP_PORT_8080_TCP_ADDR", "TTLSWEEP_SERVICE_HOST", "TTLSWEEP_PORT"] {
         assert_eq!(scan(other).status.code(), Some(0), "{other}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_typed_wins_over_the_environment_also_where_it_is_its_contrary() {
+    let show = ["settings", "show", "--no-throttle", "--json"];
+    let output = ttlsweep().args(show).env("TTLSWEEP_THROTTLE", "true").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("--no-throttle"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
