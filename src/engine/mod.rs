@@ -114,6 +114,8 @@ pub struct ScanPlan {
     pub known: BTreeMap<ShardId, StoredShard>,
     /// How to sweep each.
     pub settings: ScanSettings,
+    /// Whether an instance that is away at the start is waited for, for the time of a lost connection. Else that fails at once.
+    pub patient: bool,
 }
 
 /// How a sweep ended.
@@ -130,8 +132,9 @@ pub enum Outcome {
 /// Finds the masters, sweeps every shard, each on its own task, and reports through `events`. Ends when all shards have,
 /// or after the batches under way once `orders` say stop. A shard that fails does not end the others.
 pub async fn run(plan: ScanPlan, mut orders: watch::Receiver<Orders>, events: mpsc::Sender<ScanEvent>) -> Outcome {
+    let patience = if plan.patient { plan.settings.retry_for } else { Duration::ZERO };
     let begun = tokio::select! {
-        begun = Roster::begin(plan.topology.clone()) => begun,
+        begun = Roster::begin(plan.topology.clone(), patience) => begun,
         reason = stop_ordered(&mut orders) => return Outcome::Stopped(reason),
     };
     let (roster, shards) = match begun {

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::model::shard::ShardId;
 use crate::model::slots::SlotSet;
 use crate::model::target::Place;
@@ -55,26 +57,37 @@ pub(super) struct Roster {
 }
 
 impl Roster {
-    /// Looks for the masters for the first time, and names the shards.
+    /// Looks for the masters for the first time, and names the shards. For `patience` where nobody is there to be asked.
     ///
     /// # Errors
     /// [`NodeError`]; then nothing can be swept.
-    pub(super) async fn begin(topology: Arc<Topology>) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
+    pub(super) async fn begin(
+        topology: Arc<Topology>,
+        patience: Duration,
+    ) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
+        let (begun, mut said) = (Instant::now(), String::new());
         let view = loop {
-            let error = match topology.view(None).await {
+            let (error, is_there) = match topology.view(None).await {
                 Ok(view) => break view,
-                Err(error) if matches!(error.class(), Class::Loading | Class::Busy) => error,
+                Err(error) if matches!(error.class(), Class::Loading | Class::Busy) => (error, true),
+                Err(error) if error.class() == Class::Transient && begun.elapsed() < patience => (error, false),
                 Err(error) => return Err(error),
             };
             match (&error, &topology.target().place) {
-                // It is there and answers later: its shard waits for it, and says so.
-                (NodeError::Server { command, .. }, Place::Standalone(addr)) if !command.starts_with("CLUSTER") => {
+                // It answers later: its shard waits for it, and says so.
+                (NodeError::Server { command, .. }, Place::Standalone(addr))
+                    if is_there && !command.starts_with("CLUSTER") =>
+                {
                     let master =
                         Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
                     break View { kind: Kind::Standalone, masters: vec![master] };
                 }
                 // A node that knows its cluster, and will say so once it has its data.
-                _ => tracing::warn!(%error, "waiting for a node that can name the masters"),
+                _ if said == error.to_string() => {}
+                _ => {
+                    tracing::warn!(%error, "waiting for a node that can name the masters");
+                    said = error.to_string();
+                }
             }
             tokio::time::sleep(ASK_AGAIN).await;
         };

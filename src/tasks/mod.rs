@@ -297,6 +297,8 @@ impl TaskService {
             topology: Arc::new(Topology::new(spec.target.clone(), spec.conn.clone(), spec.settings.follow)),
             known,
             settings: spec.settings.clone(),
+            // Nobody waits for these: a due scan, and one that goes on after a restart, perhaps of the whole machine.
+            patient: task.cause == Cause::Schedule || task.cause == Cause::Api && task.started_at.is_some(),
         };
         (plan, snapshot)
     }

@@ -178,6 +178,31 @@ async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
 }
 
 #[tokio::test]
+async fn a_scan_that_goes_on_waits_for_a_server_that_is_up_later_than_the_daemon() {
+    let mut server = filled(5_000, 100).await;
+    let mut daemon = Daemon::start(&instance("cache", &server.url(), SLOW)).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    daemon.kill9();
+    server.kill9();
+    daemon.restart().await;
+    probe("it waits", PATIENCE, async || daemon.log().contains("waiting for a node")).await;
+    server.restart().await;
+    daemon.until(&id, "succeeded").await;
+}
+
+#[tokio::test]
+async fn the_db_of_an_instances_url_is_swept_and_no_other_whoever_asks() {
+    let server = filled(10, 100).await;
+    Keyspace::of(&server, 3).dead(50, "dead:").await;
+    let daemon = Daemon::start(&instance("cache", &format!("{}/3", server.url()), "")).await;
+    let id = daemon.create(json!({"instance_id": "cache"})).await;
+    let task = daemon.until(&id, "succeeded").await;
+    assert_eq!((&task["reclaimed"], &task["settings"]["db"]), (&json!(50), &json!("3")));
+    assert_eq!(server.dbsize(0).await, 110, "the other DB was left alone");
+}
+
+#[tokio::test]
 async fn a_stopped_daemon_keeps_what_waits_what_is_paused_and_what_runs() {
     let (one, two, three) = (filled(3_000, 10).await, filled(10, 10).await, filled(3_000, 10).await);
     let settings = [
