@@ -33,8 +33,6 @@ impl Gate {
             let now = Timestamp::now();
             let paused = *self.paused.borrow_and_update();
             let closed = self.window.as_ref().is_some_and(|window| !window.is_open(now));
-            let change = self.window.as_ref().and_then(|window| window.next_change(now));
-            let look_again = change.map_or(LOOK_AGAIN, |change| until(now, change).min(LOOK_AGAIN));
             if paused || closed {
                 place = None;
                 control.hold(Some(if paused { Reason::Paused } else { Reason::OutsideWindow }));
@@ -45,19 +43,34 @@ impl Gate {
                 control.hold(None);
             } else {
                 control.hold(Some(Reason::Queued));
+                // The stand in the queue lasts for as long as this future.
                 tokio::select! {
                     free = self.places.clone().acquire_owned() => place = free.ok(),
                     _ = self.paused.changed() => {}
-                    () = tokio::time::sleep(look_again) => {}
+                    () = until_closed(self.window.as_ref()) => {}
                 }
                 continue;
             }
             tokio::select! {
                 changed = self.paused.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(look_again) => {}
+                () = tokio::time::sleep(look_again(self.window.as_ref(), now)) => {}
             }
         }
     }
+}
+
+/// Ends when the window is closed.
+async fn until_closed(window: Option<&Window>) {
+    let Some(window) = window else { return std::future::pending().await };
+    while window.is_open(Timestamp::now()) {
+        tokio::time::sleep(look_again(Some(window), Timestamp::now())).await;
+    }
+}
+
+/// How long nothing changes for sure.
+fn look_again(window: Option<&Window>, now: Timestamp) -> Duration {
+    let change = window.and_then(|window| window.next_change(now));
+    change.map_or(LOOK_AGAIN, |change| until(now, change).min(LOOK_AGAIN))
 }
 
 #[cfg(test)]
@@ -98,6 +111,28 @@ mod tests {
         two.abort();
         until_hold(&first, None).await;
         one.abort();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_that_wait_for_a_place_get_it_in_the_order_in_which_they_came() {
+        let places = Arc::new(Semaphore::new(1));
+        let taken = places.clone().try_acquire_owned().unwrap();
+        let (_pause, paused) = watch::channel(false);
+        let (first, second) = (control(), control());
+        let gate = || Gate { window: None, places: places.clone(), paused: paused.clone() };
+        let one = tokio::spawn(gate().keep(first.clone()));
+        until_hold(&first, Some(Reason::Queued)).await;
+        tokio::time::sleep(LOOK_AGAIN / 2).await;
+        let two = tokio::spawn(gate().keep(second.clone()));
+        until_hold(&second, Some(Reason::Queued)).await;
+        // The first one looks again meanwhile.
+        tokio::time::sleep(LOOK_AGAIN * 3 / 4).await;
+        drop(taken);
+        until_hold(&first, None).await;
+        assert_eq!(second.orders().borrow().hold, Some(Reason::Queued));
+        one.abort();
+        until_hold(&second, None).await;
+        two.abort();
     }
 
     async fn until_place_is_taken(places: &Semaphore) {
