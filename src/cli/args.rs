@@ -29,7 +29,7 @@ pub struct ServerArgs {
     pub password_file: Option<String>,
 
     /// Ask for the password on the terminal
-    #[arg(long, help_heading = "Connection", conflicts_with = "password_file")]
+    #[arg(long, help_heading = "Connection")]
     pub askpass: bool,
 
     /// PEM file with the authorities to trust (for rediss://) [default: the system's]
@@ -121,7 +121,7 @@ pub struct SweepArgs {
     pub throttle: Option<String>,
 
     /// The same as --throttle=false: gives up the adapted intensity and every limit on latency, replicas, forks and lazy frees
-    #[arg(long, help_heading = "Load", conflicts_with = "throttle")]
+    #[arg(long, help_heading = "Load")]
     pub no_throttle: bool,
 
     /// Hold while a PING takes longer (mean of 0.4 s) [default: 5 ms and five times the time before]
@@ -249,10 +249,21 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
         };
         raw.set(key, values.join(","), origin);
     }
-    if matches.try_get_one::<bool>("no_throttle").ok().flatten() == Some(&true) {
-        raw.set("throttle", "false".to_owned(), Origin::Flag("--no-throttle".to_owned()));
+    // What is typed wins over the environment, so clap cannot judge: it does not tell the two apart.
+    let mut problems = Vec::new();
+    for (id, flag, key, text) in
+        [("no_throttle", "--no-throttle", "throttle", "false"), ("askpass", "--askpass", "password-file", "")]
+    {
+        if matches.try_get_one::<bool>(id).ok().flatten() != Some(&true) {
+            continue;
+        }
+        if matches.value_source(&key.replace('-', "_")) == Some(ValueSource::CommandLine) {
+            let message = format!("cannot be used with --{key}");
+            problems.push(Problem { origin: Some(Origin::Flag(flag.to_owned())), message });
+        }
+        raw.set(key, text.to_owned(), Origin::Flag(flag.to_owned()));
     }
-    Ok(raw)
+    if problems.is_empty() { Ok(raw) } else { Err(problems) }
 }
 
 /// What the names of our environment variables begin with.

@@ -151,9 +151,9 @@ fn without_secrets(arguments: &[OsString], matches: &clap::ArgMatches) -> (Vec<O
     let mut hidden = Vec::new();
     for (id, variable) in URLS {
         let Ok(Some(url)) = inner.try_get_one::<String>(id) else { continue };
-        let has_password = url
-            .split_once("://")
-            .is_some_and(|(_, rest)| rest.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':')));
+        // A URL may lack its scheme.
+        let behind_scheme = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
+        let has_password = behind_scheme.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':'));
         if !has_password || inner.value_source(id) != Some(clap::parser::ValueSource::CommandLine) {
             continue;
         }
@@ -210,6 +210,7 @@ mod tests {
     fn urls_with_a_password_leave_the_arguments_and_others_stay() {
         check_hidden("ttlsweep scan redis://h --db 0", "scan redis://h --db 0", &[]);
         check_hidden("ttlsweep scan redis://ann@h", "scan redis://ann@h", &[]);
+        check_hidden("ttlsweep scan ann:pw@h:7000", "scan", &[("TTLSWEEP_URL", "ann:pw@h:7000")]);
         check_hidden("ttlsweep -v scan redis://:pw@h --db 0", "-v scan --db 0", &[("TTLSWEEP_URL", "redis://:pw@h")]);
         check_hidden(
             "ttlsweep check redis://:a@h --replica redis://:b@r --json",
