@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::model::failure::{Failure, FailureKind};
 use crate::model::task::IllegalTransition;
 use crate::store::StoreError;
 use crate::tasks::TaskError;
@@ -18,7 +19,7 @@ pub struct ErrorBody {
     /// What is wrong.
     #[schema(example = "This DCS instance does not exist.")]
     pub error_msg: String,
-    /// Not used by the contract.
+    /// What to do, where there is something to say. Not used by the contract.
     #[schema(value_type = Option<String>)]
     pub error_ext_msg: Option<String>,
 }
@@ -32,13 +33,15 @@ pub struct ApiError {
     pub code: &'static str,
     /// The contract's message, or ours where it has none.
     pub message: String,
+    /// What to do, where there is more to say.
+    pub hint: Option<String>,
 }
 
 macro_rules! errors {
     ($($(#[$doc:meta])* $name:ident = $status:ident, $code:literal, $message:literal;)+) => {
         impl ApiError {
             $($(#[$doc])* pub fn $name() -> Self {
-                Self { status: StatusCode::$status, code: $code, message: $message.to_owned() }
+                Self { status: StatusCode::$status, code: $code, message: $message.to_owned(), hint: None }
             })+
         }
     };
@@ -93,18 +96,29 @@ impl ApiError {
     /// A parameter or field that is wrong.
     pub fn invalid(what: impl std::fmt::Display) -> Self {
         let message = format!("Invalid {what} in the request.");
-        Self { status: StatusCode::BAD_REQUEST, code: "DCS.4800", message }
+        Self { status: StatusCode::BAD_REQUEST, code: "DCS.4800", message, hint: None }
     }
 
     /// A command that makes no sense now.
     pub fn conflict(message: impl Into<String>) -> Self {
-        Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into() }
+        Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into(), hint: None }
+    }
+
+    /// The instance does not let us in, or cannot be looked at. No secret is in such a failure.
+    pub fn of_instance(failure: Failure) -> Self {
+        let status = match failure.kind {
+            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => {
+                StatusCode::BAD_GATEWAY
+            }
+            _ => StatusCode::CONFLICT,
+        };
+        Self { status, code: "DCS.5000", message: failure.message, hint: failure.hint }
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = ErrorBody { error_code: self.code.to_owned(), error_msg: self.message, error_ext_msg: None };
+        let body = ErrorBody { error_code: self.code.to_owned(), error_msg: self.message, error_ext_msg: self.hint };
         let mut response = (self.status, axum::Json(body)).into_response();
         if self.status == StatusCode::UNAUTHORIZED {
             let schemes = axum::http::HeaderValue::from_static("Bearer, SDK-HMAC-SHA256");

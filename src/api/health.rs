@@ -10,6 +10,7 @@ use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
 use crate::api::App;
+use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 
 /// How long the store may take to say that it is there.
@@ -50,17 +51,22 @@ pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
 #[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "metrics",
     responses(
         (status = 200, content((String = "text/plain"), (String = "application/openmetrics-text"))),
-        (status = 401, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody),
+        (status = 401, body = ErrorBody), (status = 403, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 503, body = ErrorBody),
     ))]
-pub async fn metrics(State(app): State<App>, headers: HeaderMap) -> Response {
+pub async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap) -> Result<Response, ApiError> {
+    // The figures are of all projects.
+    if caller.0.projects.is_some() {
+        return Err(ApiError::forbidden());
+    }
     let accepted = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or("");
-    if accepted.contains("application/openmetrics-text") {
+    Ok(if accepted.contains("application/openmetrics-text") {
         let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
         ([(header::CONTENT_TYPE, kind)], app.metrics.encode()).into_response()
     } else {
         let kind = "text/plain; version=0.0.4; charset=utf-8";
         ([(header::CONTENT_TYPE, kind)], app.metrics.encode_classic()).into_response()
-    }
+    })
 }
 
 /// The description of the API, made from the code.

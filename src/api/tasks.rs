@@ -15,7 +15,6 @@ use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, Task
 use crate::api::wishes::{CreateTask, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check;
-use crate::model::failure::Failure;
 use crate::model::task::{Cause, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
@@ -90,7 +89,7 @@ pub async fn reset_auto_scan(
     responses(
         (status = 200, body = Checked), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
         (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 502, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
 pub async fn check_instance(
@@ -100,11 +99,9 @@ pub async fn check_instance(
 ) -> Result<Json<Checked>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let settings = &instance.settings;
-    // An operator may know why the instance does not answer; no secret is in it.
-    let unreachable = |failure: Failure| ApiError::conflict(failure.to_string());
-    let (view, options) = crate::tasks::masters(settings).await.map_err(unreachable)?;
+    let (view, options) = crate::tasks::masters(settings).await.map_err(ApiError::of_instance)?;
     let order = format!("ttlsweep task create {id}");
-    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(unreachable)?;
+    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(ApiError::of_instance)?;
     Ok(Json(Checked::new(&look, settings, &order).with_report(look.text(&settings.scan, &order))))
 }
 

@@ -56,6 +56,8 @@ pub enum ClientError {
         code: String,
         /// Its words.
         message: String,
+        /// Its advice.
+        hint: Option<String>,
     },
     /// It answered what it never should.
     #[error("the daemon's answer is not understood: {0}")]
@@ -67,7 +69,7 @@ impl ClientError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Unreachable { .. } => Exit::NoAccess,
-            Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403) => Exit::NoAccess,
+            Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403 | 502) => Exit::NoAccess,
             Self::Refused { .. } | Self::Strange(_) => Exit::Failed,
         }
     }
@@ -135,7 +137,12 @@ impl Client {
         let body: Value = response.json().await.unwrap_or_default();
         let text = |name: &str| body[name].as_str().unwrap_or("").to_owned();
         match body["error_code"].as_str() {
-            Some(code) => Err(ClientError::Refused { status, code: code.to_owned(), message: text("error_msg") }),
+            Some(code) => Err(ClientError::Refused {
+                status,
+                code: code.to_owned(),
+                message: text("error_msg"),
+                hint: body["error_ext_msg"].as_str().map(str::to_owned),
+            }),
             None => Err(ClientError::Strange(format!("status {status}"))),
         }
     }
@@ -189,6 +196,7 @@ pub fn failed(error: &ClientError) -> Exit {
         ClientError::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => {
             output::note("  hint: give the token by --token-file or TTLSWEEP_TOKEN");
         }
+        ClientError::Refused { hint: Some(hint), .. } => output::note(&format!("  hint: {hint}")),
         _ => {}
     }
     error.exit()

@@ -8,7 +8,7 @@ use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Run, run};
 use crate::support::server::Server;
-use crate::support::{PATIENCE, probe};
+use crate::support::{PATIENCE, free_port, probe};
 
 async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
     run(args.iter().copied().chain(["--server", daemon.url()])).await
@@ -69,9 +69,13 @@ async fn the_check_of_an_instance_says_what_the_check_of_a_server_says() {
     cluster.fill(30, 30).await;
     let replica = Server::start().await;
     replica.replica_of(&server).await;
+    let gone = format!("redis://127.0.0.1:{}", free_port());
     let instances = [("cache", server.url(), 0), ("sessions", cluster.url(), 0), ("copy", replica.url(), 1)];
     let settings: String = instances.iter().map(|(id, url, _)| instance(id, url, "")).collect();
-    let daemon = Daemon::start(&settings).await;
+    let daemon = Daemon::start(&format!("{settings}{}", instance("gone", &gone, ""))).await;
+    let (local, remote) = (run(["check", &gone]).await, ask(&daemon, &["instance", "check", "gone"]).await);
+    let (local, remote) = (local.expect(3).stderr, remote.expect(3).stderr);
+    assert_eq!(remote.replace("DCS.5000: ", ""), local, "what happened and what to do next");
     for (id, url, code) in &instances {
         let local = run(["check", url]).await.expect(*code);
         let remote = ask(&daemon, &["instance", "check", id]).await.expect(*code);
@@ -121,7 +125,7 @@ async fn orders_are_given_from_the_command_line() {
 
 #[tokio::test]
 async fn a_daemon_that_is_not_there_is_said_in_one_line() {
-    let port = crate::support::free_port();
+    let port = free_port();
     let run = run(["task", "list", "--server", &format!("http://127.0.0.1:{port}")]).await.expect(3);
     assert!(run.stderr.starts_with("error: cannot reach the daemon at http://127.0.0.1:"), "{}", run.stderr);
     assert!(run.stderr.contains("hint: is `ttlsweep serve` running there?"), "{}", run.stderr);

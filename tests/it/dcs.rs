@@ -200,6 +200,9 @@ async fn callers_are_known_by_their_token_and_may_do_what_their_role_allows() {
     assert_eq!(ask("operator", Method::GET, other).await, answer(404, "DCS.3022"));
     assert_eq!(ask("operator", Method::POST, &scan).await, answer(200, ""));
     assert_eq!(ask("reader", Method::POST, "/api/v1/reload").await, answer(403, "DCS.2003"));
+    assert_eq!(ask("reader", Method::GET, "/metrics").await, answer(403, "DCS.2003"), "it tells of all projects");
+    let figures = daemon.request(Method::GET, "/metrics").header("X-Auth-Token", "operator").send().await;
+    assert_eq!(figures.expect("an answer").status(), 200);
     let bearer = daemon.send(daemon.request(Method::GET, &history).bearer_auth("reader")).await;
     assert_eq!(bearer.status, 200);
     daemon.get("/healthz").await.ok();

@@ -12,7 +12,7 @@ use crate::support::server::Server;
 
 const DEAD: u64 = 1_500;
 
-/// A key pair whose secret is in the environment, and a token of the SHA-256 of `secret`.
+/// A key pair whose secret is in the environment, and tokens of the SHA-256 of `secret` and of `figures`.
 const CREDENTIALS: &str = r#"
 [api]
 listen = "127.0.0.1:0"
@@ -27,6 +27,11 @@ name = "fuzzer"
 role = "operator"
 projects = ["0123456789abcdef0123456789abcdef"]
 sha256 = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
+[[api.tokens]]
+name = "prometheus"
+role = "reader"
+projects = ["*"]
+sha256 = "dc2e3999e6b3e23f3327c0e6cb9a3d6cde4ab7cc16a46ec0fe716df8ce2717b9"
 "#;
 const TOKEN: &str = "secret";
 
@@ -127,7 +132,7 @@ async fn promtool_accepts_the_figures() {
     let daemon = daemon(&server).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "succeeded").await;
-    let text = daemon.figures().await;
+    let text = daemon.with_token("figures").figures().await;
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), &text).expect("it is written");
     let mut check = Command::new(client("promtool"));
