@@ -78,9 +78,12 @@ impl Pass {
 impl ShardScan {
     pub(super) async fn sweep_db(&mut self, db: DbIndex) -> Result<(), End> {
         let mut figures = self.job.shard.passes.remove(&db).unwrap_or_default();
+        let here = self.run_id.as_ref().map(RunId::fingerprint);
+        // The checkpoint was of the process that we met first, and another one may answer by now.
+        let of_another = matches!(figures.position, ScanPosition::At(_)) && (here.is_none() || figures.process != here);
         figures.space = self.space.clone();
-        figures.process = self.run_id.as_ref().map(RunId::fingerprint);
-        if figures.position == ScanPosition::Finished {
+        figures.process = here;
+        if figures.position == ScanPosition::Finished || of_another {
             figures.position = ScanPosition::NotStarted;
             figures.restarts += 1;
             let why = self.redo.clone().or_else(|| self.job.shard.again.clone());

@@ -86,6 +86,45 @@ async fn a_cursor_of_another_process_is_not_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_before_its_db_has_its_turn() {
+    let mut server = Server::start().await;
+    Keyspace::of(&server, 1).dead(9_000, "first").await;
+    let (_dir, state) = state_file();
+    let with_state = ["--state", state.to_str().unwrap()];
+    let running = Running::scan(&server.url(), &[&SLOW[..], &with_state].concat());
+    probe("the pass is well under way", PATIENCE, async || server.expired_keys().await > 5_000).await;
+    running.signal("INT");
+    running.end().await.expect(130);
+
+    Keyspace::of(&server, 0).dead(6_000, "another").await;
+    let before = server.expired_keys().await;
+    let running = Running::scan(&server.url(), &[&SLOW[..], &with_state, &["--resume"]].concat());
+    probe("the DB before is under way", PATIENCE, async || server.expired_keys().await > before + 300).await;
+    // Or it would find the new process empty, and be done.
+    running.signal("STOP");
+    server.restart().await;
+    Keyspace::of(&server, 1).dead(9_000, "second").await;
+    running.signal("CONT");
+    let run = running.end().await.expect(0);
+    assert_eq!(server.dbsize(1).await, 0, "{}", run.stdout);
+    let dbs = run.json()["report"]["shards"][0]["dbs"].clone();
+    assert_eq!(dbs[1]["restarts"], 1, "{dbs}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_sweep_is_kept_away_from_the_state_file_of_one_that_runs() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(6_000, "dead").await;
+    let (_dir, state) = state_file();
+    let with_state = ["--state", state.to_str().unwrap()];
+    let running = Running::scan(&server.url(), &[&SLOW[..], &with_state].concat());
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
+    let second = scan(&server.url(), &[&with_state[..], &["--resume=auto"]].concat()).await.expect(1);
+    assert!(second.stderr.contains("another ttlsweep uses the records in"), "{}", second.stderr);
+    assert_eq!(running.end().await.expect(0).num(), 6_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_cuts_even_where_the_server_hangs() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(3_000, "d").await;
