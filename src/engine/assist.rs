@@ -117,16 +117,25 @@ impl ShardScan {
             if self.process != process {
                 return Ok(None);
             }
-            let mut seen = Observation::from_info(&info);
-            seen.latency = self.observer.latency();
+            let orders = *self.orders.borrow();
+            if self.others.look_is_due(&orders.tuning)
+                && let Err(error) = self.measure_others().await
+            {
+                self.recover(error, None).await?;
+                continue;
+            }
+            let seen = Observation { latency: self.observer.latency(), ..Observation::from_info(&info) };
+            let seen = self.beside_others(seen);
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
             let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
-            let tuning = self.orders.borrow().tuning;
-            match throttle::decide(&seen, &self.before, &tuning, held) {
-                Decision::Proceed | Decision::Rest(_) if settled || begun.elapsed() >= at_most => {
+            let is_over = begun.elapsed() >= at_most || orders.hold.is_some();
+            match throttle::decide(&seen, &self.before, &orders.tuning, held) {
+                // A hold that was ordered is the sweep's own to tell, and ends this.
+                Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {
                     return Ok(Some((seen.stale_share, freed)));
                 }
+                Decision::Proceed | Decision::Rest(_) if settled => return Ok(Some((seen.stale_share, freed))),
                 Decision::Proceed | Decision::Rest(_) if held.is_some() => {
                     self.end_hold(None).await;
                     let _ = commands::set_config(&mut self.conn, PARAMETER, MOST).await;

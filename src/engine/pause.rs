@@ -95,7 +95,12 @@ impl ShardScan {
         }
     }
 
-    async fn measure_others(&mut self) -> Result<(), NodeError> {
+    /// An observation with what others need beside it.
+    pub(super) fn beside_others(&self, seen: Observation) -> Observation {
+        Observation { others_cpu: self.others.cpu, ops: self.others.ops, ..seen }
+    }
+
+    pub(super) async fn measure_others(&mut self) -> Result<(), NodeError> {
         let before = commands::load(&mut self.conn).await?;
         let from = Instant::now();
         tokio::time::sleep(observe::LOOK_FOR).await;
@@ -117,8 +122,7 @@ impl ShardScan {
         }
         let mut suspect = false;
         loop {
-            let mut seen = self.seen.clone();
-            (seen.others_cpu, seen.ops) = (self.others.cpu, self.others.ops);
+            let seen = self.beside_others(self.seen.clone());
             if let Some(stat) = seen.scan_stat {
                 self.pacer.observe(stat);
             }

@@ -297,6 +297,16 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn assisted_expiry_knows_the_load_that_others_make() {
+    let server = with_dead_keys(3_000).await;
+    let (_dir, state) = state_file();
+    let limits = ["--max-ops", "1000000", "--max-cpu", "1", "--timeout", "30s"];
+    let assist = ["--assist-expiry", "5s", "--state", state.to_str().unwrap()];
+    scan(&server.url(), &[&limits[..], &assist].concat()).await.expect(0);
+    assert_eq!(server.dbsize(0).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_without_names_frees_the_same_and_finds_a_server_out_where_it_does_not() {
     let server = with_dead_keys(30_000).await;
     let keys = Keyspace::of(&server, 0);

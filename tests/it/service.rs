@@ -113,6 +113,26 @@ fn window(open: bool) -> String {
 }
 
 #[tokio::test]
+async fn a_pause_ends_the_help_for_the_servers_own_expiry() {
+    let server = filled(0, 100_000).await;
+    // Its sample of stale keys stays as high as it is then, so that the help does not end by itself.
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
+    let stale = async || server.info("stats").await["expired_stale_perc"].parse::<f64>().expect("a share");
+    probe("it has sampled stale keys", PATIENCE, async || stale().await > 3.0).await;
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), "assist-expiry = \"10min\"")).await;
+    let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
+    let id = daemon.scan("cache").await;
+    probe("the effort is raised", PATIENCE, async || effort().await == "10").await;
+    daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
+    probe("it is put back", PATIENCE, async || effort().await == "1").await;
+    probe("it is held", PATIENCE, async || hold(&daemon.task(&id).await) == "paused").await;
+    daemon.post(&format!("/api/v1/tasks/{id}/resume")).await.ok();
+    daemon.until(&id, "succeeded").await;
+    assert_eq!(server.dbsize(0).await, 0);
+}
+
+#[tokio::test]
 async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
     let server = filled(1_000, 100).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), &window(false))).await;
@@ -387,7 +407,7 @@ async fn a_second_daemon_is_kept_away_from_the_records() {
     let second = ttlsweep().args(["serve", "--config"]).arg(daemon.settings_path()).output().expect("it runs");
     let said = String::from_utf8_lossy(&second.stderr).into_owned();
     assert_eq!(second.status.code(), Some(1), "{said}");
-    assert!(said.contains("another daemon uses the records in") && said.contains("[store] path"), "{said}");
+    assert!(said.contains("another ttlsweep uses the records in") && said.contains("[store] path"), "{said}");
     daemon.get("/readyz").await.ok();
     daemon.restart().await;
 }
