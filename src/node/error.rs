@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::shard::NodeAddr;
+use crate::node::tls::PLAIN;
 
 /// Trouble with one server. Never holds a secret or a key name.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,12 @@ pub enum NodeError {
         problem: String,
         /// What to do about it.
         hint: &'static str,
+    },
+    /// The peer hung up during the TLS handshake: it speaks none, or has no room, or is about to go.
+    #[error("{addr} closed the connection in the middle of the TLS handshake")]
+    TlsCut {
+        /// Where.
+        addr: NodeAddr,
     },
     /// The peer of a connection without TLS speaks TLS, or hung up as such a peer does.
     #[error("{addr} {problem} in place of an answer to the first command")]
@@ -111,7 +118,7 @@ impl NodeError {
             }
             Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
             Self::Tls { .. } => Class::Fatal(FailureKind::CannotConnect),
-            Self::NotPlain { .. } => Class::Transient,
+            Self::NotPlain { .. } | Self::TlsCut { .. } => Class::Transient,
             Self::NoMaster { class, .. } => *class,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
             Self::Server { code, message, .. } => match code.as_str() {
@@ -155,6 +162,7 @@ impl NodeError {
         let text = match (self, kind) {
             (Self::NoMaster { hint, .. }, _) => return hint.clone(),
             (Self::Tls { hint, .. }, _) => hint,
+            (Self::TlsCut { .. }, _) => PLAIN,
             (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
             (Self::Connect { source, .. }, _) => match source.kind() {
                 io::ErrorKind::ConnectionRefused => {

@@ -155,8 +155,7 @@ impl Tls {
             let closed = matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset);
             explain(addr, &source).unwrap_or_else(|| {
                 if closed {
-                    let problem = "the server closed the connection in the middle of the TLS handshake".to_owned();
-                    NodeError::Tls { addr: addr.clone(), problem, hint: PLAIN }
+                    NodeError::TlsCut { addr: addr.clone() }
                 } else {
                     NodeError::Connect { addr: addr.clone(), source }
                 }
@@ -165,7 +164,8 @@ impl Tls {
     }
 }
 
-const PLAIN: &str =
+/// What to do where the peer does not go through with the handshake.
+pub(super) const PLAIN: &str =
     "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
 
 /// What a TLS error inside an I/O error means, or `None` where there is none inside.

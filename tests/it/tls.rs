@@ -1,11 +1,16 @@
 //! Encrypted connections to real servers, and what is said when one fails.
 
+use std::net::SocketAddr;
+
 use crate::support::{
+    PATIENCE,
     certs::{Authority, Identity, Validity},
     cluster::Cluster,
     free_port,
     keyspace::Keyspace,
-    run::{Run, run},
+    probe,
+    proxy::{Mode, Proxy},
+    run::{Run, Running, run},
     server::Server,
 };
 
@@ -77,6 +82,23 @@ async fn a_sweep_by_tls_is_exact() {
     assert_eq!(tls.server.dbsize(0).await, 500);
     // The address is a name of the certificate too.
     assert_eq!(tls.scan("127.0.0.1", &[]).await.expect(0).num(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
+    let Some(tls) = TlsServer::start(&["127.0.0.1"], Validity::Now, &[]).await else { return };
+    Keyspace::of(&tls.server, 0).dead(6_000, "dead").await;
+    let proxy = Proxy::start(SocketAddr::from(([127, 0, 0, 1], tls.port))).await;
+    let (url, cacert) = (format!("rediss://{}", proxy.addr()), tls.authority.cacert());
+    let running =
+        Running::scan(&url, &["--max-keys-per-sec", "3000", "--cacert", cacert.to_str().expect("a path in UTF-8")]);
+    probe("it sweeps", PATIENCE, async || tls.server.expired_keys().await > 500).await;
+    proxy.set(Mode::HangUp);
+    proxy.cut().await;
+    running.says("in the middle of the TLS handshake").await;
+    proxy.set(Mode::Pass);
+    running.end().await.expect(0);
+    assert_eq!(tls.server.dbsize(0).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -32,6 +32,8 @@ pub enum Mode {
     Stall,
     /// So many bytes pass, then comes a rest, and so on.
     Trickle { bytes: usize, tick: Duration },
+    /// Whoever connects is hung up on at once. What is open stays.
+    HangUp,
     /// One direction loses everything, the other passes.
     HalfOpen { lost: Direction },
 }
@@ -264,6 +266,9 @@ impl Drop for Life {
 /// Serves one client until either side ends it or it is cut.
 async fn connection(client: TcpStream, mut life: Life) {
     let shared = life.shared.clone();
+    if *shared.mode.borrow() == Mode::HangUp {
+        return;
+    }
     // Bound after `life` and so closed before it ends: "not counted" means closed.
     let mut client = client;
     let Ok(mut server) = TcpStream::connect(shared.upstream).await else {
@@ -325,7 +330,7 @@ async fn forward(
                 continue;
             }
             Mode::HalfOpen { lost } if lost == direction => return Ok(()),
-            Mode::Pass | Mode::HalfOpen { .. } => (Duration::ZERO, chunk.len()),
+            Mode::Pass | Mode::HangUp | Mode::HalfOpen { .. } => (Duration::ZERO, chunk.len()),
             Mode::Delay(delay) => (delay, chunk.len()),
             Mode::Trickle { bytes, tick } => (tick, bytes.clamp(1, chunk.len())),
         };
