@@ -7,9 +7,8 @@ mod files;
 
 pub use files::load;
 
-use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,7 +48,6 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
     let address = listener.local_addr()?;
 
-    let _lock = lock(&settings.store.path)?;
     let store = Store::open(&settings.store.path).await?;
     let metrics = Metrics::default();
     let service = TaskService::with_places(store.clone(), metrics.clone(), settings.at_once);
@@ -97,27 +95,6 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     store.close().await;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Keeps a second daemon away from the records for as long as this is held: both would take up the same unfinished tasks
-/// and run the same due scans.
-fn lock(store: &Path) -> anyhow::Result<File> {
-    let mut name = store.as_os_str().to_owned();
-    name.push(".lock");
-    let path = PathBuf::from(name);
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => anyhow::bail!(
-            "another daemon uses the records in {}: stop it, or give this one another [store] path",
-            store.display()
-        ),
-        // Some network file systems know no locks. Whoever keeps records there must see to it.
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
-        }
-    }
-    Ok(file)
 }
 
 /// Shows when each instance was last swept completely. An alert on it must survive a restart.

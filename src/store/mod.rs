@@ -12,7 +12,9 @@ pub mod undo;
 pub use lists::{TaskFilter, TaskPage};
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -45,6 +47,12 @@ pub enum StoreError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Another process has it open: both would take up the same unfinished tasks, and count into the same records.
+    #[error(
+        "another ttlsweep uses the records in {0}: wait for its end, or name another file (--state FILE, or [store] path of a \
+         daemon)"
+    )]
+    InUse(PathBuf),
     /// A statement failed: a full disk, a file that was taken away.
     #[error("cannot read or write the records: {0}")]
     Sql(#[from] sqlx::Error),
@@ -68,14 +76,17 @@ pub struct StoredShard {
 pub struct Store {
     pool: SqlitePool,
     tallies: Option<TallyDir>,
+    /// Keeps other processes away for as long as this is held.
+    _lock: Option<Arc<File>>,
 }
 
 impl Store {
     /// Opens the file, makes it where there is none, and brings its schema up to date.
     ///
     /// # Errors
-    /// [`StoreError::Open`].
+    /// [`StoreError::Open`], [`StoreError::InUse`].
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let lock = Arc::new(lock(path)?);
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -87,7 +98,7 @@ impl Store {
             |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
         let pool =
             SqlitePoolOptions::new().max_connections(4).connect_with(options).await.map_err(|e| failed(Box::new(e)))?;
-        let store = Self { pool, tallies: Some(TallyDir::beside(path)) };
+        let store = Self { pool, tallies: Some(TallyDir::beside(path)), _lock: Some(lock) };
         store.migrate().await.map_err(|e| failed(Box::new(e)))?;
         Ok(store)
     }
@@ -104,7 +115,7 @@ impl Store {
             .max_lifetime(None)
             .connect_with(SqliteConnectOptions::new().in_memory(true))
             .await?;
-        let store = Self { pool, tallies: None };
+        let store = Self { pool, tallies: None, _lock: None };
         store.migrate().await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
         Ok(store)
     }
@@ -327,4 +338,20 @@ impl Store {
     pub async fn close(&self) {
         self.pool.close().await;
     }
+}
+
+fn lock(store: &Path) -> Result<File, StoreError> {
+    let mut name = store.as_os_str().to_owned();
+    name.push(".lock");
+    let path = PathBuf::from(name);
+    let file = File::create(&path).map_err(|e| StoreError::Open { path: path.clone(), source: Box::new(e) })?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
+        // Some network file systems know no locks. Whoever keeps records there must see to it.
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
+        }
+    }
+    Ok(file)
 }
