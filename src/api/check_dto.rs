@@ -301,7 +301,7 @@ impl CheckOutput {
                     addr: replica.addr.clone(),
                     state: replica.state.clone(),
                     behind_bytes: facts.behind(replica),
-                    lag_s: replica.lag_s,
+                    lag_s: replica.lag_s.map(u64::from),
                 })
                 .collect(),
             busy: BusyDto {

@@ -16,7 +16,7 @@ use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};
 
 /// A replica that is further behind in bytes, or has been silent for more seconds, is worth a word.
-const BEHIND: (u64, u64) = (8 << 20, 10);
+const BEHIND: (u64, u32) = (8 << 20, 10);
 
 /// What a look found.
 #[derive(Debug, Clone, PartialEq)]

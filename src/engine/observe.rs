@@ -104,7 +104,7 @@ impl Observation {
                 .map(|sent| online().map(|replica| sent.saturating_sub(replica.offset)).max().unwrap_or(0)),
             replica_silence: replicas
                 .as_ref()
-                .map(|_| Duration::from_secs(online().filter_map(|replica| replica.lag_s).max().unwrap_or(0))),
+                .map(|_| Duration::from_secs(online().filter_map(|replica| replica.lag_s).max().unwrap_or(0).into())),
             replica_buffer: info.parsed("mem_clients_slaves"),
             full_sync: replicas.iter().flatten().any(|replica| replica.state != "online"),
             fork: match () {

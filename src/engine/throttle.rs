@@ -142,9 +142,9 @@ fn over_a_soft_limit(
     let figure = |reason, key, what| Figure { reason, key, what, held };
     let number = |n: u64, share: f64| (n as f64 * share) as u64;
     // The offsets count on the way, so that a replica that was behind before does not hold the sweep for ever.
-    let more = |before: Option<u64>, margin: u64| Some(before.unwrap_or(0) + margin);
+    let more = |before: Option<u64>, margin: u64| Some(before.unwrap_or(0).saturating_add(margin));
     let latency = before.latency.map(|before| before * 5 + Duration::from_millis(5));
-    let silence = Some(before.replica_silence.unwrap_or_default() + Duration::from_secs(10));
+    let silence = Some(before.replica_silence.unwrap_or_default().saturating_add(Duration::from_secs(10)));
     None.or_else(|| {
         let figure = figure(Reason::Latency, "max-latency", "PING takes");
         figure.over(seen.latency, limits.latency, latency, Duration::mul_f64, show_millis)
@@ -238,6 +238,18 @@ mod tests {
             ops: Some(10),
             ..Observation::default()
         }
+    }
+
+    #[test]
+    fn figures_as_large_as_they_can_be_break_nothing() {
+        let most = Observation {
+            replica_lag: Some(u64::MAX),
+            replica_silence: Some(Duration::from_secs(u32::MAX.into())),
+            replica_buffer: Some(u64::MAX),
+            lazyfree_pending: Some(u64::MAX),
+            ..calm()
+        };
+        assert_eq!(decide(&calm(), &most, &tuning(), None), Decision::Proceed);
     }
 
     /// The reason for which the sweep holds, in a table of one observation after a calm one.

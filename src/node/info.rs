@@ -32,7 +32,7 @@ pub struct ReplicaLine {
     /// Replication offset that it acknowledged, in bytes.
     pub offset: u64,
     /// Seconds since it last acknowledged.
-    pub lag_s: Option<u64>,
+    pub lag_s: Option<u32>,
 }
 
 /// `cmdstat_scan`, since the server started or the counters were reset.
