@@ -110,27 +110,32 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
 /// How long attempts go on, and how they thin out.
 pub(super) struct Patience {
     limit: Duration,
-    /// An attempt takes no longer: what comes later is other trouble.
-    attempt: Duration,
+    /// A batch takes no longer: trouble that comes later after a connection was made is other trouble.
+    batch: Duration,
     since: Instant,
-    last: Instant,
+    /// When the last connection was made.
+    connected: Option<Instant>,
     backoff: Duration,
 }
 
 impl Patience {
     fn new(limit: Duration, options: &ConnOptions) -> Self {
-        let attempt = options.connect_timeout * 2 + options.response_timeout * 2;
-        Self { limit, attempt, since: Instant::now(), last: Instant::now(), backoff: BACKOFF.0 }
+        let batch = options.connect_timeout * 2 + options.response_timeout * 2;
+        Self { limit, batch, since: Instant::now(), connected: None, backoff: BACKOFF.0 }
+    }
+
+    fn connected(&mut self) {
+        self.connected = Some(Instant::now());
     }
 
     /// The next wait, or the failure once there were enough.
     fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
-        let other_trouble = self.last.elapsed() > self.backoff + self.attempt;
+        // However long an attempt takes: it may ask many nodes, each of which may say nothing.
+        let other_trouble = self.connected.take().is_some_and(|connected| connected.elapsed() > self.batch);
         if other_trouble || matches!(reason, Reason::Loading | Reason::Busy) {
             // It answers: only the task's own time limits how long it may stay so.
             self.since = Instant::now();
         }
-        self.last = Instant::now();
         if self.since.elapsed() >= self.limit {
             let mut failure = error.into_failure();
             failure.message = format!("{} (tried again for {:?})", failure.message, self.limit);
@@ -168,6 +173,7 @@ impl ShardScan {
             process: 0,
             done: Default::default(),
             judges: may_judge(&info),
+            out_of_order: false,
             space: space_of(&info, &master),
             pacer: Pacer::new(job.settings.count, job.settings.max_slice, tuning, floor),
             toucher: Toucher::new(job.settings.touch, version),
@@ -256,7 +262,12 @@ impl ShardScan {
             self.begin_hold(pass.as_deref_mut(), reason, Some(detail)).await;
             wait(&mut self.orders, pause).await?;
             error = match self.reconnect(pass.as_deref_mut()).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    if let Some(patience) = &mut self.patience {
+                        patience.connected();
+                    }
+                    return Ok(());
+                }
                 Err(Trouble::Node(error)) => error,
                 Err(Trouble::End(end)) => return Err(end),
             };
@@ -312,7 +323,7 @@ impl ShardScan {
         self.conn = conn;
         self.second = Second::default();
         self.pacer.set_floor(floor);
-        self.judges = may_judge(&info);
+        self.judges = may_judge(&info) && !self.out_of_order;
         // What was seen of it before the connection was lost says nothing about it now.
         self.seen = before.clone();
         self.decided = false;
@@ -458,5 +469,25 @@ mod tests {
         ];
         insta::assert_snapshot!(cases.map(refused).join("\n"));
         assert_eq!(may_be_swept(Kind::Standalone, &Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn attempts_that_take_long_are_no_other_trouble_and_trouble_after_a_connection_is() {
+        let second = Duration::from_secs(1);
+        let options = ConnOptions::plain(Default::default(), second, second);
+        let mut patience = Patience::new(Duration::from_secs(60), &options);
+        let mut trouble = |reason| {
+            let error = NodeError::NoMaster { problem: "nobody".into(), hint: None, class: Class::Transient };
+            patience.next(reason, error).map_err(|failure| failure.message)
+        };
+        assert!(trouble(Reason::NoMaster).is_ok());
+        tokio::time::advance(second * 40).await;
+        assert!(trouble(Reason::NoMaster).is_ok());
+        tokio::time::advance(second * 40).await;
+        assert_eq!(trouble(Reason::NoMaster).unwrap_err(), "nobody (tried again for 60s)");
+        patience.connected();
+        tokio::time::advance(second * 5).await;
+        let error = NodeError::NoMaster { problem: "nobody".into(), hint: None, class: Class::Transient };
+        assert!(patience.next(Reason::NoMaster, error).is_ok());
     }
 }

@@ -154,9 +154,11 @@ impl ShardScan {
         self.second.of(walk, &mut self.conn)
     }
 
-    /// Into how many stretches a pass is cut, as a power of two; 0 where one walk does.
+    /// Into how many stretches a pass is cut, as a power of two; 0 where one walk does, or where nobody knows which cursor lies
+    /// before which.
     pub(super) fn stretches(&self, pass: &Pass) -> u32 {
-        if self.toucher.touches_all() || matches!(self.second, Second::Refused) { 0 } else { bits_of(pass.keys) }
+        let one = self.toucher.touches_all() || !self.judges || matches!(self.second, Second::Refused);
+        if one { 0 } else { bits_of(pass.keys) }
     }
 
     /// Lets both connections have a batch under way.

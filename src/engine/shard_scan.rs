@@ -143,6 +143,8 @@ pub(super) struct ShardScan {
     pub(super) master: Master,
     /// Whether cursors follow the rules of a hash table, so that [`crate::engine::batch::hidden`] may judge.
     pub(super) judges: bool,
+    /// Whether cursors were seen that do not follow them, whatever the server says that it is.
+    pub(super) out_of_order: bool,
     /// How this process's cursors are to be read.
     pub(super) space: CursorSpace,
     pub(super) pacer: Pacer,

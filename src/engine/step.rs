@@ -79,6 +79,9 @@ impl ShardScan {
         self.patience = None;
         self.account(pass, &scanned, ask);
         let to = ScanPosition::from_reply(scanned.cursor);
+        if self.judges && self.space.rank(to) < self.space.rank(from) {
+            return self.one_walk(pass).await;
+        }
         let advance = course.advance(&self.space, bits, walk, to);
         let finished = advance.course.position == ScanPosition::Finished;
         if ask.nameless {
@@ -145,6 +148,18 @@ impl ShardScan {
         if pass.reported.elapsed() >= REPORT_EVERY {
             self.report(pass).await;
         }
+        Ok(())
+    }
+
+    /// These cursors are not a hash table's, and where the walks stand to each other is unknown: begins again, with one.
+    async fn one_walk(&mut self, pass: &mut Pass) -> Result<(), End> {
+        (self.judges, self.out_of_order) = (false, true);
+        self.settle_both(pass).await?;
+        let why = "its cursors are not those of a hash table, as behind some proxies".to_owned();
+        self.done.clear();
+        self.redo = Some(why.clone());
+        self.second = Second::default();
+        self.begin_again(pass, why).await;
         Ok(())
     }
 
