@@ -152,7 +152,10 @@ impl Tls {
         };
         let connected = TlsConnector::from(self.config.clone()).connect(name, stream).await;
         connected.map_err(|source| {
-            let closed = matches!(source.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset);
+            let closed = matches!(
+                source.kind(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            );
             explain(addr, &source).unwrap_or_else(|| {
                 if closed {
                     NodeError::TlsCut { addr: addr.clone() }

@@ -11,6 +11,7 @@ pub mod keyspace;
 pub mod proxy;
 pub mod run;
 pub mod server;
+pub mod sharded;
 pub mod standin;
 
 use std::{
