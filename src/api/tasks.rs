@@ -12,7 +12,7 @@ use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, TaskList};
-use crate::api::wishes::{CreateTask, ListTasks, TuneTask, invalid_settings, tuning_texts};
+use crate::api::wishes::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check;
 use crate::model::task::{Cause, TaskId, TaskState};
@@ -149,6 +149,9 @@ pub async fn create_task(
     JsonBody(wish): JsonBody<CreateTask>,
 ) -> Result<Json<TaskDto>, ApiError> {
     let instance = app.instance_of(&caller, &wish.instance_id)?;
+    if wish.timeout_s.is_some_and(|seconds| seconds > LONGEST_S) {
+        return Err(ApiError::invalid("timeout_s"));
+    }
     let mut texts = instance.settings.sweep_texts.clone();
     texts.extend(tuning_texts(wish.intensity, wish.max_keys_per_sec, wish.limits));
     let mut set = |key: &str, text: Option<String>| texts.extend(text.map(|text| (key.to_owned(), text)));

@@ -36,6 +36,7 @@ pub struct CreateTask {
     pub touch: Option<TouchWord>,
     /// How long it may take, in seconds.
     #[serde(default, deserialize_with = "whole")]
+    // As `LONGEST_S`.
     #[schema(minimum = 1, maximum = 31_536_000)]
     pub timeout_s: Option<u32>,
     /// Sweep only while the instance's window is open.
@@ -149,6 +150,9 @@ pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[schema(value_type = u32, minimum = 0, maximum = 2_147_483_647)]
 pub struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
+
+/// The longest that may be asked for a task, in seconds: a year.
+pub(super) const LONGEST_S: u32 = 31_536_000;
 
 /// A whole number in JSON's sense: 60.0 is one.
 fn whole_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {

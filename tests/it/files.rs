@@ -117,7 +117,7 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
         assert!(message.contains("cacert: cannot read a certificate from") && message.contains(path), "{message}");
     }
     let check = daemon.post("/api/v1/instances/cache/check").await;
-    assert_eq!(check.code(), (409, "DCS.4017"));
+    assert_eq!(check.code(), (502, "DCS.5000"));
     assert!(check.body["error_msg"].as_str().expect("a text").starts_with("cacert: "), "{}", check.body);
     assert_eq!(daemon.history("cache").await["count"], 0, "no record of what never was");
     let reload = daemon.post("/api/v1/reload").await;

@@ -75,10 +75,12 @@ async fn a_task_is_paused_resumed_tuned_and_cancelled() {
     let cancelled = daemon.post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
     assert_eq!(cancelled["state"], "cancelled");
     assert!(cancelled["finished_at"].is_string());
-    let wrong = daemon.request(Method::POST, "/api/v1/tasks").json(&json!({"instance_id": "cache", "intensity": 2}));
-    let wrong = daemon.send(wrong).await;
-    assert_eq!(wrong.code(), (400, "DCS.4800"));
-    assert!(wrong.body["error_msg"].as_str().expect("a text").contains("intensity"), "{}", wrong.body);
+    for (name, value) in [("intensity", json!(2)), ("timeout_s", json!(31_536_001))] {
+        let wish = json!({"instance_id": "cache", name: value});
+        let wrong = daemon.send(daemon.request(Method::POST, "/api/v1/tasks").json(&wish)).await;
+        assert_eq!(wrong.code(), (400, "DCS.4800"));
+        assert!(wrong.body["error_msg"].as_str().expect("a text").contains(name), "{}", wrong.body);
+    }
 }
 
 #[tokio::test]
