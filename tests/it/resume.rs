@@ -114,14 +114,14 @@ async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_be
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_sweep_is_kept_away_from_the_state_file_of_one_that_runs() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(6_000, "dead").await;
+    Keyspace::of(&server, 0).dead(15_000, "dead").await;
     let (_dir, state) = state_file();
     let with_state = ["--state", state.to_str().unwrap()];
     let running = Running::scan(&server.url(), &[&SLOW[..], &with_state].concat());
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
     let second = scan(&server.url(), &[&with_state[..], &["--resume=auto"]].concat()).await.expect(1);
     assert!(second.stderr.contains("another ttlsweep uses the records in"), "{}", second.stderr);
-    assert_eq!(running.end().await.expect(0).num(), 6_000);
+    assert_eq!(running.end().await.expect(0).num(), 15_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
