@@ -286,6 +286,21 @@ async fn a_huge_key_is_freed_within_the_sweep_whatever_time_that_takes() {
     assert_eq!(server.dbsize(0).await, 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_cannot_save_refuses_ping_and_is_swept_all_the_same() {
+    let server = Server::options().with_config("save", "3600 100000000").start().await;
+    Keyspace::of(&server, 0).dead(500, "dead").await;
+    // What was saved beside it cannot take its place.
+    std::fs::create_dir(server.dir().join("dump.rdb")).expect("a folder");
+    server.cmd(&["BGSAVE"]).await;
+    probe("PING is refused", PATIENCE, async || {
+        server.try_query::<String>(&["PING"]).await.is_err_and(|error| error.code() == Some("MISCONF"))
+    })
+    .await;
+    assert_eq!(scan(&server.url(), &[]).await.expect(0).num(), 500);
+    assert_eq!(server.dbsize(0).await, 0);
+}
+
 /// KEYS hides what has expired and frees nothing.
 async fn is_hidden(server: &Server) -> bool {
     server.query::<Vec<String>>(&["KEYS", "*"]).await.is_empty()
