@@ -126,6 +126,14 @@ impl TallyDir {
     /// # Errors
     /// Of the file system.
     pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
+        match self.open_once(task, shard, db) {
+            // Another task ended just then, and took the empty folder away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.open_once(task, shard, db),
+            opened => opened,
+        }
+    }
+
+    fn open_once(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
         std::fs::create_dir_all(&self.0)?;
         let prefix = Self::prefix(task, shard);
         // The records may not have heard of the shard when the process is killed, and a hash does not tell its name.
