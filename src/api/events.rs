@@ -18,6 +18,9 @@ use crate::tasks::TaskView;
 const EVENT_EVERY: Duration = Duration::from_millis(200);
 /// A comment is sent after this much silence, so that a proxy does not take the stream for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// After this long a stream ends although its task has not: whoever reads on comes again, and is asked who that is. Sooner
+/// where the settings change, which may have taken the reader's token away.
+const LONGEST: Duration = Duration::from_hours(1);
 
 /// One event.
 #[derive(utoipa::ToSchema)]
@@ -29,7 +32,8 @@ pub struct TaskEvent {
     data: String,
 }
 
-/// Follows a task: an event `task` with the task's details whenever they change, and an end after the last.
+/// Follows a task: an event `task` with the task's details whenever they change, and an end after the last. The stream may end
+/// before the task does, after an hour or a reload: ask again.
 #[utoipa::path(
     get, path = "/api/v1/tasks/{task_id}/events", tag = "tasks", operation_id = "follow_task",
     params(("task_id" = uuid::Uuid, Path)),
@@ -47,9 +51,19 @@ pub async fn follow_task(
     let view = app.view(&caller, &id).await?;
     // One that has ended meanwhile has one view left, its last.
     let views = app.service.watch(view.task.id).unwrap_or_else(|| watch::channel(view).1);
-    let stopping = app.stopping.clone().cancelled_owned();
-    let events = events(views).take_until(stopping);
+    let events = events(views).take_until(until_asked_again(app));
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+/// Completes when a stream is to end, whatever its task does.
+async fn until_asked_again(app: App) {
+    let mut settings = app.settings.clone();
+    settings.mark_unchanged();
+    tokio::select! {
+        () = app.stopping.cancelled() => {}
+        _ = settings.changed() => {}
+        () = tokio::time::sleep(LONGEST) => {}
+    }
 }
 
 /// A slow reader is asked for the next event only once it has taken the one before: nothing piles up.

@@ -1,5 +1,7 @@
 //! `ttlsweep task`: the tasks of a daemon, and a bar for one that runs.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
@@ -11,6 +13,9 @@ use crate::cli::output;
 use crate::cli::progress::{self, PassRow, Rows, ShardRow};
 use crate::model::failure::{Failure, FailureKind};
 use crate::settings::positive_duration;
+
+/// Pause before a task is followed again whose stream ended before it did.
+const FOLLOW_AGAIN: Duration = Duration::from_millis(500);
 
 const COLUMNS: [(&str, &str); 8] = [
     ("id", "/id"),
@@ -126,7 +131,7 @@ struct CreateArgs {
     touch: Option<String>,
     /// How long it may take, such as 90min
     #[arg(long, value_name = "TIME", value_parser = positive_duration)]
-    timeout: Option<std::time::Duration>,
+    timeout: Option<Duration>,
     /// Sweep only while the instance's window is open
     #[arg(long)]
     respect_window: bool,
@@ -231,16 +236,23 @@ fn ended(task: &Value) -> Exit {
 async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
     let (sender, views) = watch::channel(Value::Null);
     let bar = tokio::spawn(progress::show(views, rows));
-    let followed = client
-        .follow(&format!("/api/v1/tasks/{id}/events"), |view| {
-            sender.send_replace(view);
-        })
-        .await;
+    let ended = async {
+        loop {
+            let see = |view| drop(sender.send_replace(view));
+            client.follow(&format!("/api/v1/tasks/{id}/events"), see).await?;
+            let task = client.get(&format!("/api/v1/tasks/{id}")).await?;
+            // The daemon ends a stream now and then, to ask again who reads it.
+            if task["finished_at"].is_string() {
+                return Ok(task);
+            }
+            tokio::time::sleep(FOLLOW_AGAIN).await;
+        }
+    };
+    let ended = ended.await;
     drop(sender);
     // It ends with the sender; waiting keeps the bar above what follows.
     let _ = bar.await;
-    followed?;
-    client.get(&format!("/api/v1/tasks/{id}")).await
+    ended
 }
 
 /// The daemon's view of a task as the bar shows it.
