@@ -71,7 +71,7 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
         metrics: metrics.clone(),
     };
     let scheduler = tokio::spawn(scheduler.run(stop.clone()));
-    let pruner = tokio::spawn(prune(store.clone(), in_force.clone(), stop.clone()));
+    let pruner = tokio::spawn(prune(store.clone(), metrics.clone(), in_force.clone(), stop.clone()));
 
     let app = Arc::new(AppState {
         service: service.clone(),
@@ -183,7 +183,12 @@ fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
 }
 
 /// Removes what is kept no longer: now, every hour, and when the settings may say otherwise.
-async fn prune(store: Store, mut settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
+async fn prune(
+    store: Store,
+    metrics: Metrics,
+    mut settings: watch::Receiver<Arc<ServeSettings>>,
+    stop: CancellationToken,
+) {
     loop {
         let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow_and_update().store.clone();
         let before =
@@ -193,6 +198,7 @@ async fn prune(store: Store, mut settings: watch::Receiver<Arc<ServeSettings>>, 
                 Ok(0) => break,
                 Ok(tasks) => tracing::info!(tasks, "ended tasks removed"),
                 Err(error) => {
+                    metrics.store_failed();
                     tracing::error!(%error, "ended tasks could not be removed");
                     break;
                 }

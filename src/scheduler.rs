@@ -14,6 +14,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::schedule::{AutoScan, Decision, GRACE, Moment, Skip, decide, until};
 use crate::model::task::Cause;
 use crate::settings::serve::{self, Instance, ServeSettings};
+use crate::store::{Mark, StoreError};
 use crate::tasks::{TaskError, TaskService, TaskSpec};
 
 /// Longest sleep: the clock may have been set, or the machine may have slept.
@@ -39,31 +40,31 @@ impl Scheduler {
     pub async fn run(mut self, stop: CancellationToken) {
         // For which due time each busy instance is waited for.
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
-        // The schedules in force at the last look, once there was one.
-        let mut in_force: Option<BTreeMap<String, AutoScan>> = None;
+        // The settings whose instances are known to be the only ones with a mark.
+        let mut tidied: Option<Arc<ServeSettings>> = None;
         loop {
             let settings = self.settings.borrow_and_update().clone();
             waiting.retain(|id, _| settings.instance(id).is_some());
-            let (mut seen, mut all_seen) = (BTreeMap::new(), true);
             let mut sleep = LOOK_AGAIN;
-            for instance in &settings.instances {
-                let before = in_force.as_ref().map(|in_force| in_force.get(&instance.id));
-                match self.look(instance, before, &mut waiting).await {
-                    Ok((config, next)) => {
-                        seen.insert(instance.id.clone(), config);
-                        sleep = sleep.min(next);
-                    }
+            if tidied.as_ref().is_none_or(|tidied| !Arc::ptr_eq(tidied, &settings)) {
+                let ids = settings.instances.iter().map(|instance| instance.id.as_str());
+                match self.service.store().forget_marks_but(ids).await {
+                    Ok(()) => tidied = Some(settings.clone()),
                     Err(error) => {
-                        tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
-                        seen.extend(before.flatten().map(|config| (instance.id.clone(), config.clone())));
-                        all_seen = false;
-                        sleep = sleep.min(LOOK_SOON);
+                        self.metrics.store_failed();
+                        tracing::error!(%error, "the marks of instances that are gone cannot be forgotten");
+                        sleep = LOOK_SOON;
                     }
                 }
             }
-            // Whoever was not seen at the first look is no newcomer at the second.
-            if all_seen || in_force.is_some() {
-                in_force = Some(seen);
+            for instance in &settings.instances {
+                match self.look(instance, &mut waiting).await {
+                    Ok(next) => sleep = sleep.min(next),
+                    Err(error) => {
+                        tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
+                        sleep = sleep.min(LOOK_SOON);
+                    }
+                }
             }
             tokio::select! {
                 () = tokio::time::sleep(sleep) => {}
@@ -74,40 +75,49 @@ impl Scheduler {
         }
     }
 
-    /// Does what is to be done for one instance. `before`: its schedule at the last look, if there was a look; `Some(None)`: it
-    /// had none. Returns the schedule, and how long nothing will be to do.
+    /// Does what is to be done for one instance. Returns how long nothing will be to do.
     async fn look(
         &self,
         instance: &Arc<Instance>,
-        before: Option<Option<&AutoScan>>,
         waiting: &mut BTreeMap<String, Timestamp>,
-    ) -> Result<(AutoScan, Duration), TaskError> {
+    ) -> Result<Duration, TaskError> {
+        let store = self.service.store();
         let config = self.service.auto_scan(instance).await?;
         let now = Timestamp::now();
-        let handled = self.service.store().handled(&instance.id).await?;
-        // What the API set says itself from when on it counts.
-        let other = |before: &AutoScan| {
-            config.updated_at.is_none() && (before.rhythm != config.rhythm || (config.enabled && !before.enabled))
-        };
-        let began = before.is_some_and(|before| before.is_none_or(other));
-        let off = !config.enabled && handled.is_some_and(|handled| config.rhythm.latest_due(now) > Some(handled));
-        let ahead = handled.is_some_and(|handled| handled.duration_since(now) > GRACE);
-        if ahead {
-            tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
-        }
-        if handled.is_none() || began || off || ahead {
-            // Due times before this moment were nobody's to keep.
-            self.service.store().reset_handled(&instance.id, now).await?;
-            return Ok((config, Duration::ZERO));
-        }
-        let next = match handled {
-            Some(handled) if config.enabled => self.act(instance, &config, handled, now, waiting).await?,
-            _ => {
-                waiting.remove(&instance.id);
-                LOOK_AGAIN
+        let schedule = config.schedule();
+        let mark = store.mark(&instance.id).await?;
+        let handled = match mark {
+            Some(mark) if mark.handled.duration_since(now) > GRACE => {
+                tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
+                None
             }
+            Some(mark) => match mark.schedule {
+                Some(of) if of != schedule => None,
+                Some(_) => Some(mark.handled),
+                None => {
+                    let mark = Mark { schedule: Some(schedule.clone()), ..mark };
+                    self.written(store.set_mark(&instance.id, &mark).await)?;
+                    Some(mark.handled)
+                }
+            },
+            None => None,
         };
-        Ok((config, next))
+        let Some(handled) = handled else {
+            // Due times before a schedule was put in force were nobody's to keep.
+            let mark = Mark { handled: now, schedule: Some(schedule) };
+            self.written(store.set_mark(&instance.id, &mark).await)?;
+            return Ok(Duration::ZERO);
+        };
+        if !config.enabled {
+            waiting.remove(&instance.id);
+            return Ok(LOOK_AGAIN);
+        }
+        self.act(instance, &config, handled, now, waiting).await
+    }
+
+    /// Counts what could not be written.
+    fn written(&self, result: Result<(), StoreError>) -> Result<(), StoreError> {
+        result.inspect_err(|_| self.metrics.store_failed())
     }
 
     /// Does what the schedule wants.
@@ -129,33 +139,44 @@ impl Scheduler {
         match decide(&config.rhythm, moment) {
             Decision::Sleep(next) => Ok(next.map_or(LOOK_AGAIN, |next| until(now, next))),
             Decision::Wait(due) => {
-                waiting.insert(instance.id.clone(), due);
+                self.overtaken(instance, waiting.insert(instance.id.clone(), due), due);
                 Ok(LOOK_SOON)
             }
             Decision::Skip(due, why) => {
-                tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
-                self.service.store().set_handled(&instance.id, due).await?;
-                let outcome = match why {
-                    Skip::StillRunning => "still_running",
-                    Skip::Missed => "missed",
-                };
-                self.metrics.due(&instance.id, outcome);
-                waiting.remove(&instance.id);
+                self.written(self.service.store().set_handled(&instance.id, due).await)?;
+                self.skipped(instance, due, why);
+                self.overtaken(instance, waiting.remove(&instance.id), due);
                 Ok(Duration::ZERO)
             }
             Decision::Run(due) => match self.begin(instance, config, due).await {
                 Ok(()) => {
-                    waiting.remove(&instance.id);
+                    self.overtaken(instance, waiting.remove(&instance.id), due);
                     Ok(Duration::ZERO)
                 }
                 // Somebody was quicker; the grace goes on.
                 Err(TaskError::Busy(_)) => {
-                    waiting.insert(instance.id.clone(), due);
+                    self.overtaken(instance, waiting.insert(instance.id.clone(), due), due);
                     Ok(LOOK_SOON)
                 }
                 Err(TaskError::Closing) => Ok(LOOK_AGAIN),
                 Err(error) => Err(error),
             },
+        }
+    }
+
+    fn skipped(&self, instance: &Instance, due: Timestamp, why: Skip) {
+        tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
+        let outcome = match why {
+            Skip::StillRunning => "still_running",
+            Skip::Missed => "missed",
+        };
+        self.metrics.due(&instance.id, outcome);
+    }
+
+    /// Where the next due time comes within the grace of the one before, that one is not waited for any longer.
+    fn overtaken(&self, instance: &Instance, waited_for: Option<Timestamp>, due: Timestamp) {
+        if let Some(earlier) = waited_for.filter(|earlier| *earlier < due) {
+            self.skipped(instance, earlier, Skip::StillRunning);
         }
     }
 

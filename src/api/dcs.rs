@@ -230,7 +230,9 @@ pub async fn history(
 ) -> Result<Json<History>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
     let (offset, limit, states) = page_of(query.as_deref().unwrap_or(""))?;
-    let filter = TaskFilter { instance_id: Some(instance.id.clone()), states, ..TaskFilter::default() };
+    // An id may have been another project's.
+    let projects = Some(vec![instance.project_id.clone()]);
+    let filter = TaskFilter { projects, instance_id: Some(instance.id.clone()), states, ..TaskFilter::default() };
     let page = app.service.store().page(&filter, offset, limit).await?;
     Ok(Json(History {
         records: page.tasks.iter().map(HistoryRecord::from).collect(),
@@ -330,8 +332,7 @@ pub async fn update_config(
         // Switched off: everything else stays for the day it is switched on again.
         None => AutoScan { enabled: false, updated_at: Some(now), ..app.service.auto_scan(&instance).await? },
     };
-    app.service.store().set_auto_scan(&instance.id, Some(&config), now).await?;
-    app.schedule_changed.notify_one();
+    app.set_auto_scan(&instance, Some(&config), now).await?;
     tracing::info!(instance = instance.id, caller = caller.0.name, enabled = config.enabled, "automatic scan changed");
     Ok(Json(AutoScanConfig::new(&instance, &config)))
 }

@@ -30,6 +30,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Router, body::Bytes};
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,7 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::metrics::Metrics;
 use crate::model::failure::FailureKind;
+use crate::model::schedule::AutoScan;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{Instance, Role, ServeSettings};
 use crate::tasks::TaskService;
@@ -178,6 +180,19 @@ impl AppState {
             _ => Ok(()),
         }
     }
+
+    /// Sets the automatic scan of an instance, or forgets what was set.
+    async fn set_auto_scan(
+        &self,
+        instance: &Instance,
+        config: Option<&AutoScan>,
+        now: Timestamp,
+    ) -> Result<(), ApiError> {
+        let set = self.service.store().set_auto_scan(&instance.id, &instance.project_id, config, now).await;
+        set.inspect_err(|_| self.metrics.store_failed())?;
+        self.schedule_changed.notify_one();
+        Ok(())
+    }
 }
 
 /// Parts of the path. A part that is no text names nothing that exists.
@@ -226,6 +241,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
             return Err(ApiError::empty_body());
         }
         let value: serde_json::Value = serde_json::from_slice(&body).map_err(|_| ApiError::not_json())?;
+        if !value.is_object() {
+            // serde would take a list for the fields in their order.
+            return Err(ApiError::invalid("body (it is no JSON object)"));
+        }
         // serde's sentence names the field and what it should be, and repeats at most one value of the caller's own.
         T::deserialize(value).map(Self).map_err(|e| ApiError::invalid(format_args!("body ({e})")))
     }

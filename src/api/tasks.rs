@@ -76,8 +76,7 @@ pub async fn reset_auto_scan(
     At(id): At<String>,
 ) -> Result<Json<InstanceDto>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
-    app.service.store().set_auto_scan(&instance.id, None, Timestamp::now()).await?;
-    app.schedule_changed.notify_one();
+    app.set_auto_scan(&instance, None, Timestamp::now()).await?;
     tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
     Ok(Json(app.describe(&instance).await?))
 }
@@ -264,9 +263,11 @@ impl AppState {
     async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
         let now = jiff::Timestamp::now();
         let latest = match self.service.on_hand(&instance.id) {
-            Some(id) => self.service.find(id).await?.map(|view| TaskDto::from(&view.task)),
-            None => self.service.store().latest(&instance.id).await?.as_ref().map(TaskDto::from),
+            Some(id) => self.service.find(id).await?.map(|view| view.task.clone()),
+            None => self.service.store().latest(&instance.id).await?,
         };
+        // The id may have been another project's.
+        let latest = latest.filter(|task| task.project_id == instance.project_id);
         let auto_scan = self.service.auto_scan(instance).await?;
         let next = auto_scan.enabled.then(|| auto_scan.rhythm.next_due(now)).flatten();
         Ok(InstanceDto {
@@ -277,7 +278,7 @@ impl AppState {
             window_open: instance.window.as_ref().map(|window| window.is_open(now)),
             window_changes_at: instance.window.as_ref().and_then(|window| window.next_change(now)).map(time),
             next_scan_at: next.map(time),
-            latest,
+            latest: latest.as_ref().map(TaskDto::from),
         })
     }
 }

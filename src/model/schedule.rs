@@ -132,6 +132,18 @@ pub struct AutoScan {
     pub updated_at: Option<Timestamp>,
 }
 
+impl AutoScan {
+    /// When it runs, in words that are kept in records: two schedules with the same words are due at the same times.
+    pub fn schedule(&self) -> String {
+        match &self.rhythm {
+            _ if !self.enabled => "off".to_owned(),
+            Rhythm::Every { first: None, .. } => "never".to_owned(),
+            Rhythm::Every { first: Some(first), interval_s } => format!("every {interval_s} s from {first}"),
+            Rhythm::Cron(rule) => format!("cron {} in {}", rule.expression(), rule.zone()),
+        }
+    }
+}
+
 /// What [`decide`] looks at.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
@@ -150,7 +162,7 @@ pub struct Moment {
 /// Why a due time passes without a scan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Skip {
-    /// The scan before it ran longer than the grace.
+    /// The scan before it ran longer than the grace, or until the next due time.
     StillRunning,
     /// It was missed while nobody looked, and the window is closed now.
     Missed,
@@ -159,7 +171,9 @@ pub enum Skip {
 impl fmt::Display for Skip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::StillRunning => "the scan before it still ran five minutes after the due time",
+            Self::StillRunning => {
+                "the scan before it still ran five minutes after the due time, or when the next one came"
+            }
             Self::Missed => "the daemon was not running at the due time, and the off-peak window is closed now",
         })
     }
@@ -386,6 +400,26 @@ mod tests {
         assert_eq!(rhythm.next_due(at("2026-07-10T00:00:00Z")), Some(at("2026-07-10T00:30:00Z")), "summer: +2");
         assert_eq!(rhythm.latest_due(at("2026-07-10T00:30:00Z")), Some(at("2026-07-10T00:30:00Z")));
         assert!(CronRule::parse("61 * * * *", TimeZone::UTC).unwrap_err().contains("0 3 * * *"));
+    }
+
+    #[test]
+    fn a_cron_with_one_time_keeps_it_through_clock_changes_and_one_with_several_follows_the_clock() {
+        let dues = |expression: &str, from: &str, until: &str| {
+            let rule = CronRule::parse(expression, TimeZone::get("Europe/Berlin").unwrap()).unwrap();
+            let rhythm = Rhythm::Cron(Box::new(rule));
+            let next = |after: &Timestamp| rhythm.next_due(*after).filter(|due| *due <= at(until));
+            let dues: Vec<_> = std::iter::successors(next(&at(from)), next).collect();
+            for due in &dues {
+                assert_eq!(rhythm.latest_due(*due), Some(*due), "{expression}");
+            }
+            dues.iter().map(Timestamp::to_string).collect::<Vec<_>>()
+        };
+        let gap = ("2026-03-29T00:00:00Z", "2026-03-29T20:00:00Z");
+        assert_eq!(dues("30 2 * * *", gap.0, gap.1), ["2026-03-29T01:00:00Z"], "moved to the end of the gap");
+        assert_eq!(dues("30 2,14 * * *", gap.0, gap.1), ["2026-03-29T12:30:00Z"], "left out");
+        let fold = ("2026-10-24T20:00:00Z", "2026-10-25T10:00:00Z");
+        assert_eq!(dues("30 2 * * *", fold.0, fold.1), ["2026-10-25T00:30:00Z"], "the first of two");
+        assert_eq!(dues("30 2,14 * * *", fold.0, fold.1), ["2026-10-25T00:30:00Z", "2026-10-25T01:30:00Z"], "both");
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod tally;
 pub mod undo;
 
 pub use lists::{TaskFilter, TaskPage};
+pub use schedules::Mark;
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -26,7 +27,6 @@ use crate::model::progress::{PassFigures, ShardView};
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
-use crate::store::schedules::Move;
 use crate::store::tally::TallyDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
@@ -140,7 +140,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::insert_task(&mut *tx, task).await?;
             if let Some(due) = due {
-                schedules::set_handled(&mut *tx, &task.instance_id, due, Move::Forward).await?;
+                schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
             }
             tx.commit().await?;
             Ok(())
@@ -149,12 +149,20 @@ impl Store {
         self.let_go(conn, written)
     }
 
-    /// Up to which instant the due times of an instance were dealt with; `None` for one that was never looked at.
+    /// What is known of the due times of an instance; `None` for one that was never looked at.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn handled(&self, instance_id: &str) -> Result<Option<Timestamp>, StoreError> {
-        schedules::handled(&self.pool, instance_id).await
+    pub async fn mark(&self, instance_id: &str) -> Result<Option<Mark>, StoreError> {
+        schedules::mark(&self.pool, instance_id).await
+    }
+
+    /// Sets the mark of an instance's due times, also back.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn set_mark(&self, instance_id: &str, mark: &Mark) -> Result<(), StoreError> {
+        schedules::set_mark(&self.pool, instance_id, mark).await
     }
 
     /// Marks due times up to an instant as dealt with.
@@ -162,23 +170,23 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn set_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
-        schedules::set_handled(&self.pool, instance_id, handled, Move::Forward).await
+        schedules::set_handled(&self.pool, instance_id, handled).await
     }
 
-    /// Sets the mark of the due times that were dealt with, also back.
+    /// Forgets the marks of all other instances: one that comes back begins anew.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn reset_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
-        schedules::set_handled(&self.pool, instance_id, handled, Move::To).await
+    pub async fn forget_marks_but<'a>(&self, instance_ids: impl Iterator<Item = &'a str>) -> Result<(), StoreError> {
+        schedules::forget_marks_but(&self.pool, instance_ids).await
     }
 
-    /// The automatic scan that the API set for an instance.
+    /// The automatic scan that the API set for an instance of a project.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn auto_scan(&self, instance_id: &str) -> Result<Option<AutoScan>, StoreError> {
-        schedules::auto_scan(&self.pool, instance_id).await
+    pub async fn auto_scan(&self, instance_id: &str, project_id: &str) -> Result<Option<AutoScan>, StoreError> {
+        schedules::auto_scan(&self.pool, instance_id, project_id).await
     }
 
     /// Sets the automatic scan of an instance, or forgets it. Due times before `now` are none of it.
@@ -188,6 +196,7 @@ impl Store {
     pub async fn set_auto_scan(
         &self,
         instance_id: &str,
+        project_id: &str,
         config: Option<&AutoScan>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
@@ -195,10 +204,10 @@ impl Store {
         let written = async {
             let mut tx = conn.begin().await?;
             match config {
-                Some(config) => schedules::set_auto_scan(&mut *tx, instance_id, config).await?,
+                Some(config) => schedules::set_auto_scan(&mut *tx, instance_id, project_id, config).await?,
                 None => schedules::forget_auto_scan(&mut *tx, instance_id).await?,
             }
-            schedules::set_handled(&mut *tx, instance_id, now, Move::To).await?;
+            schedules::set_mark(&mut *tx, instance_id, &Mark { handled: now, schedule: None }).await?;
             tx.commit().await?;
             Ok(())
         };

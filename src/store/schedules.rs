@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteExecutor};
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteExecutor};
 
 use crate::model::schedule::{AutoScan, CronRule, Rhythm};
 use crate::store::StoreError;
@@ -12,14 +12,17 @@ use crate::store::rows::{number, time};
 pub(super) async fn auto_scan(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
+    project_id: &str,
 ) -> Result<Option<AutoScan>, StoreError> {
-    let query = sqlx::query("SELECT * FROM auto_scans WHERE instance_id = ?").bind(instance_id);
-    query.fetch_optional(executor).await?.as_ref().map(auto_scan_of).transpose()
+    let query = sqlx::query("SELECT * FROM auto_scans WHERE instance_id = ? AND project_id IN (?, '')");
+    let row = query.bind(instance_id).bind(project_id).fetch_optional(executor).await?;
+    row.as_ref().map(auto_scan_of).transpose()
 }
 
 pub(super) async fn set_auto_scan(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
+    project_id: &str,
     config: &AutoScan,
 ) -> Result<(), StoreError> {
     let (first, interval_s, cron) = match &config.rhythm {
@@ -27,13 +30,14 @@ pub(super) async fn set_auto_scan(
         Rhythm::Cron(rule) => (None, 0, Some(rule)),
     };
     sqlx::query(
-        "INSERT INTO auto_scans (instance_id, enabled, first_scan_at, interval_s, cron, zone, timeout_s, count, \
-         updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
-         enabled = excluded.enabled, first_scan_at = excluded.first_scan_at, interval_s = excluded.interval_s, \
+        "INSERT INTO auto_scans (instance_id, project_id, enabled, first_scan_at, interval_s, cron, zone, timeout_s, \
+         count, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
+         project_id = excluded.project_id, enabled = excluded.enabled, first_scan_at = excluded.first_scan_at, interval_s = excluded.interval_s, \
          cron = excluded.cron, zone = excluded.zone, timeout_s = excluded.timeout_s, count = excluded.count, \
          updated_at = excluded.updated_at",
     )
     .bind(instance_id)
+    .bind(project_id)
     .bind(config.enabled)
     .bind(first.map(Timestamp::as_millisecond))
     .bind(interval_s)
@@ -74,39 +78,68 @@ fn auto_scan_of(row: &SqliteRow) -> Result<AutoScan, StoreError> {
     })
 }
 
-pub(super) async fn handled(
+/// What is known of the due times of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark {
+    /// Due times up to this instant were dealt with, or are nobody's to keep.
+    pub handled: Timestamp,
+    /// The schedule that it was set for, in words; `None`: whichever is in force.
+    pub schedule: Option<String>,
+}
+
+pub(super) async fn mark(executor: impl SqliteExecutor<'_>, instance_id: &str) -> Result<Option<Mark>, StoreError> {
+    let query = sqlx::query("SELECT handled, schedule FROM dues WHERE instance_id = ?").bind(instance_id);
+    let row = query.fetch_optional(executor).await?;
+    row.map(|row| Ok(Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? })).transpose()
+}
+
+/// Sets the mark, wherever it was.
+pub(super) async fn set_mark(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
-) -> Result<Option<Timestamp>, StoreError> {
-    let query = sqlx::query("SELECT handled FROM dues WHERE instance_id = ?").bind(instance_id);
-    query.fetch_optional(executor).await?.map(|row| time(row.try_get("handled")?)).transpose()
+    mark: &Mark,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO dues (instance_id, handled, schedule) VALUES (?, ?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
+         handled = excluded.handled, schedule = excluded.schedule",
+    )
+    .bind(instance_id)
+    .bind(mark_of(mark.handled))
+    .bind(&mark.schedule)
+    .execute(executor)
+    .await?;
+    Ok(())
 }
 
-/// Which way the mark may be moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Move {
-    /// Forward only.
-    Forward,
-    /// To that time, wherever it was.
-    To,
-}
-
-/// Moves the mark of the due times that were dealt with.
+/// Moves the mark forward, within its schedule.
 pub(super) async fn set_handled(
     executor: impl SqliteExecutor<'_>,
     instance_id: &str,
     handled: Timestamp,
-    way: Move,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO dues (instance_id, handled) VALUES (?1, ?2) ON CONFLICT (instance_id) DO UPDATE SET \
-         handled = CASE WHEN ?3 THEN MAX(handled, excluded.handled) ELSE excluded.handled END",
+        "INSERT INTO dues (instance_id, handled) VALUES (?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
+         handled = MAX(handled, excluded.handled)",
     )
     .bind(instance_id)
     .bind(mark_of(handled))
-    .bind(way == Move::Forward)
     .execute(executor)
     .await?;
+    Ok(())
+}
+
+/// Forgets the marks of all other instances.
+pub(super) async fn forget_marks_but<'a>(
+    executor: impl SqliteExecutor<'_>,
+    instance_ids: impl Iterator<Item = &'a str>,
+) -> Result<(), StoreError> {
+    let mut query = QueryBuilder::<Sqlite>::new("DELETE FROM dues WHERE instance_id NOT IN (");
+    let mut list = query.separated(", ");
+    for id in instance_ids {
+        list.push_bind(id.to_owned());
+    }
+    query.push(")");
+    query.build().execute(executor).await?;
     Ok(())
 }
 

@@ -230,7 +230,7 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
-        let set = self.store.auto_scan(&instance.id).await?;
+        let set = self.store.auto_scan(&instance.id, &instance.project_id).await?;
         Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
     }
 

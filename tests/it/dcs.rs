@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::daemon::{Daemon, instance};
+use crate::support::daemon::{Daemon, PROJECT, instance};
 use crate::support::free_port;
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
@@ -151,6 +151,32 @@ async fn a_configuration_is_checked_kept_and_survives_a_restart() {
     assert_eq!(daemon.get(&config_path()).await.ok(), off);
 }
 
+#[tokio::test]
+async fn what_an_instance_left_behind_in_one_project_is_not_the_next_projects() {
+    let server = Server::start().await;
+    let settings = instance("cache", &server.url(), "");
+    let mut daemon = Daemon::start(&settings).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "succeeded").await;
+    let wanted = json!({"enable_auto_scan": true, "first_scan_at": "2999-06-15T02:21:18.669Z", "interval": 3600,
+        "timeout": 7200, "scan_keys_count": 1000});
+    daemon.put(&config_path(), &wanted).await.ok();
+    let seen = async |daemon: &Daemon, project: &str| {
+        let path = format!("/v2/{project}/instances/cache");
+        let history = daemon.get(&format!("{path}/auto-expire/histories")).await.ok();
+        let config = daemon.get(&format!("{path}/scan-expire-keys/autoscan-config")).await.ok();
+        let shown = daemon.get("/api/v1/instances/cache").await.ok();
+        (history["count"] == 1, config["enable_auto_scan"] == true, shown["latest"]["id"] == json!(id))
+    };
+    assert_eq!(seen(&daemon, PROJECT).await, (true, true, true));
+    daemon.write_settings(&settings.replace(PROJECT, "another"));
+    daemon.restart().await;
+    assert_eq!(seen(&daemon, "another").await, (false, false, false));
+    daemon.write_settings(&settings);
+    daemon.restart().await;
+    assert_eq!(seen(&daemon, PROJECT).await, (true, true, true), "and it is there where it belongs");
+}
+
 /// Tokens that are called as their role is; `{hash of ...}` is filled in.
 const TOKENS: &str = r#"
 [api]
@@ -173,16 +199,38 @@ sha256 = "{hash of former}"
 expires = "2020-01-01T00:00:00Z"
 "#;
 
+fn hash(token: &str) -> String {
+    use sha2::{Digest, Sha256};
+    ttlsweep::api::signature::hex(&Sha256::digest(token.as_bytes()))
+}
+
+fn with_tokens(instance: &str) -> String {
+    let fill = |text: String, token: &str| text.replace(&format!("{{hash of {token}}}"), &hash(token));
+    ["operator", "reader", "former"].iter().fold(TOKENS.to_owned(), |text, token| fill(text, token)) + instance
+}
+
+#[tokio::test]
+async fn a_token_that_is_taken_away_reads_no_further_events() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(5_000, "live:").await;
+    let settings = with_tokens(&instance("slow", &server.url(), "max-keys-per-sec = 100"));
+    let daemon = Daemon::start(&settings).await.with_token("operator");
+    let id = daemon.scan("slow").await;
+    daemon.until(&id, "running").await;
+    let events = format!("/api/v1/tasks/{id}/events");
+    let mut stream = daemon.request(Method::GET, &events).send().await.expect("a stream");
+    assert!(stream.chunk().await.expect("it is open").is_some());
+    daemon.write_settings(&settings.replace(&hash("operator"), &hash("another")));
+    daemon.post("/api/v1/reload").await.ok();
+    while stream.chunk().await.expect("it ends in order").is_some() {}
+    assert_eq!(daemon.get(&events).await.code(), (401, "DCS.1001"));
+    assert_eq!(daemon.with_token("another").task(&id).await["state"], "running", "the task itself goes on");
+}
+
 #[tokio::test]
 async fn callers_are_known_by_their_token_and_may_do_what_their_role_allows() {
-    use sha2::{Digest, Sha256};
-    let hash = |token: &str| ttlsweep::api::signature::hex(&Sha256::digest(token.as_bytes()));
-    let tokens = TOKENS
-        .replace("{hash of operator}", &hash("operator"))
-        .replace("{hash of reader}", &hash("reader"))
-        .replace("{hash of former}", &hash("former"));
     let server = Server::start().await;
-    let daemon = Daemon::start(&format!("{tokens}{}", instance("cache", &server.url(), ""))).await;
+    let daemon = Daemon::start(&with_tokens(&instance("cache", &server.url(), ""))).await;
     let history = Daemon::path("cache", "auto-expire/histories");
     let scan = Daemon::path("cache", "scan-expire-keys-task");
     let ask = async |token: &str, method: Method, path: &str| {

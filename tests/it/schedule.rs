@@ -122,6 +122,16 @@ async fn a_busy_instance_is_waited_for() {
     assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
 }
 
+#[tokio::test]
+async fn due_times_that_overtake_each_other_while_the_instance_is_busy_are_counted() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(3_000, "live:").await;
+    let slow = format!("max-keys-per-sec = 500\n{EACH_SECOND}");
+    let daemon = Daemon::start(&instance("cache", &server.url(), &slow)).await;
+    probe("two were skipped", PATIENCE, async || outcome(&daemon, "still_running").await >= 2).await;
+    assert_eq!(daemon.history("cache").await["count"], 1, "the first one still runs");
+}
+
 /// How far back the first due time lies in the tests of the grace, which is five minutes.
 const INSIDE: SignedDuration = SignedDuration::from_mins(4);
 const BEYOND: SignedDuration = SignedDuration::from_mins(6);
@@ -146,13 +156,12 @@ async fn rewind(daemon: &Daemon) {
     assert_eq!(changed, 1, "the daemon has looked at the schedule");
 }
 
-/// A daemon that was there ten minutes ago and not since, with these settings now.
+/// A daemon that was there ten minutes ago and not since, with a due time in between.
 async fn after_an_absence(server: &Server, first: Timestamp, more: &str) -> Daemon {
-    let mut daemon = Daemon::start(&instance("cache", &server.url(), more)).await;
+    let mut daemon = Daemon::start(&due_at(server, first, more)).await;
     probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
-    daemon.write_settings(&due_at(server, first, more));
     daemon.restart().await;
     daemon
 }
@@ -209,14 +218,13 @@ async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window
 async fn busy_since(server: &Server, passed: SignedDuration) -> (Daemon, String) {
     Keyspace::of(server, 0).live_ttl(3_000, "live:").await;
     let slow = "max-keys-per-sec = 500";
-    let mut daemon = Daemon::start(&instance("cache", &server.url(), slow)).await;
+    let mut daemon = Daemon::start(&due_at(server, first_before(passed), slow)).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "running").await;
     daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
     probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
-    daemon.write_settings(&due_at(server, first_before(passed), slow));
     daemon.restart().await;
     (daemon, id)
 }
@@ -286,6 +294,26 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
     probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
     looked_at_after(&daemon, &servers, &rhythm(true, soon)).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
+}
+
+#[tokio::test]
+async fn a_schedule_that_is_new_or_changed_at_a_restart_runs_nothing_for_the_time_before() {
+    let servers = [Server::start().await, Server::start().await];
+    let other = instance("other", &servers[1].url(), EACH_SECOND);
+    let mut daemon = Daemon::start(&[instance("cache", &servers[0].url(), ""), other.clone()].concat()).await;
+    let count = async |daemon: &Daemon| daemon.history("other").await["count"].as_u64().expect("a number");
+    let mut before = 0;
+    for (what, passed) in [("new", INSIDE), ("changed", BEYOND)] {
+        probe("schedules are looked at", PATIENCE, async || count(&daemon).await >= before + 2).await;
+        daemon.kill9();
+        rewind(&daemon).await;
+        daemon.write_settings(&[due_at(&servers[0], first_before(passed), ""), other.clone()].concat());
+        daemon.restart().await;
+        before = count(&daemon).await;
+        probe("schedules are looked at", PATIENCE, async || count(&daemon).await >= before + 2).await;
+        assert_eq!(daemon.history("cache").await["count"], 0, "{what}");
+        assert_eq!(outcome(&daemon, "missed").await, 0, "{what}");
+    }
 }
 
 #[tokio::test]

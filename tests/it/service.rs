@@ -81,6 +81,8 @@ async fn a_task_is_paused_resumed_tuned_and_cancelled() {
         assert_eq!(wrong.code(), (400, "DCS.4800"));
         assert!(wrong.body["error_msg"].as_str().expect("a text").contains(name), "{}", wrong.body);
     }
+    let list = daemon.request(Method::POST, "/api/v1/tasks").json(&json!(["cache", null, null, {}, null, null]));
+    assert_eq!(daemon.send(list).await.code(), (400, "DCS.4800"), "a list is no object");
 }
 
 #[tokio::test]
