@@ -28,7 +28,11 @@ pub fn init(verbose: u8, format: LogFormat) {
         1 => "ttlsweep=info",
         _ => "ttlsweep=debug",
     };
-    let filter = EnvFilter::try_from_env(FILTER).unwrap_or_else(|_| EnvFilter::new(level));
+    let (filter, wrong) = match std::env::var(FILTER).map(EnvFilter::try_new) {
+        Ok(Ok(filter)) => (filter, None),
+        Ok(Err(error)) => (EnvFilter::new(level), Some(error)),
+        Err(_) => (EnvFilter::new(level), None),
+    };
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
@@ -41,5 +45,8 @@ pub fn init(verbose: u8, format: LogFormat) {
             // Without this a panic is several lines of text among the objects.
             std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the program broke")));
         }
+    }
+    if let Some(error) = wrong {
+        tracing::warn!(%error, "{FILTER} is no filter such as debug or ttlsweep::engine=trace");
     }
 }

@@ -185,7 +185,10 @@ pub async fn create(
     app.must_be_scannable(&instance).await?;
     let spec = TaskSpec::of(&instance, &instance.settings, Cause::Api)?;
     match app.service.submit(spec, None).await {
-        Ok(task) => Ok(Json((&task).into())),
+        Ok(task) => {
+            tracing::info!(task = %task.id, instance = instance.id, caller = caller.0.name, "task created");
+            Ok(Json((&task).into()))
+        }
         Err(TaskError::Busy(_)) => Err(ApiError::still_running()),
         Err(error) => Err(error.into()),
     }

@@ -103,7 +103,7 @@ pub struct SettingsDto {
     pub min_intensity: f64,
     pub max_keys_per_sec: u32,
     /// Above which load to hold or to give up: `off`, `auto` or a value.
-    pub limits: BTreeMap<&'static str, String>,
+    pub limits: BTreeMap<String, String>,
     pub allow_slow: bool,
     pub assist_expiry: String,
     pub touch: &'static str,
@@ -122,7 +122,10 @@ impl From<&ScanSettings> for SettingsDto {
             intensity: settings.tuning.intensity,
             min_intensity: settings.tuning.min_intensity,
             max_keys_per_sec: settings.tuning.max_keys_per_sec.unwrap_or(0),
-            limits: show_limits(&settings.tuning.limits),
+            limits: show_limits(&settings.tuning.limits)
+                .into_iter()
+                .map(|(key, text)| (key.replace('-', "_"), text))
+                .collect(),
             allow_slow: settings.allow_slow,
             assist_expiry: show_duration(settings.assist_expiry.unwrap_or_default()),
             touch: settings.touch.as_str(),

@@ -254,7 +254,7 @@ impl AppState {
 
     async fn give(&self, caller: &Caller, id: &str, order: Order) -> Result<Json<TaskDetails>, ApiError> {
         let view = self.view(caller, id).await?;
-        let what = format!("{order:?}");
+        let what = order.to_string();
         let view = self.service.order(view.task.id, order).await?;
         tracing::info!(task = id, caller = caller.0.name, what, "order carried out");
         Ok(Json(view.as_ref().into()))

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::check::facts::Right;
 use crate::model::failure::Failure;
 use crate::model::shard::DbIndex;
+use crate::model::show::grouped;
 use crate::model::task::words;
 use crate::node::commands::{ACL_LINE, ACL_TOUCH};
 use crate::node::info::{OLDEST, ReplicaLine};
@@ -216,8 +217,8 @@ impl Finding {
             Self::Evicting { evicted, policy } => {
                 let policy = policy.as_deref().unwrap_or("unknown");
                 format!(
-                    "{evicted} keys were evicted since the start (policy {policy}): live keys made room that expired ones \
-                     still held"
+                    "{} keys were evicted since the start (policy {policy}): while expired keys hold memory, others make room",
+                    grouped(*evicted)
                 )
             }
             Self::TooSlow { harm, .. } => harm.message.clone(),

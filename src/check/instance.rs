@@ -9,7 +9,7 @@ use crate::check::facts::Facts;
 use crate::check::report::{sentence, text};
 use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
-use crate::model::show::{failure_text, grouped};
+use crate::model::show::{counted, failure_text, grouped};
 use crate::node::conn::ConnOptions;
 use crate::node::topology::{Kind, Master, View};
 use crate::settings::ScanSettings;
@@ -113,7 +113,7 @@ fn overall(looks: &[ShardLook], order: &str) -> String {
     let good: Vec<&Verdict> = seen.map(|seen| &seen.verdict).filter(|verdict| verdict.can_sweep()).collect();
     let bad = looks.len() - good.len();
     let mut text = if bad > 0 {
-        format!("{bad} of {} masters cannot be swept; see the errors. ", looks.len())
+        format!("{bad} of {} cannot be swept; see the errors. ", counted(looks.len(), "master"))
     } else {
         String::new()
     };
@@ -121,17 +121,18 @@ fn overall(looks: &[ShardLook], order: &str) -> String {
     let expired: Option<u64> = good.iter().map(|verdict| verdict.swept.expired.map(|expired| expired.keys)).sum();
     let _ = match expired {
         _ if good.is_empty() => write!(text, "nothing can be swept"),
+        _ if with_ttl == 0 => write!(text, "no key has a TTL: there is nothing to sweep"),
         Some(0) => write!(
             text,
-            "the servers' own samples show no backlog on {} masters, and can be far too low; a sweep tells: {order}",
-            good.len()
+            "the servers' own samples show no backlog on {}, and can be far too low; a sweep tells: {order}",
+            counted(good.len(), "master")
         ),
         Some(expired) => write!(
             text,
-            "about {} of {} keys with a TTL have expired on {} masters; a sweep frees them: {order}",
+            "about {} of {} keys with a TTL have expired on {}; a sweep frees them: {order}",
             grouped(expired),
             grouped(with_ttl),
-            good.len(),
+            counted(good.len(), "master"),
         ),
         None => write!(text, "how much a sweep would free is unknown"),
     };

@@ -21,10 +21,11 @@ use std::time::{Duration, Instant};
 
 use crate::check::facts::{Expiry, Facts, Right, Rights};
 use crate::engine::guard;
+use crate::model::failure::FailureKind;
 use crate::model::shard::NodeAddr;
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
-use crate::node::error::NodeError;
+use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
 
@@ -43,6 +44,14 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
         Err(error) if error.is_no_permission() => (Info::default(), false),
         Err(error) => return Err(error),
     };
+    for db in settings.map_or(&[][..], |settings| &settings.dbs) {
+        match conn.select(*db).await {
+            Err(error) if matches!(error.class(), Class::Fatal(FailureKind::NoSuchDb)) => return Err(error),
+            // Whether SELECT may be run at all is told by the rights.
+            Ok(()) | Err(NodeError::Server { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
     let user = commands::whoami(&mut conn).await?;
     let mut rights = rights(&mut conn, user.as_deref()).await?;
     rights.set(Right::Info, Some(may_info));
@@ -81,6 +90,9 @@ async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError
         }
         if commands::may_do_everything(conn, user).await? == Some(true) {
             Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
+            // Everything but what was renamed away.
+            let scan = commands::is_accepted(conn, Right::Scan.as_str(), &commands::scan_that_does_nothing()).await?;
+            rights.set(Right::Scan, scan);
             return Ok(rights);
         }
     }

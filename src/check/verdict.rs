@@ -96,6 +96,9 @@ pub fn judge(facts: &Facts, counted: Option<&Result<Backlog, NoCount>>, settings
         findings.push(Finding::NotCounted(error.to_string()));
     }
     state(facts, &mut findings);
+    if let Some(evicted) = facts.memory.evicted.filter(|&evicted| evicted > 0 && swept.size.expires > 0) {
+        findings.push(Finding::Evicting { evicted, policy: facts.memory.policy.clone() });
+    }
     if let Some(sweep) = sweep {
         pace(facts, settings, sweep, &mut findings);
     }
@@ -166,9 +169,6 @@ fn state(facts: &Facts, findings: &mut Vec<Finding>) {
         if replica.state != "online" || late {
             findings.push(Finding::ReplicaBehind(replica.clone(), behind));
         }
-    }
-    if let Some(evicted) = facts.memory.evicted.filter(|&evicted| evicted > 0) {
-        findings.push(Finding::Evicting { evicted, policy: facts.memory.policy.clone() });
     }
 }
 

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory};
 
-use crate::cli::{Cli, exit};
+use crate::cli::{Cli, client, exit};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
+use crate::telemetry;
 
 /// Square brackets stand for themselves here, and not for links as in a doc comment.
 const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[user[:password]@]host[:port][/db], \
@@ -242,8 +243,9 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
         let id = key.replace('-', "_");
         let Ok(Some(values)) = matches.try_get_raw(&id) else { continue };
         let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+        let variable = format!("{PREFIX}{}", id.to_uppercase());
         let origin = match matches.value_source(&id) {
-            Some(ValueSource::EnvVariable) => Origin::Env(format!("TTLSWEEP_{}", id.to_uppercase())),
+            Some(ValueSource::EnvVariable) if !was_typed(&variable) => Origin::Env(variable),
             _ if *key == "url" => Origin::Flag("URL".to_owned()),
             _ => Origin::Flag(format!("--{key}")),
         };
@@ -267,7 +269,14 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
 }
 
 /// What the names of our environment variables begin with.
-const PREFIX: &str = "TTLSWEEP_";
+pub const PREFIX: &str = "TTLSWEEP_";
+/// Names the environment variables whose values were typed: see `cli::hide_password`.
+pub const TYPED: &str = "TTLSWEEP_TYPED";
+
+fn was_typed(variable: &str) -> bool {
+    std::env::var(TYPED).is_ok_and(|typed| typed.split(',').any(|name| name == variable))
+}
+
 /// From this likeness on, 0 to 1, a name was meant to be another one. Names that are like none, and whose words are not all in
 /// one, are somebody else's: Kubernetes sets TTLSWEEP_PORT and the like for a service of our name.
 const LIKE: f64 = 0.75;
@@ -279,19 +288,20 @@ fn misspelt() -> Vec<Problem> {
     if set.is_empty() {
         return Vec::new();
     }
-    let mut known = vec!["TTLSWEEP_LOG".to_owned()];
+    // Those that clap does not read.
+    let mut known = [telemetry::FILTER, client::TOKEN, TYPED].map(str::to_owned).to_vec();
     variables_of(&Cli::command(), &mut known);
     let problems = set.into_iter().filter(|name| !known.contains(name)).filter_map(|name| {
         // As `--no-throttle`, which has no variable.
         let typed = name[PREFIX.len()..].trim_start_matches("NO_");
         let likeness = |known: &&String| {
             let known = known.strip_prefix(PREFIX).unwrap_or(known);
-            if typed.split('_').all(|word| known.split('_').any(|other| other == word)) {
-                return 1.0;
-            }
-            strsim::normalized_damerau_levenshtein(typed, known)
+            let by_letters = strsim::normalized_damerau_levenshtein(typed, known);
+            let by_words = typed.split('_').all(|word| known.split('_').any(|other| other == word));
+            // Of names that hold all of its words the shortest is meant.
+            if by_words { 1.0 + by_letters } else { by_letters }
         };
-        let meant = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+        let meant = known.iter().filter(|name| *name != TYPED).max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
         let message = format!("no setting has this name; did you mean {meant}?");
         (likeness(&meant) >= LIKE).then(|| Problem { origin: Some(Origin::Env(name.clone())), message })
     });

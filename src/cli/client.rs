@@ -12,9 +12,14 @@ use serde_json::Value;
 use crate::cli::exit::Exit;
 use crate::cli::output;
 
+/// The environment variable that holds the token.
+pub const TOKEN: &str = "TTLSWEEP_TOKEN";
+
 /// How long the daemon may take to answer. Streams are not bound by it.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// The contract's codes for what was wrongly written.
+const WRONG_USAGE: [&str; 7] = ["DCS.4004", "DCS.4005", "DCS.4800", "DCS.4819", "DCS.4820", "DCS.4821", "DCS.4822"];
 
 /// Where the daemon is and who we are there.
 #[derive(Debug, Args)]
@@ -40,7 +45,7 @@ pub struct ClientArgs {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// It was not reached.
-    #[error("cannot reach the daemon at {url}: {source}")]
+    #[error("cannot reach the daemon at {url}: {}", output::chain(.source))]
     Unreachable {
         /// Where it should be.
         url: String,
@@ -70,8 +75,27 @@ impl ClientError {
         match self {
             Self::Unreachable { .. } => Exit::NoAccess,
             Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403 | 502) => Exit::NoAccess,
+            Self::Refused { code, .. } if WRONG_USAGE.contains(&code.as_str()) => Exit::Usage,
             Self::Refused { .. } | Self::Strange(_) => Exit::Failed,
         }
+    }
+
+    /// What to do next.
+    fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Unreachable { source, .. } if output::chain(source).contains("certificate") => {
+                "name the authority that the daemon's certificate is from: --ca-file FILE"
+            }
+            Self::Unreachable { .. } => {
+                "is `ttlsweep serve` running there, with or without TLS? --server names another"
+            }
+            Self::Refused { status: StatusCode::UNAUTHORIZED, .. } => {
+                "give the token by --token-file or TTLSWEEP_TOKEN"
+            }
+            Self::Refused { hint, .. } => return hint.clone(),
+            Self::Strange(_) => return None,
+        };
+        Some(hint.to_owned())
     }
 }
 
@@ -96,15 +120,19 @@ impl Client {
                 let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
                 Some(text.lines().next().unwrap_or("").trim().to_owned())
             }
-            None => std::env::var("TTLSWEEP_TOKEN").ok(),
+            None => std::env::var(TOKEN).ok(),
         };
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN);
         if let Some(path) = &args.ca_file {
             let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            let certificate = reqwest::Certificate::from_pem(&pem).context("the CA file is no PEM certificate")?;
-            builder = builder.tls_certs_merge([certificate]);
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem).ok().filter(|found| !found.is_empty());
+            let certificates = certificates.with_context(|| format!("{} holds no PEM certificate", path.display()))?;
+            builder = builder.tls_certs_merge(certificates);
         }
-        let server = args.server.trim_end_matches('/').to_owned();
+        let server = match args.server.trim_end_matches('/') {
+            whole if whole.contains("://") => whole.to_owned(),
+            address => format!("http://{address}"),
+        };
         Ok(Self { http: builder.build()?, server, token: token.filter(|token| !token.is_empty()) })
     }
 
@@ -173,7 +201,8 @@ impl Client {
         let mut chunks = response.bytes_stream();
         let mut unread: Vec<u8> = Vec::new();
         while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(|e| ClientError::Strange(e.without_url().to_string()))?;
+            // The daemon has gone, or ends the stream: whoever follows asks again what became of it.
+            let Ok(chunk) = chunk else { return Ok(()) };
             unread.extend_from_slice(&chunk);
             while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = unread.drain(..=end).collect();
@@ -189,15 +218,8 @@ impl Client {
 /// Prints an error and gives its exit code.
 pub fn failed(error: &ClientError) -> Exit {
     output::note(&format!("error: {error}"));
-    match error {
-        ClientError::Unreachable { .. } => {
-            output::note("  hint: is `ttlsweep serve` running there? --server names another")
-        }
-        ClientError::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => {
-            output::note("  hint: give the token by --token-file or TTLSWEEP_TOKEN");
-        }
-        ClientError::Refused { hint: Some(hint), .. } => output::note(&format!("  hint: {hint}")),
-        _ => {}
+    if let Some(hint) = error.hint() {
+        output::note(&format!("  hint: {hint}"));
     }
     error.exit()
 }

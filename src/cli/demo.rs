@@ -23,7 +23,7 @@ use crate::node::commands;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::settings::raw::{Origin, Raw};
-use crate::settings::{self, Settings};
+use crate::settings::{self, GivenPassword, Settings};
 
 /// Two keys of each 25 expire: 8 %, just below the share at which active expiry stops trying.
 const EXPIRING: (u64, u64) = (2, 25);
@@ -242,7 +242,8 @@ async fn read(conns: &mut [Conn], live: u64) -> Result<Reading, NodeError> {
 fn settings_for(server: &DemoServer) -> anyhow::Result<Settings> {
     let mut raw = Raw::defaults();
     raw.set("url", format!("redis://{}", server.addr()), Origin::Flag("URL".to_owned()));
-    settings::resolve(&raw, Some(server.password().into())).map_err(|problems| {
+    let password = GivenPassword { secret: server.password().into(), origin: Origin::Flag("demo".to_owned()) };
+    settings::resolve(&raw, Some(password)).map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         anyhow::anyhow!(problems.join("; "))
     })

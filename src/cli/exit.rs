@@ -35,10 +35,17 @@ impl Exit {
     /// The code of a failure. `begun`: whether anything was swept before it.
     pub fn of(failure: &Failure, begun: bool) -> Self {
         match failure.kind {
-            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if begun => {
-                Self::Failed
+            // A peer that speaks something else is the wrong port as long as it has never spoken RESP.
+            FailureKind::CannotConnect
+            | FailureKind::NotAuthenticated
+            | FailureKind::NotAllowed
+            | FailureKind::Protocol => {
+                if begun {
+                    Self::Failed
+                } else {
+                    Self::NoAccess
+                }
             }
-            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => Self::NoAccess,
             FailureKind::NoSuchDb => Self::Usage,
             FailureKind::TimedOut => Self::TimedOut,
             FailureKind::Interrupted => Self::Interrupted,
@@ -47,7 +54,6 @@ impl Exit {
             | FailureKind::LimitPassed
             | FailureKind::TooSlow
             | FailureKind::TopologyChanged
-            | FailureKind::Protocol
             | FailureKind::Store => Self::Failed,
         }
     }

@@ -65,6 +65,10 @@ enum Command {
 /// Parses the command line and runs it to its end.
 pub fn main() -> Exit {
     let arguments: Vec<OsString> = std::env::args_os().collect();
+    if let Some(error) = drop_empty_variables(&arguments) {
+        output::note(&format!("error: cannot start without the empty variables of the environment: {error}"));
+        return Exit::Failed;
+    }
     let matches = match Cli::command().try_get_matches_from(&arguments) {
         Ok(matches) => matches,
         Err(error) => return usage(&error),
@@ -98,7 +102,7 @@ pub fn main() -> Exit {
         exit
     });
     result.unwrap_or_else(|error| {
-        output::note(&format!("error: {error:#}"));
+        output::note(&format!("error: {}", output::chain(error.as_ref())));
         Exit::Failed
     })
 }
@@ -126,6 +130,23 @@ fn usage(error: &clap::Error) -> Exit {
 /// positional one comes last: what is left of its text then is not the value of a flag.
 const URLS: [(&str, &str); 2] = [("replica", "TTLSWEEP_REPLICA"), ("url", "TTLSWEEP_URL")];
 
+/// Starts this program again without those of its variables that are empty: `${NAME:-}` of a compose file is none. Returns only
+/// if there are none or if it failed.
+fn drop_empty_variables(arguments: &[OsString]) -> Option<std::io::Error> {
+    let ours = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with(args::PREFIX));
+    let empty = std::env::vars_os().filter(|(name, value)| value.is_empty() && ours(name));
+    let empty: Vec<OsString> = empty.map(|(name, _)| name).collect();
+    if empty.is_empty() {
+        return None;
+    }
+    Some(again(|program| {
+        for name in &empty {
+            program.env_remove(name);
+        }
+        program.args(arguments.iter().skip(1))
+    }))
+}
+
 /// Starts this program again without the URLs among its arguments that hold a password: everybody on the machine can
 /// read a process's arguments, but only its user the environment. Returns only if nothing had to be hidden or if it
 /// failed.
@@ -134,11 +155,17 @@ fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<s
     if hidden.is_empty() {
         return None;
     }
-    let program = match std::env::current_exe() {
-        Ok(program) => program,
-        Err(error) => return Some(error),
-    };
-    Some(std::process::Command::new(program).args(rest).envs(hidden).exec())
+    let typed: Vec<&str> = hidden.iter().map(|(variable, _)| *variable).collect();
+    let typed = typed.join(",");
+    Some(again(|program| program.args(rest).envs(hidden).env(args::TYPED, typed)))
+}
+
+/// Puts this program in its own place, with other arguments or variables. Returns only if it failed.
+fn again(change: impl FnOnce(&mut std::process::Command) -> &mut std::process::Command) -> std::io::Error {
+    match std::env::current_exe() {
+        Ok(program) => change(&mut std::process::Command::new(program)).exec(),
+        Err(error) => error,
+    }
 }
 
 /// The arguments behind the program's name without URLs that hold a password, and those as environment variables.

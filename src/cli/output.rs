@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::time::Duration;
 
 use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram, held_by_reason};
-pub use crate::model::show::{bytes, failure_text, grouped, span, table};
+pub use crate::model::show::{bytes, counted, failure_text, grouped, span, table};
 use crate::model::task::TaskState;
 use crate::tasks::TaskView;
 
@@ -24,6 +24,21 @@ pub fn print(text: &str) -> io::Result<()> {
 /// Writes a line to stderr. What cannot be written there can be said nowhere.
 pub fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// An error with everything that caused it, each said once.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut causes = vec![error.to_string()];
+    let mut inner = error.source();
+    while let Some(cause) = inner {
+        let text = cause.to_string();
+        // Some repeat their cause.
+        if !causes.iter().any(|before| before.contains(&text)) {
+            causes.push(text);
+        }
+        inner = cause.source();
+    }
+    causes.join(": ")
 }
 
 /// The summary of a task that has ended or was interrupted.
@@ -73,8 +88,8 @@ pub fn summary(view: &TaskView) -> String {
     if view.snapshot.lost_replies() > 0 {
         let _ = writeln!(
             text,
-            "the replies of up to {} batches were lost with a connection or a killed process; what those freed is not counted",
-            view.snapshot.lost_replies()
+            "the replies of up to {} were lost with a connection or a killed process; what those freed is not counted",
+            counted(view.snapshot.lost_replies() as usize, "batch")
         );
     }
     text

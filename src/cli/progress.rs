@@ -132,12 +132,33 @@ fn figures_text(pass: &PassRow, pace: &Pace) -> String {
 async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let style = ProgressStyle::with_template("{prefix:4} {bar:16} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
+    // A shard that waits before its first pass has no bar yet.
+    let waits =
+        ProgressStyle::with_template("{prefix} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
     let multi = MultiProgress::new();
     let mut passes: BTreeMap<(String, u32), (ProgressBar, Pace)> = BTreeMap::new();
+    let mut waiting: BTreeMap<String, ProgressBar> = BTreeMap::new();
     loop {
         let open = view.changed().await.is_ok();
         let now = rows(&view.borrow_and_update());
         let alone = now.shards.len() <= 1;
+        let waits_now = |shard: &&ShardRow| shard.hold.is_some() && shard.passes.is_empty();
+        waiting.retain(|name, line| {
+            let stays = now.shards.iter().filter(waits_now).any(|shard| shard.name == *name);
+            if !stays {
+                line.finish_and_clear();
+            }
+            stays
+        });
+        for shard in now.shards.iter().filter(waits_now).take(BARS_AT_MOST) {
+            let line = waiting.entry(shard.name.clone()).or_insert_with(|| {
+                let line = multi.add(ProgressBar::new_spinner().with_style(waits.clone()));
+                line.set_prefix(shard.name.clone());
+                line
+            });
+            line.set_message(format!("holding: {}", shard.hold.as_deref().unwrap_or_default()));
+            line.tick();
+        }
         for shard in &now.shards {
             for pass in &shard.passes {
                 let (bar, pace) = passes.entry((shard.name.clone(), pass.db)).or_insert_with(|| {
@@ -174,6 +195,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         }
         tokio::time::sleep(REDRAW).await;
     }
+    waiting.values().for_each(ProgressBar::finish_and_clear);
     for (bar, _) in passes.values().filter(|(bar, _)| !bar.is_finished()) {
         bar.abandon();
     }
@@ -193,7 +215,12 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let mut due = begun + line_every(Duration::ZERO);
     let mut paces: BTreeMap<(String, u32), Pace> = BTreeMap::new();
     let mut holds = BTreeMap::new();
-    while view.changed().await.is_ok() {
+    loop {
+        // A server that says nothing changes no view, and is to be seen all the same.
+        tokio::select! {
+            changed = view.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep_until(due) => {}
+        }
         let now = rows(&view.borrow_and_update());
         let elapsed = begun.elapsed();
         let is_due = Instant::now() >= due;

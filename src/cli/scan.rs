@@ -1,9 +1,9 @@
 //! `ttlsweep scan`: one sweep, now.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use clap::{ArgMatches, Args, ValueEnum};
-use secrecy::SecretString;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
@@ -16,10 +16,10 @@ use crate::cli::progress::{self, Rows};
 use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::target::Target;
-use crate::model::task::{Cause, TaskState};
+use crate::model::task::{Cause, SweepTexts, TaskState};
 use crate::node::conn::ConnOptions;
-use crate::settings::raw::Problem;
-use crate::settings::{self, Settings};
+use crate::settings::raw::{Origin, Problem};
+use crate::settings::{self, GivenPassword, Settings};
 use crate::store::Store;
 use crate::tasks::{self, RunningTask, TaskService, TaskSpec, TaskView};
 
@@ -108,15 +108,17 @@ pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<P
 ///
 /// # Errors
 /// A terminal that cannot be read.
-pub fn password(ask: bool) -> Result<Option<SecretString>, Vec<Problem>> {
+pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
     if ask {
         let typed = rpassword::prompt_password("password: ").map_err(|e| {
             vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
         })?;
-        return Ok(Some(SecretString::from(typed)));
+        let origin = Origin::Flag("--askpass".to_owned());
+        return Ok(Some(GivenPassword { secret: typed.into(), origin }));
     }
     let from_env = std::env::var("REDISCLI_AUTH").ok().filter(|p| !p.is_empty());
-    Ok(from_env.map(SecretString::from))
+    let origin = Origin::Env("REDISCLI_AUTH".to_owned());
+    Ok(from_env.map(|secret| GivenPassword { secret: secret.into(), origin }))
 }
 
 /// Prints problems of the settings.
@@ -175,7 +177,17 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
     let spec = TaskSpec::new(instance_id(&settings.target), settings, conn, Cause::Cli);
     let unfinished = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
     let task = match (unfinished, resume) {
-        (Some(task), Some(_)) => task,
+        (Some(task), Some(_)) => {
+            let (begun, wanted) = (dbs_of(&task.sweep), dbs_of(&spec.sweep));
+            if begun != wanted {
+                let message = format!("the unfinished sweep in the state file is of {begun}, and not of {wanted}");
+                let failure = Failure::new(FailureKind::NoSuchDb, message);
+                return Err(
+                    failure.hint("name the same DBs, take a state file for each, or begin anew without --resume")
+                );
+            }
+            task
+        }
         (None, Some(Resume::Always)) => {
             let message = format!("the state file holds no unfinished sweep of {}", spec.target);
             let failure = Failure::new(FailureKind::NoSuchDb, message);
@@ -193,17 +205,36 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
     service.start(task, spec).await.map_err(|e| store_failure(&e))
 }
 
-/// The first signal ends the sweep after its batch, the second ends the process.
+/// Which DBs a sweep is of.
+fn dbs_of(sweep: &SweepTexts) -> String {
+    let text = sweep.get("db").map_or("", String::as_str);
+    let dbs: BTreeSet<&str> = text.split([',', ' ']).filter(|db| !db.is_empty()).collect();
+    match dbs.len() {
+        0 => "each DB that holds keys with a TTL".to_owned(),
+        _ => format!("DB {}", dbs.into_iter().collect::<Vec<_>>().join(",")),
+    }
+}
+
+/// The first signal ends the sweep after its batch, the second ends the process. A terminal that goes away is one as well, unless
+/// whoever started this wants it to go on (nohup).
 async fn obey_signals(control: Control) {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
         return;
     };
+    let mut hangup = if hangup_is_ignored() { None } else { signal(SignalKind::hangup()).ok() };
     let mut first = true;
     loop {
+        let hung_up = async {
+            match &mut hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
+            _ = hung_up => {}
         }
         if !first {
             std::process::exit(Exit::Interrupted as i32);
@@ -212,6 +243,14 @@ async fn obey_signals(control: Control) {
         output::note("stopping after this batch; once more to cut");
         control.stop(StopReason::Interrupted);
     }
+}
+
+/// Whether SIGHUP was ignored when we were started. Where nobody tells, it is left as it is.
+fn hangup_is_ignored() -> bool {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return true };
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // Bit 0 is signal 1, SIGHUP.
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & 1 == 1)
 }
 
 fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Result<()> {
@@ -231,6 +270,7 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
     }
     let unfinished = matches!(view.task.state, TaskState::Interrupted | TaskState::Failed);
     if unfinished
+        && show != Show::Quiet
         && view.snapshot.passes().next().is_some()
         && let Some(path) = &settings.state
     {
@@ -240,7 +280,7 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
 }
 
 fn exit_of(view: &TaskView) -> Exit {
-    let begun = view.snapshot.shards.values().any(|shard| shard.server.is_some());
+    let begun = view.snapshot.passes().any(|pass| pass.batches > 0);
     match (&view.task.failure, view.task.state) {
         (Some(failure), _) => Exit::of(failure, begun),
         (None, TaskState::Succeeded) => Exit::Done,

@@ -65,10 +65,9 @@ pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         Ok(password) => password,
         Err(problems) => return Ok(scan::usage(&problems)),
     };
-    let password_by_env = password.is_some();
     match settings::resolve(&raw, password) {
         Ok(settings) => {
-            let rows = rows(&raw, &settings, password_by_env);
+            let rows = rows(&raw, &settings);
             output::print(&if show.json { json(&rows)? } else { text(&rows) })?;
             Ok(Exit::Done)
         }
@@ -79,8 +78,8 @@ pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
 fn check(args: &CheckArgs) -> anyhow::Result<Exit> {
     match daemon::load(&args.file) {
         Ok(settings) => {
-            let instances = settings.instances.len();
-            output::print(&format!("{}: valid, {instances} instances\n", args.file.display()))?;
+            let instances = output::counted(settings.instances.len(), "instance");
+            output::print(&format!("{}: valid, {instances}\n", args.file.display()))?;
             Ok(Exit::Done)
         }
         Err(problems) => Ok(scan::usage(&problems)),
@@ -93,7 +92,7 @@ struct Row {
     origin: String,
 }
 
-fn rows(raw: &Raw, settings: &Settings, password_by_env: bool) -> Vec<Row> {
+fn rows(raw: &Raw, settings: &Settings) -> Vec<Row> {
     let mut rows: Vec<Row> = KEYS
         .iter()
         .map(|key| {
@@ -101,24 +100,23 @@ fn rows(raw: &Raw, settings: &Settings, password_by_env: bool) -> Vec<Row> {
             let (value, origin) = match *key {
                 // The URL may hold a password; the target does not.
                 "url" => (settings.target.to_string(), origin.to_string()),
-                "db" if value.is_empty() && !settings.scan.dbs.is_empty() => {
-                    let dbs: Vec<_> = settings.scan.dbs.iter().map(|db| db.0.to_string()).collect();
-                    (dbs.join(","), "url".to_owned())
+                // The one in the URL.
+                "db" if settings.sweep_texts["db"] != value => {
+                    (settings.sweep_texts["db"].clone(), raw.get("url").1.to_string())
+                }
+                "user" if settings.credentials.user.as_deref().is_some_and(|user| user != value) => {
+                    (settings.credentials.user.clone().unwrap_or_default(), raw.get("url").1.to_string())
                 }
                 _ => (value.to_owned(), origin.to_string()),
             };
             Row { key, value, origin }
         })
         .collect();
-    let origin = match &settings.credentials.password {
-        None => "none",
-        Some(password) if password.expose_secret().is_empty() => "none",
-        Some(_) if !raw.get("password-file").0.is_empty() => "password-file",
-        Some(_) if password_by_env => "REDISCLI_AUTH or --askpass",
-        Some(_) => "url",
-    };
-    let value = if origin == "none" { "" } else { "(hidden)" };
-    rows.push(Row { key: "password", value: value.to_owned(), origin: origin.to_owned() });
+    let given = settings.credentials.password.as_ref().is_some_and(|password| !password.expose_secret().is_empty());
+    let origin =
+        settings.password_from.as_ref().filter(|_| given).map_or_else(|| "none".to_owned(), ToString::to_string);
+    let value = if given { "(hidden)" } else { "" };
+    rows.push(Row { key: "password", value: value.to_owned(), origin });
     rows
 }
 

@@ -1,6 +1,6 @@
 //! `ttlsweep task`: the tasks of a daemon, and a bar for one that runs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
@@ -16,6 +16,8 @@ use crate::settings::positive_duration;
 
 /// Pause before a task is followed again whose stream ended before it did.
 const FOLLOW_AGAIN: Duration = Duration::from_millis(500);
+/// How long a daemon that went away is waited for.
+const BACK_WITHIN: Duration = Duration::from_secs(60);
 
 const COLUMNS: [(&str, &str); 8] = [
     ("id", "/id"),
@@ -237,13 +239,24 @@ async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
     let (sender, views) = watch::channel(Value::Null);
     let bar = tokio::spawn(progress::show(views, rows));
     let ended = async {
+        let mut seen: Option<Instant> = None;
         loop {
             let see = |view| drop(sender.send_replace(view));
-            client.follow(&format!("/api/v1/tasks/{id}/events"), see).await?;
-            let task = client.get(&format!("/api/v1/tasks/{id}")).await?;
-            // The daemon ends a stream now and then, to ask again who reads it.
-            if task["finished_at"].is_string() {
-                return Ok(task);
+            let followed = client.follow(&format!("/api/v1/tasks/{id}/events"), see).await;
+            if followed.is_ok() {
+                seen = Some(Instant::now());
+            }
+            let task = match followed {
+                Ok(()) => client.get(&format!("/api/v1/tasks/{id}")).await,
+                Err(error) => Err(error),
+            };
+            match task {
+                Ok(task) if task["finished_at"].is_string() => return Ok(task),
+                // The daemon ends a stream now and then, to ask again who reads it.
+                Ok(_) => {}
+                // It may be on its way back, and goes on with its tasks then.
+                Err(ClientError::Unreachable { .. }) if seen.is_some_and(|at| at.elapsed() < BACK_WITHIN) => {}
+                Err(error) => return Err(error),
             }
             tokio::time::sleep(FOLLOW_AGAIN).await;
         }

@@ -28,8 +28,8 @@ const SHORT_PASS: Duration = Duration::from_secs(10);
 const LEAST_FLOW: f64 = 100.0;
 /// Server time for a key in microseconds, at most: what a rest multiplies.
 const SLOW_KEY_US: f64 = 2.5;
-/// How long the flow is watched before a sweep that would be slow.
-pub const WATCH_FOR: Duration = Duration::from_secs(2);
+/// How long the flow is watched before a sweep that would be slow: keys expire in bursts, and one of them is no flow.
+pub const WATCH_FOR: Duration = Duration::from_secs(4);
 
 /// Of the flow before, expiry that is below this share has collapsed.
 const COLLAPSED: f64 = 0.25;

@@ -113,6 +113,10 @@ impl Figure<'_> {
             Limit::At(bound) => bound,
         };
         let Some(now) = now else {
+            if self.reason == Reason::Latency {
+                // Every server answers PING: this one was not asked yet.
+                return None;
+            }
             let unknown = || (Reason::Unreadable, format!("{} is set, and the server does not tell", self.key));
             return matches!(limit, Limit::At(_)).then(unknown);
         };
@@ -194,9 +198,12 @@ pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
     keys.into_iter().flatten().collect()
 }
 
-/// Milliseconds with one digit.
+/// Milliseconds with one digit, or microseconds where that would be none.
 fn show_millis(span: Duration) -> String {
-    format!("{:.1} ms", span.as_secs_f64() * 1e3)
+    match span.as_micros() {
+        us @ ..1_000 => format!("{us} us"),
+        _ => format!("{:.1} ms", span.as_secs_f64() * 1e3),
+    }
 }
 
 fn mebibytes(bytes: impl Display + Into<u64>) -> String {

@@ -372,7 +372,11 @@ impl Snapshot {
                 }
             }
             ScanEventKind::Warned { message } => shard.warn(message),
-            ScanEventKind::ServerChanged { server } => shard.server = Some(server),
+            ScanEventKind::ServerChanged { server } => {
+                shard.server = Some(server);
+                // The memory of another process.
+                shard.memory_before = Memory::default();
+            }
             ScanEventKind::PassStarted { db, figures } | ScanEventKind::Progressed { db, figures } => {
                 shard.current = Some(db);
                 shard.passes.insert(db, figures);

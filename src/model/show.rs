@@ -70,3 +70,13 @@ pub fn table(rows: &[Vec<String>]) -> String {
     }
     text
 }
+
+/// `1 batch`, `3 batches`: a number with what it is a number of.
+pub fn counted(number: usize, what: &str) -> String {
+    let ending = match what.ends_with("ch") {
+        _ if number == 1 => "",
+        true => "es",
+        false => "s",
+    };
+    format!("{} {what}{ending}", grouped(number as u64))
+}

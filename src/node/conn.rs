@@ -8,11 +8,11 @@ use redis::{Cmd, FromRedisValue, Value};
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::target::{Credentials, NodeMap};
-use crate::node::error::{Class, NodeError};
+use crate::node::error::{Class, Greeting, NodeError};
 use crate::node::tls::{self, Tls};
 use crate::node::wire::{self, Integer, Malformed};
 
@@ -106,31 +106,27 @@ impl Conn {
     /// # Errors
     /// [`NodeError`] for a server that is not reached in time or does not let us in.
     pub async fn open(addr: &NodeAddr, options: &ConnOptions) -> Result<Self, NodeError> {
-        let late = || NodeError::Connect {
-            addr: addr.clone(),
-            source: io::Error::new(
-                io::ErrorKind::TimedOut,
-                match options.tls {
-                    Some(_) => format!("no TLS connection within {:?} (is it a TLS port?)", options.connect_timeout),
-                    None => format!("no connection within {:?}", options.connect_timeout),
-                },
-            ),
-        };
-        timeout(options.connect_timeout, Self::dial(addr, options)).await.map_err(|_| late())?
-    }
-
-    async fn dial(addr: &NodeAddr, options: &ConnOptions) -> Result<Self, NodeError> {
+        let deadline = tokio::time::Instant::now() + options.connect_timeout;
+        let after = options.connect_timeout;
         let failed = |source| NodeError::Connect { addr: addr.clone(), source };
+        let late = |_| failed(io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {after:?}")));
+        let silent = |during| move |_| NodeError::Silent { addr: addr.clone(), during, after };
         let stream: Box<dyn Stream> = match addr {
             NodeAddr::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(failed)?;
+                let connect = TcpStream::connect((host.as_str(), *port));
+                let stream = timeout_at(deadline, connect).await.map_err(late)?.map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
                 match &options.tls {
-                    Some(tls) => Box::new(tls.encrypt(stream, host, addr).await?),
+                    Some(tls) => {
+                        let encrypt = tls.encrypt(stream, host, addr);
+                        Box::new(timeout_at(deadline, encrypt).await.map_err(silent(Greeting::Tls))??)
+                    }
                     None => Box::new(stream),
                 }
             }
-            NodeAddr::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(failed)?),
+            NodeAddr::Unix(path) => {
+                Box::new(timeout_at(deadline, UnixStream::connect(path)).await.map_err(late)?.map_err(failed)?)
+            }
         };
         let mut conn = Self {
             stream,
@@ -146,19 +142,21 @@ impl Conn {
             answered: None,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
-        match conn.handshake(&options.credentials).await {
+        let handshake = timeout_at(deadline, conn.handshake(&options.credentials));
+        match handshake.await.map_err(silent(Greeting::Command))? {
             Err(error) if plain => Err(conn.recognise_tls(error)),
             other => other.map(|()| conn),
         }
     }
 
     async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
-        if let Some(password) = &credentials.password {
+        if credentials.user.is_some() || credentials.password.is_some() {
             let mut auth = redis::cmd("AUTH");
             if let Some(user) = &credentials.user {
                 auth.arg(user);
             }
-            auth.arg(password.expose_secret());
+            // A user that needs no password has to be named all the same: without AUTH we would be somebody else.
+            auth.arg(credentials.password.as_ref().map_or("", |password| password.expose_secret()));
             self.call::<()>("AUTH", &auth).await?;
         }
         // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.

@@ -1,7 +1,7 @@
 //! What can go wrong between us and one server, and what it means for a sweep.
 
-use std::io;
 use std::time::Duration;
+use std::{fmt, io};
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::shard::NodeAddr;
@@ -42,6 +42,16 @@ pub enum NodeError {
         addr: NodeAddr,
         /// What it did.
         problem: &'static str,
+    },
+    /// The connection was made, and nothing was said on it in time.
+    #[error("{addr} took the connection and did not answer {during} within {after:?}")]
+    Silent {
+        /// Where.
+        addr: NodeAddr,
+        /// What was not answered.
+        during: Greeting,
+        /// How long we waited, the making of the connection included.
+        after: Duration,
     },
     /// The connection broke.
     #[error("the connection to {addr} was lost: {source}")]
@@ -96,6 +106,24 @@ pub enum NodeError {
     },
 }
 
+/// What is said first on a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Greeting {
+    /// The TLS handshake.
+    Tls,
+    /// AUTH, or CLIENT SETNAME.
+    Command,
+}
+
+impl fmt::Display for Greeting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tls => "the TLS handshake",
+            Self::Command => "the first command",
+        })
+    }
+}
+
 /// What to do about a [`NodeError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
@@ -118,7 +146,7 @@ impl NodeError {
             }
             Self::Connect { .. } | Self::Lost { .. } | Self::Timeout { .. } => Class::Transient,
             Self::Tls { .. } => Class::Fatal(FailureKind::CannotConnect),
-            Self::NotPlain { .. } | Self::TlsCut { .. } => Class::Transient,
+            Self::NotPlain { .. } | Self::TlsCut { .. } | Self::Silent { .. } => Class::Transient,
             Self::NoMaster { class, .. } => *class,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
             Self::Server { code, message, .. } => match code.as_str() {
@@ -131,7 +159,12 @@ impl NodeError {
                 "ERR" if message.contains("invalid password") || message.contains("without any password") => {
                     Class::Fatal(FailureKind::NotAuthenticated)
                 }
-                "ERR" if message.contains("DB index is out of range") => Class::Fatal(FailureKind::NoSuchDb),
+                "ERR"
+                    if message.contains("DB index is out of range")
+                        || message.contains("not allowed in cluster mode") =>
+                {
+                    Class::Fatal(FailureKind::NoSuchDb)
+                }
                 _ => Class::Fatal(FailureKind::Unsupported),
             },
         }
@@ -162,7 +195,10 @@ impl NodeError {
         let text = match (self, kind) {
             (Self::NoMaster { hint, .. }, _) => return hint.clone(),
             (Self::Tls { hint, .. }, _) => hint,
-            (Self::TlsCut { .. }, _) => PLAIN,
+            (Self::TlsCut { .. } | Self::Silent { during: Greeting::Tls, .. }, _) => PLAIN,
+            (Self::Silent { during: Greeting::Command, .. }, _) => {
+                "does the process hang, or does a slow command hold it? A longer wait: --connect-timeout"
+            }
             (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
             (Self::Connect { source, .. }, _) => match source.kind() {
                 io::ErrorKind::ConnectionRefused => {
@@ -229,6 +265,7 @@ mod tests {
         check("NOPERM", "User u has no permissions", Class::Fatal(FailureKind::NotAllowed));
         check("DENIED", "Redis is running in protected mode", Class::Fatal(FailureKind::NotAllowed));
         check("ERR", "DB index is out of range", Class::Fatal(FailureKind::NoSuchDb));
+        check("ERR", "SELECT is not allowed in cluster mode", Class::Fatal(FailureKind::NoSuchDb));
         check("ERR", "unknown command 'SCAN'", Class::Fatal(FailureKind::Unsupported));
     }
 
@@ -248,6 +285,8 @@ mod tests {
             connect(io::ErrorKind::PermissionDenied, "Permission denied"),
             connect(io::ErrorKind::TimedOut, "no connection within 5s"),
             connect(io::ErrorKind::Other, "failed to lookup address information"),
+            NodeError::Silent { addr: addr.clone(), during: Greeting::Tls, after: Duration::from_secs(5) },
+            NodeError::Silent { addr: addr.clone(), during: Greeting::Command, after: Duration::from_secs(5) },
             NodeError::Lost { addr: addr.clone(), source: io::Error::other("Connection reset by peer") },
             NodeError::Timeout { addr: addr.clone(), command: "SCAN", after: Duration::from_secs(30) },
             NodeError::Protocol { addr: addr.clone(), command: "PING", detail: "it begins with the byte 0x48".into() },

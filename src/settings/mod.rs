@@ -21,7 +21,7 @@ use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
 use crate::model::task::{SweepTexts, words};
 use crate::model::throttle::Limits;
-use crate::settings::raw::{Origin, Problem, Raw};
+use crate::settings::raw::{Origin, Problem, Raw, TUNE_KEYS};
 use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch};
 
 /// What a share of a server may be. Less than the least would be a stop, and no sweep.
@@ -120,6 +120,8 @@ pub struct Settings {
     pub target: Target,
     /// Who we are there.
     pub credentials: Credentials,
+    /// Where the password was given; `None`: there is none.
+    pub password_from: Option<Origin>,
     /// Who we are for the sentinels.
     pub sentinel_credentials: Credentials,
     /// How to encrypt, where the target wants it.
@@ -138,12 +140,21 @@ pub struct Settings {
     pub sweep_texts: SweepTexts,
 }
 
-/// Makes settings out of what was typed. `password` is one that came by another way than a key: `REDISCLI_AUTH` or
-/// `--askpass`; it wins over the URL's.
+/// A password that came by another way than a key: `REDISCLI_AUTH`, `--askpass`, `password-env` of the daemon's file.
+#[derive(Debug, Clone)]
+pub struct GivenPassword {
+    /// The password.
+    pub secret: SecretString,
+    /// Where it was given.
+    pub origin: Origin,
+}
+
+/// Makes settings out of what was typed. What a URL holds beside the address is in the layer of the URL; within one layer it
+/// gives way to what was given by itself.
 ///
 /// # Errors
 /// Every problem, not only the first.
-pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Vec<Problem>> {
+pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, Vec<Problem>> {
     let mut reader = Reader { raw, problems: Vec::new() };
     let url = reader.read("url", InstanceUrl::parse);
     let user = reader.read("user", given);
@@ -187,18 +198,25 @@ pub fn resolve(raw: &Raw, password: Option<SecretString>) -> Result<Settings, Ve
     let resolved = (|| {
         let InstanceUrl { target, credentials, db } = url?;
         let target_tls = target.tls;
+        let by_url = raw.get("url").1;
+        let url_wins = |key: &str| by_url.is_above(raw.get(key).1);
         let (mut dbs, mut sweep_texts) = (dbs?, raw.sweep_texts());
-        if let (true, Some(db)) = (dbs.is_empty(), db) {
-            dbs.push(db);
+        if let Some(db) = db.filter(|_| dbs.is_empty() || url_wins("db")) {
+            dbs = vec![db];
             // The URL is no part of these.
             sweep_texts.insert("db".to_owned(), db.0.to_string());
         }
+        let user = if url_wins("user") { credentials.user.or(user?) } else { user?.or(credentials.user) };
+        let in_file = password_file?.map(|secret| (secret, raw.get("password-file").1.clone()));
+        let given = password.map(|given| (given.secret, given.origin));
+        let in_url = credentials.password.map(|secret| (secret, by_url.clone()));
+        let passwords = [in_file, given, in_url].into_iter().flatten();
+        let password = passwords.reduce(|best, next| if next.1.is_above(&best.1) { next } else { best });
+        let (password, password_from) = password.unzip();
         Some(Settings {
             target,
-            credentials: Credentials {
-                user: user?.or(credentials.user),
-                password: password_file?.or(password).or(credentials.password),
-            },
+            credentials: Credentials { user, password },
+            password_from,
             sentinel_credentials: Credentials { user: sentinel_user?, password: sentinel_password? },
             tls: target_tls.then_some(tls?),
             node_map: node_map?,
@@ -270,6 +288,19 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
         abort_replica_lag: abort_replica_lag?,
     };
     let (intensity, min_intensity, throttle) = (intensity?, min_intensity?, throttle?);
+    if !throttle {
+        // One that stands further down is what whoever switches off wants to be rid of.
+        let switch = reader.raw.get("throttle").1;
+        let typed = |key: &str| {
+            let (text, origin) = reader.raw.get(key);
+            text != "off" && *origin != Origin::Default && !switch.is_above(origin)
+        };
+        let limits = TUNE_KEYS.iter().filter(|key| key.starts_with("max-") || key.starts_with("abort-"));
+        let in_vain: Vec<_> = limits.filter(|key| **key != "max-keys-per-sec" && typed(key)).collect();
+        for key in in_vain {
+            reader.complain(key, "is not watched without throttle, which switches off every limit on load");
+        }
+    }
     Some(Tuning {
         intensity,
         min_intensity: if throttle { min_intensity.min(intensity) } else { intensity },
@@ -302,8 +333,8 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     let insecure = reader.read("insecure", switch);
     let (cacert, cert, key, sni) = (cacert?, cert?, key?, sni?);
     if !wanted {
-        for name in ["cacert", "cert", "sni"] {
-            if !reader.raw.get(name).0.is_empty() {
+        for name in ["cacert", "cert", "sni", "insecure"] {
+            if !matches!(reader.raw.get(name).0, "" | "false") {
                 reader.complain(name, "means nothing without TLS; write the URL as rediss://...");
             }
         }
@@ -328,8 +359,12 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// Says what is wrong with a value that is right by itself.
     fn complain(&mut self, key: &str, why: &str) {
-        let origin = Some(self.raw.get(key).1.clone());
-        self.problems.push(Problem { origin, message: format!("{key} {why}") });
+        let origin = self.raw.get(key).1.clone();
+        let message = match origin {
+            Origin::Flag(_) => why.to_owned(),
+            _ => format!("{key} {why}"),
+        };
+        self.problems.push(Problem { origin: Some(origin), message });
     }
 
     fn read<T, E: fmt::Display>(&mut self, key: &str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
@@ -403,10 +438,39 @@ mod tests {
 
     #[test]
     fn a_password_given_apart_beats_the_one_in_the_url_and_no_debug_output_shows_it() {
-        let settings = resolve(&with(&[("url", "redis://u:one@h")]), Some("two".into())).unwrap();
+        let given = GivenPassword { secret: "two".into(), origin: Origin::Flag("--askpass".to_owned()) };
+        let settings = resolve(&with(&[("url", "redis://u:one@h")]), Some(given)).unwrap();
         assert_eq!(settings.credentials.password.as_ref().unwrap().expose_secret(), "two");
         let shown = format!("{settings:?}");
         assert!(!shown.contains("one@") && !shown.contains("two"), "{shown}");
+    }
+
+    #[test]
+    fn what_stands_in_a_url_that_was_typed_wins_over_environment_and_file() {
+        let mut raw = with(&[("url", "redis://ann:one@h/3")]);
+        let env = |name: &str| Origin::Env(name.to_owned());
+        raw.set("db", "0".to_owned(), env("TTLSWEEP_DB"));
+        raw.set("user", "bob".to_owned(), Origin::File { path: "s.toml".into(), line: 1 });
+        let given = || Some(GivenPassword { secret: "two".into(), origin: env("REDISCLI_AUTH") });
+        let shown = |raw: &Raw| {
+            let settings = resolve(raw, given()).unwrap();
+            let Credentials { user, password } = settings.credentials;
+            let (user, password) = (user.unwrap(), password.unwrap().expose_secret().to_owned());
+            (settings.scan.dbs[0].0, settings.sweep_texts["db"].clone(), user, password)
+        };
+        assert_eq!(shown(&raw), (3, "3".to_owned(), "ann".to_owned(), "one".to_owned()));
+        raw.set("url", "redis://ann:one@h/3".to_owned(), env("TTLSWEEP_URL"));
+        assert_eq!(shown(&raw), (0, "0".to_owned(), "ann".to_owned(), "two".to_owned()));
+    }
+
+    #[test]
+    fn a_limit_that_is_given_where_the_throttle_is_switched_off_is_refused_and_one_further_down_is_not() {
+        let mut raw = with(&[("throttle", "false"), ("abort-latency", "5ms"), ("max-keys-per-sec", "9")]);
+        let problems = resolve(&raw, None).unwrap_err();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].to_string().starts_with("--abort-latency: is not watched"), "{problems:?}");
+        raw.set("abort-latency", "5ms".to_owned(), Origin::Env("TTLSWEEP_ABORT_LATENCY".to_owned()));
+        assert_eq!(resolve(&raw, None).unwrap().scan.tuning.limits, Limits::NONE);
     }
 
     #[test]
@@ -418,7 +482,7 @@ mod tests {
         let plain = problems(&[("url", "redis://h"), ("cacert", "ca.pem"), ("sni", "name")]);
         assert_eq!(plain.matches("rediss://").count(), 2, "{plain}");
         let half = problems(&[("url", "rediss://h"), ("key", "k.pem")]);
-        assert!(half.contains("key needs cert"), "{half}");
+        assert!(half.contains("--key: needs cert"), "{half}");
         let settings = resolve(&with(&[("url", "rediss://h"), ("insecure", "true")]), None).unwrap();
         assert!(settings.tls.unwrap().insecure);
         assert!(resolve(&with(&[("url", "redis://h")]), None).unwrap().tls.is_none());

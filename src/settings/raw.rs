@@ -102,6 +102,19 @@ pub enum Origin {
     Flag(String),
 }
 
+impl Origin {
+    /// Whether what stands here wins over what stands there. Of two in the same layer neither does.
+    pub fn is_above(&self, other: &Self) -> bool {
+        let layer = |origin: &Self| match origin {
+            Self::Default => 0,
+            Self::File { .. } => 1,
+            Self::Env(_) => 2,
+            Self::Flag(_) => 3,
+        };
+        layer(self) > layer(other)
+    }
+}
+
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -240,7 +253,13 @@ pub(super) fn scalar_text(value: &toml::de::DeValue<'_>) -> Option<String> {
     }
 }
 
+/// Tables of a settings file of the daemon.
+const DAEMON_TABLES: [&str; 4] = ["api", "store", "tasks", "instances"];
+
 fn unknown_key(key: &str) -> String {
+    if DAEMON_TABLES.contains(&key) {
+        return format!("`{key}` belongs in a settings file of `ttlsweep serve`; one of a sweep is another file");
+    }
     let dashed = key.replace('_', "-").to_lowercase();
     match KEYS.iter().find(|k| **k == dashed || k.starts_with(&dashed) || dashed.starts_with(*k)) {
         Some(near) => format!("`{key}` is not a setting; did you mean `{near}`?"),

@@ -22,7 +22,7 @@ use crate::settings::table::{File, Table};
 use crate::settings::values::{
     parse_sha256, read_password, readable, seconds, some_text, time_zone, timestamp, weekday, whole,
 };
-use crate::settings::{self, COUNT_RANGE, Settings, positive_duration};
+use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, positive_duration};
 
 /// The defaults, as text that people read.
 pub const SERVE_TOML: &str = include_str!("serve.toml");
@@ -361,10 +361,10 @@ impl<'a> Reader<'a> {
         let window = Self::window(&table.sub("window", self.defaults("window")));
         let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
         let password = table.optional("password-env", |name| {
-            std::env::var(name)
-                .map(SecretString::from)
-                .map_err(|_| format!("the environment variable {name} is not set"))
+            let secret = std::env::var(name).map(SecretString::from);
+            secret.map_err(|_| format!("the environment variable {name} is not set"))
         });
+        let password = password.map(|secret| GivenPassword { secret, origin: table.origin_of("password-env") });
         let sweep = self.sweep(table, password);
         let id = id?;
         let (settings, lines) = sweep?;
@@ -381,7 +381,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The keys that `ttlsweep scan` knows too.
-    fn sweep(&self, table: &Table<'a>, password: Option<SecretString>) -> Option<(Settings, Lines)> {
+    fn sweep(&self, table: &Table<'a>, password: Option<GivenPassword>) -> Option<(Settings, Lines)> {
         let mut raw = Raw::defaults();
         // The daemon always has a state file; it is not the instance's to choose.
         raw.set("state", "the daemon's".to_owned(), Origin::Default);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use crate::settings::raw::{Origin, Problem, scalar_text};
+use crate::settings::raw::{KEYS, Origin, Problem, scalar_text};
 
 /// One file while it is read: collects what is wrong with it.
 #[derive(Debug)]
@@ -180,11 +180,20 @@ impl<'a> Table<'a> {
                 continue;
             }
             let name: &str = key.get_ref();
-            let near = asked.iter().find(|known| {
-                let dashed = name.replace('_', "-");
-                **known == dashed || known.starts_with(&dashed) || dashed.starts_with(**known)
-            });
-            let advice = near.map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
+            let dashed = name.replace('_', "-");
+            let sweeps = self.name.starts_with("instances");
+            let near = asked
+                .iter()
+                .chain(KEYS.iter().filter(|_| sweeps))
+                .find(|known| **known == dashed || known.starts_with(&dashed) || dashed.starts_with(**known));
+            let advice = match near {
+                Some(near) => format!("; did you mean `{near}`?"),
+                None if self.name.is_empty() && KEYS.contains(&dashed.as_str()) => {
+                    "; a setting of a sweep belongs below [[instances]], or is this a file for `ttlsweep scan`?"
+                        .to_owned()
+                }
+                None => String::new(),
+            };
             let place = if self.name.is_empty() { String::new() } else { format!(" of [{}]", self.name) };
             self.file.problem(key.span().start, format!("`{name}` is not a setting{place}{advice}"));
         }

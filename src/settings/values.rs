@@ -115,7 +115,8 @@ pub fn positive_duration(text: &str) -> Result<Duration, String> {
 /// A duration as [`positive_duration`] reads it.
 pub fn show_duration(duration: Duration) -> String {
     let signed = jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX);
-    format!("{signed:#}")
+    // In letters that every terminal and every script has.
+    format!("{signed:#}").replace('µ', "u")
 }
 
 /// Each limit by the key of its setting, as a setting is written.

@@ -7,6 +7,7 @@ mod queue;
 mod recorder;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -169,6 +170,13 @@ impl Tune {
         let first = |problems: Vec<Problem>| TaskError::Settings(problems.into_iter().next().unwrap_or_default());
         let tuning = settings::tuning_of(&texts).map_err(first)?;
         Ok((texts, tuning))
+    }
+}
+
+impl fmt::Display for Tune {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let texts: Vec<_> = self.0.iter().map(|(key, text)| format!("{key}={text}")).collect();
+        f.write_str(&texts.join(" "))
     }
 }
 

@@ -2,6 +2,7 @@
 //! checkpoints, and takes what people ask of the task.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,10 +17,20 @@ use crate::metrics::{Metrics, Totals};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
 use crate::model::shard::ShardId;
-use crate::model::task::{Command, Task, TaskState, transition};
+use crate::model::task::{Cause, Command, Task, TaskState, transition};
 use crate::store::{Store, StoreError};
 use crate::tasks::allowance::{self, Allowance};
 use crate::tasks::{TaskError, TaskView, Tune};
+
+/// What a line of the log says of its task. A sweep from the command line is the only one there.
+macro_rules! log_of {
+    ($task:expr, $level:ident, $($rest:tt)+) => {{
+        let of_daemon = $task.cause != Cause::Cli;
+        let instance = of_daemon.then_some($task.instance_id.as_str());
+        let task = of_daemon.then(|| tracing::field::display($task.id));
+        tracing::$level!(instance, task, $($rest)+)
+    }};
+}
 
 /// A checkpoint is written this often. What happens between two is in the tally.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
@@ -37,6 +48,17 @@ pub enum Order {
     Cancel,
     /// Other limits.
     Tune(Tune),
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pause => f.write_str("pause"),
+            Self::Resume => f.write_str("resume"),
+            Self::Cancel => f.write_str("cancel"),
+            Self::Tune(tune) => write!(f, "tune {tune}"),
+        }
+    }
 }
 
 /// An order with the way back for the answer.
@@ -106,6 +128,9 @@ impl Recorder {
                 return Err(reason);
             }
             if self.snapshot.waits != now.hold {
+                if let Some(reason) = now.hold {
+                    log_of!(self.task, info, %reason, "waiting: {}", reason.sentence());
+                }
                 self.snapshot.waits = now.hold;
                 self.metrics.progressed(&self.task.instance_id, &self.totals, &self.totals, &self.snapshot);
                 self.publish();
@@ -164,7 +189,7 @@ impl Recorder {
     }
 
     async fn take(&mut self, event: ScanEvent) {
-        log(&event);
+        log(&event, &self.task);
         // Where a pass begins or ends the checkpoint must say so at once.
         let at_once = !matches!(event.what, ScanEventKind::Progressed { .. });
         self.unwritten.insert(event.shard.clone());
@@ -261,6 +286,7 @@ impl Recorder {
         if self.task.state.is_final() {
             self.task.finished_at = Some(Timestamp::now());
         }
+        log_end(&self.task);
         self.checkpoint().await;
         while self.store_failed
             && let Some(closing) = persist
@@ -320,36 +346,50 @@ impl Recorder {
     }
 }
 
-fn log(event: &ScanEvent) {
+fn log(event: &ScanEvent, task: &Task) {
     let shard = &event.shard;
     match &event.what {
-        ScanEventKind::ShardFound { addr } => tracing::debug!(%shard, %addr, "part of the sweep"),
+        ScanEventKind::ShardFound { addr } => log_of!(task, debug, %shard, %addr, "part of the sweep"),
         ScanEventKind::ShardStarted { server, dbs, .. } => {
             let (product, version) = (&server.product, &server.version);
-            tracing::info!(%shard, product, version, dbs = dbs.len(), "sweep begun");
+            log_of!(task, info, %shard, product, version, dbs = dbs.len(), "sweep begun");
         }
         ScanEventKind::ServerChanged { server } => {
-            tracing::warn!(%shard, product = server.product, version = server.version, "another server process answers");
+            let (product, version) = (&server.product, &server.version);
+            log_of!(task, warn, %shard, product, version, "another server process answers");
         }
-        ScanEventKind::Warned { message } => tracing::warn!(%shard, "{message}"),
+        ScanEventKind::Warned { message } => log_of!(task, warn, %shard, "{message}"),
         ScanEventKind::PassStarted { db, figures } => {
-            tracing::info!(%shard, %db, position = %figures.position, "pass begun");
+            log_of!(task, info, %shard, %db, position = %figures.position, "pass begun");
         }
         ScanEventKind::Progressed { db, figures } => {
-            tracing::trace!(%shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
+            log_of!(task, trace, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
         }
-        ScanEventKind::PassRestarted { db, why, .. } => tracing::warn!(%shard, %db, why, "pass begun again"),
+        ScanEventKind::PassRestarted { db, why, .. } => log_of!(task, warn, %shard, %db, why, "pass begun again"),
         ScanEventKind::PassFinished { db, figures } => {
-            tracing::info!(%shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");
+            log_of!(task, info, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");
         }
         ScanEventKind::HoldStarted { reason, detail } => {
-            tracing::warn!(%shard, %reason, detail, "holding: {}", reason.sentence());
+            log_of!(task, warn, %shard, %reason, detail, "holding: {}", reason.sentence());
         }
-        ScanEventKind::HoldEnded { reason, lasted } => tracing::info!(%shard, %reason, ?lasted, "going on"),
-        ScanEventKind::TouchDecided { outcome } => tracing::debug!(%shard, "{}", outcome.sentence()),
-        ScanEventKind::ShardFinished { .. } => tracing::info!(%shard, "sweep complete"),
+        ScanEventKind::HoldEnded { reason, lasted } => log_of!(task, info, %shard, %reason, ?lasted, "going on"),
+        ScanEventKind::TouchDecided { outcome } => log_of!(task, debug, %shard, "{}", outcome.sentence()),
+        ScanEventKind::ShardFinished { .. } => log_of!(task, info, %shard, "sweep complete"),
         ScanEventKind::ShardEnded { failure } => {
-            tracing::error!(%shard, kind = %failure.kind, hint = failure.hint, "{failure}");
+            log_of!(task, error, %shard, kind = %failure.kind, hint = failure.hint, "{failure}");
         }
+    }
+}
+
+/// How a task ended, or that it is left for the next process.
+fn log_end(task: &Task) {
+    let (state, reclaimed, note) = (&task.state, task.num, task.note.as_deref());
+    match &task.failure {
+        Some(failure) if failure.kind != FailureKind::Interrupted => {
+            let hint = failure.hint.as_deref();
+            log_of!(task, error, %state, reclaimed, kind = %failure.kind, hint, "task ended: {failure}");
+        }
+        _ if task.state.is_final() => log_of!(task, info, %state, reclaimed, note, "task ended"),
+        _ => log_of!(task, info, %state, reclaimed, "task kept for the next start"),
     }
 }

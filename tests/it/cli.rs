@@ -4,6 +4,7 @@ use std::process::Stdio;
 
 use crate::support::{
     PATIENCE,
+    daemon::{Daemon, instance, window},
     keyspace::Keyspace,
     probe,
     run::{Running, run, scan},
@@ -60,6 +61,46 @@ async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
     for other in ["TTLSWEEP_PORT_8080_TCP_ADDR", "TTLSWEEP_SERVICE_HOST", "TTLSWEEP_PORT"] {
         assert_eq!(scan(other).status.code(), Some(0), "{other}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
+    let server = Server::start().await;
+    let mut scan = ttlsweep();
+    scan.args(["scan", &server.url(), "--quiet"]).env("TTLSWEEP_TOKEN", "try-me");
+    for name in ["URL", "DB", "CONFIG", "PRIORITY", "MAX_LATENCY", "NONSENSE"] {
+        scan.env(format!("TTLSWEEP_{name}"), "");
+    }
+    let output = scan.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The password in the URL has the program start itself again, and what was typed is still that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() {
+    let server = Server::options().with_password("right").start().await;
+    Keyspace::of(&server, 3).dead(10, "d").await;
+    let mut scan = ttlsweep();
+    scan.args(["scan", &format!("{}/3", server.url()), "--quiet"]);
+    let output = scan.env("TTLSWEEP_DB", "0").env("REDISCLI_AUTH", "wrong").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(server.dbsize(3).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_that_was_told_to_outlive_its_terminal_does() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(2_000, "d").await;
+    let program = env!("CARGO_BIN_EXE_ttlsweep");
+    let mut command = tokio::process::Command::new("nohup");
+    command.args([program, "scan", &server.url(), "--json", "--max-keys-per-sec", "1000"]).kill_on_drop(true);
+    let sweep =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("nohup is there");
+    probe("it sweeps", PATIENCE, async || server.expired_keys().await > 100).await;
+    let pid = sweep.id().expect("it runs").to_string();
+    assert!(std::process::Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
+    assert!(sweep.wait_with_output().await.unwrap().status.success());
+    assert_eq!(server.dbsize(0).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -223,6 +264,24 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     let summary = text.rfind("reclaimed").expect("a summary");
     assert!(text.contains("\u{1b}[") && text.contains('%') && bar < summary, "{text:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
+}
+
+#[tokio::test]
+async fn a_terminal_shows_why_a_sweep_waits_that_has_no_pass_yet() {
+    let server = Server::start().await;
+    let daemon = Daemon::start(&instance("cache", &server.url(), &window(false))).await;
+    let id = daemon.create(serde_json::json!({"instance_id": "cache", "respect_window": true})).await;
+    let seen = tempfile::NamedTempFile::new().unwrap();
+    let line = format!("{} task watch {id} --server {}", env!("CARGO_BIN_EXE_ttlsweep"), daemon.url());
+    let mut command = tokio::process::Command::new("script");
+    command.args(["-q", "-f", "-e", "-c", &line]).arg(seen.path()).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut watching = command.kill_on_drop(true).spawn().expect("script of util-linux is there");
+    probe("the terminal says why", PATIENCE, async || {
+        std::fs::read_to_string(seen.path()).is_ok_and(|text| text.contains("holding: the off-peak window is closed"))
+    })
+    .await;
+    daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
+    assert_eq!(watching.wait().await.unwrap().code(), Some(1), "cancelled is not done");
 }
 
 /// A program that spins until this is dropped.

@@ -6,7 +6,7 @@ use crate::support::certs::{Authority, Validity};
 use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
-use crate::support::run::{Run, run};
+use crate::support::run::{Run, Running, run};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, free_port, probe};
 
@@ -119,7 +119,7 @@ async fn orders_are_given_from_the_command_line() {
     let off = ask(&daemon, &["autoscan", "off", "cache"]).await.expect(0);
     assert!(off.stdout.contains("2999-01-01T00:00:00.000Z"), "what was set is kept: {}", off.stdout);
     let bad = ["autoscan", "set", "cache", "--first-scan-at", "2020-01-01T00:00:00Z", "--interval", "60"];
-    let bad = ask(&daemon, &[&bad[..], &rest[..]].concat()).await.expect(1);
+    let bad = ask(&daemon, &[&bad[..], &rest[..]].concat()).await.expect(2);
     assert!(bad.stderr.contains("DCS.4819"), "{}", bad.stderr);
 }
 
@@ -128,7 +128,25 @@ async fn a_daemon_that_is_not_there_is_said_in_one_line() {
     let port = free_port();
     let run = run(["task", "list", "--server", &format!("http://127.0.0.1:{port}")]).await.expect(3);
     assert!(run.stderr.starts_with("error: cannot reach the daemon at http://127.0.0.1:"), "{}", run.stderr);
-    assert!(run.stderr.contains("hint: is `ttlsweep serve` running there?"), "{}", run.stderr);
+    assert!(run.stderr.contains("Connection refused"), "{}", run.stderr);
+    assert!(run.stderr.contains("hint: is `ttlsweep serve` running there"), "{}", run.stderr);
+}
+
+#[tokio::test]
+async fn a_task_is_followed_through_a_restart_of_the_daemon() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).live_ttl(5_000, "live:").await;
+    let mut daemon = Daemon::start_at(free_port(), &instance("cache", &server.url(), "max-keys-per-sec = 1000")).await;
+    let id = daemon.scan("cache").await;
+    daemon.until(&id, "running").await;
+    let server_flag = daemon.authority().to_owned();
+    let watching = Running::start(["task", "watch", &id, "--server", &server_flag, "--json"]);
+    watching.says("keys/s").await;
+    daemon.restart().await;
+    daemon.until(&id, "running").await;
+    daemon.hurry(&id).await;
+    let run = watching.end().await.expect(0);
+    assert_eq!(run.json()["state"], "succeeded");
 }
 
 #[tokio::test]
@@ -146,7 +164,8 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
     let ca = ca.to_str().expect("a path");
     ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(0);
     let stranger = ask(&daemon, &["instance", "list"]).await.expect(3);
-    assert!(stranger.stderr.contains("cannot reach the daemon"), "{}", stranger.stderr);
+    assert!(stranger.stderr.contains("invalid peer certificate"), "{}", stranger.stderr);
+    assert!(stranger.stderr.contains("hint: name the authority"), "{}", stranger.stderr);
     let plain = daemon.url().replace("https", "http");
     run(["instance", "list", "--server", &plain]).await.expect(3);
     // A renewed certificate, of another authority so that the difference shows, is in force after a reload.

@@ -200,7 +200,12 @@ async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
     let server = with_dead_keys(6_000).await;
     let run = scan(&server.url(), &[&SLOW[..], &["--abort-latency", "1us"]].concat()).await.expect(1);
     assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
-    let run = scan(&server.url(), &["--no-throttle", "--abort-latency", "1us", "--max-latency", "1us"]).await.expect(0);
+    let run = scan(&server.url(), &["--no-throttle", "--abort-latency", "1us", "--max-latency", "1us"]).await.expect(2);
+    assert_eq!(run.stderr.matches("is not watched without throttle").count(), 2, "{}", run.stderr);
+    let file = server.dir().join("limits.toml");
+    std::fs::write(&file, "abort-latency = \"1us\"\nmax-latency = \"1us\"\n").expect("a file");
+    let file = file.to_str().expect("a path");
+    let run = scan(&server.url(), &["--no-throttle", "--config", file]).await.expect(0);
     assert_eq!(held(&run, "latency"), 0.0);
     assert_eq!(server.dbsize(0).await, 0);
 }

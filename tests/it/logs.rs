@@ -145,11 +145,20 @@ async fn a_daemon_that_cannot_start_says_so_in_the_same_form() {
 #[tokio::test]
 async fn without_a_wish_the_log_is_for_people_and_says_what_happens() {
     let server = Server::start().await;
-    let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
+    let nowhere = format!("redis://127.0.0.1:{}", free_port());
+    let settings = [instance("cache", &server.url(), ""), instance("nowhere", &nowhere, "")];
+    let daemon = Daemon::start(&settings.concat()).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "succeeded").await;
-    probe("the end is logged", PATIENCE, async || daemon.log().contains("sweep complete")).await;
+    probe("the end is logged", PATIENCE, async || daemon.log().contains("task ended")).await;
     let log = daemon.log();
+    for what in ["task created", "sweep begun", "sweep complete", "task ended"] {
+        let line = log.lines().find(|line| line.contains(what)).unwrap_or_else(|| panic!("no `{what}`: {log}"));
+        assert!(line.contains(&id) && line.contains("cache"), "{line}");
+    }
+    let gone = daemon.scan("nowhere").await;
+    daemon.until(&gone, "failed").await;
+    probe("the failure is logged", PATIENCE, async || daemon.log().contains("task ended: cannot connect")).await;
     assert!(log.lines().all(|line| !line.starts_with('{')) && log.contains(" INFO ttlsweep::"), "{log}");
     assert_eq!(json!(log.contains("DEBUG")), json!(false));
 }

@@ -19,7 +19,7 @@ async fn sigint_ends_the_batch_prints_the_report_and_resume_finishes() {
     keys.dead(4_000, "dead").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
-    for signal in ["INT", "TERM"] {
+    for signal in ["INT", "TERM", "HUP"] {
         let before = server.expired_keys().await;
         let resume = if before > 0 { &["--resume"][..] } else { &[] };
         let running = Running::scan(&server.url(), &[&SLOW[..], &["--state", state], resume].concat());
@@ -29,6 +29,10 @@ async fn sigint_ends_the_batch_prints_the_report_and_resume_finishes() {
         assert_eq!(ended.json()["report"]["state"], "interrupted");
         assert_eq!(ended.num(), server.expired_keys().await, "SIG{signal}");
         assert!(ended.stderr.contains("--resume"), "{}", ended.stderr);
+    }
+    for resume in ["--resume", "--resume=auto"] {
+        let other = scan(&format!("{}/3", server.url()), &["--state", state, resume]).await.expect(2);
+        assert!(other.stderr.contains("is of each DB that holds keys with a TTL, and not of DB 3"), "{}", other.stderr);
     }
     let first_id = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
     assert_eq!(first_id.num(), 4_000);

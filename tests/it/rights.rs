@@ -60,7 +60,7 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
         assert!(run.stderr.contains(&format!("refused {command}: NOPERM")), "{missing}: {}", run.stderr);
         assert!(run.stderr.contains("ACL SETUSER ttlsweep on '>PASSWORD'"), "{missing}: {}", run.stderr);
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_allowed");
-        assert_ne!(run.code, Some(0));
+        assert_eq!(run.code, Some(3), "{missing}");
     }
     assert_eq!(server.expired_keys().await, 0, "nothing was freed that nobody counted");
 }
@@ -102,6 +102,16 @@ async fn a_wrong_or_missing_password_is_said_without_showing_it() {
         assert!(!format!("{run:?}").contains("wrong-pw"), "{run:?}");
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_authenticated");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_without_a_password_is_who_it_says_and_nobody_else() {
+    let server = Server::start().await;
+    let stranger = scan(&server.url(), &["--user", "nobody"]).await.expect(3);
+    assert!(stranger.stderr.contains("refused AUTH: WRONGPASS"), "{}", stranger.stderr);
+    server.cmd(&["ACL", "SETUSER", "open", "on", "nopass", "-@all", "+info"]).await;
+    let open = scan(&format!("redis://open@{}", server.addr()), &[]).await.expect(3);
+    assert!(open.stderr.contains("refused PING: NOPERM"), "{}", open.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::daemon::{Daemon, EACH_SECOND, instance};
+use crate::support::daemon::{Daemon, EACH_SECOND, instance, window};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, ttlsweep};
@@ -106,14 +106,6 @@ async fn progress_comes_as_events_until_the_end() {
     assert!(views.len() >= 2, "more than the end: {text}");
     let progress: Vec<_> = views.iter().map(|view| view["progress"].as_f64()).collect();
     assert!(progress.is_sorted(), "{progress:?}");
-}
-
-/// A window that is open now, or closed for hours.
-fn window(open: bool) -> String {
-    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
-    let hour = |ahead: i64| (&now + jiff::SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
-    let (start, end) = if open { (hour(-2), hour(2)) } else { (hour(2), hour(4)) };
-    format!("[instances.window]\nstart = \"{start}\"\nend = \"{end}\"\n")
 }
 
 #[tokio::test]

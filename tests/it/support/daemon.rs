@@ -56,11 +56,24 @@ pub fn instance(id: &str, url: &str, more: &str) -> String {
     format!("[[instances]]\nid = \"{id}\"\nproject_id = \"{PROJECT}\"\nurl = \"{url}\"\n{more}\n")
 }
 
+/// A window that is open now, or closed for hours.
+pub fn window(open: bool) -> String {
+    let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+    let hour = |ahead: i64| (&now + jiff::SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
+    let (start, end) = if open { (hour(-2), hour(2)) } else { (hour(2), hour(4)) };
+    format!("[instances.window]\nstart = \"{start}\"\nend = \"{end}\"\n")
+}
+
 impl Daemon {
     /// Starts one whose settings file holds this besides listener and store, and waits until it answers.
     pub async fn start(settings: &str) -> Self {
         let daemon = Self::prepare(settings);
         daemon.launched(|command| command).await
+    }
+
+    /// As [`Daemon::start`], at this port, which is the same after a restart.
+    pub async fn start_at(port: u16, settings: &str) -> Self {
+        Self::start(&format!("[api]\nlisten = \"127.0.0.1:{port}\"\n{settings}")).await
     }
 
     /// One that is not started yet.
