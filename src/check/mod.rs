@@ -90,9 +90,6 @@ async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError
         }
         if commands::may_do_everything(conn, user).await? == Some(true) {
             Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
-            // Everything but what was renamed away.
-            let scan = commands::is_accepted(conn, Right::Scan.as_str(), &commands::scan_that_does_nothing()).await?;
-            rights.set(Right::Scan, scan);
             return Ok(rights);
         }
     }

@@ -128,7 +128,7 @@ fn refused(error: NodeError) -> Exit {
 
 fn failed(failure: &Failure) -> Exit {
     output::note(&output::failure_text(failure));
-    Exit::of(failure, false)
+    Exit::of(failure, false, false)
 }
 
 /// Where the replica is and how to connect to it.

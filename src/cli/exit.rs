@@ -32,20 +32,14 @@ Exit codes:
   130  interrupted";
 
 impl Exit {
-    /// The code of a failure. `begun`: whether anything was swept before it.
-    pub fn of(failure: &Failure, begun: bool) -> Self {
+    /// The code of a failure. `met`: whether a server had said who it is before. `swept`: whether a batch was done.
+    pub fn of(failure: &Failure, met: bool, swept: bool) -> Self {
         match failure.kind {
-            // A peer that speaks something else is the wrong port as long as it has never spoken RESP.
-            FailureKind::CannotConnect
-            | FailureKind::NotAuthenticated
-            | FailureKind::NotAllowed
-            | FailureKind::Protocol => {
-                if begun {
-                    Self::Failed
-                } else {
-                    Self::NoAccess
-                }
+            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if !swept => {
+                Self::NoAccess
             }
+            // Another program's port. A server that answers nonsense later on is none.
+            FailureKind::Protocol if !met => Self::NoAccess,
             FailureKind::NoSuchDb => Self::Usage,
             FailureKind::TimedOut => Self::TimedOut,
             FailureKind::Interrupted => Self::Interrupted,
@@ -54,6 +48,10 @@ impl Exit {
             | FailureKind::LimitPassed
             | FailureKind::TooSlow
             | FailureKind::TopologyChanged
+            | FailureKind::CannotConnect
+            | FailureKind::NotAuthenticated
+            | FailureKind::NotAllowed
+            | FailureKind::Protocol
             | FailureKind::Store => Self::Failed,
         }
     }
@@ -75,8 +73,12 @@ mod tests {
             .iter()
             .map(|&kind| {
                 let failure = Failure::new(kind, "");
-                let code = |begun| Exit::of(&failure, begun) as u8;
-                format!("{kind:<18} {:>3} before, {:>3} after the sweep began", code(false), code(true))
+                let code = |met, swept| Exit::of(&failure, met, swept) as u8;
+                let codes = [code(false, false), code(true, false), code(true, true)];
+                format!(
+                    "{kind:<18} {:>3} before, {:>3} once a server was met, {:>3} once it was swept",
+                    codes[0], codes[1], codes[2]
+                )
             })
             .collect();
         insta::assert_snapshot!(table.join("\n"));

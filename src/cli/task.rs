@@ -225,9 +225,11 @@ fn ended(task: &Value) -> Exit {
                 ..Failure::new(kind, text("message").unwrap_or_default())
             };
             output::note(&output::failure_text(&failure));
-            let met =
-                task["shards"].as_array().is_some_and(|shards| shards.iter().any(|shard| shard["server"].is_object()));
-            Exit::of(&failure, met)
+            let shards = || task["shards"].as_array().into_iter().flatten();
+            let met = shards().any(|shard| shard["server"].is_object());
+            let mut passes = shards().filter_map(|shard| shard["dbs"].as_array()).flatten();
+            let swept = passes.any(|pass| pass["batches"].as_u64().is_some_and(|batches| batches > 0));
+            Exit::of(&failure, met, swept)
         }
         None if task["state"] == "succeeded" => Exit::Done,
         _ => Exit::Failed,

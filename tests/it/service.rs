@@ -149,11 +149,13 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
 #[tokio::test]
 async fn a_sweep_is_held_when_its_window_closes_and_goes_on_when_it_opens() {
     let server = filled(6_000, 100).await;
-    // Open until three seconds from now, then closed for two.
+    let daemon = Daemon::start(&instance("cache", &server.url(), SLOW)).await;
+    // Open until three seconds from now, then closed for four.
     let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
     let time = |ahead: i64| (&now + jiff::SignedDuration::from_secs(ahead)).strftime("%H:%M:%S").to_string();
-    let window = format!("[instances.window]\nstart = \"{}\"\nend = \"{}\"\n", time(5), time(3));
-    let daemon = Daemon::start(&instance("cache", &server.url(), &format!("{SLOW}\n{window}"))).await;
+    let window = format!("[instances.window]\nstart = \"{}\"\nend = \"{}\"\n", time(7), time(3));
+    daemon.write_settings(&instance("cache", &server.url(), &format!("{SLOW}\n{window}")));
+    daemon.post("/api/v1/reload").await.ok();
     let id = daemon.create(json!({"instance_id": "cache", "respect_window": true})).await;
     daemon.until(&id, "running").await;
     probe("the window closes", PATIENCE, async || hold(&daemon.task(&id).await) == "outside_window").await;

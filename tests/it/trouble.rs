@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 /// Slow enough that a test can do something meanwhile.
-const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 /// A server with dead keys, and a slow sweep of it that is under way.
 async fn under_way(server: &Server, url: &str, more: &[&str]) -> Running {
@@ -261,7 +261,7 @@ async fn bytes_that_are_no_redis_reply_end_in_a_clear_error() {
     {
         let proxy = Proxy::start(server.addr()).await;
         proxy.garbage(garbage);
-        let run = scan(&proxy.url(), &[]).await.expect(1);
+        let run = scan(&proxy.url(), &[]).await.expect(3);
         assert!(run.stderr.contains("not a valid reply"), "{}", run.stderr);
     }
 }
