@@ -10,29 +10,47 @@ fn bucket_limit(count: u32) -> u64 {
     u64::from(count) * 10 + 1
 }
 
-/// Keys that this batch must have looked at and neither returned nor freed: expired keys that the server hides because
-/// it may not delete just now. At least this many; 0 where nothing is proven.
+/// What a batch tells about expired keys that the server hides because it may not delete just now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hidden {
+    /// It proves nothing.
+    Unproven,
+    /// It must have looked at this many keys at least that it neither returned nor freed.
+    Keys(u64),
+    /// It came back with fewer keys than COUNT, for one reason or the other. See [`CLOSE_LOOKS`].
+    Open,
+}
+
+/// A batch that leaves it open is walked again in batches of COUNT 1, until one of them proves something, or so many have not. One
+/// in so many keys that are hidden is then met more often than not, and the next batch that leaves it open is another try.
+pub const CLOSE_LOOKS: u32 = 32;
+
+/// What this batch proves.
 ///
 /// A SCAN ends when it has looked at COUNT keys, or at the most buckets that it walks at once, or at the end of the
 /// table. Where it did not end for one of the other two reasons, `returned + reclaimed` below COUNT leaves keys that were
 /// hidden. How many buckets it walked shows in the cursors: each bucket adds one unit, 2^(64 - bits of the table), to the
 /// bit-reversed cursor. So a walk that ended at the limit advanced by the limit times a power of two.
 ///
-/// Where each slot has a table of its own, a walk through several tables does not tell how many buckets it has seen. There
-/// the limit is left out of account: a table of one slot shrinks before only one bucket in ten holds a key, so COUNT keys
-/// are met before the limit. (A child process can hold a table at its size; then the sweep may stand still until that
-/// ends, which is the better mistake.)
-pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, batch: &ScanBatch) -> u64 {
+/// Where each slot has a table of its own, a walk through several tables does not tell how many buckets it has seen. A table
+/// shrinks when one bucket in ten holds a key, so COUNT keys are met before the limit on the average, and fewer now and then.
+pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, batch: &ScanBatch) -> Hidden {
     let next = ScanPosition::from_reply(batch.cursor);
     if next == ScanPosition::Finished || from == ScanPosition::Finished {
-        return 0;
+        return Hidden::Unproven;
     }
+    let missing = u64::from(count).saturating_sub(batch.returned + batch.reclaimed());
     let ((table, begin), (next_table, end)) = (space.rank(from), space.rank(next));
+    // Where the first table lies is only known once the walk has begun.
+    let by_slot = matches!(space, CursorSpace::BySlot(_));
+    let crossed = table != next_table || (by_slot && from == ScanPosition::NotStarted);
     let walked = end.wrapping_sub(begin);
-    if table == next_table && walked != 0 && walked >> walked.trailing_zeros() == bucket_limit(count) {
-        return 0;
+    match missing {
+        0 => Hidden::Unproven,
+        _ if crossed => Hidden::Open,
+        _ if walked != 0 && walked >> walked.trailing_zeros() == bucket_limit(count) => Hidden::Unproven,
+        keys => Hidden::Keys(keys),
     }
-    u64::from(count).saturating_sub(batch.returned + batch.reclaimed())
 }
 
 /// What a whole pass proves where nothing moved: no DBSIZE differed from another and nothing was reclaimed, yet SCAN
@@ -128,7 +146,7 @@ mod tests {
     fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> ScanBatch {
         let reading = |keys| Reading { keys, expired: None };
         let (before, after) = (reading(keys_before), reading(keys_after));
-        ScanBatch { cursor, returned, before, after, waited: Duration::ZERO, ahead: false }
+        ScanBatch { cursor, returned, before, after, waited: Duration::ZERO, since_sent: Duration::ZERO }
     }
 
     /// The cursor after `buckets` buckets of a table of 2^`bits`.
@@ -146,9 +164,9 @@ mod tests {
                 &batch(cursor(buckets, 12), returned, before, after),
             )
         };
-        assert_eq!(walked(131, 30, 3700, 3700), 70, "returned 30 of 100");
-        assert_eq!(walked(131, 30, 3700, 3630), 0, "the other 70 were freed");
-        assert_eq!(walked(131, 104, 3700, 3700), 0, "more than asked for");
+        assert_eq!(walked(131, 30, 3700, 3700), Hidden::Keys(70), "returned 30 of 100");
+        assert_eq!(walked(131, 30, 3700, 3630), Hidden::Unproven, "the other 70 were freed");
+        assert_eq!(walked(131, 104, 3700, 3700), Hidden::Unproven, "more than asked for");
     }
 
     #[test]
@@ -159,7 +177,7 @@ mod tests {
                 let from = ScanPosition::from_reply(cursor(limit, bits));
                 assert_eq!(
                     hidden(&CursorSpace::OneTable, from, count, &batch(cursor(2 * limit, bits), 0, 5, 5)),
-                    0,
+                    Hidden::Unproven,
                     "{count} {bits}"
                 );
             }
@@ -167,18 +185,22 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_slots_are_judged_and_the_bucket_limit_is_known_within_one_only() {
+    fn within_the_table_of_a_slot_the_bucket_limit_is_known_and_through_several_it_is_not() {
         let space = CursorSpace::BySlot(crate::model::slots::SlotSet::new([0..=100]));
         let at = |buckets: u64, bits: u32, slot: u64| cursor(buckets, bits) << 14 | slot;
         let from = ScanPosition::from_reply(at(100, 12, 7));
-        assert_eq!(hidden(&space, from, 100, &batch(at(231, 12, 7), 30, 3700, 3700)), 70);
-        assert_eq!(hidden(&space, from, 100, &batch(at(1101, 12, 7), 30, 3700, 3700)), 0, "the bucket limit");
-        assert_eq!(hidden(&space, from, 100, &batch(at(231, 12, 8), 30, 3700, 3700)), 70, "into the next table");
+        let of = |from, next, returned| hidden(&space, from, 100, &batch(next, returned, 3700, 3700));
+        assert_eq!(of(from, at(231, 12, 7), 30), Hidden::Keys(70));
+        assert_eq!(of(from, at(1101, 12, 7), 30), Hidden::Unproven, "the bucket limit");
+        assert_eq!(of(from, at(231, 12, 8), 30), Hidden::Open, "into the next table");
+        assert_eq!(of(from, at(231, 12, 8), 100), Hidden::Unproven, "as many as were asked for");
+        assert_eq!(of(ScanPosition::NotStarted, at(1001, 12, 0), 30), Hidden::Open, "from nobody knows which table on");
     }
 
     #[test]
     fn the_end_of_the_table_proves_nothing() {
-        assert_eq!(hidden(&CursorSpace::OneTable, ScanPosition::NotStarted, 100, &batch(0, 3, 50, 50)), 0);
+        let end = batch(0, 3, 50, 50);
+        assert_eq!(hidden(&CursorSpace::OneTable, ScanPosition::NotStarted, 100, &end), Hidden::Unproven);
     }
 
     #[test]

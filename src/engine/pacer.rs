@@ -9,8 +9,8 @@
 //!    ticks in milliseconds, and with less the sweep would oversleep and never come near a high ceiling.
 //!
 //! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
-//! time that we waited for the batch, less the smallest PING round trip where the way there and back is in it. That is never
-//! less than the server worked: the replies' way through both kernels and our own parsing are in it too.
+//! time since the answer before it, but no more than since it was sent, less the smallest PING round trip. That is never less
+//! than the server worked: the replies' way through both kernels and our own parsing are in it too.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -156,16 +156,13 @@ impl Pacer {
         self.intensity = intensity;
     }
 
-    /// Takes one exchange with the server in: we waited so long for `keys` to be looked at. `ahead`: it had been sent before
-    /// we began to wait. Returns how long it held the server.
-    pub fn worked(&mut self, keys: u64, waited: Duration, ahead: bool) -> Duration {
-        let slice = if ahead {
-            waited
-        } else {
-            // A batch cannot be shorter than the shortest way there and back, whatever PING said at the start.
-            self.floor = self.floor.min(waited);
-            waited - self.floor
-        };
+    /// Takes one exchange with the server in: we waited so long for `keys` to be looked at, since the answer before it or since it
+    /// was sent, and so long in all since it was sent. Returns how long it held the server.
+    pub fn worked(&mut self, keys: u64, waited: Duration, since_sent: Duration) -> Duration {
+        // No answer comes sooner than by the shortest way there and back, whatever PING said at the start; and the server cannot
+        // work on what has not come yet.
+        self.floor = self.floor.min(since_sent);
+        let slice = waited.min(since_sent - self.floor);
         if keys > 0 {
             // A touch is no SCAN: `cmdstat_scan` does not know it.
             let usual = self.usual.get_or_insert(slice);
@@ -296,11 +293,16 @@ mod tests {
         Tuning { intensity, min_intensity: intensity, max_keys_per_sec, limits: Limits::NONE }
     }
 
+    /// A batch that nothing was under way beside.
+    fn alone(pacer: &mut Pacer, keys: u64, waited: Duration) -> Duration {
+        pacer.worked(keys, waited, waited)
+    }
+
     /// Feeds batches whose server time is `us_per_key` per key, and returns the COUNT they end at.
     fn settle(pacer: &mut Pacer, us_per_key: f64) -> u32 {
         for _ in 0..200 {
             let keys = pacer.count();
-            pacer.worked(u64::from(keys), 20 * US + US.mul_f64(us_per_key * f64::from(keys)), false);
+            alone(pacer, u64::from(keys), 20 * US + US.mul_f64(us_per_key * f64::from(keys)));
         }
         pacer.count()
     }
@@ -325,7 +327,7 @@ mod tests {
         let mut pacer = pacer(75, 1.0, None);
         for batch in 0..60 {
             let us = if batch % 7 == 0 { 50_000 } else { 95 };
-            pacer.worked(75, us * US, false);
+            alone(&mut pacer, 75, us * US);
         }
         assert_eq!(pacer.count(), 75);
     }
@@ -339,7 +341,8 @@ mod tests {
             // 0.75 us a key; one wait in twenty is that of a process that was not let run.
             let held = u64::from(pacer.count()) * 3 / 4;
             let late = if batch % 20 == 0 { 20_000 } else { 0 };
-            pacer.worked(u64::from(pacer.count()), (20 + held + late) as u32 * US, false);
+            let keys = u64::from(pacer.count());
+            alone(&mut pacer, keys, (20 + held + late) as u32 * US);
             (calls, usec) = (calls + 1, usec + held);
             if batch % 100 == 0 {
                 pacer.observe(CommandStat { calls, usec });
@@ -353,7 +356,7 @@ mod tests {
     #[test]
     fn a_stall_of_seconds_owes_no_minute_of_rest() {
         let mut pacer = pacer(100, 0.1, None);
-        pacer.worked(100, Duration::from_secs(5), false);
+        alone(&mut pacer, 100, Duration::from_secs(5));
         assert_eq!(pacer.rest_due(), Some(REST_AT_MOST));
     }
 
@@ -362,18 +365,18 @@ mod tests {
         let mut pacer = pacer(100, 0.25, None);
         assert_eq!(pacer.rest_due(), None);
         for _ in 0..10 {
-            pacer.worked(100, 120 * US, false);
+            alone(&mut pacer, 100, 120 * US);
         }
         assert_eq!(pacer.rest_due(), Some(3000 * US));
         pacer.rested(4000 * US);
         assert_eq!(pacer.rest_due(), None);
         for _ in 0..10 {
-            pacer.worked(100, 120 * US, false);
+            alone(&mut pacer, 100, 120 * US);
         }
         assert_eq!(pacer.rest_due(), Some(2000 * US), "the last rest was 1 ms too long");
         pacer.rested(Duration::from_secs(60));
         for _ in 0..20 {
-            pacer.worked(100, 120 * US, false);
+            alone(&mut pacer, 100, 120 * US);
         }
         assert_eq!(pacer.rest_due(), Some(4000 * US), "a long stop is not made up for");
     }
@@ -382,7 +385,7 @@ mod tests {
     fn at_intensity_one_nothing_is_owed() {
         let mut pacer = pacer(100, 1.0, None);
         for _ in 0..1000 {
-            pacer.worked(100, 120 * US, false);
+            alone(&mut pacer, 100, 120 * US);
         }
         assert_eq!(pacer.rest_due(), None);
     }
@@ -392,20 +395,20 @@ mod tests {
         let mut pacer = pacer(100, 0.5, None);
         pacer.observe(CommandStat { calls: 0, usec: 0 });
         for _ in 0..10 {
-            pacer.worked(100, 120 * US, false);
+            alone(&mut pacer, 100, 120 * US);
         }
         pacer.observe(CommandStat { calls: 10, usec: 500 });
         assert_eq!(pacer.server_us_per_scan(), Some(50.0));
-        assert_eq!(pacer.worked(100, 120 * US, false), 50 * US);
+        assert_eq!(alone(&mut pacer, 100, 120 * US), 50 * US);
     }
 
     #[test]
     fn other_clients_scans_do_not_correct_ours() {
         let mut pacer = pacer(100, 0.5, None);
         pacer.observe(CommandStat { calls: 0, usec: 0 });
-        pacer.worked(100, 120 * US, false);
+        alone(&mut pacer, 100, 120 * US);
         pacer.observe(CommandStat { calls: 1000, usec: 1000 });
-        assert_eq!(pacer.worked(100, 120 * US, false), 100 * US);
+        assert_eq!(alone(&mut pacer, 100, 120 * US), 100 * US);
     }
 
     /// How long so many batches of so many keys take under the ceiling alone.

@@ -183,12 +183,10 @@ impl ShardScan {
                 *pass.scout.insert(Scout { from, at: from })
             }
         };
-        let mut first = self.conn.ahead().is_none() && second.ahead().is_none();
         for (conn, at) in [(&mut self.conn, course.position), (second, scout.at)] {
             if let (None, Some(cursor)) = (conn.ahead(), at.to_send()) {
                 let ask = Ask { cursor, count: self.pacer.count(), nameless, gauge };
-                conn.send_ahead(ask, first).await?;
-                first = false;
+                conn.send_ahead(ask).await?;
             }
         }
         Ok(())

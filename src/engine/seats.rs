@@ -55,15 +55,23 @@ impl Seats {
 
     /// Waits for a seat to sweep the master at this address.
     pub(super) async fn take(&self, master: &NodeAddr) -> Seat {
-        let semaphore = match &*self.0 {
+        // The semaphore is never closed; if it were, nobody would be kept from sweeping.
+        Seat { _permit: self.of(master).acquire_owned().await.ok() }
+    }
+
+    /// A seat, where one is free and nobody waits for it.
+    pub(super) fn take_now(&self, master: &NodeAddr) -> Option<Seat> {
+        self.of(master).try_acquire_owned().ok().map(|permit| Seat { _permit: Some(permit) })
+    }
+
+    fn of(&self, master: &NodeAddr) -> Arc<Semaphore> {
+        match &*self.0 {
             Kind::InAll(semaphore) => semaphore.clone(),
             Kind::OnEachHost(hosts) => {
                 let mut hosts = hosts.lock().unwrap_or_else(PoisonError::into_inner);
                 hosts.entry(host(master)).or_insert_with(|| Arc::new(Semaphore::new(1))).clone()
             }
-        };
-        // The semaphore is never closed; if it were, nobody would be kept from sweeping.
-        Seat { _permit: semaphore.acquire_owned().await.ok() }
+        }
     }
 }
 

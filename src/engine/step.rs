@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::engine::batch;
+use crate::engine::batch::{self, Hidden};
+use crate::engine::contact::may_be_swept;
 use crate::engine::control::stop_ordered;
 use crate::engine::pass::{Pass, REPORT_EVERY};
 use crate::engine::pause::wait;
@@ -13,6 +14,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ScanEventKind, TouchOutcome};
 use crate::model::shard::ScanPosition;
 use crate::model::throttle::Reason;
+use crate::node::commands;
 use crate::node::conn::{Ask, Gauge, ScanBatch};
 use crate::node::error::{Class, NodeError};
 
@@ -29,7 +31,7 @@ impl ShardScan {
             self.obey(pass).await?;
             self.look_around(pass).await?;
             self.look(pass).await?;
-            self.sit_down().await?;
+            self.sit_down(pass).await?;
             self.rest(pass).await?;
         }
         if self.stretches(pass) > 0
@@ -95,7 +97,7 @@ impl ShardScan {
                 return self.names_again(pass, "SCAN without names left expired keys in memory".to_owned()).await;
             }
         } else if self.judges {
-            let by_batch = batch::hidden(&self.space, from, count, &scanned);
+            let Some(by_batch) = self.hidden(walk, from, count, pass, &scanned).await? else { return Ok(()) };
             let hidden = if finished { by_batch.max(pass.still.hidden()) } else { by_batch };
             if hidden > 0 {
                 return self.blocked(pass, to, hidden).await;
@@ -183,11 +185,55 @@ impl ShardScan {
         // It looked at keys that were counted the first time.
         pass.figures.scanned -= scanned.returned;
         pass.met = pass.met.saturating_sub(scanned.returned);
-        let hidden = batch::hidden(&self.space, from, count, &scanned);
-        if self.judges && hidden > 0 {
-            return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
+        if self.judges {
+            let Some(hidden) = self.hidden(walk, from, count, pass, &scanned).await? else { return Ok(None) };
+            if hidden > 0 {
+                return self.blocked(pass, ScanPosition::from_reply(scanned.cursor), hidden).await.map(|()| None);
+            }
         }
         Ok(Some(scanned.reclaimed()))
+    }
+
+    /// Keys that a batch with names has hidden, for sure. Where the batch leaves it open its way is walked once more, closely.
+    /// `None`: the batch has to be asked again.
+    async fn hidden(
+        &mut self,
+        walk: Walk,
+        from: ScanPosition,
+        count: u32,
+        pass: &mut Pass,
+        batch: &ScanBatch,
+    ) -> Result<Option<u64>, End> {
+        match batch::hidden(&self.space, from, count, batch) {
+            Hidden::Unproven => return Ok(Some(0)),
+            Hidden::Keys(keys) => return Ok(Some(keys)),
+            Hidden::Open => {}
+        }
+        // The batch after it may be under way, and comes again.
+        pass.still.misses_a_batch();
+        if !self.settle(walk, pass).await? {
+            return Ok(None);
+        }
+        let (gauge, to) = (self.gauge(), ScanPosition::from_reply(batch.cursor));
+        let mut at = from;
+        for _ in 0..batch::CLOSE_LOOKS {
+            let Some(cursor) = at.to_send().filter(|_| self.space.rank(at) < self.space.rank(to)) else { break };
+            let ask = Ask { cursor, count: 1, nameless: false, gauge };
+            let scanned = match self.conn_of(walk).scan(ask, None, |_| None).await {
+                Ok(scanned) => scanned,
+                Err(error) => return self.lost(error, pass).await.map(|()| None),
+            };
+            // Keys that were looked at before. What it says of the cost of a key is nothing to go by.
+            pass.figures.active += self.pacer.worked(0, scanned.waited, scanned.since_sent);
+            pass.figures.batches += 1;
+            pass.figures.reclaimed += scanned.reclaimed();
+            pass.keys = scanned.after.keys;
+            if let Hidden::Keys(keys) = batch::hidden(&self.space, at, 1, &scanned) {
+                return Ok(Some(keys));
+            }
+            at = ScanPosition::from_reply(scanned.cursor);
+        }
+        Ok(Some(0))
     }
 
     /// SCAN without names does not do here: from now on they come back, and what was swept without them is swept again.
@@ -224,12 +270,20 @@ impl ShardScan {
         Err(failure.hint("is this a Redis or Valkey server, and is nothing in between that answers for it?"))
     }
 
-    async fn sit_down(&mut self) -> Result<(), End> {
+    /// Takes a seat, and says so where there is none.
+    async fn sit_down(&mut self, pass: &mut Pass) -> Result<(), End> {
+        if self.seat.is_some() {
+            return Ok(());
+        }
+        self.seat = self.job.seats.take_now(&self.master.addr);
         if self.seat.is_none() {
+            self.begin_hold(Some(pass), Reason::Queued, None).await;
+            self.report(pass).await;
             self.seat = tokio::select! {
                 seat = self.job.seats.take(&self.master.addr) => Some(seat),
                 reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
             };
+            self.end_hold(Some(pass)).await;
         }
         Ok(())
     }
@@ -256,7 +310,7 @@ impl ShardScan {
             pass.still.add(scanned);
             scanned.returned + reclaimed
         };
-        figures.active += self.pacer.worked(seen.max(1), scanned.waited, scanned.ahead);
+        figures.active += self.pacer.worked(seen.max(1), scanned.waited, scanned.since_sent);
         figures.batches += 1;
         figures.scanned += seen;
         figures.reclaimed += reclaimed;
@@ -268,6 +322,10 @@ impl ShardScan {
 
     /// Deletions do not work: stand still at the last place where they did, and look again until they do.
     async fn blocked(&mut self, pass: &mut Pass, at: ScanPosition, hidden: u64) -> Result<(), End> {
+        // An answer that is still to come is none to the batches after the wait.
+        if !self.settle_both(pass).await? {
+            return Ok(());
+        }
         pass.go_back();
         self.write_tally(pass).await;
         pass.doubts += 1;
@@ -276,6 +334,17 @@ impl ShardScan {
             let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
             self.begin_hold(Some(pass), Reason::DeletionBlocked, Some(detail)).await;
             self.report(pass).await;
+            // Another master of the host may be swept meanwhile, each time anew.
+            self.seat = None;
+            // It may have become a replica, and the sampler may look at another server: its connection is another one.
+            match commands::info(&mut self.conn).await {
+                Ok(info) => {
+                    if let Err(failure) = may_be_swept(self.job.roster.kind(), &info) {
+                        return self.demoted(failure, pass).await;
+                    }
+                }
+                Err(error) => return self.recover(error, Some(pass)).await,
+            }
         }
         wait(&mut self.orders, BLOCKED_EVERY).await
     }
@@ -308,14 +377,16 @@ impl ShardScan {
             }
             Err(error) => return self.lost(error, pass).await.map(|()| false),
         };
-        let gone = if command == "TTL" { -2 } else { 0 };
-        let left_dead = touched.answers.iter().filter(|answer| **answer == Some(gone)).count() as u64;
+        let no_key = if command == "TTL" { -2 } else { 0 };
+        let gone = touched.answers.iter().filter(|answer| **answer == Some(no_key)).count() as u64;
         let figures = &mut pass.figures;
-        figures.active += self.pacer.worked(0, touched.waited, false);
+        figures.active += self.pacer.worked(0, touched.waited, touched.waited);
         figures.touched += touched.answers.iter().flatten().count() as u64;
+        // A key may also be gone because its owner has deleted it since the SCAN. And a long touch is not run back to back: what
+        // others did in between is not ours.
+        let left_dead = touched.reclaimed().min(gone);
         figures.found_by_touch += left_dead;
-        // A long touch is not run back to back: what others did in between is not ours.
-        figures.reclaimed += touched.reclaimed().min(left_dead);
+        figures.reclaimed += left_dead;
         if command == "TTL" {
             touched.answers.iter().flatten().for_each(|&ttl| figures.ttl.add(ttl));
         }

@@ -98,19 +98,20 @@ struct Figure<'a> {
 }
 
 impl Figure<'_> {
-    /// Whether the figure is over its limit, and how to say so. `auto`: the limit that fits most, none where there is none.
+    /// Whether the figure is over its limit, and how to say so. `auto`: the limit that fits most, and the one that is in force
+    /// while the figure holds the sweep; none where there is none.
     fn over<T: Copy + PartialOrd>(
         &self,
         now: Option<T>,
         limit: Limit<T>,
-        auto: Option<T>,
+        auto: Option<(T, T)>,
         scale: impl Fn(T, f64) -> T,
         show: impl Fn(T) -> String,
     ) -> Option<(Reason, String)> {
-        let bound = match limit {
+        let (bound, release) = match limit {
             Limit::Off => return None,
             Limit::Auto => auto?,
-            Limit::At(bound) => bound,
+            Limit::At(bound) => (bound, scale(bound, RELEASE)),
         };
         let Some(now) = now else {
             if self.reason == Reason::Latency {
@@ -120,9 +121,9 @@ impl Figure<'_> {
             let unknown = || (Reason::Unreadable, format!("{} is set, and the server does not tell", self.key));
             return matches!(limit, Limit::At(_)).then(unknown);
         };
-        let release = if self.held == Some(self.reason) { RELEASE } else { 1.0 };
+        let in_force = if self.held == Some(self.reason) { release } else { bound };
         let detail = || format!("{} {}; the limit is {}", self.what, show(now), show(bound));
-        (now > scale(bound, release)).then(|| (self.reason, detail()))
+        (now > in_force).then(|| (self.reason, detail()))
     }
 }
 
@@ -145,10 +146,16 @@ fn over_a_soft_limit(
     }
     let figure = |reason, key, what| Figure { reason, key, what, held };
     let number = |n: u64, share: f64| (n as f64 * share) as u64;
-    // The offsets count on the way, so that a replica that was behind before does not hold the sweep for ever.
-    let more = |before: Option<u64>, margin: u64| Some(before.unwrap_or(0).saturating_add(margin));
+    // What was there before counts, so that a replica that was behind then does not hold the sweep for ever.
+    let more = |before: Option<u64>, margin: u64| {
+        let above = |margin| before.unwrap_or(0).saturating_add(margin);
+        Some((above(margin), above(number(margin, RELEASE))))
+    };
     let latency = before.latency.map(|before| before * 5 + Duration::from_millis(5));
-    let silence = Some(before.replica_silence.unwrap_or_default().saturating_add(Duration::from_secs(10)));
+    let latency = latency.map(|bound| (bound, bound.mul_f64(RELEASE)));
+    let silence = |margin: Duration| before.replica_silence.unwrap_or_default().saturating_add(margin);
+    let silent = Duration::from_secs(10);
+    let silence = Some((silence(silent), silence(silent.mul_f64(RELEASE))));
     None.or_else(|| {
         let figure = figure(Reason::Latency, "max-latency", "PING takes");
         figure.over(seen.latency, limits.latency, latency, Duration::mul_f64, show_millis)

@@ -149,14 +149,20 @@ impl NodeError {
             Self::NotPlain { .. } | Self::TlsCut { .. } | Self::Silent { .. } => Class::Transient,
             Self::NoMaster { class, .. } => *class,
             Self::Protocol { .. } => Class::Fatal(FailureKind::Protocol),
-            Self::Server { code, message, .. } => match code.as_str() {
+            Self::Server { code, message, command, .. } => match code.as_str() {
                 "LOADING" => Class::Loading,
                 "BUSY" => Class::Busy,
                 "TRYAGAIN" | "MASTERDOWN" | "CLUSTERDOWN" => Class::Transient,
                 "NOAUTH" | "WRONGPASS" => Class::Fatal(FailureKind::NotAuthenticated),
                 "NOPERM" | "DENIED" => Class::Fatal(FailureKind::NotAllowed),
                 "ERR" if message.contains("max number of clients") => Class::Transient,
-                "ERR" if message.contains("invalid password") || message.contains("without any password") => {
+                "ERR"
+                    if message.contains("invalid password")
+                        || message.contains("without any password")
+                        // Redis before 6, which knows no users.
+                        || message.contains("no password is set")
+                        || (*command == "AUTH" && message.contains("wrong number of arguments")) =>
+                {
                     Class::Fatal(FailureKind::NotAuthenticated)
                 }
                 "ERR"

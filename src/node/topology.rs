@@ -176,7 +176,9 @@ impl Topology {
     async fn cluster(&self) -> Result<View, NodeError> {
         let mut errors = Vec::new();
         let mut in_trouble = None;
-        for addr in self.turns() {
+        let turns = self.turns();
+        let asked = turns.len();
+        for addr in turns {
             match self.ask_node(&addr).await {
                 Ok((masters, true)) => return self.cluster_view(masters),
                 // Its view may be old: it is in the smaller part of a cluster that was torn. Or all are in trouble.
@@ -186,7 +188,10 @@ impl Topology {
         }
         match in_trouble {
             Some(masters) => self.cluster_view(masters),
-            None => Err(one_of(errors)),
+            None => {
+                self.pass_over(asked);
+                Err(one_of(errors))
+            }
         }
     }
 
@@ -255,6 +260,16 @@ impl Topology {
             known.rotate_left(1);
         }
         turns
+    }
+
+    /// None of those that were asked has answered: the next call asks others.
+    fn pass_over(&self, asked: usize) {
+        let mut known = self.lock();
+        // One of them is behind the others already.
+        let others = asked.saturating_sub(1);
+        if others < known.len() {
+            known.rotate_left(others);
+        }
     }
 
     /// Keeps the nodes that a view named and those of the URL, in the order of turns, and forgets the others.

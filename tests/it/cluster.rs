@@ -332,6 +332,48 @@ async fn keys_that_a_paused_master_only_hides_are_never_reported_as_done() {
     cluster.assert_only(&live).await;
 }
 
+/// Where each slot has a table of its own, such a batch passes through several of them and may end at its bucket limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
+    let cluster = Cluster::start(1, false).await;
+    let mut conn = cluster.nodes[0].conn().await;
+    // 130 of 1,024 buckets: a table that holds a few keys less shrinks.
+    let (slots, keys, left) = (100_u32, 1_000_u32, 130_u32);
+    for slot in 0..slots {
+        let mut fill = redis::pipe();
+        for key in 0..keys {
+            fill.cmd("SET").arg(format!("{{{slot}}}:{key}")).arg("value").ignore();
+        }
+        (left..keys).for_each(|key| {
+            fill.cmd("DEL").arg(format!("{{{slot}}}:{key}")).ignore();
+        });
+        let filled: redis::RedisResult<()> = fill.query_async(&mut conn).await;
+        filled.expect("the keys are written");
+    }
+    let options = ["--db", "0", "--count", "50", "--max-slice", "0s", "--touch", "none", "--timeout", "20s"];
+    let run = scan(&cluster.url(), &options).await.expect(0);
+    let pass = &shards(&run)[0]["dbs"][0];
+    assert_eq!(pass["held_s"]["deletion_blocked"], Value::Null, "{pass}");
+    // What was looked at closely is not counted twice, but for what is walked again after it.
+    let live = f64::from(slots * left);
+    let scanned = pass["scanned"].as_f64().expect("a number");
+    assert!((live..1.5 * live).contains(&scanned), "{scanned} of {live} keys");
+}
+
+/// A pass in which few keys are hidden, in tables so small that each batch goes through several.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_few_keys_that_a_paused_master_hides_in_small_tables_are_never_reported_as_done() {
+    let cluster = Cluster::start(1, false).await;
+    let live = cluster.fill(40_000, 2_000).await;
+    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    let running = Running::scan(&cluster.url(), &[]);
+    running.says("holding: the server hides expired keys").await;
+    assert_eq!(cluster.freed_by(0).await, 0);
+    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(running.end().await.expect(0).num(), 2_000);
+    cluster.assert_only(&live).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn check_looks_at_every_master_and_touches_nothing() {
     let mut cluster = Cluster::start(3, false).await;

@@ -74,8 +74,8 @@ pub struct ScanBatch {
     /// How long we waited for it: from the first byte written, or where that is later from the end of the answer before (see
     /// [`Conn::answered`]), to the last byte read. The server cannot have worked on it for longer.
     pub waited: Duration,
-    /// It was sent while another batch was under way, so that its way to the server is not in `waited`.
-    pub ahead: bool,
+    /// From the first byte written to the last byte read, whatever was answered in between: the way there and back is in it.
+    pub since_sent: Duration,
 }
 
 impl ScanBatch {
@@ -111,8 +111,6 @@ impl TouchBatch {
 pub(super) struct Ahead {
     ask: Ask,
     at: Instant,
-    /// Nothing was under way when it was sent.
-    first: bool,
 }
 
 impl Conn {
@@ -134,33 +132,34 @@ impl Conn {
             names.clear();
         }
         self.bounded("SCAN", async |conn| {
-            let (begun, ahead) = match conn.ahead.take() {
-                Some(sent) if sent.ask == ask => (conn.answered.map_or(sent.at, |at| at.max(sent.at)), !sent.first),
+            let sent = match conn.ahead.take() {
+                Some(sent) if sent.ask == ask => sent.at,
                 Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
-                None => (conn.send_scan(ask).await?, false),
+                None => conn.send_scan(ask).await?,
             };
             let before = conn.read_gauge(ask.gauge).await?;
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
             let after = conn.read_gauge(ask.gauge).await?;
             let read_at = Instant::now();
+            let begun = conn.answered.map_or(sent, |at| at.max(sent));
             conn.answered = Some(read_at);
-            let waited = read_at.duration_since(begun);
+            let (waited, since_sent) = (read_at.duration_since(begun), read_at.duration_since(sent));
             // All of them were read, so the connection stays in step whichever was refused.
             let before = before?;
             let (cursor, returned) = page?;
-            Ok(ScanBatch { cursor, returned, before, after: after?, waited, ahead })
+            Ok(ScanBatch { cursor, returned, before, after: after?, waited, since_sent })
         })
         .await
     }
 
-    /// Sends a batch whose answer is to be read later, by [`Conn::scan`]. `first`: nothing is under way.
+    /// Sends a batch whose answer is to be read later, by [`Conn::scan`].
     ///
     /// # Errors
     /// [`NodeError`] of the connection.
-    pub async fn send_ahead(&mut self, ask: Ask, first: bool) -> Result<(), NodeError> {
+    pub async fn send_ahead(&mut self, ask: Ask) -> Result<(), NodeError> {
         self.bounded("SCAN", async |conn| {
             let at = conn.send_scan(ask).await?;
-            conn.ahead = Some(Ahead { ask, at, first });
+            conn.ahead = Some(Ahead { ask, at });
             Ok(())
         })
         .await
@@ -259,6 +258,7 @@ impl Conn {
             }
             let after = conn.read_gauge(gauge).await?;
             let waited = begun.elapsed();
+            conn.answered = Some(Instant::now());
             if let Some(error) = refused {
                 return Err(error);
             }
@@ -287,7 +287,7 @@ impl Conn {
                 Some(cursor) if next.is_some() => {
                     if let Some(ask) = next.take().and_then(|next| next(cursor)) {
                         let at = self.send_scan(ask).await?;
-                        self.ahead = Some(Ahead { ask, at, first: false });
+                        self.ahead = Some(Ahead { ask, at });
                     }
                 }
                 _ if eaten == 0 => self.fill().await?,
