@@ -85,8 +85,10 @@ pub struct Pacer {
     intensity: f64,
     /// Smallest PING round trip: the network's and both kernels' share of a wait.
     floor: Duration,
-    /// Microseconds per key of the last batches.
+    /// Microseconds per key of the last batches, each with the one before it.
     costs: Vec<f64>,
+    /// How long the batch before held the server, and its keys.
+    before: (Duration, u64),
     /// Server time by `cmdstat_scan` over server time by our waits, in (0, 1].
     correction: f64,
     owed: Duration,
@@ -111,6 +113,7 @@ impl Pacer {
             intensity: tuning.intensity,
             floor,
             costs: Vec::with_capacity(STEER_EVERY),
+            before: (Duration::ZERO, 0),
             correction: 1.0,
             owed: Duration::ZERO,
             ahead: Duration::ZERO,
@@ -176,7 +179,10 @@ impl Pacer {
         self.owed += rest.saturating_sub(self.ahead);
         self.ahead = self.ahead.saturating_sub(rest);
         if keys > 0 && !self.max_slice.is_zero() {
-            self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
+            // A server writes its answers once it has worked off what had come, so that of two batches one seems to take both their
+            // time and the other none.
+            let (before, keys_before) = std::mem::replace(&mut self.before, (held, keys));
+            self.costs.push((before + held).as_secs_f64() * 1e6 / (keys_before + keys) as f64);
             if self.costs.len() == STEER_EVERY {
                 self.steer();
             }
@@ -314,6 +320,18 @@ mod tests {
         assert!((27..=33).contains(&settle(&mut pacer, 2.5)));
         assert_eq!(settle(&mut pacer, 100.0), 10);
         assert_eq!(settle(&mut pacer, 0.01), 1000);
+    }
+
+    #[test]
+    fn two_batches_that_are_answered_at_once_are_half_of_their_time_each() {
+        let mut pacer = Pacer::new(100, 75 * US, tuning(1.0, None), 20 * US);
+        for batch in 0..200 {
+            let keys = pacer.count();
+            let both = 2 * US.mul_f64(f64::from(keys));
+            let waited = if batch % 2 == 0 { both + 20 * US } else { US };
+            pacer.worked(u64::from(keys), waited, both + 20 * US);
+        }
+        assert!((65..=85).contains(&pacer.count()), "1 us a key: {}", pacer.count());
     }
 
     #[test]

@@ -28,6 +28,8 @@ use crate::node::error::NodeError;
 const STRETCH: u64 = 4096;
 /// A pass is cut into no more than `2^` so many stretches.
 const MOST_BITS: u32 = 12;
+/// Below this intensity there is one walk.
+const MOST_REST: f64 = 0.5;
 /// After an error on one connection, the answer on the other is waited for this long.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
@@ -157,7 +159,9 @@ impl ShardScan {
     /// Into how many stretches a pass is cut, as a power of two; 0 where one walk does, or where nobody knows which cursor lies
     /// before which.
     pub(super) fn stretches(&self, pass: &Pass) -> u32 {
-        let one = self.toucher.touches_all() || !self.judges || matches!(self.second, Second::Refused);
+        // A sweep that rests more than it works waits for no round trip, and two batches in a row are as one long one to others.
+        let rests = self.pacer.intensity() < MOST_REST;
+        let one = rests || self.toucher.touches_all() || !self.judges || matches!(self.second, Second::Refused);
         if one { 0 } else { bits_of(pass.keys) }
     }
 
