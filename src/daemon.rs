@@ -25,7 +25,7 @@ use crate::model::task::TaskState;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{ServeSettings, StoreSettings};
-use crate::shutdown;
+use crate::shutdown::Signals;
 use crate::store::{Store, TaskFilter};
 use crate::tasks::TaskService;
 
@@ -39,6 +39,8 @@ const OWN_FILES: u64 = 256;
 /// # Errors
 /// Where it cannot start; running, it fails no more.
 pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+    // Before anything that a signal would leave half done.
+    let signals = Signals::listen().context("signals cannot be listened to")?;
     let connections = connections(&settings);
     let terms = terms(&settings).map_err(|problems| {
         let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
@@ -58,10 +60,10 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let (terms, terms_in_force) = watch::channel(terms);
     let reload = Reloader { path, settings: Arc::new(settings), terms: Arc::new(terms), service: service.clone() };
     let stop = CancellationToken::new();
-    shutdown::obey_signals(stop.clone(), {
+    tokio::spawn(signals.obey(stop.clone(), {
         let reload = reload.clone();
         move || drop(reload.reload())
-    })?;
+    }));
 
     let changed = Arc::new(Notify::new());
     let scheduler = Scheduler {

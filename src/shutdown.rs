@@ -1,25 +1,39 @@
 //! Signals of the daemon: the first INT or TERM stops it in order, the second cuts; HUP reads the settings again.
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Exit status of a daemon that was cut: 128 + SIGINT, as shells show it.
 const CUT: i32 = 130;
 
-/// Obeys signals until the process ends.
-///
-/// # Errors
-/// Where the signals cannot be listened to.
-pub fn obey_signals(stop: CancellationToken, on_hangup: impl Fn() + Send + 'static) -> std::io::Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    tokio::spawn(async move {
+/// Signals that are listened to. One that comes before anybody obeys waits until then.
+#[derive(Debug)]
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Listens from now on.
+    ///
+    /// # Errors
+    /// Where that cannot be done.
+    pub fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Obeys until the process ends.
+    pub async fn obey(mut self, stop: CancellationToken, on_hangup: impl Fn() + Send) {
         loop {
             tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-                _ = hangup.recv() => {
+                _ = self.interrupt.recv() => {}
+                _ = self.terminate.recv() => {}
+                _ = self.hangup.recv() => {
                     on_hangup();
                     continue;
                 }
@@ -32,6 +46,5 @@ pub fn obey_signals(stop: CancellationToken, on_hangup: impl Fn() + Send + 'stat
             stop.cancel();
             tracing::info!("stopping: running sweeps end their batch and keep their checkpoint; once more to cut");
         }
-    });
-    Ok(())
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use clap::{ArgMatches, Args, ValueEnum};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use uuid::Uuid;
 
 use crate::api::dto::{Report, ScanOutput};
@@ -139,6 +139,7 @@ pub fn instance_id(target: &Target) -> String {
 /// # Errors
 /// A stdout that cannot be written.
 pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>, show: Show) -> anyhow::Result<Exit> {
+    let signals = Signals::listen();
     let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
         Err(failure) => {
@@ -146,11 +147,13 @@ pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>
             return Ok(if failure.kind == FailureKind::Store { Exit::Failed } else { Exit::Usage });
         }
     };
-    let signals = tokio::spawn(obey_signals(running.control.clone()));
+    let signals = signals.map(|signals| tokio::spawn(signals.obey(running.control.clone())));
     let shown = (show != Show::Quiet)
         .then(|| tokio::spawn(progress::show(running.view.clone(), |view| Rows::from(view.as_ref()))));
     let view = running.ended().await;
-    signals.abort();
+    if let Some(signals) = signals {
+        signals.abort();
+    }
     if let Some(shown) = shown {
         // It ends with the view's sender; waiting keeps the bar above the summary.
         let _ = shown.await;
@@ -215,33 +218,45 @@ fn dbs_of(sweep: &SweepTexts) -> String {
     }
 }
 
-/// The first signal ends the sweep after its batch, the second ends the process. A terminal that goes away is one as well, unless
-/// whoever started this wants it to go on (nohup).
-async fn obey_signals(control: Control) {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return;
-    };
-    let mut hangup = if hangup_is_ignored() { None } else { signal(SignalKind::hangup()).ok() };
-    let mut first = true;
-    loop {
-        let hung_up = async {
-            match &mut hangup {
-                Some(hangup) => hangup.recv().await,
-                None => std::future::pending().await,
+/// Signals that are listened to. The first ends the sweep after its batch, the second ends the process. A terminal that goes away
+/// is one as well, unless whoever started this wants it to go on (nohup).
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Option<Signal>,
+}
+
+impl Signals {
+    /// Listens from now on; one that comes before anybody obeys waits until then. `None` where that cannot be done.
+    fn listen() -> Option<Self> {
+        Some(Self {
+            interrupt: signal(SignalKind::interrupt()).ok()?,
+            terminate: signal(SignalKind::terminate()).ok()?,
+            hangup: if hangup_is_ignored() { None } else { signal(SignalKind::hangup()).ok() },
+        })
+    }
+
+    async fn obey(mut self, control: Control) {
+        let mut first = true;
+        loop {
+            let hung_up = async {
+                match &mut self.hangup {
+                    Some(hangup) => hangup.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = self.interrupt.recv() => {}
+                _ = self.terminate.recv() => {}
+                _ = hung_up => {}
             }
-        };
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hung_up => {}
+            if !first {
+                std::process::exit(Exit::Interrupted as i32);
+            }
+            first = false;
+            output::note("stopping after this batch; once more to cut");
+            control.stop(StopReason::Interrupted);
         }
-        if !first {
-            std::process::exit(Exit::Interrupted as i32);
-        }
-        first = false;
-        output::note("stopping after this batch; once more to cut");
-        control.stop(StopReason::Interrupted);
     }
 }
 

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::{ArgMatches, Args, Subcommand};
-use secrecy::ExposeSecret;
 
 use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
@@ -112,10 +111,8 @@ fn rows(raw: &Raw, settings: &Settings) -> Vec<Row> {
             Row { key, value, origin }
         })
         .collect();
-    let given = settings.credentials.password.as_ref().is_some_and(|password| !password.expose_secret().is_empty());
-    let origin =
-        settings.password_from.as_ref().filter(|_| given).map_or_else(|| "none".to_owned(), ToString::to_string);
-    let value = if given { "(hidden)" } else { "" };
+    let origin = settings.password_from.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+    let value = if settings.password_from.is_some() { "(hidden)" } else { "" };
     rows.push(Row { key: "password", value: value.to_owned(), origin });
     rows
 }

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
@@ -210,7 +210,8 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
         let in_file = password_file?.map(|secret| (secret, raw.get("password-file").1.clone()));
         let given = password.map(|given| (given.secret, given.origin));
         let in_url = credentials.password.map(|secret| (secret, by_url.clone()));
-        let passwords = [in_file, given, in_url].into_iter().flatten();
+        // An empty one is none.
+        let passwords = [in_file, given, in_url].into_iter().flatten().filter(|(p, _)| !p.expose_secret().is_empty());
         let password = passwords.reduce(|best, next| if next.1.is_above(&best.1) { next } else { best });
         let (password, password_from) = password.unzip();
         Some(Settings {
@@ -387,7 +388,6 @@ impl Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use secrecy::ExposeSecret;
 
     fn with(pairs: &[(&'static str, &str)]) -> Raw {
         let mut raw = Raw::defaults();
@@ -461,6 +461,8 @@ mod tests {
         assert_eq!(shown(&raw), (3, "3".to_owned(), "ann".to_owned(), "one".to_owned()));
         raw.set("url", "redis://ann:one@h/3".to_owned(), env("TTLSWEEP_URL"));
         assert_eq!(shown(&raw), (0, "0".to_owned(), "ann".to_owned(), "two".to_owned()));
+        let none = resolve(&with(&[("url", "redis://:@h")]), None).unwrap();
+        assert!(none.credentials.password.is_none() && none.password_from.is_none(), "an empty one is none");
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::process::Stdio;
 
 use crate::support::{
-    PATIENCE,
+    PATIENCE, by,
     daemon::{Daemon, instance, window},
     keyspace::Keyspace,
     probe,
     run::{Running, run, scan},
     server::Server,
-    ttlsweep,
+    ttlsweep, without_settings,
 };
 
 #[tokio::test]
@@ -90,11 +90,10 @@ async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_outlive_it() {
     // Whoever runs the tests may ignore the signal, and so would the sweep.
-    for (by, code) in [(&["env", "--default-signal=HUP"][..], 130), (&["nohup"], 0)] {
+    for (starters, code) in [(&["env", "--default-signal=HUP"][..], 130), (&["nohup"], 0)] {
         let server = Server::start().await;
         Keyspace::of(&server, 0).dead(2_000, "d").await;
-        let mut command = tokio::process::Command::new(by[0]);
-        command.args(&by[1..]).arg(env!("CARGO_BIN_EXE_ttlsweep"));
+        let mut command = tokio::process::Command::from(by(starters));
         command.args(["scan", &server.url(), "--json", "--max-keys-per-sec", "1000"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
         let sweep = command.spawn().expect("env and nohup of coreutils are there");
@@ -102,7 +101,7 @@ async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_o
         let pid = sweep.id().expect("it runs").to_string();
         assert!(std::process::Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
         let run = crate::support::run::Run::from(sweep.wait_with_output().await.unwrap()).expect(code);
-        assert_eq!(run.num(), server.expired_keys().await, "{by:?}");
+        assert_eq!(run.num(), server.expired_keys().await, "{starters:?}");
     }
 }
 
@@ -258,7 +257,9 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     // `script` gives its child a terminal of its own.
     let program = env!("CARGO_BIN_EXE_ttlsweep");
     let line = format!("{program} scan {} --max-keys-per-sec 2000", server.url());
-    let mut command = tokio::process::Command::new("script");
+    let mut command = std::process::Command::new("script");
+    without_settings(&mut command);
+    let mut command = tokio::process::Command::from(command);
     command.args(["-q", "-e", "-c", &line, "/dev/null"]).stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await.expect("script of util-linux is there");
     let text = String::from_utf8_lossy(&output.stdout);
@@ -328,7 +329,7 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     let low = Running::scan(&server.url(), &["--priority", "low", "--max-keys-per-sec", "1000"]);
     pin(&low);
     low.end().await.expect(0);
-    drop(spinning);
     starved.signal("INT");
+    drop(spinning);
     starved.end().await.expect(130);
 }

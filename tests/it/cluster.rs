@@ -12,7 +12,7 @@ use crate::support::{
 };
 
 /// Slow enough that a test can do something meanwhile.
-const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 fn shards(run: &Run) -> Vec<Value> {
     run.json()["report"]["shards"].as_array().expect("a list of shards").clone()
@@ -54,17 +54,23 @@ async fn one_seed_is_enough_to_sweep_every_master_exactly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn masters_on_one_host_take_turns_unless_a_number_is_given() {
     let cluster = Cluster::start(3, false).await;
-    cluster.fill(0, 6_000).await;
-    let running = Running::scan(&cluster.url(), &SLOW);
+    cluster.fill(0, 18_000).await;
+    let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "6000"]);
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
-    assert_eq!(cluster.freed_by(1).await + cluster.freed_by(2).await, 0, "the others wait for their turn");
+    // In this order, however long it takes to ask.
+    let others = cluster.freed_by(1).await + cluster.freed_by(2).await;
+    assert!(others == 0 || cluster.nodes[0].dbsize(0).await == 0, "the others wait for their turn: {others}");
     running.signal("INT");
     running.end().await.expect(130);
+    let (one, two) = (cluster.nodes[1].dbsize(0).await, cluster.nodes[2].dbsize(0).await);
+    assert!(one > 3_000 && two > 3_000, "{one} and {two} are left of 6000 each");
 
-    let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--parallel", "3"]].concat());
-    probe("all are under way", PATIENCE, async || cluster.freed_by(1).await > 100 && cluster.freed_by(2).await > 100)
-        .await;
-    assert!(cluster.nodes[0].dbsize(0).await > 0, "and none is done");
+    let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "2000", "--parallel", "3"]);
+    probe("both are under way", PATIENCE, async || {
+        cluster.nodes[1].dbsize(0).await < one && cluster.nodes[2].dbsize(0).await < two
+    })
+    .await;
+    assert!(cluster.nodes[1].dbsize(0).await > 0, "and neither waits for the other's end");
     running.end().await.expect(0);
     assert_eq!(cluster.keys_in_memory().await, 0);
 }
@@ -88,7 +94,10 @@ async fn a_manual_failover_is_followed_and_the_promoted_node_is_swept_from_the_b
     let live = cluster.fill(1_500, 12_000).await;
     let running = Running::scan(&cluster.url(), &SLOW);
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    // It takes seconds now and then, and the sweep is to meet it half way.
+    running.signal("STOP");
     cluster.failover(0).await;
+    running.signal("CONT");
     let run = running.end().await.expect(0);
     cluster.assert_only(&live).await;
     let first = shard(&run, "slots 0-5460");
@@ -170,8 +179,10 @@ async fn a_failover_of_a_shard_that_was_done_already_is_seen_at_the_end() {
     let live = cluster.fill(500, 8_000).await;
     let running = Running::scan(&cluster.url(), &SLOW);
     probe("the second is under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
+    running.signal("STOP");
     assert!(cluster.freed_by(0).await > 3_000, "the first is done");
     cluster.failover(0).await;
+    running.signal("CONT");
     let run = running.end().await.expect(0);
     let first = shard(&run, "slots 0-8191");
     assert_eq!(restarts(&first), 1, "{first}");
@@ -186,8 +197,10 @@ async fn slots_that_move_behind_the_sweep_are_swept_again_where_they_went() {
     let running = Running::scan(&cluster.url(), &SLOW);
     probe("the first is done, the second under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
     // From the one that is not swept yet to the one that was.
+    running.signal("STOP");
     cluster.migrate(1, 0, 16_000..=16_383).await;
     cluster.until_agreed().await;
+    running.signal("CONT");
     let run = running.end().await.expect(0);
     let first = shard(&run, "slots 0-8191");
     assert_eq!(restarts(&first), 1, "{first}");
@@ -203,6 +216,7 @@ async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
     let new = cluster.join().await;
     let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--db", "0"]].concat());
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
+    running.signal("STOP");
     // The new node takes a few slots of the first, and the second hands all of its own to the first and leaves.
     cluster.migrate(0, new, 0..=99).await;
     cluster.migrate(1, 0, 8_192..=16_383).await;
@@ -212,6 +226,7 @@ async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
         cluster.nodes[place].cmd(&["CLUSTER", "FORGET", &leaver]).await;
     }
     cluster.nodes[1].kill9();
+    running.signal("CONT");
     let run = running.end().await.expect(0);
     cluster.nodes.remove(1);
     cluster.assert_only(&live).await;
@@ -397,13 +412,14 @@ async fn check_looks_at_every_master_and_touches_nothing() {
 async fn short_pauses_of_a_master_hide_nothing_from_the_sweep() {
     let cluster = Cluster::start(3, false).await;
     let live = cluster.fill(12_000, 3_000).await;
-    let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "3000", "--parallel", "3"]);
+    let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--parallel", "3"]].concat());
     probe("the pass is under way", PATIENCE, async || cluster.freed_by(0).await > 50).await;
     for _ in 0..3 {
         cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "350", "WRITE"]).await;
         let freed = cluster.freed_by(0).await;
-        probe("deletions work again", PATIENCE, async || {
-            cluster.freed_by(0).await > freed || cluster.nodes[0].dbsize(0).await == 0
+        probe("deletions work again, or nothing dead is left", PATIENCE, async || {
+            let alive: Vec<String> = cluster.nodes[0].query(&["KEYS", "*"]).await;
+            cluster.freed_by(0).await > freed || cluster.nodes[0].dbsize(0).await == alive.len() as u64
         })
         .await;
     }

@@ -172,7 +172,7 @@ async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let mut lock = lock_the_store(&daemon).await;
     let scan = daemon.request(reqwest::Method::POST, &Daemon::path("cache", "scan-expire-keys-task"));
-    let gone = scan.timeout(Duration::from_millis(500)).send().await;
+    let gone = scan.timeout(Duration::from_secs(3)).send().await;
     assert!(gone.is_err_and(|error| error.is_timeout()), "the record cannot be written yet");
     sqlx::query("ROLLBACK").execute(&mut lock).await.expect("the lock ends");
     let history = async || daemon.history("cache").await;

@@ -13,7 +13,7 @@ use crate::support::{PATIENCE, probe};
 const MASTERS: usize = 3;
 
 /// Batches of ten keys, slow enough to be met while they go on; two may be under way at a kill.
-const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 600\n";
+const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 200\n";
 const UNCOUNTED: u64 = 20;
 
 fn shards(task: &Value) -> &[Value] {

@@ -12,7 +12,7 @@ use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe};
 
 /// Slow enough to meet a sweep half way, and too short a pass for the guard to mind.
-const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 fn held(run: &Run, reason: &str) -> f64 {
     run.json()["report"]["shards"][0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
@@ -127,8 +127,8 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
     // It waits for more replicas before it begins: for that long one is there and not online.
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync", "yes"]).await;
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync-delay", "2"]).await;
-    let running = under_way(&server, &[]).await;
     let replica = Server::start().await;
+    let running = under_way(&server, &[]).await;
     replica.cmd(&["REPLICAOF", "127.0.0.1", &server.addr().port().to_string()]).await;
     running.says("holding: a replica is being given the whole data set").await;
     assert!(server.expired_keys().await < 6_000, "it holds before the end");
@@ -232,7 +232,7 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     let flow = flow(&server).await;
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
-    // A twentieth of the flow: the server expires in bursts, and two seconds may see few of them.
+    // A twentieth of the flow: the server expires in bursts, and a short look may see few of them.
     let slow = ["--max-keys-per-sec", "300"];
     let predicted = run(["check", &server.url(), "--json"].into_iter().chain(slow)).await;
     let findings = predicted.json()["findings"].to_string();
@@ -263,7 +263,7 @@ async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_sa
     third.live_ttl(18_000, "live").await;
     third.dead(2_000, "dead").await;
     let proxy = Proxy::start(server.addr()).await;
-    // Slow enough for the flow of expiry to be watched first, for two seconds, where slow sweeps can harm.
+    // Slow enough for the flow of expiry to be watched first, for a while, where slow sweeps can harm.
     let selects = async || server.info("commandstats").await.get("cmdstat_select").cloned();
     let before = selects().await;
     let running = Running::scan(&proxy.url(), &["--db", "3", "--max-keys-per-sec", "1500"]);

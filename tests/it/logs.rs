@@ -59,7 +59,7 @@ async fn a_log_of_everything_is_json_and_holds_no_secret_and_no_key_name() {
     let wrong = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(wrong.path(), WRONG_PASSWORD).expect("it is written");
     let wrong = wrong.path().to_str().expect("a path").to_owned();
-    let good = settings(&server, &refused, &wrong, "touch = \"ttl\"\nmax-keys-per-sec = 1500");
+    let good = settings(&server, &refused, &wrong, "touch = \"ttl\"\nmax-keys-per-sec = 300");
     let mut daemon = Daemon::prepare(&good).launched(with_secrets).await.with_token(TOKEN);
     let mut said = Vec::new();
 

@@ -18,9 +18,9 @@ use crate::support::{
 };
 
 /// Slow enough that a test can do something meanwhile.
-const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
-/// Waits that a test can wait for.
-const SHORT: [&str; 4] = ["--response-timeout", "500ms", "--connect-timeout", "500ms"];
+const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
+/// Waits that a test can wait for. The first connection is tried once only.
+const SHORT: [&str; 4] = ["--response-timeout", "500ms", "--connect-timeout", "3s"];
 
 /// A server with so many live and dead keys behind a proxy.
 async fn behind_proxy(live: u64, dead: u64) -> (Server, Proxy) {

@@ -1,28 +1,33 @@
 //! Two walks at once over one table: nothing is missed, nothing counted twice, whatever happens in between.
 
+use std::time::Duration;
+
 use crate::support::keyspace::Keyspace;
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Mode, Proxy};
 use crate::support::run::{Run, Running, scan, state_file};
 use crate::support::server::Server;
 use crate::support::sharded::Sharded;
 use crate::support::{PATIENCE, probe};
 
-/// Rests between bursts make it slow; a ceiling would leave one walk only.
-const SLOW: [&str; 6] = ["--intensity", "0.06", "--min-intensity", "0.06", "--max-latency", "off"];
+/// Each way of a batch to its server and back: rests, or a ceiling, would leave one walk only.
+const AWAY: Duration = Duration::from_millis(5);
 const DEAD: u64 = 40_000;
 const LIVE: u64 = 20_000;
 
-async fn filled() -> Server {
+/// A server with keys, far away.
+async fn filled() -> (Server, Proxy) {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(LIVE, "live").await;
     keys.dead(DEAD, "dead").await;
-    server
+    let proxy = Proxy::start(server.addr()).await;
+    proxy.set(Mode::Delay(AWAY));
+    (server, proxy)
 }
 
-async fn under_way(server: &Server, url: &str, more: &[&str]) -> Running {
+async fn under_way(server: &Server, proxy: &Proxy, more: &[&str]) -> Running {
     let before = server.expired_keys().await;
-    let running = Running::scan(url, &[&SLOW[..], more].concat());
+    let running = Running::scan(&proxy.url(), &[&["--max-latency", "off"][..], more].concat());
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 2_000).await;
     running
 }
@@ -44,8 +49,8 @@ async fn assert_clean(server: &Server, run: &Run) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_connections_sweep_one_table_and_look_at_few_keys_twice() {
-    let server = filled().await;
-    let running = under_way(&server, &server.url(), &[]).await;
+    let (server, proxy) = filled().await;
+    let running = under_way(&server, &proxy, &[]).await;
     probe("two connections sweep", PATIENCE, async || sweeping_connections(&server).await == 2).await;
     let run = running.end().await.expect(0);
     assert_clean(&server, &run).await;
@@ -55,8 +60,8 @@ async fn two_connections_sweep_one_table_and_look_at_few_keys_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_grows_and_is_written_to_meanwhile_is_swept_to_the_last_key() {
-    let server = filled().await;
-    let running = under_way(&server, &server.url(), &[]).await;
+    let (server, proxy) = filled().await;
+    let running = under_way(&server, &proxy, &[]).await;
     // Twice as many keys: the table is doubled under the sweep.
     Keyspace::of(&server, 0).live(2 * (LIVE + DEAD), "more").await;
     let run = running.end().await.expect(0);
@@ -66,9 +71,8 @@ async fn a_table_that_grows_and_is_written_to_meanwhile_is_swept_to_the_last_key
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_are_cut_again_and_again_lose_no_key() {
-    let server = filled().await;
-    let proxy = Proxy::start(server.addr()).await;
-    let running = under_way(&server, &proxy.url(), &[]).await;
+    let (server, proxy) = filled().await;
+    let running = under_way(&server, &proxy, &[]).await;
     for _ in 0..4 {
         proxy.cut_until_back(&server).await;
     }
@@ -77,8 +81,8 @@ async fn connections_that_are_cut_again_and_again_lose_no_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_are_hidden_for_a_while_are_freed_in_the_end() {
-    let server = filled().await;
-    let running = under_way(&server, &server.url(), &[]).await;
+    let (server, proxy) = filled().await;
+    let running = under_way(&server, &proxy, &[]).await;
     for _ in 0..3 {
         let freed = server.expired_keys().await;
         server.cmd(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
@@ -93,25 +97,25 @@ async fn keys_that_are_hidden_for_a_while_are_freed_in_the_end() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupt_and_a_kill_are_gone_on_from() {
-    let server = filled().await;
+    let (server, proxy) = filled().await;
     let (_dir, state) = state_file();
     let state = ["--state", state.to_str().unwrap()];
-    let running = under_way(&server, &server.url(), &state).await;
+    let running = under_way(&server, &proxy, &state).await;
     running.signal("INT");
     let interrupted = running.end().await.expect(130);
     assert_eq!(interrupted.num(), server.expired_keys().await, "both walks were counted to their last batch");
     let resume = [&state[..], &["--resume"]].concat();
-    let running = under_way(&server, &server.url(), &resume).await;
+    let running = under_way(&server, &proxy, &resume).await;
     running.signal("KILL");
     running.end().await;
-    let run = scan(&server.url(), &resume).await.expect(0);
+    let run = scan(&proxy.url(), &resume).await.expect(0);
     assert_clean(&server, &run).await;
     assert_eq!(run.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_has_room_for_no_second_connection_is_swept_over_one() {
-    let server = filled().await;
+    let (server, _proxy) = filled().await;
     // Ours: the test's own, the sweep's, and its sampler's.
     let clients: String = server.query(&["CLIENT", "LIST"]).await;
     let room = (clients.lines().count() + 2).to_string();

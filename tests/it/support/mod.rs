@@ -47,7 +47,21 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
 /// The command under test, without the settings and secrets of whoever runs the tests. It competes for this machine's
 /// processors: a machine that others keep busy would give it nothing otherwise.
 pub fn ttlsweep() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+    by(&[])
+}
+
+/// The same by way of programs that start others, such as `nohup`.
+pub fn by(starters: &[&str]) -> Command {
+    let program = env!("CARGO_BIN_EXE_ttlsweep");
+    let mut words = starters.iter().copied().chain([program]);
+    let mut command = Command::new(words.next().unwrap_or(program));
+    command.args(words);
+    without_settings(&mut command);
+    command
+}
+
+/// Takes the settings of whoever runs the tests out of a command's environment.
+pub fn without_settings(command: &mut Command) {
     command.env_remove("REDISCLI_AUTH");
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("TTLSWEEP_") {
@@ -55,7 +69,6 @@ pub fn ttlsweep() -> Command {
         }
     }
     command.env("TTLSWEEP_PRIORITY", "normal");
-    command
 }
 
 /// The words of a line that people are told to type, as a shell takes them.
