@@ -63,7 +63,7 @@ fn deciding(c: &mut Criterion) {
         before: Reading { keys: 1000, expired: None },
         after: Reading { keys: 997, expired: None },
         waited: Duration::from_micros(90),
-        ahead: false,
+        since_sent: Duration::from_micros(90),
     };
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
@@ -72,7 +72,8 @@ fn deciding(c: &mut Criterion) {
     let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));
     c.bench_function("pace_one_batch", |b| {
         b.iter(|| {
-            pacer.worked(black_box(100), black_box(Duration::from_micros(90)), false);
+            let waited = black_box(Duration::from_micros(90));
+            pacer.worked(black_box(100), waited, waited);
             pacer.rested(Duration::from_secs(1));
             pacer.count()
         });

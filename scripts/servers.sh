@@ -15,7 +15,7 @@ CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers"
 NAMES="redis-6.2 redis-7.0 redis-8.2 valkey-8.0"
 
 # The pinned version of a server. Where the system's own package manager is the source, another version of
-# the same major line (8.x for Valkey), or for redis-7.0 any later one, is taken too, with a word about it.
+# a later line is taken too, with a word about it.
 version_of() {
   case "$1" in
     redis-6.2) echo 6.2.14 ;;
@@ -220,7 +220,7 @@ fetch_one() {
   [ -n "$found" ] || die "$name: the redis-server that was fetched does not run on this machine"
   if [ "$found" != "$version" ]; then
     case "$name:$found" in
-      redis-7.0:[789].* | redis-7.0:[1-9][0-9].* | valkey-8.0:8.*)
+      redis-7.0:[789].* | redis-7.0:[1-9][0-9].* | valkey-8.0:[89].* | valkey-8.0:[1-9][0-9].*)
         say "$name: this system's packages hold $found, used in place of $version" ;;
       *) die "$name: wanted $version, got $found" ;;
     esac

@@ -4,6 +4,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
 
 use crate::api::check_dto::{CheckOutput, Checked};
+use crate::api::dto::FailureDto;
 use crate::check;
 use crate::check::backlog;
 use crate::check::instance;
@@ -17,7 +18,6 @@ use crate::model::failure::Failure;
 use crate::model::shard::NodeAddr;
 use crate::model::target::{InstanceUrl, Place};
 use crate::node::conn::ConnOptions;
-use crate::node::error::NodeError;
 use crate::node::topology::{Kind, Topology};
 use crate::settings::Settings;
 use crate::settings::raw::{KEYS, Origin, Problem};
@@ -68,12 +68,12 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
     let topology = Topology::new(settings.target.clone(), options.clone(), settings.scan.follow);
     let view = match topology.view(None).await {
         Ok(view) => view,
-        Err(error) => return Ok(refused(error)),
+        Err(error) => return failed(&error.into_failure(), &settings, args.json),
     };
     let Some((replica, replica_options)) = replica else {
         let look = match instance::look(&view, &options, &settings.scan, &order).await {
             Ok(look) => look,
-            Err(failure) => return Ok(failed(&failure)),
+            Err(failure) => return failed(&failure, &settings, args.json),
         };
         output::print(&if args.json {
             let object = Checked::new(&look, &settings, &order);
@@ -89,7 +89,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
     }
     let facts = match check::look(&view.masters[0].addr, &options, Some(&settings.scan)).await {
         Ok(facts) => facts,
-        Err(error) => return Ok(refused(error)),
+        Err(error) => return failed(&error.into_failure(), &settings, args.json),
     };
     let counted = backlog::count(&replica, &replica_options, &facts, &settings.scan).await;
     let verdict = verdict::judge(&facts, Some(&counted), &settings.scan);
@@ -122,13 +122,14 @@ fn order(settings: &Settings, matches: &ArgMatches) -> String {
     format!("ttlsweep scan {url}{}", if more { " (and the same options)" } else { "" })
 }
 
-fn refused(error: NodeError) -> Exit {
-    failed(&error.into_failure())
-}
-
-fn failed(failure: &Failure) -> Exit {
+/// Nothing could be looked at. With --json there is an object all the same.
+fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<Exit> {
+    if json {
+        let object = serde_json::json!({ "target": settings.target.to_string(), "failure": FailureDto::from(failure) });
+        output::print(&format!("{}\n", serde_json::to_string_pretty(&object)?))?;
+    }
     output::note(&output::failure_text(failure));
-    Exit::of(failure, false, false)
+    Ok(Exit::of(failure, false, false))
 }
 
 /// Where the replica is and how to connect to it.

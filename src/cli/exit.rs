@@ -27,7 +27,7 @@ Exit codes:
   0    done
   1    failed, or only a part was done
   2    wrong usage or settings
-  3    cannot connect, or not allowed
+  3    cannot connect, not allowed, or no Redis port
   4    the time allowed was over
   130  interrupted";
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
@@ -82,17 +82,18 @@ enum TaskCommand {
         id: String,
     },
     /// Give a task other limits while it runs
+    #[command(group = ArgGroup::new("limits of it").required(true).multiple(true))]
     Tune {
         /// Its id
         id: String,
         /// Share of the master's time, above 0 and up to 1
-        #[arg(long, value_name = "SHARE")]
+        #[arg(long, value_name = "SHARE", group = "limits of it")]
         intensity: Option<f64>,
         /// Keys per second; 0: no ceiling
-        #[arg(long, value_name = "KEYS")]
+        #[arg(long, value_name = "KEYS", group = "limits of it")]
         max_keys_per_sec: Option<u32>,
         /// Other limits, such as max-latency=20ms or throttle=false
-        #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit)]
+        #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit, group = "limits of it")]
         limits: Vec<(String, Value)>,
     },
 }

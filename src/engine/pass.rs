@@ -157,6 +157,7 @@ impl ShardScan {
             let process = self.process;
             let before = self.info(Some(pass)).await?.parsed::<u64>("expired_keys");
             wait(&mut self.orders, guard::WATCH_FOR).await?;
+            pass.figures.rested += guard::WATCH_FOR;
             let after = self.info(Some(pass)).await?.parsed::<u64>("expired_keys");
             if self.process != process {
                 continue;

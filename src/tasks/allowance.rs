@@ -74,7 +74,16 @@ pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
         .into_iter()
         .max_by_key(|(_, time)| *time)
         .filter(|(_, time)| *time > active.max(rested));
+    // Of several masters one waits for the other.
+    let told: Duration = held_by_reason(snapshot.passes()).into_values().sum();
+    let silent = allowed.saturating_sub(active + rested + told);
+    let silent = snapshot.shards.len() == 1 && silent > active.max(rested);
     let hint = match holds.or(most.map(|(reason, _)| reason)) {
+        None if silent => {
+            "most of that time it waited for answers: is the server far away, does it hang, or do slow commands hold it? Or allow \
+             more with --timeout"
+                .to_owned()
+        }
         Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
         None if rested > active => {
             "it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout"
@@ -127,8 +136,9 @@ mod tests {
         };
         insta::assert_snapshot!(
             [
+                hint(s(4_000), s(10), &[], None),
                 hint(s(60), s(10), &[], None),
-                hint(s(10), s(60), &[(Reason::Latency, s(50))], None),
+                hint(s(10), s(5_000), &[(Reason::Latency, s(50))], None),
                 hint(s(10), s(60), &[(Reason::Latency, s(50)), (Reason::Fork, s(61))], None),
                 hint(s(10), s(60), &[], Some(Reason::DeletionBlocked)),
                 over(s(5_400), &Snapshot::default()).message,
@@ -136,6 +146,7 @@ mod tests {
             .join("\n"),
             @r"
         allow more with --timeout
+        most of that time it waited for answers: is the server far away, does it hang, or do slow commands hold it? Or allow more with --timeout
         it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout
         allow more with --timeout, or see to what held it: the server saves or rewrites its data in a child process (during-fork)
         allow more with --timeout, or see to what held it: the server hides expired keys without deleting them (CLIENT PAUSE?); waiting for that to end

@@ -211,6 +211,8 @@ async fn no_connection_and_no_password_are_exit_3_and_bad_usage_is_2() {
     let nobody = format!("redis://127.0.0.1:{}", free_port());
     let wrong = format!("redis://:hunter2@{}", server.addr());
     let bad = [server.url(), "--replica".to_owned(), "http://:hunter2@h".to_owned()];
+    let (object, code) = check_json(&[&nobody]);
+    assert_eq!((&object["failure"]["kind"], code), (&"cannot_connect".into(), 3));
     for (arguments, code) in [(vec![nobody], 3), (vec![wrong], 3), (bad.to_vec(), 2)] {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let output = check(&arguments);

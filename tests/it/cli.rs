@@ -34,6 +34,7 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
         &["scan", "--throttle=true", "--no-throttle"],
         &["scan", "--password-file", "/dev/null", "--askpass"],
         &["scan", "--nonsense"],
+        &["task", "tune", "0199"],
         &["nonsense"],
         &[],
         &["scan", "--config", "/nonexistent.toml"],
