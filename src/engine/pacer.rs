@@ -9,8 +9,8 @@
 //!    ticks in milliseconds, and with less the sweep would oversleep and never come near a high ceiling.
 //!
 //! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
-//! time since the answer before it, but no more than since it was sent, less the smallest PING round trip. That is never less
-//! than the server worked: the replies' way through both kernels and our own parsing are in it too.
+//! time since the answer before it, but no more than since it was sent, less the smallest PING round trip. The replies' way
+//! through both kernels and our own parsing are in it too, so that it is seldom less than the server worked.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
