@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -21,6 +22,9 @@ use crate::store::StoredShard;
 use crate::tasks::gate::Gate;
 use crate::tasks::recorder::{Asked, Order};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, wish};
+
+/// How often a task that has ended is looked for until it is gone.
+const GONE_SOON: Duration = Duration::from_millis(1);
 
 /// The instance has a task that has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -81,8 +85,12 @@ impl TaskService {
         if self.queue.closing.is_cancelled() {
             return Err(TaskError::Closing);
         }
-        if let Some(id) = self.on_hand(&spec.instance_id) {
-            return Err(Busy(id).into());
+        while let Some(id) = self.on_hand(&spec.instance_id) {
+            // Whoever reads the records knows of its end a moment before it is gone from here.
+            if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
+                return Err(Busy(id).into());
+            }
+            tokio::time::sleep(GONE_SOON).await;
         }
         let task = wish(&spec);
         self.store.insert(&task, due).await.inspect_err(|_| self.metrics.store_failed())?;
