@@ -266,6 +266,15 @@ mod tests {
         assert_eq!(decide(&calm(), &most, &tuning(), None), Decision::Proceed);
     }
 
+    #[test]
+    fn a_replica_that_was_always_far_behind_holds_nothing_once_it_is_where_it_was() {
+        let behind = |mib: u64| Observation { replica_lag: Some(mib << 20), ..calm() };
+        let holds = |now: u64, held| matches!(decide(&behind(now), &behind(200), &tuning(), held), Decision::Hold(..));
+        assert!(!holds(216, None) && holds(217, None), "16 MiB more than before");
+        assert!(holds(213, Some(Reason::ReplicaLag)), "more than four fifths of that");
+        assert!(!holds(212, Some(Reason::ReplicaLag)) && !holds(200, Some(Reason::ReplicaLag)));
+    }
+
     /// The reason for which the sweep holds, in a table of one observation after a calm one.
     fn held(seen: &Observation, tuning: &Tuning, held: Option<Reason>) -> Option<Reason> {
         match decide(seen, &calm(), tuning, held) {

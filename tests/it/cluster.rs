@@ -76,6 +76,28 @@ async fn masters_on_one_host_take_turns_unless_a_number_is_given() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_master_that_hides_its_keys_keeps_no_other_of_its_host_waiting() {
+    let cluster = Cluster::start(2, false).await;
+    let live = cluster.fill(4_000, 8_000).await;
+    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
+    let running = Running::scan(&cluster.url(), &SLOW);
+    running.says("holding: the server hides expired keys").await;
+    probe("the second is under way", PATIENCE, async || cluster.freed_by(1).await > 300).await;
+    // It stands still for a while for a reason of its own, and the first is looked at again and again meanwhile.
+    cluster.nodes[1].cmd(&["CONFIG", "SET", "rdb-key-save-delay", "300"]).await;
+    cluster.nodes[1].cmd(&["BGSAVE"]).await;
+    running.says("holding: the server saves or rewrites its data in a child process").await;
+    probe("the second is done", PATIENCE, async || {
+        let alive: Vec<String> = cluster.nodes[1].query(&["KEYS", "*"]).await;
+        cluster.nodes[1].dbsize(0).await == alive.len() as u64
+    })
+    .await;
+    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
+    assert_eq!(running.end().await.expect(0).num(), 8_000);
+    cluster.assert_only(&live).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_fraction_follows_the_keys() {
     let cluster = Cluster::start(1, false).await;
     cluster.fill(3_000, 3_000).await;
