@@ -86,28 +86,21 @@ impl Scheduler {
         let now = Timestamp::now();
         let schedule = config.schedule();
         let mark = store.mark(&instance.id).await?;
-        let handled = match mark {
-            Some(mark) if mark.handled.duration_since(now) > GRACE => {
-                tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
-                None
-            }
-            Some(mark) => match mark.schedule {
-                Some(of) if of != schedule => None,
-                Some(_) => Some(mark.handled),
-                None => {
-                    let mark = Mark { schedule: Some(schedule.clone()), ..mark };
-                    self.written(store.set_mark(&instance.id, &mark).await)?;
-                    Some(mark.handled)
-                }
-            },
-            None => None,
-        };
-        let Some(handled) = handled else {
+        let ahead = mark.as_ref().is_some_and(|mark| mark.handled.duration_since(now) > GRACE);
+        if ahead {
+            tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
+        }
+        let good = |mark: &Mark| !ahead && mark.schedule.as_ref().is_none_or(|of| *of == schedule);
+        let Some(mark) = mark.filter(good) else {
             // Due times before a schedule was put in force were nobody's to keep.
             let mark = Mark { handled: now, schedule: Some(schedule) };
             self.written(store.set_mark(&instance.id, &mark).await)?;
             return Ok(Duration::ZERO);
         };
+        let handled = mark.handled;
+        if mark.schedule.is_none() {
+            self.written(store.set_mark(&instance.id, &Mark { handled, schedule: Some(schedule) }).await)?;
+        }
         if !config.enabled {
             waiting.remove(&instance.id);
             return Ok(LOOK_AGAIN);

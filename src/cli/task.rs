@@ -241,34 +241,35 @@ fn ended(task: &Value) -> Exit {
 async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
     let (sender, views) = watch::channel(Value::Null);
     let bar = tokio::spawn(progress::show(views, rows));
-    let ended = async {
-        let mut seen: Option<Instant> = None;
-        loop {
-            let see = |view| drop(sender.send_replace(view));
-            let followed = client.follow(&format!("/api/v1/tasks/{id}/events"), see).await;
-            if followed.is_ok() {
-                seen = Some(Instant::now());
-            }
-            let task = match followed {
-                Ok(()) => client.get(&format!("/api/v1/tasks/{id}")).await,
-                Err(error) => Err(error),
-            };
-            match task {
-                Ok(task) if task["finished_at"].is_string() => return Ok(task),
-                // The daemon ends a stream now and then, to ask again who reads it.
-                Ok(_) => {}
-                // It may be on its way back, and goes on with its tasks then.
-                Err(ClientError::Unreachable { .. }) if seen.is_some_and(|at| at.elapsed() < BACK_WITHIN) => {}
-                Err(error) => return Err(error),
-            }
-            tokio::time::sleep(FOLLOW_AGAIN).await;
-        }
-    };
-    let ended = ended.await;
+    let ended = until_ended(client, id, &sender).await;
     drop(sender);
     // It ends with the sender; waiting keeps the bar above what follows.
     let _ = bar.await;
     ended
+}
+
+/// Hands every view over until the task has ended, through ends of the stream and a restart of the daemon. Gives the last view.
+async fn until_ended(client: &Client, id: &str, views: &watch::Sender<Value>) -> Result<Value, ClientError> {
+    let mut seen: Option<Instant> = None;
+    loop {
+        let see = |view| drop(views.send_replace(view));
+        let task = match client.follow(&format!("/api/v1/tasks/{id}/events"), see).await {
+            Ok(()) => {
+                seen = Some(Instant::now());
+                client.get(&format!("/api/v1/tasks/{id}")).await
+            }
+            Err(error) => Err(error),
+        };
+        match task {
+            Ok(task) if task["finished_at"].is_string() => return Ok(task),
+            // The daemon ends a stream now and then, to ask again who reads it.
+            Ok(_) => {}
+            // It may be on its way back, and goes on with its tasks then.
+            Err(ClientError::Unreachable { .. }) if seen.is_some_and(|at| at.elapsed() < BACK_WITHIN) => {}
+            Err(error) => return Err(error),
+        }
+        tokio::time::sleep(FOLLOW_AGAIN).await;
+    }
 }
 
 /// The daemon's view of a task as the bar shows it.

@@ -70,13 +70,11 @@ pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
     let rested: Duration = snapshot.passes().map(|pass| pass.rested).sum();
     // A hold that has not ended may stand in no figures yet.
     let holds = snapshot.shards.values().find_map(|shard| shard.hold);
-    let most = held_by_reason(snapshot.passes())
-        .into_iter()
-        .max_by_key(|(_, time)| *time)
-        .filter(|(_, time)| *time > active.max(rested));
-    // Of several masters one waits for the other.
-    let told: Duration = held_by_reason(snapshot.passes()).into_values().sum();
+    let held = held_by_reason(snapshot.passes());
+    let told: Duration = held.values().sum();
+    let most = held.into_iter().max_by_key(|(_, time)| *time).filter(|(_, time)| *time > active.max(rested));
     let silent = allowed.saturating_sub(active + rested + told);
+    // Of several masters one waits for the other.
     let silent = snapshot.shards.len() == 1 && silent > active.max(rested);
     let hint = match holds.or(most.map(|(reason, _)| reason)) {
         None if silent => {
