@@ -17,13 +17,10 @@ pub enum Hidden {
     Unproven,
     /// It must have looked at this many keys at least that it neither returned nor freed.
     Keys(u64),
-    /// It came back with fewer keys than COUNT, for one reason or the other. See [`CLOSE_LOOKS`].
+    /// It came back with fewer keys than COUNT, for one reason or the other. Its whole way is to be walked again in batches of
+    /// COUNT 1, which tell: what was hidden then and is not any more is met as well.
     Open,
 }
-
-/// A batch that leaves it open is walked again in batches of COUNT 1, until one of them proves something, or so many have not. One
-/// in so many keys that are hidden is then met more often than not, and the next batch that leaves it open is another try.
-pub const CLOSE_LOOKS: u32 = 32;
 
 /// What this batch proves.
 ///

@@ -216,8 +216,10 @@ impl ShardScan {
         }
         let (gauge, to) = (self.gauge(), ScanPosition::from_reply(batch.cursor));
         let mut at = from;
-        for _ in 0..batch::CLOSE_LOOKS {
-            let Some(cursor) = at.to_send().filter(|_| self.space.rank(at) < self.space.rank(to)) else { break };
+        while let Some(cursor) = at.to_send().filter(|_| self.space.rank(at) < self.space.rank(to)) {
+            if self.orders.borrow().stop.is_some() {
+                return Ok(None);
+            }
             let ask = Ask { cursor, count: 1, nameless: false, gauge };
             let scanned = match self.conn_of(walk).scan(ask, None, |_| None).await {
                 Ok(scanned) => scanned,
@@ -231,7 +233,12 @@ impl ShardScan {
             if let Hidden::Keys(keys) = batch::hidden(&self.space, at, 1, &scanned) {
                 return Ok(Some(keys));
             }
-            at = ScanPosition::from_reply(scanned.cursor);
+            let next = ScanPosition::from_reply(scanned.cursor);
+            if self.space.rank(next) <= self.space.rank(at) {
+                // No hash table's cursors: the batches after it tell.
+                break;
+            }
+            at = next;
         }
         Ok(Some(0))
     }
