@@ -154,6 +154,9 @@ pub struct Totals {
     pub elapsed_s: Option<f64>,
     /// Time in which batches held a master, in seconds.
     pub active_s: f64,
+    /// Time in which answers were on their way and the sweep did its own work, in seconds. Active, waited, rested and held add up to
+    /// the time that the sweep of a shard took.
+    pub waited_s: f64,
     /// Time rested for intensity and ceiling, in seconds.
     pub rested_s: f64,
     /// Time held, in seconds.
@@ -248,6 +251,8 @@ pub struct PassDto {
     pub server_us_per_scan: Option<f64>,
     /// Time in which batches held the master, in seconds.
     pub active_s: f64,
+    /// Time waited, in seconds.
+    pub waited_s: f64,
     /// Time rested, in seconds.
     pub rested_s: f64,
     /// Time held by reason, in seconds.
@@ -344,6 +349,7 @@ impl PassDto {
             slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
             server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
             active_s: seconds(figures.active),
+            waited_s: seconds(figures.waited),
             rested_s: seconds(figures.rested),
             held_s: figures.held.iter().map(|(reason, held)| (reason.as_str(), seconds(*held))).collect(),
             ttl: (!figures.ttl.is_empty()).then(|| TtlDto::from(&figures.ttl)),
@@ -392,6 +398,7 @@ impl Report {
                 lost_replies: snapshot.lost_replies(),
                 elapsed_s: elapsed.map(|span| span.as_millis() as f64 / 1000.0),
                 active_s: time(|p| p.active),
+                waited_s: time(|p| p.waited) + seconds(snapshot.shards.values().map(|shard| shard.settling).sum()),
                 rested_s: time(|p| p.rested),
                 held_s: time(PassFigures::held_total),
             },

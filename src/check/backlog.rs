@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use crate::check::facts::{Facts, Role};
 use crate::model::shard::{DbIndex, NodeAddr, ScanPosition};
 use crate::node::commands;
-use crate::node::conn::{Ask, Conn, ConnOptions, Gauge};
+use crate::node::conn::{Conn, ConnOptions, Gauge, Request};
 use crate::node::error::NodeError;
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
@@ -100,12 +100,13 @@ pub async fn count(
         let mut position = ScanPosition::NotStarted;
         let mut returned = 0;
         let mut after = before;
-        while let Some(cursor) = position.to_send() {
-            let ask = Ask { cursor, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
-            let batch = conn.scan(ask, None, |_| None).await?;
-            returned += batch.returned;
-            after = batch.after.keys;
-            position = ScanPosition::from_reply(batch.cursor);
+        while position != ScanPosition::Finished {
+            let request =
+                Request { from: position, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
+            let reply = conn.scan(request).await?;
+            returned += reply.returned;
+            after = reply.after.keys;
+            position = reply.to;
         }
         let expired = after.saturating_sub(returned);
         dbs.insert(db, Counted { keys: after, expired, moved: before.abs_diff(after) });

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::engine::guard;
+use crate::engine::policy::{expiry_guard, profile};
 use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::task::words;
@@ -265,7 +265,8 @@ impl Facts {
     /// Whether a sweep with these settings is so slow that the flow of expiry decides whether it does harm.
     pub fn has_to_know_the_flow(&self, settings: &ScanSettings) -> bool {
         let keys = self.longest_pass(settings);
-        self.role == Role::Master && guard::has_to_know_the_flow(self.redis_version, keys, settings)
+        let starves = profile::slow_scan_starves_expiry(self.redis_version);
+        self.role == Role::Master && expiry_guard::has_to_know_the_flow(starves, keys, settings)
     }
 
     /// Keys of the largest DB that would be swept.

@@ -20,7 +20,7 @@ pub mod verdict;
 use std::time::{Duration, Instant};
 
 use crate::check::facts::{Expiry, Facts, Right, Rights};
-use crate::engine::guard;
+use crate::engine::policy::expiry_guard;
 use crate::model::failure::FailureKind;
 use crate::model::shard::NodeAddr;
 use crate::node::commands;
@@ -32,7 +32,7 @@ use crate::settings::ScanSettings;
 /// How many PINGs find the smallest round trip.
 const PINGS: u32 = 10;
 
-/// Looks at a server. With the settings of a sweep that would be slow it takes [`guard::WATCH_FOR`], in which it watches how
+/// Looks at a server. With the settings of a sweep that would be slow it takes [`expiry_guard::WATCH_FOR`], in which it watches how
 /// many keys expire.
 ///
 /// # Errors
@@ -67,9 +67,9 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
     let mut facts = Facts { user, ..Facts::new(addr, info, expiry, rights, round_trip) };
     if settings.is_some_and(|settings| facts.has_to_know_the_flow(settings)) {
         let before = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
-        tokio::time::sleep(guard::WATCH_FOR).await;
+        tokio::time::sleep(expiry_guard::WATCH_FOR).await;
         let after = commands::info(&mut conn).await?.parsed::<u64>("expired_keys");
-        facts.expire_per_sec = guard::flow(before, after);
+        facts.expire_per_sec = expiry_guard::flow(before, after);
     }
     Ok(facts)
 }

@@ -9,7 +9,7 @@ use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{self, Span};
 use crate::check::facts::{Access, Facts, Right, Role, sum};
 use crate::check::findings::{Finding, Severity};
-use crate::engine::guard;
+use crate::engine::policy::{expiry_guard, profile};
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
 use crate::node::info::{DbKeys, OLDEST};
@@ -176,8 +176,9 @@ fn pace(facts: &Facts, settings: &ScanSettings, sweep: Span, findings: &mut Vec<
     if sweep.most > settings.timeout {
         findings.push(Finding::LongerThanTimeout { most: sweep.most, timeout: settings.timeout });
     }
+    let starves = profile::slow_scan_starves_expiry(facts.redis_version);
     if let Some(flow) = facts.expire_per_sec
-        && let Some(harm) = guard::harm(facts.redis_version, facts.longest_pass(settings), flow, settings)
+        && let Some(harm) = expiry_guard::harm(starves, facts.longest_pass(settings), flow, settings)
     {
         findings.push(Finding::TooSlow { harm, refused: !settings.allow_slow });
     }

@@ -107,6 +107,7 @@ fn pass_table(shard: &ShardView) -> String {
         "touched",
         "batches",
         "active",
+        "waited",
         "rested",
         "held",
         "slice p50",
@@ -124,6 +125,7 @@ fn pass_table(shard: &ShardView) -> String {
             grouped(figures.touched),
             grouped(figures.batches),
             span(figures.active),
+            span(figures.waited),
             span(figures.rested),
             span(figures.held_total()),
             us(figures.slice.p50_us),
@@ -213,6 +215,7 @@ mod tests {
             touched: 400,
             batches: 13_335,
             active: Duration::from_millis(1100),
+            waited: Duration::from_millis(180),
             rested: Duration::from_millis(20),
             slice: SliceSummary { p50_us: 71, p99_us: 96, max_us: 412 },
             ..PassFigures::default()
@@ -236,6 +239,7 @@ mod tests {
             ScanEventKind::Warned { message: "a thing to know".into() },
             ScanEventKind::ShardFinished {
                 memory: Memory { used: Some(88 << 20), max: Some(100 << 20), evicted: Some(77) },
+                settling: Duration::from_millis(100),
             },
         ];
         for what in what {

@@ -112,6 +112,8 @@ pub struct PassFigures {
     pub active: Duration,
     /// Time rested for the intensity and the ceiling.
     pub rested: Duration,
+    /// Time that is neither active nor rested nor held: answers were on their way, or the sweep did its own work.
+    pub waited: Duration,
     /// Time held, by reason.
     pub held: BTreeMap<Reason, Duration>,
     /// How long the batches were.
@@ -282,6 +284,8 @@ pub enum ScanEventKind {
     ShardFinished {
         /// Its memory after lazy frees settled.
         memory: Memory,
+        /// How long they were waited for.
+        settling: Duration,
     },
     /// The shard's sweep ended early.
     ShardEnded {
@@ -313,6 +317,8 @@ pub struct ShardView {
     pub memory_before: Memory,
     /// Memory after the last one; nothing is known before.
     pub memory_after: Memory,
+    /// Time waited after the last batch for what is freed in the background.
+    pub settling: Duration,
     /// Whether every pass is complete.
     pub finished: bool,
     /// Why it ended early.
@@ -392,9 +398,10 @@ impl Snapshot {
             ScanEventKind::HoldStarted { reason, detail } => (shard.hold, shard.hold_detail) = (Some(reason), detail),
             ScanEventKind::HoldEnded { .. } => (shard.hold, shard.hold_detail) = (None, None),
             ScanEventKind::TouchDecided { outcome } => shard.touch = outcome,
-            ScanEventKind::ShardFinished { memory } => {
+            ScanEventKind::ShardFinished { memory, settling } => {
                 shard.finished = true;
                 shard.memory_after = memory;
+                shard.settling = settling;
             }
             ScanEventKind::ShardEnded { failure } => {
                 shard.hold = None;

@@ -166,23 +166,28 @@ impl CursorSpace {
         }
     }
 
-    /// A place further on where a walk may begin: with the pass cut into `2^bits` stretches, the second beginning of one after
-    /// `position`, so that a whole stretch lies between. `None` where there is no such place any more. Any walk that
-    /// begins at it and ends behind a later place meets each key that is there meanwhile between the two, as a whole pass does.
-    pub fn further_on(&self, position: ScanPosition, bits: u32) -> Option<ScanPosition> {
+    /// With the pass cut into `2^bits` parts, where the part behind the one of `position` begins; [`ScanPosition::Finished`]
+    /// where that is the last one. A SCAN may begin at any bucket: a walk from one place that ends at or behind a later one
+    /// meets each key that is there meanwhile between the two, as a whole pass does.
+    pub fn cut_after(&self, position: ScanPosition, bits: u32) -> ScanPosition {
         let (slot, inside) = self.rank(position);
         let cursor = match self {
             Self::OneTable => {
-                let unused = 64_u32.checked_sub(bits).filter(|&unused| unused < 64)?;
-                let stretch = (inside >> unused) + 2;
-                if stretch >> bits > 0 {
-                    return None;
+                let Some(unused) = 64_u32.checked_sub(bits).filter(|&unused| unused < 64) else {
+                    return ScanPosition::Finished;
+                };
+                let part = (inside >> unused) + 1;
+                if part >> bits > 0 {
+                    return ScanPosition::Finished;
                 }
-                (stretch << unused).reverse_bits()
+                (part << unused).reverse_bits()
             }
-            Self::BySlot(owned) => u64::from(owned.nth(owned.below(slot) + 2 * (owned.len() >> bits).max(1))?),
+            Self::BySlot(owned) => {
+                let width = (owned.len() >> bits).max(1);
+                owned.nth((owned.below(slot) / width + 1) * width).map_or(0, u64::from)
+            }
         };
-        Some(ScanPosition::from_reply(cursor)).filter(|&place| self.rank(place) > self.rank(position))
+        ScanPosition::from_reply(cursor)
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Value};
 
+use crate::model::shard::RunId;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
@@ -31,6 +32,15 @@ pub async fn info(conn: &mut Conn) -> Result<Info, NodeError> {
         text.push_str(&more);
     }
     Ok(Info::parse(&text))
+}
+
+/// The server process that answers, by a short section of INFO; `None` where it does not tell.
+///
+/// # Errors
+/// [`NodeError`].
+pub async fn run_id(conn: &mut Conn) -> Result<Option<RunId>, NodeError> {
+    let info: String = conn.call("INFO", redis::cmd("INFO").arg("server")).await?;
+    Ok(Info::parse(&info).get("run_id").map(|id| RunId(id.to_owned())))
 }
 
 /// What a server has done since it was started.

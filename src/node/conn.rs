@@ -2,7 +2,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Value};
 use secrecy::ExposeSecret;
@@ -16,11 +16,11 @@ use crate::node::error::{Class, Greeting, NodeError};
 use crate::node::tls::{self, Tls};
 use crate::node::wire::{self, Integer, Malformed};
 
-use batch::Ahead;
+use batch::Sent;
 
 mod batch;
 
-pub use batch::{Ask, Gauge, Reading, ScanBatch, TouchBatch};
+pub use batch::{Gauge, Reading, Reply, Request, Timing, TouchReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
 const READ_BUFFER: usize = 64 << 10;
@@ -71,8 +71,8 @@ pub struct Conn {
     out: Vec<u8>,
     in_flight: bool,
     watchdog: Option<Watchdog>,
-    ahead: Option<Ahead>,
-    answered: Option<Instant>,
+    sent: Option<Sent>,
+    waited_for: bool,
 }
 
 /// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
@@ -138,8 +138,8 @@ impl Conn {
             out: Vec::new(),
             in_flight: false,
             watchdog: None,
-            ahead: None,
-            answered: None,
+            sent: None,
+            waited_for: false,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         let handshake = timeout_at(deadline, conn.handshake(&options.credentials));
@@ -240,8 +240,8 @@ impl Conn {
         command: &'static str,
         exchange: impl AsyncFnOnce(&mut Self) -> Result<T, NodeError>,
     ) -> Result<T, NodeError> {
-        let out_of_turn = self.ahead.is_some() && command != "SCAN";
-        if self.in_flight || out_of_turn {
+        // What was sent has to be received first.
+        if self.in_flight || self.sent.is_some() {
             return Err(self.lost(io::Error::other("an earlier command was left half way")));
         }
         self.in_flight = true;

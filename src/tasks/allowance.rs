@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::engine::control::Orders;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{Snapshot, held_by_reason};
+use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
 use crate::settings::show_duration;
 
 /// The time spent is brought up to date this often, for the checkpoints.
@@ -66,25 +66,19 @@ impl Allowance {
 
 /// The failure of a sweep whose time was over, with what it spent most of that time on.
 pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
-    let active: Duration = snapshot.passes().map(|pass| pass.active).sum();
-    let rested: Duration = snapshot.passes().map(|pass| pass.rested).sum();
-    // A hold that has not ended may stand in no figures yet.
+    let sum = |time: fn(&PassFigures) -> Duration| -> Duration { snapshot.passes().map(time).sum() };
+    let (active, waited, rested) = (sum(|pass| pass.active), sum(|pass| pass.waited), sum(|pass| pass.rested));
+    let held = held_by_reason(snapshot.passes()).into_iter().max_by_key(|(_, time)| *time);
     let holds = snapshot.shards.values().find_map(|shard| shard.hold);
-    let held = held_by_reason(snapshot.passes());
-    let told: Duration = held.values().sum();
-    let most = held.into_iter().max_by_key(|(_, time)| *time).filter(|(_, time)| *time > active.max(rested));
-    let silent = allowed.saturating_sub(active + rested + told);
-    // Of several masters one waits for the other.
-    let silent = snapshot.shards.len() == 1 && silent > active.max(rested);
-    let hint = match holds.or(most.map(|(reason, _)| reason)) {
-        None if silent => {
-            "most of that time it waited for answers: is the server far away, does it hang, or do slow commands hold it? Or allow \
-             more with --timeout"
+    let hint = match held.filter(|(_, time)| *time > active.max(waited).max(rested)).map(|(reason, _)| reason).or(holds) {
+        Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
+        None if rested > active.max(waited) => {
+            "it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout"
                 .to_owned()
         }
-        Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
-        None if rested > active => {
-            "it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout"
+        None if waited > active => {
+            "most of that time it waited for answers: is the server far away, does it hang, or do slow commands hold it? Or allow \
+             more with --timeout"
                 .to_owned()
         }
         None => "allow more with --timeout".to_owned(),
@@ -125,20 +119,20 @@ mod tests {
     #[test]
     fn the_end_of_the_time_names_what_took_it() {
         let s = Duration::from_secs;
-        let hint = |active, rested, held: &[(Reason, Duration)], hold| {
+        let hint = |active, waited, rested, held: &[(Reason, Duration)], hold| {
             let figures =
-                PassFigures { active, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
+                PassFigures { active, waited, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
             let shard = ShardView { passes: [(DbIndex(0), figures)].into(), hold, ..ShardView::default() };
             let snapshot = Snapshot { shards: [(ShardId("a:1".to_owned()), shard)].into(), ..Snapshot::default() };
             over(s(5_400), &snapshot).hint.unwrap()
         };
         insta::assert_snapshot!(
             [
-                hint(s(4_000), s(10), &[], None),
-                hint(s(60), s(10), &[], None),
-                hint(s(10), s(5_000), &[(Reason::Latency, s(50))], None),
-                hint(s(10), s(60), &[(Reason::Latency, s(50)), (Reason::Fork, s(61))], None),
-                hint(s(10), s(60), &[], Some(Reason::DeletionBlocked)),
+                hint(s(4_000), s(50), s(10), &[], None),
+                hint(s(60), s(4_000), s(10), &[], None),
+                hint(s(10), s(60), s(5_000), &[(Reason::Latency, s(50))], None),
+                hint(s(10), s(5), s(60), &[(Reason::Latency, s(50)), (Reason::Fork, s(61))], None),
+                hint(s(10), s(5), s(60), &[], Some(Reason::DeletionBlocked)),
                 over(s(5_400), &Snapshot::default()).message,
             ]
             .join("\n"),

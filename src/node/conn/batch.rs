@@ -1,8 +1,14 @@
-//! Batches: a SCAN or a touch between two readings, in one write, and another one sent before it is asked for.
+//! Batches: a SCAN or a touch between two readings, in one write. A batch is sent and received by separate calls, so that
+//! several connections can each have one under way.
 
 use std::io::{self, Write as _};
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use tokio::io::{AsyncRead, ReadBuf};
+
+use crate::model::shard::ScanPosition;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info;
@@ -13,11 +19,11 @@ const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
 /// INFO stats as it goes over the wire.
 const INFO_STATS: &str = "*2\r\n$4\r\nINFO\r\n$5\r\nstats\r\n";
 
-/// What one SCAN is asked for.
+/// One SCAN to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ask {
-    /// Where to go on; 0 is the beginning.
-    pub cursor: u64,
+pub struct Request {
+    /// Where to go on. [`ScanPosition::Finished`] is sent like the beginning: nobody asks from there.
+    pub from: ScanPosition,
     /// COUNT.
     pub count: u32,
     /// With a TYPE that nobody uses, so that no names come back.
@@ -62,32 +68,50 @@ const NOBODYS_TYPE: &str = "ttlsweep-none";
 
 /// What one SCAN between two readings did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ScanBatch {
-    /// The next cursor; 0 at the end.
-    pub cursor: u64,
+pub struct Reply {
+    /// Where the next SCAN goes on.
+    pub to: ScanPosition,
     /// Keys in the reply.
     pub returned: u64,
     /// Just before.
     pub before: Reading,
     /// Just after.
     pub after: Reading,
-    /// How long we waited for it: from the first byte written, or where that is later from the end of the answer before (see
-    /// [`Conn::answered`]), to the last byte read. The server cannot have worked on it for longer.
-    pub waited: Duration,
-    /// From the first byte written to the last byte read, whatever was answered in between: the way there and back is in it.
-    pub since_sent: Duration,
 }
 
-impl ScanBatch {
+impl Reply {
     /// Expired keys that the SCAN freed.
     pub fn reclaimed(&self) -> u64 {
         self.before.freed_until(self.after)
+    }
+
+    /// Keys that the SCAN looked at, as far as the reply tells: those returned and those freed.
+    pub fn seen(&self) -> u64 {
+        self.returned + self.reclaimed()
+    }
+}
+
+/// When a batch was sent and its last byte was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Before the first byte was written.
+    pub sent: Instant,
+    /// After the last byte was read.
+    pub read: Instant,
+    /// Whether the reply had not come yet when we looked for it. Else it had waited for us.
+    pub waited_for: bool,
+}
+
+impl Timing {
+    /// From the first byte written to the last byte read: the way there and back is in it.
+    pub fn since_sent(&self) -> Duration {
+        self.read.duration_since(self.sent)
     }
 }
 
 /// What touching the keys of one batch did.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TouchBatch {
+pub struct TouchReply {
     /// The server's answer for each name, in order; `None` where a cluster node sent us elsewhere: the key's slot is on
     /// its way from one node to another.
     pub answers: Vec<Option<i64>>,
@@ -95,118 +119,222 @@ pub struct TouchBatch {
     pub before: Reading,
     /// Just after.
     pub after: Reading,
-    /// From the first byte written to the last byte read.
-    pub waited: Duration,
 }
 
-impl TouchBatch {
+impl TouchReply {
     /// Expired keys that the touch freed.
     pub fn reclaimed(&self) -> u64 {
         self.before.freed_until(self.after)
     }
 }
 
-/// A batch that was sent and not asked for yet.
+/// What was sent and not received yet.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Ahead {
-    ask: Ask,
+pub(super) struct Sent {
+    what: What,
     at: Instant,
 }
 
-impl Conn {
-    /// A reading, `SCAN cursor COUNT count`, a reading, in one write. Not in MULTI: the deletions would be propagated as
-    /// one transaction, which cluster-aware replication tools reject. `names` receives the key names where it is given.
-    ///
-    /// `next` is told the next cursor as soon as it has come. What it wants to ask is sent then, so that the server works
-    /// while we read the names and do our sums. It must be asked for by the next call: see [`Conn::ahead`].
-    ///
-    /// # Errors
-    /// [`NodeError`]; the first refusal among them.
-    pub async fn scan(
-        &mut self,
-        ask: Ask,
-        mut names: Option<&mut Names>,
-        next: impl FnOnce(u64) -> Option<Ask>,
-    ) -> Result<ScanBatch, NodeError> {
-        if let Some(names) = names.as_deref_mut() {
-            names.clear();
-        }
-        self.bounded("SCAN", async |conn| {
-            let sent = match conn.ahead.take() {
-                Some(sent) if sent.ask == ask => sent.at,
-                Some(_) => return Err(conn.lost(io::Error::other("another batch is under way"))),
-                None => conn.send_scan(ask).await?,
-            };
-            let before = conn.read_gauge(ask.gauge).await?;
-            let page = conn.read_scan(names.as_deref_mut(), next).await?;
-            let after = conn.read_gauge(ask.gauge).await?;
-            let read_at = Instant::now();
-            let begun = conn.answered.map_or(sent, |at| at.max(sent));
-            conn.answered = Some(read_at);
-            let (waited, since_sent) = (read_at.duration_since(begun), read_at.duration_since(sent));
-            // All of them were read, so the connection stays in step whichever was refused.
-            let before = before?;
-            let (cursor, returned) = page?;
-            Ok(ScanBatch { cursor, returned, before, after: after?, waited, since_sent })
-        })
-        .await
-    }
+#[derive(Debug, Clone, Copy)]
+enum What {
+    Scan(Request),
+    Touch { command: &'static str, keys: usize, gauge: Gauge },
+}
 
-    /// Sends a batch whose answer is to be read later, by [`Conn::scan`].
+impl Conn {
+    /// Sends a reading, `SCAN cursor COUNT count`, a reading, in one write. Not in MULTI: the deletions would be propagated as
+    /// one transaction, which cluster-aware replication tools reject. Nothing else may be sent until [`Conn::receive_scan`].
     ///
     /// # Errors
     /// [`NodeError`] of the connection.
-    pub async fn send_ahead(&mut self, ask: Ask) -> Result<(), NodeError> {
-        self.bounded("SCAN", async |conn| {
-            let at = conn.send_scan(ask).await?;
-            conn.ahead = Some(Ahead { ask, at });
+    pub async fn send_scan(&mut self, request: Request) -> Result<(), NodeError> {
+        self.bounded("SCAN", async |conn| conn.write_scan(request).await).await
+    }
+
+    /// Sends a reading, `command name` for each of the first `keys` names, a reading, in one write. Nothing else may be sent until
+    /// [`Conn::receive_touch`].
+    ///
+    /// # Errors
+    /// [`NodeError`] of the connection.
+    pub async fn send_touch(
+        &mut self,
+        command: &'static str,
+        names: &Names,
+        keys: usize,
+        gauge: Gauge,
+    ) -> Result<(), NodeError> {
+        self.out.clear();
+        self.put_gauge(gauge);
+        for name in names.iter().take(keys) {
+            redis::cmd(command).arg(name).write_packed_command(&mut self.out);
+        }
+        self.put_gauge(gauge);
+        let sent = Sent { what: What::Touch { command, keys: names.len().min(keys), gauge }, at: Instant::now() };
+        self.bounded(command, async |conn| {
+            conn.send().await?;
+            conn.sent = Some(sent);
             Ok(())
         })
         .await
     }
 
-    /// A batch that was sent and not yet asked for. No other command may come before it.
-    pub fn ahead(&self) -> Option<Ask> {
-        self.ahead.map(|sent| sent.ask)
-    }
-
-    /// Gives up the batch that was sent ahead.
-    pub fn forget(&mut self) {
-        self.ahead = None;
-    }
-
-    /// When the batch was sent that was not asked for yet.
+    /// When the batch was sent that was not received yet.
     pub fn sent_at(&self) -> Option<Instant> {
-        self.ahead.map(|sent| sent.at)
+        self.sent.map(|sent| sent.at)
     }
 
-    /// When the last answer to a batch had been read.
-    pub fn answered_at(&self) -> Option<Instant> {
-        self.answered
+    /// The SCAN that was sent and not received yet.
+    pub fn under_way(&self) -> Option<Request> {
+        match self.sent?.what {
+            What::Scan(request) => Some(request),
+            What::Touch { .. } => None,
+        }
     }
 
-    /// Another connection's batch was answered: until then, the server worked on that one.
-    pub fn answered(&mut self, at: Option<Instant>) {
-        self.answered = self.answered.max(at);
+    /// Gives up what was sent. The connection is good for nothing else then.
+    pub fn forget(&mut self) {
+        self.in_flight |= self.sent.take().is_some();
     }
 
-    /// Sends one batch and says when.
-    async fn send_scan(&mut self, ask: Ask) -> Result<Instant, NodeError> {
+    /// Waits until the first bytes of what was sent are there. May be dropped at any time and called again.
+    ///
+    /// # Errors
+    /// [`NodeError`] of the connection; a timeout once the response timeout has passed since it was sent.
+    pub async fn reply_begins(&mut self) -> Result<(), NodeError> {
+        if self.start < self.end {
+            return Ok(());
+        }
+        let Some(sent) = self.sent else { return Ok(()) };
+        (self.start, self.end) = (0, 0);
+        let command = match sent.what {
+            What::Scan(_) => "SCAN",
+            What::Touch { command, .. } => command,
+        };
+        let after = self.response_timeout;
+        let mut watchdog = self.watchdog.take().unwrap_or_default();
+        let deadline = tokio::time::Instant::from_std(sent.at) + after;
+        let (stream, buf, waited_for) = (&mut self.stream, &mut self.buf, &mut self.waited_for);
+        let read = std::future::poll_fn(|cx| {
+            let mut into = ReadBuf::new(buf);
+            match Pin::new(&mut *stream).poll_read(cx, &mut into) {
+                Poll::Ready(Ok(())) => Poll::Ready(Ok(into.filled().len())),
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    *waited_for = true;
+                    Poll::Pending
+                }
+            }
+        });
+        let read = tokio::select! {
+            biased;
+            read = read => Some(read),
+            () = watchdog.bites(deadline) => None,
+        };
+        self.watchdog = Some(watchdog);
+        match read {
+            Some(Ok(0)) => Err(self.lost(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed it"))),
+            Some(Ok(bytes)) => {
+                self.end = bytes;
+                Ok(())
+            }
+            Some(Err(error)) => Err(self.lost(error)),
+            None => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
+        }
+    }
+
+    /// Receives the reply to what [`Conn::send_scan`] sent. `names` receives the key names where it is given.
+    ///
+    /// `next` is told the next position as soon as it has come. What it wants to ask is sent then, so that the server works
+    /// while we read the names and do our sums.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the first refusal among them.
+    pub async fn receive_scan(
+        &mut self,
+        mut names: Option<&mut Names>,
+        next: impl FnOnce(ScanPosition) -> Option<Request>,
+    ) -> Result<(Reply, Timing), NodeError> {
+        if let Some(names) = names.as_deref_mut() {
+            names.clear();
+        }
+        self.reply_begins().await?;
+        let (request, sent) = match self.sent.take() {
+            Some(Sent { what: What::Scan(request), at }) => (request, at),
+            _ => return Err(self.lost(io::Error::other("no batch is under way"))),
+        };
+        let waited_for = std::mem::take(&mut self.waited_for);
+        self.bounded("SCAN", async |conn| {
+            let before = conn.read_gauge(request.gauge).await?;
+            let page = conn.read_scan(names.as_deref_mut(), next).await?;
+            let after = conn.read_gauge(request.gauge).await?;
+            let timing = Timing { sent, read: Instant::now(), waited_for };
+            // All of them were read, so the connection stays in step whichever was refused.
+            let before = before?;
+            let (to, returned) = page?;
+            Ok((Reply { to, returned, before, after: after? }, timing))
+        })
+        .await
+    }
+
+    /// Receives the replies to what [`Conn::send_touch`] sent.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the first refusal among them.
+    pub async fn receive_touch(&mut self) -> Result<(TouchReply, Timing), NodeError> {
+        self.reply_begins().await?;
+        let (command, keys, gauge, sent) = match self.sent.take() {
+            Some(Sent { what: What::Touch { command, keys, gauge }, at }) => (command, keys, gauge, at),
+            _ => return Err(self.lost(io::Error::other("no touch is under way"))),
+        };
+        let waited_for = std::mem::take(&mut self.waited_for);
+        self.bounded(command, async |conn| {
+            let before = conn.read_gauge(gauge).await?;
+            let mut answers = Vec::with_capacity(keys);
+            let mut refused = None;
+            for _ in 0..keys {
+                match conn.read_integer(command).await? {
+                    Ok(answer) => answers.push(Some(answer)),
+                    Err(error) if error.is_redirection() => answers.push(None),
+                    Err(error) => refused = refused.or(Some(error)),
+                }
+            }
+            let after = conn.read_gauge(gauge).await?;
+            let timing = Timing { sent, read: Instant::now(), waited_for };
+            if let Some(error) = refused {
+                return Err(error);
+            }
+            Ok((TouchReply { answers, before: before?, after: after? }, timing))
+        })
+        .await
+    }
+
+    /// Sends one SCAN and receives its reply.
+    ///
+    /// # Errors
+    /// [`NodeError`]; the first refusal among them.
+    pub async fn scan(&mut self, request: Request) -> Result<Reply, NodeError> {
+        self.send_scan(request).await?;
+        Ok(self.receive_scan(None, |_| None).await?.0)
+    }
+
+    /// Writes one SCAN and notes that it is under way.
+    async fn write_scan(&mut self, request: Request) -> Result<(), NodeError> {
         self.out.clear();
         // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
-        let (cursor, count) = (ask.cursor.to_string(), ask.count.to_string());
+        let (cursor, count) = (request.from.to_send().unwrap_or(0).to_string(), request.count.to_string());
         let words = [&cursor, "COUNT", &count, "TYPE", NOBODYS_TYPE];
-        let words = if ask.nameless { &words[..] } else { &words[..3] };
-        self.put_gauge(ask.gauge);
+        let words = if request.nameless { &words[..] } else { &words[..3] };
+        self.put_gauge(request.gauge);
         let _ = write!(self.out, "*{}\r\n$4\r\nSCAN\r\n", words.len() + 1);
         for word in words {
             // A write into memory cannot fail.
             let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
         }
-        self.put_gauge(ask.gauge);
-        let at = Instant::now();
+        self.put_gauge(request.gauge);
+        let sent = Sent { what: What::Scan(request), at: Instant::now() };
         self.send().await?;
-        Ok(at)
+        self.sent = Some(sent);
+        Ok(())
     }
 
     /// Asks for a reading.
@@ -232,46 +360,11 @@ impl Conn {
         Ok(reading())
     }
 
-    /// A reading, `command name` for each name, a reading, in one write.
-    ///
-    /// # Errors
-    /// [`NodeError`]; the first refusal among them.
-    pub async fn touch(&mut self, command: &'static str, names: &Names, gauge: Gauge) -> Result<TouchBatch, NodeError> {
-        self.out.clear();
-        self.put_gauge(gauge);
-        for name in names.iter() {
-            redis::cmd(command).arg(name).write_packed_command(&mut self.out);
-        }
-        self.put_gauge(gauge);
-        self.bounded(command, async |conn| {
-            let begun = Instant::now();
-            conn.send().await?;
-            let before = conn.read_gauge(gauge).await?;
-            let mut answers = Vec::with_capacity(names.len());
-            let mut refused = None;
-            for _ in 0..names.len() {
-                match conn.read_integer(command).await? {
-                    Ok(answer) => answers.push(Some(answer)),
-                    Err(error) if error.is_redirection() => answers.push(None),
-                    Err(error) => refused = refused.or(Some(error)),
-                }
-            }
-            let after = conn.read_gauge(gauge).await?;
-            let waited = begun.elapsed();
-            conn.answered = Some(Instant::now());
-            if let Some(error) = refused {
-                return Err(error);
-            }
-            Ok(TouchBatch { answers, before: before?, after: after?, waited })
-        })
-        .await
-    }
-
     async fn read_scan(
         &mut self,
         mut names: Option<&mut Names>,
-        next: impl FnOnce(u64) -> Option<Ask>,
-    ) -> Result<Result<(u64, u64), NodeError>, NodeError> {
+        next: impl FnOnce(ScanPosition) -> Option<Request>,
+    ) -> Result<Result<(ScanPosition, u64), NodeError>, NodeError> {
         let mut reader = ScanReader::default();
         let mut next = Some(next);
         loop {
@@ -279,15 +372,17 @@ impl Conn {
             let (eaten, reply) = reader.feed(unread, names.as_deref_mut()).map_err(|e| self.malformed("SCAN", e))?;
             self.start += eaten;
             match reply {
-                Some(ScanReply::Page { cursor, returned }) => return Ok(Ok((cursor, returned))),
+                Some(ScanReply::Page { cursor, returned }) => {
+                    return Ok(Ok((ScanPosition::from_reply(cursor), returned)));
+                }
                 Some(ScanReply::Refused) => return Ok(Err(self.refused("SCAN", reader.error()))),
                 None => {}
             }
             match reader.cursor() {
                 Some(cursor) if next.is_some() => {
-                    if let Some(ask) = next.take().and_then(|next| next(cursor)) {
-                        let at = self.send_scan(ask).await?;
-                        self.ahead = Some(Ahead { ask, at });
+                    let next = next.take().and_then(|next| next(ScanPosition::from_reply(cursor)));
+                    if let Some(request) = next {
+                        self.write_scan(request).await?;
                     }
                 }
                 _ if eaten == 0 => self.fill().await?,

@@ -1,15 +1,17 @@
-//! How large the next batch is, and how long to rest before it.
+//! How large the next batch is, and when it may be sent.
 //!
 //! A foreground request waits behind one batch at most, so what it feels is the length of that batch and not how many
-//! there are. Three rules follow:
+//! there are. Four rules follow:
 //!
 //! 1. COUNT is steered so that one batch holds the master for about `max_slice`. It is never raised to go faster.
-//! 2. Rest leaves the master's CPU to others: after work `w` at intensity `i` the sweep owes `w / i - w`.
+//! 2. Rest leaves the master's CPU to others: batches that held it for `w` in all take `w / intensity` of time at least.
 //! 3. The ceiling in keys per second is governor's, with a burst of one batch, or of what the ceiling allows in 5 ms: a timer
 //!    ticks in milliseconds, and with less the sweep would oversleep and never come near a high ceiling.
+//! 4. Where several batches are under way they are spaced by the length of one, at most two at once: a server works off
+//!    whatever has come to it before it looks at anybody else, so batches that arrive together are one long slice to others.
 //!
 //! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
-//! time since the answer before it, but no more than since it was sent, less the smallest PING round trip. The replies' way
+//! time since the reply before it, but no more than since it was sent, less the smallest PING round trip. The replies' way
 //! through both kernels and our own parsing are in it too, so that it is seldom less than the server worked.
 
 use std::num::NonZeroU32;
@@ -26,12 +28,15 @@ use crate::model::progress::SliceSummary;
 use crate::node::info::CommandStat;
 use crate::settings::{COUNT_RANGE, Tuning};
 
-/// COUNT is reconsidered after this many batches, by the median cost among them: one preempted round trip must not
+/// COUNT is reconsidered after this many groups of replies, by the median cost among them: one preempted round trip must not
 /// move it.
 const STEER_EVERY: usize = 15;
 
+/// Replies that came together are one group; a group that never ends, since we are slower than the server, is cut here.
+const GROUP_MOST: u32 = 32;
+
 /// Rest that is owed is paid once it reaches this much: tokio's timer ticks in milliseconds, and shorter sleeps would
-/// each be rounded up to one.
+/// each be rounded up to one. As much is forgiven where a sleep was too long.
 const REST_AT_LEAST: Duration = Duration::from_millis(2);
 
 /// The burst of the ceiling is a second's keys over this: 5 ms of them.
@@ -41,7 +46,7 @@ const BURSTS_PER_SEC: u32 = 200;
 /// not let run, or somebody's slow command, is neither SCAN's time nor the network's.
 const UNUSUAL: u32 = 4;
 
-/// The most rest that one batch can owe: a wait of seconds is seldom its work, and nobody is listened to while it rests.
+/// The most rest that may be owed: a wait of seconds is seldom the work of one batch, and nobody is listened to while it rests.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
 /// Longest slice that the histogram tells apart, in microseconds: ten minutes.
@@ -73,6 +78,39 @@ impl Ceiling {
         let quota = Quota::per_second(at_least_one(keys_per_sec)).allow_burst(burst);
         Self { limiter: RateLimiter::direct_with_clock(quota, TokioClock(Instant::now())), burst }
     }
+
+    /// Pays for keys. Returns how long to wait until more of them can be paid for, or `None` once all are.
+    fn pay(&self, keys: &mut u64) -> Option<Duration> {
+        while *keys > 0 {
+            // A batch may hold more keys than one burst: it is paid for in parts.
+            let part = NonZeroU32::new(u32::try_from(*keys).unwrap_or(u32::MAX))?.min(self.burst);
+            match self.limiter.check_n(part).expect("a part is never larger than the burst") {
+                Ok(()) => *keys -= u64::from(part.get()),
+                Err(early) => return Some(early.wait_time_from(self.limiter.clock().now())),
+            }
+        }
+        None
+    }
+}
+
+/// How long one batch kept us waiting.
+#[derive(Debug, Clone, Copy)]
+pub struct Wait {
+    /// Since it was sent, or where that is later since the last reply of any connection: the server cannot have worked on it
+    /// for longer.
+    pub own: Duration,
+    /// Since it was sent: the way there and back is in it.
+    pub since_sent: Duration,
+    /// Whether its reply had to be waited for. Else it came together with the one before.
+    pub waited_for: bool,
+}
+
+/// Replies that came together.
+#[derive(Debug, Default)]
+struct Group {
+    held: Duration,
+    keys: u64,
+    batches: u32,
 }
 
 /// The pacer of one shard.
@@ -85,16 +123,22 @@ pub struct Pacer {
     intensity: f64,
     /// Smallest PING round trip: the network's and both kernels' share of a wait.
     floor: Duration,
-    /// Microseconds per key of the last batches, each with the one before it.
+    group: Group,
+    /// Microseconds per key of the last groups.
     costs: Vec<f64>,
-    /// How long the batch before held the server, and its keys.
-    before: (Duration, u64),
+    /// The median of them when COUNT was last reconsidered.
+    cost_us: Option<f64>,
     /// Server time by `cmdstat_scan` over server time by our waits, in (0, 1].
     correction: f64,
-    owed: Duration,
-    /// Rest that was longer than owed, since a timer ticks in milliseconds. Counts towards the next.
-    ahead: Duration,
+    /// When the time that batches took has been rested for.
+    rested_at: Instant,
+    /// Whether rest is being paid.
+    resting: bool,
+    /// When another batch may follow the last ones at a distance.
+    spaced_at: Instant,
     ceiling: Option<Ceiling>,
+    /// Keys that were looked at and that the ceiling has not let through yet.
+    unpaid: u64,
     slices: Histogram<u64>,
     last_stat: Option<CommandStat>,
     since_stat: (u64, Duration),
@@ -112,12 +156,15 @@ impl Pacer {
             tuning,
             intensity: tuning.intensity,
             floor,
+            group: Group::default(),
             costs: Vec::with_capacity(STEER_EVERY),
-            before: (Duration::ZERO, 0),
+            cost_us: None,
             correction: 1.0,
-            owed: Duration::ZERO,
-            ahead: Duration::ZERO,
+            rested_at: Instant::now(),
+            resting: false,
+            spaced_at: Instant::now(),
             ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
+            unpaid: 0,
             // Two digits keep the histogram below 20 kB, and a slice is not known any better than to a per cent.
             slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
             last_stat: None,
@@ -130,6 +177,11 @@ impl Pacer {
     /// COUNT of the next batch.
     pub fn count(&self) -> u32 {
         self.count
+    }
+
+    /// The network's and both kernels' share of a wait.
+    pub fn floor(&self) -> Duration {
+        self.floor
     }
 
     /// Another connection: the way to the server may be shorter or longer now.
@@ -159,41 +211,79 @@ impl Pacer {
         self.intensity = intensity;
     }
 
-    /// Takes one exchange with the server in: we waited so long for `keys` to be looked at, since the answer before it or since it
-    /// was sent, and so long in all since it was sent. Returns how long it held the server.
-    pub fn worked(&mut self, keys: u64, waited: Duration, since_sent: Duration) -> Duration {
-        // No answer comes sooner than by the shortest way there and back, whatever PING said at the start; and the server cannot
-        // work on what has not come yet.
-        self.floor = self.floor.min(since_sent);
-        let slice = waited.min(since_sent - self.floor);
-        if keys > 0 {
-            // A touch is no SCAN: `cmdstat_scan` does not know it.
-            let usual = self.usual.get_or_insert(slice);
-            self.since_stat.0 += 1;
-            self.since_stat.1 += slice.min(*usual * UNUSUAL);
-            *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
-        }
+    /// Takes a reply to a SCAN that looked at so many keys in. Returns how long it held the server.
+    pub fn worked(&mut self, keys: u64, wait: Wait) -> Duration {
+        let slice = self.slice_of(wait);
+        let usual = self.usual.get_or_insert(slice);
+        self.since_stat.0 += 1;
+        self.since_stat.1 += slice.min(*usual * UNUSUAL);
+        *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
         let held = slice.mul_f64(self.correction);
-        self.slices.saturating_record((held.as_micros() as u64).max(1));
-        let rest = held.div_f64(self.intensity).saturating_sub(held).min(REST_AT_MOST);
-        self.owed += rest.saturating_sub(self.ahead);
-        self.ahead = self.ahead.saturating_sub(rest);
-        if keys > 0 && !self.max_slice.is_zero() {
-            // A server writes its answers once it has worked off what had come, so that of two batches one seems to take both their
-            // time and the other none.
-            let (before, keys_before) = std::mem::replace(&mut self.before, (held, keys));
-            self.costs.push((before + held).as_secs_f64() * 1e6 / (keys_before + keys) as f64);
-            if self.costs.len() == STEER_EVERY {
-                self.steer();
-            }
+        if wait.waited_for || self.group.batches >= GROUP_MOST {
+            self.close_group();
         }
+        self.group.held += held;
+        self.group.keys += keys.max(1);
+        self.group.batches += 1;
+        self.owe(held);
         held
+    }
+
+    /// So many keys were looked at, which the ceiling has to let through before more are.
+    pub fn charge(&mut self, keys: u64) {
+        if self.ceiling.is_some() {
+            self.unpaid += keys;
+        }
+    }
+
+    /// Takes the reply to something else than a SCAN of the walk in: a touch, which `cmdstat_scan` does not know, or a second
+    /// look, which says nothing of the cost of a key. Returns how long it held the server.
+    pub fn worked_beside(&mut self, wait: Wait) -> Duration {
+        let held = self.slice_of(wait).mul_f64(self.correction);
+        self.slices.saturating_record(micros(held));
+        self.owe(held);
+        held
+    }
+
+    fn slice_of(&mut self, wait: Wait) -> Duration {
+        // No reply comes sooner than by the shortest way there and back, whatever PING said at the start; and the server cannot
+        // work on what has not come yet.
+        self.floor = self.floor.min(wait.since_sent);
+        wait.own.min(wait.since_sent - self.floor)
+    }
+
+    fn owe(&mut self, held: Duration) {
+        if self.intensity < 1.0 {
+            let now = Instant::now();
+            // What a sleep was longer than owed is made up for, but no more than one rest: a process that was stopped for a
+            // minute must not race for the next.
+            let from = now.checked_sub(REST_AT_LEAST).map_or(self.rested_at, |earliest| self.rested_at.max(earliest));
+            self.rested_at = (from + held.div_f64(self.intensity)).min(now + REST_AT_MOST);
+        }
+    }
+
+    /// A server writes its replies once it has worked off what had come, so that of several batches one seems to take the time of
+    /// all and the others none: each is taken for the mean of its group.
+    fn close_group(&mut self) {
+        let Group { held, keys, batches } = std::mem::take(&mut self.group);
+        if batches == 0 {
+            return;
+        }
+        self.slices.saturating_record_n(micros(held / batches), u64::from(batches));
+        self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
+        if self.costs.len() >= STEER_EVERY {
+            self.steer();
+        }
     }
 
     fn steer(&mut self) {
         self.costs.sort_by(f64::total_cmp);
-        let median = self.costs[STEER_EVERY / 2].max(0.01);
+        let median = self.costs[self.costs.len() / 2].max(0.01);
         self.costs.clear();
+        self.cost_us = Some(median);
+        if self.max_slice.is_zero() {
+            return;
+        }
         let wanted = self.max_slice.as_secs_f64() * 1e6 / median;
         // At most doubled or halved at once: the cost per key of a small batch says little about a large one.
         let bounded = wanted.clamp(f64::from(self.count) / 2.0, f64::from(self.count) * 2.0);
@@ -201,6 +291,12 @@ impl Pacer {
         if (bounded / f64::from(self.count) - 1.0).abs() > 0.1 {
             self.count = (bounded as u32).clamp(*COUNT_RANGE.start(), *COUNT_RANGE.end());
         }
+    }
+
+    /// How long the next batch will hold the server, as far as that is known.
+    pub fn expected_slice(&self) -> Duration {
+        let us = self.cost_us.map_or(0.0, |cost| cost * f64::from(self.count));
+        Duration::from_nanos((us * 1e3) as u64)
     }
 
     /// Takes a reading of `cmdstat_scan` in.
@@ -226,46 +322,37 @@ impl Pacer {
         }
     }
 
-    /// Whether the next batch needs to wait neither for a rest nor for the ceiling under these limits, so that it may be sent
-    /// before the last one's sums are done.
-    pub fn runs_free(&self, tuning: &Tuning) -> bool {
-        *tuning == self.tuning && self.ceiling.is_none() && self.rest_due().is_none()
-    }
-
-    /// How long to rest now, or `None` where nothing worth a sleep is owed.
-    pub fn rest_due(&self) -> Option<Duration> {
-        (self.owed >= REST_AT_LEAST).then_some(self.owed)
-    }
-
-    /// Takes a rest in. What a sleep was longer than owed is made up for, but no more than one rest: a process that was
-    /// stopped for a minute must not race for the next.
-    pub fn rested(&mut self, slept: Duration) {
-        self.ahead = slept.saturating_sub(self.owed).min(REST_AT_LEAST);
-        self.owed = self.owed.saturating_sub(slept);
-    }
-
-    /// The sweep stood still for another reason, which was rest as well.
-    pub fn stood_still(&mut self, slept: Duration) {
-        self.owed = self.owed.saturating_sub(slept);
-    }
-
-    /// How long the ceiling makes us wait before `keys` that were just looked at are paid for, or `None` once they are.
-    /// Ask again after the wait.
-    pub fn ceiling_wait(&self, keys: &mut u32) -> Option<Duration> {
-        let ceiling = self.ceiling.as_ref()?;
-        while let Some(left) = NonZeroU32::new(*keys) {
-            // A batch may hold more keys than one burst: it is paid for in parts.
-            let part = left.min(ceiling.burst);
-            match ceiling.limiter.check_n(part).expect("a part is never larger than the burst") {
-                Ok(()) => *keys -= part.get(),
-                Err(early) => return Some(early.wait_time_from(ceiling.limiter.clock().now())),
-            }
+    /// Whether the next batch may be sent now; if not, when to ask again. `spaced`: at a distance from those before it.
+    ///
+    /// # Errors
+    /// When to ask again.
+    pub fn may_send(&mut self, spaced: bool) -> Result<(), Instant> {
+        let now = Instant::now();
+        let owed = self.rested_at.saturating_duration_since(now);
+        self.resting = if self.resting { !owed.is_zero() } else { owed >= REST_AT_LEAST };
+        if self.resting {
+            return Err(self.rested_at);
         }
-        None
+        if spaced && self.spaced_at > now {
+            return Err(self.spaced_at);
+        }
+        match self.ceiling.as_ref().and_then(|ceiling| ceiling.pay(&mut self.unpaid)) {
+            Some(wait) => Err(now + wait),
+            None => Ok(()),
+        }
     }
 
-    /// How long batches were, all since this pacer was made.
-    pub fn slices(&self) -> SliceSummary {
+    /// A batch was sent.
+    pub fn sent(&mut self) {
+        let (now, slice) = (Instant::now(), self.expected_slice());
+        // One of them may follow at once.
+        let from = now.checked_sub(slice).map_or(self.spaced_at, |earliest| self.spaced_at.max(earliest));
+        self.spaced_at = from + slice;
+    }
+
+    /// How long batches were, all since this pacer was made or [`Pacer::reset_slices`].
+    pub fn slices(&mut self) -> SliceSummary {
+        self.close_group();
         SliceSummary {
             p50_us: self.slices.value_at_quantile(0.5),
             p99_us: self.slices.value_at_quantile(0.99),
@@ -275,6 +362,7 @@ impl Pacer {
 
     /// Forgets how long batches were: a new DB begins.
     pub fn reset_slices(&mut self) {
+        self.group = Group::default();
         self.slices.reset();
     }
 
@@ -282,6 +370,10 @@ impl Pacer {
     pub fn server_us_per_scan(&self) -> Option<f64> {
         self.server_us_per_scan
     }
+}
+
+fn micros(span: Duration) -> u64 {
+    (span.as_micros() as u64).max(1)
 }
 
 #[cfg(test)]
@@ -301,7 +393,7 @@ mod tests {
 
     /// A batch that nothing was under way beside.
     fn alone(pacer: &mut Pacer, keys: u64, waited: Duration) -> Duration {
-        pacer.worked(keys, waited, waited)
+        pacer.worked(keys, Wait { own: waited, since_sent: waited, waited_for: true })
     }
 
     /// Feeds batches whose server time is `us_per_key` per key, and returns the COUNT they end at.
@@ -323,15 +415,20 @@ mod tests {
     }
 
     #[test]
-    fn two_batches_that_are_answered_at_once_are_half_of_their_time_each() {
-        let mut pacer = Pacer::new(100, 75 * US, tuning(1.0, None), 20 * US);
-        for batch in 0..200 {
-            let keys = pacer.count();
-            let both = 2 * US.mul_f64(f64::from(keys));
-            let waited = if batch % 2 == 0 { both + 20 * US } else { US };
-            pacer.worked(u64::from(keys), waited, both + 20 * US);
+    fn batches_that_are_answered_at_once_share_their_time() {
+        for together in [2_u32, 5, 20] {
+            let mut pacer = Pacer::new(100, 75 * US, tuning(1.0, None), 20 * US);
+            for batch in 0..1_000 {
+                let keys = pacer.count();
+                let all = together * US.mul_f64(f64::from(keys));
+                let first = batch % together == 0;
+                let own = if first { all + 20 * US } else { US };
+                pacer.worked(u64::from(keys), Wait { own, since_sent: all + 20 * US, waited_for: first });
+            }
+            assert!((65..=85).contains(&pacer.count()), "1 us a key, {together} together: {}", pacer.count());
+            let slices = pacer.slices();
+            assert!((60..=110).contains(&slices.p50_us), "{together} together: {slices:?}");
         }
-        assert!((65..=85).contains(&pacer.count()), "1 us a key: {}", pacer.count());
     }
 
     #[test]
@@ -371,41 +468,79 @@ mod tests {
         assert!(most.is_some_and(|&most| most <= 200), "a slice of 75 us is 100 keys: {most:?}");
     }
 
-    #[test]
-    fn a_stall_of_seconds_owes_no_minute_of_rest() {
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_of_seconds_owes_no_minute_of_rest() {
         let mut pacer = pacer(100, 0.1, None);
         alone(&mut pacer, 100, Duration::from_secs(5));
-        assert_eq!(pacer.rest_due(), Some(REST_AT_MOST));
+        assert_eq!(pacer.may_send(false), Err(Instant::now() + REST_AT_MOST));
     }
 
-    #[test]
-    fn rest_is_work_over_intensity_less_work() {
+    /// Share of the time that batches of 100 us took, whose way there and back takes `away`, with `depth` of them under way.
+    async fn share_taken(pacer: &mut Pacer, away: Duration, depth: u32) -> f64 {
+        let begun = Instant::now();
+        let mut held = Duration::ZERO;
+        while begun.elapsed() < Duration::from_secs(1) {
+            while let Err(then) = pacer.may_send(false) {
+                tokio::time::sleep_until(then).await;
+            }
+            tokio::time::advance((100 * US).max((away + 100 * US) / depth)).await;
+            let wait = Wait { own: 100 * US + pacer.floor(), since_sent: 100 * US + pacer.floor(), waited_for: true };
+            held += pacer.worked(100, wait);
+        }
+        held.as_secs_f64() / begun.elapsed().as_secs_f64()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_intensity_is_the_share_of_the_time_however_far_the_server_and_however_many_batches() {
+        for (intensity, away, depth, share) in [
+            (0.25, 20, 1, 0.25),
+            (0.05, 20, 1, 0.05),
+            (0.25, 1_000, 1, 0.091),
+            (0.25, 1_000, 12, 0.25),
+            (0.8, 1_000, 12, 0.8),
+        ] {
+            let taken = share_taken(&mut pacer(100, intensity, None), away * US, depth).await;
+            assert!((taken / share - 1.0).abs() < 0.05, "{intensity} at {away} us, {depth} deep: {taken}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_stop_is_not_made_up_for() {
         let mut pacer = pacer(100, 0.25, None);
-        assert_eq!(pacer.rest_due(), None);
-        for _ in 0..10 {
-            alone(&mut pacer, 100, 120 * US);
-        }
-        assert_eq!(pacer.rest_due(), Some(3000 * US));
-        pacer.rested(4000 * US);
-        assert_eq!(pacer.rest_due(), None);
-        for _ in 0..10 {
-            alone(&mut pacer, 100, 120 * US);
-        }
-        assert_eq!(pacer.rest_due(), Some(2000 * US), "the last rest was 1 ms too long");
-        pacer.rested(Duration::from_secs(60));
-        for _ in 0..20 {
-            alone(&mut pacer, 100, 120 * US);
-        }
-        assert_eq!(pacer.rest_due(), Some(4000 * US), "a long stop is not made up for");
+        alone(&mut pacer, 100, 1_020 * US);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert_eq!(pacer.may_send(false), Ok(()));
+        alone(&mut pacer, 100, 2_020 * US);
+        assert_eq!(pacer.may_send(false), Err(Instant::now() + 6_000 * US), "8 ms less the 2 ms that are forgiven");
     }
 
-    #[test]
-    fn at_intensity_one_nothing_is_owed() {
+    #[tokio::test(start_paused = true)]
+    async fn at_intensity_one_nothing_is_owed() {
         let mut pacer = pacer(100, 1.0, None);
         for _ in 0..1000 {
             alone(&mut pacer, 100, 120 * US);
         }
-        assert_eq!(pacer.rest_due(), None);
+        assert_eq!(pacer.may_send(false), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batches_that_would_be_sent_together_are_spaced_by_their_length_but_for_two() {
+        let mut pacer = pacer(75, 1.0, None);
+        settle(&mut pacer, 1.0);
+        let slice = pacer.expected_slice();
+        assert!((60 * US..90 * US).contains(&slice), "{slice:?}");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let begun = Instant::now();
+        let mut at = Vec::new();
+        for _ in 0..6 {
+            if let Err(then) = pacer.may_send(true) {
+                tokio::time::advance(then - Instant::now()).await;
+            }
+            pacer.sent();
+            at.push(begun.elapsed());
+        }
+        assert_eq!(at, [0, 0, 1, 2, 3, 4].map(|slices| slices * slice));
+        assert_eq!(pacer.may_send(false), Ok(()));
     }
 
     #[test]
@@ -430,12 +565,12 @@ mod tests {
     }
 
     /// How long so many batches of so many keys take under the ceiling alone.
-    async fn seconds_of(batches: u32, keys: u32, pacer: Pacer) -> f64 {
+    async fn seconds_of(batches: u32, keys: u64, mut pacer: Pacer) -> f64 {
         let begun = Instant::now();
         for _ in 0..batches {
-            let mut unpaid = keys;
-            while let Some(wait) = pacer.ceiling_wait(&mut unpaid) {
-                tokio::time::sleep(wait).await;
+            pacer.charge(keys);
+            while let Err(then) = pacer.may_send(false) {
+                tokio::time::sleep_until(then).await;
             }
         }
         begun.elapsed().as_secs_f64()

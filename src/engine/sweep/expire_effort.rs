@@ -12,12 +12,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::engine::observe::Observation;
-use crate::engine::pause::wait;
-use crate::engine::shard_scan::{End, ShardScan};
-use crate::engine::throttle::{self, Decision};
+use crate::engine::policy::observation::Observation;
+use crate::engine::policy::throttle::{self, Decision};
+use crate::engine::sweep::shard::{End, ShardSweep};
 use crate::model::failure::FailureKind;
-use crate::model::progress::ScanEventKind;
 use crate::model::shard::NodeAddr;
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
@@ -33,17 +31,17 @@ const AT_LEAST: Duration = Duration::from_secs(2);
 /// Pause between looks.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-impl ShardScan {
+impl ShardSweep {
     /// Puts back what sweeps before this one could not, or this one on a server that did not answer.
     pub(super) async fn put_back_what_was_left(&mut self) {
         let Some(dir) = &self.job.tallies else { return };
-        let target = self.job.roster.topology().target().to_string();
-        let ours = |undo: &Undo| undo.target == target || undo.addr == *self.conn.addr();
+        let target = self.job.map.topology().target().to_string();
+        let ours = |undo: &Undo| undo.target == target || undo.addr == *self.session.addr();
         for note in UndoNote::left(dir, ours) {
             let Undo { addr, parameter, value, .. } = note.undo.clone();
             if self.put_back(note).await {
                 let message = format!("{parameter} of {addr} had been left at {MOST}: it was put back to {value}");
-                self.warn(message).await;
+                self.reporter.warn(message).await;
             }
         }
     }
@@ -53,20 +51,20 @@ impl ShardScan {
         let note = match self.raise().await {
             Ok(Ok(note)) => note,
             Ok(Err(why)) => {
-                self.warn(format!("the server's own expiry was not helped: {why}")).await;
+                self.reporter.warn(format!("the server's own expiry was not helped: {why}")).await;
                 return Ok(());
             }
             Err(error) => {
                 self.recover(error, None).await?;
-                self.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
+                self.reporter.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
                 // The answer was lost, and perhaps not the order.
                 self.put_back_what_was_left().await;
                 return Ok(());
             }
         };
-        let (begun, before, addr) = (Instant::now(), self.before.stale_share, note.undo.addr.clone());
+        let (begun, before, addr) = (Instant::now(), self.session.baseline.stale_share, note.undo.addr.clone());
         let watched = self.watch_expiry(at_most, &note.undo.value).await;
-        self.end_hold(None).await;
+        self.end_hold().await;
         self.put_back(note).await;
         let what = match watched? {
             Some((stale, freed)) => format!(
@@ -76,26 +74,26 @@ impl ShardScan {
             ),
             None => format!("then {addr} was restarted, or another took over from it"),
         };
-        self.warn(format!("{PARAMETER} was {MOST} for {:.1} s: {what}", begun.elapsed().as_secs_f64())).await;
+        self.reporter.warn(format!("{PARAMETER} was {MOST} for {:.1} s: {what}", begun.elapsed().as_secs_f64())).await;
         Ok(())
     }
 
     /// The outer error is the connection's; the inner one says why the effort was not raised.
     async fn raise(&mut self) -> Result<Result<UndoNote, String>, NodeError> {
         let Some(dir) = self.job.tallies.clone() else { return Ok(Err("there is no state file".to_owned())) };
-        let Some(value) = commands::config(&mut self.conn, PARAMETER).await? else {
+        let Some(value) = commands::config(self.session.conn(), PARAMETER).await? else {
             return Ok(Err(format!("the server does not tell its {PARAMETER} (no right to CONFIG GET?)")));
         };
         if value == MOST {
             return Ok(Err(format!("{PARAMETER} is {MOST} already")));
         }
-        let target = self.job.roster.topology().target().to_string();
-        let undo = Undo { target, addr: self.conn.addr().clone(), parameter: PARAMETER.to_owned(), value };
+        let target = self.job.map.topology().target().to_string();
+        let undo = Undo { target, addr: self.session.addr().clone(), parameter: PARAMETER.to_owned(), value };
         let note = match undo.note(&dir) {
             Ok(note) => note,
             Err(error) => return Ok(Err(format!("its old value cannot be kept beside the state file: {error}"))),
         };
-        match commands::set_config(&mut self.conn, PARAMETER, MOST).await {
+        match commands::set_config(self.session.conn(), PARAMETER, MOST).await {
             Ok(()) => Ok(Ok(note)),
             Err(error @ NodeError::Server { .. }) => {
                 note.done();
@@ -108,42 +106,42 @@ impl ShardScan {
     /// Waits until few stale keys are left. Returns their share and what was freed meanwhile, or nothing where the server
     /// whose effort was raised is not the one that is swept any more. `value`: the old one, in force while this holds.
     async fn watch_expiry(&mut self, at_most: Duration, value: &str) -> Result<Option<(Option<f64>, u64)>, End> {
-        let (begun, process) = (Instant::now(), self.process);
-        let first = self.before.expired_keys.unwrap_or(0);
+        let (begun, process) = (Instant::now(), self.session.number);
+        let first = self.session.baseline.expired_keys.unwrap_or(0);
         let mut suspect = false;
         loop {
-            wait(&mut self.orders, LOOK_EVERY).await?;
-            let info = self.info(None).await?;
-            if self.process != process {
+            self.wait(LOOK_EVERY).await?;
+            let info = self.info().await?;
+            if self.session.number != process {
                 return Ok(None);
             }
             let orders = *self.orders.borrow();
-            if self.others.look_is_due(&orders.tuning)
+            if self.session.foreground.look_is_due(&orders.tuning)
                 && let Err(error) = self.measure_others().await
             {
                 self.recover(error, None).await?;
                 continue;
             }
-            let seen = Observation { latency: self.observer.latency(), ..Observation::from_info(&info) };
-            let seen = self.beside_others(seen);
+            let seen = Observation { latency: self.session.sampler.latency(), ..Observation::from_info(&info) };
+            let seen = self.session.beside_others(seen);
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
             let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
             let is_over = begun.elapsed() >= at_most || orders.hold.is_some();
-            match throttle::decide(&seen, &self.before, &orders.tuning, held) {
+            match throttle::decide(&seen, &self.session.baseline, &orders.tuning, held) {
                 // A hold that was ordered is the sweep's own to tell, and ends this.
                 Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {
                     return Ok(Some((seen.stale_share, freed)));
                 }
                 Decision::Proceed | Decision::Rest(_) if settled => return Ok(Some((seen.stale_share, freed))),
                 Decision::Proceed | Decision::Rest(_) if held.is_some() => {
-                    self.end_hold(None).await;
-                    let _ = commands::set_config(&mut self.conn, PARAMETER, MOST).await;
+                    self.end_hold().await;
+                    let _ = commands::set_config(self.session.conn(), PARAMETER, MOST).await;
                 }
                 Decision::Proceed | Decision::Rest(_) => {}
                 Decision::Hold(reason, detail) => {
-                    let _ = commands::set_config(&mut self.conn, PARAMETER, value).await;
-                    self.begin_hold(None, reason, detail).await;
+                    let _ = commands::set_config(self.session.conn(), PARAMETER, value).await;
+                    self.begin_hold(reason, detail).await;
                 }
                 // The sweep itself meets it next, and follows.
                 Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
@@ -164,8 +162,8 @@ impl ShardScan {
         let Undo { addr, parameter, value, .. } = &note.undo;
         let mut done = Ok(());
         // A full server has no room for another connection.
-        if addr != self.conn.addr() || commands::set_config(&mut self.conn, parameter, value).await.is_err() {
-            done = set_config_at(addr, self.job.roster.topology().options(), parameter, value).await;
+        if addr != self.session.addr() || commands::set_config(self.session.conn(), parameter, value).await.is_err() {
+            done = set_config_at(addr, self.job.map.topology().options(), parameter, value).await;
         }
         match done {
             Ok(()) => note.done(),
@@ -175,15 +173,11 @@ impl ShardScan {
                      instance try it again. Or run CONFIG SET {parameter} {value} there and remove {}",
                     note.path().display()
                 );
-                self.warn(message).await;
+                self.reporter.warn(message).await;
                 return false;
             }
         }
         true
-    }
-
-    async fn warn(&self, message: String) {
-        self.reporter.say(ScanEventKind::Warned { message }).await;
     }
 }
 

@@ -7,7 +7,7 @@
 use std::fmt::Display;
 use std::time::Duration;
 
-use crate::engine::observe::Observation;
+use crate::engine::policy::observation::Observation;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::throttle::{Limit, Limits, Reason};
 use crate::settings::{Tuning, show_duration};

@@ -1,8 +1,9 @@
-//! What one batch proves. Pure arithmetic on replies; the loop acts on it.
+//! Expired keys that the server hides: it neither returns them nor frees them, since it may not delete just now. Pure
+//! arithmetic on replies proves them; [`super::verdict`] asks, the loop acts on it.
 
 use crate::model::shard::ScanPosition;
 use crate::model::slots::CursorSpace;
-use crate::node::conn::ScanBatch;
+use crate::node::conn::Reply;
 
 /// The most buckets that one SCAN walks, found keys or not: the loop of the server counts down from 10 x COUNT and looks
 /// at the counter after it has walked. Seen on Redis 6.2, 7.0, 8.2 and Valkey 8.0.
@@ -31,12 +32,12 @@ pub enum Hidden {
 ///
 /// Where each slot has a table of its own, a walk through several tables does not tell how many buckets it has seen. A table
 /// shrinks when one bucket in ten holds a key, so COUNT keys are met before the limit on the average, and fewer now and then.
-pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, batch: &ScanBatch) -> Hidden {
-    let next = ScanPosition::from_reply(batch.cursor);
+pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, reply: &Reply) -> Hidden {
+    let next = reply.to;
     if next == ScanPosition::Finished || from == ScanPosition::Finished {
         return Hidden::Unproven;
     }
-    let missing = u64::from(count).saturating_sub(batch.returned + batch.reclaimed());
+    let missing = u64::from(count).saturating_sub(reply.seen());
     let ((table, begin), (next_table, end)) = (space.rank(from), space.rank(next));
     // Where the first table lies is only known once the walk has begun.
     let by_slot = matches!(space, CursorSpace::BySlot(_));
@@ -62,14 +63,14 @@ pub struct StillPass {
 
 impl StillPass {
     /// Takes a batch in.
-    pub fn add(&mut self, batch: &ScanBatch) {
-        self.moved |= batch.after.keys != batch.before.keys || self.keys.is_some_and(|keys| keys != batch.before.keys);
-        self.keys = Some(batch.after.keys);
-        self.returned += batch.returned;
+    pub fn add(&mut self, reply: &Reply) {
+        self.moved |= reply.after.keys != reply.before.keys || self.keys.is_some_and(|keys| keys != reply.before.keys);
+        self.keys = Some(reply.after.keys);
+        self.returned += reply.returned;
     }
 
-    /// A part of the pass was walked without this, or without names: it proves nothing.
-    pub fn misses_a_batch(&mut self) {
+    /// A part of the pass was walked without this, without names, or twice: the pass proves nothing.
+    pub fn proves_nothing(&mut self) {
         self.moved = true;
     }
 
@@ -79,71 +80,15 @@ impl StillPass {
     }
 }
 
-/// Tells cursors that lead nowhere: a broken or hostile server must not hold us for ever.
-///
-/// A circle is told by remembering one position, and another after twice as many batches, so that a circle of any length
-/// is met in the end (Brent's method). A way without a circle and without an end is told by the keys: SCAN returns a key
-/// a few times at most, so they cannot be many times those that the DB holds.
-#[derive(Debug, Clone, Copy)]
-pub struct Way {
-    mark: Option<ScanPosition>,
-    batches: u64,
-    until_next_mark: u64,
-    met: u32,
-    seen: u64,
-    keys: u64,
-}
-
-impl Default for Way {
-    fn default() -> Self {
-        Self { mark: None, batches: 0, until_next_mark: 1, met: 0, seen: 0, keys: 0 }
-    }
-}
-
-impl Way {
-    /// The same position may come twice where a table was resized in between; a circle leads past it again and again.
-    const MET_AT_MOST: u32 = 3;
-    /// So many times the most keys that the DB held may be seen, and so many more.
-    const SEEN_AT_MOST: (u64, u64) = (10, 1_000_000);
-
-    /// A stretch is to be walked again on purpose, and positions come again that have come before: that is no circle. What
-    /// was seen still counts.
-    pub fn walks_again(&mut self) {
-        (self.mark, self.met) = (None, 0);
-    }
-
-    /// Takes a batch in. Returns why the way leads nowhere, once it is known to.
-    pub fn add(&mut self, batch: &ScanBatch) -> Option<String> {
-        let next = ScanPosition::from_reply(batch.cursor);
-        self.seen += batch.returned;
-        self.keys = self.keys.max(batch.before.keys);
-        self.met += u32::from(self.mark == Some(next));
-        self.batches += 1;
-        if self.batches == self.until_next_mark {
-            let until_next_mark = self.until_next_mark * 2;
-            *self = Self { mark: Some(next), batches: 0, until_next_mark, met: 0, ..*self };
-        }
-        let (times, more) = Self::SEEN_AT_MOST;
-        if self.met >= Self::MET_AT_MOST {
-            Some("they go round in a circle".to_owned())
-        } else if self.seen > self.keys.saturating_mul(times).saturating_add(more) {
-            Some(format!("SCAN returned {} keys of a DB that held {} at most", self.seen, self.keys))
-        } else {
-            None
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::node::conn::Reading;
-    use std::time::Duration;
 
-    fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> ScanBatch {
+    fn batch(cursor: u64, returned: u64, keys_before: u64, keys_after: u64) -> Reply {
         let reading = |keys| Reading { keys, expired: None };
         let (before, after) = (reading(keys_before), reading(keys_after));
-        ScanBatch { cursor, returned, before, after, waited: Duration::ZERO, since_sent: Duration::ZERO }
+        Reply { to: ScanPosition::from_reply(cursor), returned, before, after }
     }
 
     /// The cursor after `buckets` buckets of a table of 2^`bits`.
@@ -208,36 +153,5 @@ mod tests {
         assert_eq!(still.hidden(), 10);
         still.add(&batch(0, 0, 51, 51));
         assert_eq!(still.hidden(), 0, "somebody wrote: nothing is proven");
-    }
-
-    #[test]
-    fn a_circle_of_any_length_is_met_and_a_way_of_any_order_is_none() {
-        for length in [1_u64, 2, 7, 1000] {
-            let mut way = Way::default();
-            let steps = (0..).position(|n: u64| way.add(&batch(1 + n % length, 1, 1 << 40, 1 << 40)).is_some());
-            assert!(steps.is_some_and(|steps| steps as u64 <= 16 * length + 16), "{length}: {steps:?}");
-        }
-        let mut way = Way::default();
-        let in_an_index = |n: u64| batch(n * 100, 100, 10_000_000, 10_000_000);
-        assert!((1..100_000).all(|n| way.add(&in_an_index(n)).is_none()));
-    }
-
-    #[test]
-    fn a_stretch_that_is_walked_again_after_each_of_many_cuts_is_no_circle() {
-        let walk = |way: &mut Way| (1..4).find_map(|n| way.add(&batch(n, 1, 60_000, 60_000)));
-        let mut way = Way::default();
-        for _ in 0..100 {
-            assert_eq!(walk(&mut way), None);
-            way.walks_again();
-        }
-        let told = (0..100).find_map(|_| walk(&mut way));
-        assert_eq!(told.as_deref(), Some("they go round in a circle"), "and without a cut it is one");
-    }
-
-    #[test]
-    fn a_way_without_an_end_is_told_by_the_keys() {
-        let mut way = Way::default();
-        let steps = (0..).position(|n: u64| way.add(&batch(n + 1, 1000, 5000, 5000)).is_some());
-        assert_eq!(steps, Some(1050));
     }
 }

@@ -1,7 +1,7 @@
 //! Which master is which shard's, now that some of them have moved.
 //!
 //! A shard keeps its name for the whole task while its master fails over, its slots migrate and nodes join and leave. The
-//! roster remembers for each shard the nodes and the slots that it had, and finds it again in each new view of the
+//! shard map remembers for each shard the nodes and the slots that it had, and finds it again in each new view of the
 //! cluster: [`assign`] is pure, and the table of its tests is its whole behaviour.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,7 +41,7 @@ impl Member {
 
 /// Where a shard is.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Found {
+pub(in crate::engine) enum Found {
     /// This is its master now.
     At(Master),
     /// It is no more: other shards own all of its slots.
@@ -50,18 +50,18 @@ pub(super) enum Found {
 
 /// The shards of a task.
 #[derive(Debug, Clone)]
-pub(super) struct Roster {
+pub(in crate::engine) struct ShardMap {
     topology: Arc<Topology>,
     kind: Kind,
     members: Arc<Mutex<BTreeMap<ShardId, Member>>>,
 }
 
-impl Roster {
+impl ShardMap {
     /// Looks for the masters for the first time, and names the shards. For `patience` where nobody is there to be asked.
     ///
     /// # Errors
     /// [`NodeError`]; then nothing can be swept.
-    pub(super) async fn begin(
+    pub(in crate::engine) async fn begin(
         topology: Arc<Topology>,
         patience: Duration,
     ) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
@@ -102,17 +102,17 @@ impl Roster {
     }
 
     /// What the instance is.
-    pub(super) fn kind(&self) -> Kind {
+    pub(in crate::engine) fn kind(&self) -> Kind {
         self.kind
     }
 
     /// How its nodes are connected to.
-    pub(super) fn topology(&self) -> &Topology {
+    pub(in crate::engine) fn topology(&self) -> &Topology {
         &self.topology
     }
 
     /// Whether a master that is gone or demoted is looked for elsewhere.
-    pub(super) fn follows(&self) -> bool {
+    pub(in crate::engine) fn follows(&self) -> bool {
         self.kind != Kind::Standalone || self.topology.follow()
     }
 
@@ -120,7 +120,7 @@ impl Roster {
     ///
     /// # Errors
     /// [`NodeError`]: nobody could say.
-    pub(super) async fn find(&self, id: &ShardId, last: &Master) -> Result<Found, NodeError> {
+    pub(in crate::engine) async fn find(&self, id: &ShardId, last: &Master) -> Result<Found, NodeError> {
         if !self.follows() {
             return Ok(Found::At(last.clone()));
         }
@@ -149,7 +149,7 @@ impl Roster {
     ///
     /// # Errors
     /// [`NodeError`]: nobody could say.
-    pub(super) async fn look_again(&self) -> Result<Vec<(ShardId, Master)>, NodeError> {
+    pub(in crate::engine) async fn read_again(&self) -> Result<Vec<(ShardId, Master)>, NodeError> {
         let view = self.topology.view(Some(self.kind)).await?;
         let mut members = self.lock();
         let (owners, strangers) = assign(self.kind, &members, &view);

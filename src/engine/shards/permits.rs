@@ -1,4 +1,4 @@
-//! How many masters are swept at a time: a seat each. Who waits for a server that is away gives the seat to another, so
+//! How many masters are swept at a time: a permit each. Who waits for a server that is away gives the permit to another, so
 //! that one bad shard holds up nobody.
 
 use std::collections::HashMap;
@@ -12,9 +12,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::model::shard::NodeAddr;
 
-/// The seats of one task.
+/// The permits of one task.
 #[derive(Debug, Clone)]
-pub(super) struct Seats(Arc<Kind>);
+pub(in crate::engine) struct Permits(Arc<Kind>);
 
 #[derive(Debug)]
 enum Kind {
@@ -24,44 +24,44 @@ enum Kind {
     OnEachHost(Mutex<HashMap<String, Arc<Semaphore>>>),
 }
 
-/// A place in the line for a seat.
-pub(super) type Line = Pin<Box<dyn Future<Output = Seat> + Send + Sync>>;
+/// A place in the line for a permit.
+pub(in crate::engine) type Turn = Pin<Box<dyn Future<Output = Permit> + Send + Sync>>;
 
 /// The right to sweep. Given back on drop.
 #[derive(Debug)]
-pub(super) struct Seat {
-    _permit: Option<OwnedSemaphorePermit>,
+pub(in crate::engine) struct Permit {
+    _semaphore: Option<OwnedSemaphorePermit>,
 }
 
-impl Seats {
-    pub(super) fn new(parallel: Option<NonZeroUsize>) -> Self {
+impl Permits {
+    pub(in crate::engine) fn new(parallel: Option<NonZeroUsize>) -> Self {
         Self(Arc::new(match parallel {
             Some(all) => Kind::InAll(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
             None => Kind::OnEachHost(Mutex::default()),
         }))
     }
 
-    /// Stands in line for a seat now, in the order of the calls, whenever the line is awaited.
-    pub(super) async fn line_up(&self, master: &NodeAddr) -> Line {
-        let seats = self.clone();
+    /// Stands in line for a permit now, in the order of the calls, whenever the line is awaited.
+    pub(in crate::engine) async fn queue_up(&self, master: &NodeAddr) -> Turn {
+        let permits = self.clone();
         let master = master.clone();
-        let mut line: Line = Box::pin(async move { seats.take(&master).await });
+        let mut line: Turn = Box::pin(async move { permits.take(&master).await });
         // The semaphore knows of those who were polled once.
         match poll_fn(|cx| Poll::Ready(line.as_mut().poll(cx))).await {
-            Poll::Ready(seat) => Box::pin(std::future::ready(seat)),
+            Poll::Ready(permit) => Box::pin(std::future::ready(permit)),
             Poll::Pending => line,
         }
     }
 
-    /// Waits for a seat to sweep the master at this address.
-    pub(super) async fn take(&self, master: &NodeAddr) -> Seat {
+    /// Waits for a permit to sweep the master at this address.
+    pub(in crate::engine) async fn take(&self, master: &NodeAddr) -> Permit {
         // The semaphore is never closed; if it were, nobody would be kept from sweeping.
-        Seat { _permit: self.of(master).acquire_owned().await.ok() }
+        Permit { _semaphore: self.of(master).acquire_owned().await.ok() }
     }
 
-    /// A seat, where one is free and nobody waits for it.
-    pub(super) fn take_now(&self, master: &NodeAddr) -> Option<Seat> {
-        self.of(master).try_acquire_owned().ok().map(|permit| Seat { _permit: Some(permit) })
+    /// A permit, where one is free and nobody waits for it.
+    pub(in crate::engine) fn take_now(&self, master: &NodeAddr) -> Option<Permit> {
+        self.of(master).try_acquire_owned().ok().map(|permit| Permit { _semaphore: Some(permit) })
     }
 
     fn of(&self, master: &NodeAddr) -> Arc<Semaphore> {
@@ -91,41 +91,41 @@ mod tests {
         NodeAddr::Tcp { host: host.into(), port }
     }
 
-    async fn is_free(seats: &Seats, addr: &NodeAddr) -> bool {
-        tokio::time::timeout(std::time::Duration::from_millis(1), seats.take(addr)).await.is_ok()
+    async fn is_free(permits: &Permits, addr: &NodeAddr) -> bool {
+        tokio::time::timeout(std::time::Duration::from_millis(1), permits.take(addr)).await.is_ok()
     }
 
     #[tokio::test(start_paused = true)]
     async fn masters_on_one_host_take_turns_and_others_do_not_wait() {
-        let seats = Seats::new(None);
-        let first = seats.take(&addr("a", 1)).await;
-        assert!(!is_free(&seats, &addr("a", 2)).await);
-        assert!(is_free(&seats, &addr("b", 1)).await);
+        let permits = Permits::new(None);
+        let first = permits.take(&addr("a", 1)).await;
+        assert!(!is_free(&permits, &addr("a", 2)).await);
+        assert!(is_free(&permits, &addr("b", 1)).await);
         drop(first);
-        assert!(is_free(&seats, &addr("a", 2)).await);
+        assert!(is_free(&permits, &addr("a", 2)).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_line_is_in_the_order_of_calls_not_of_awaits() {
-        let seats = Seats::new(None);
-        let first = seats.line_up(&addr("a", 1)).await;
-        let second = seats.line_up(&addr("a", 2)).await;
-        let third = tokio::spawn(seats.line_up(&addr("a", 3)).await);
-        let seat = first.await;
+        let permits = Permits::new(None);
+        let first = permits.queue_up(&addr("a", 1)).await;
+        let second = permits.queue_up(&addr("a", 2)).await;
+        let third = tokio::spawn(permits.queue_up(&addr("a", 3)).await);
+        let permit = first.await;
         tokio::task::yield_now().await;
         assert!(!third.is_finished());
-        drop(seat);
+        drop(permit);
         drop(second.await);
         third.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_number_counts_whatever_the_host() {
-        let seats = Seats::new(NonZeroUsize::new(2));
-        let _first = seats.take(&addr("a", 1)).await;
-        let second = seats.take(&addr("a", 2)).await;
-        assert!(!is_free(&seats, &addr("b", 1)).await);
+        let permits = Permits::new(NonZeroUsize::new(2));
+        let _first = permits.take(&addr("a", 1)).await;
+        let second = permits.take(&addr("a", 2)).await;
+        assert!(!is_free(&permits, &addr("b", 1)).await);
         drop(second);
-        assert!(is_free(&seats, &addr("b", 1)).await);
+        assert!(is_free(&permits, &addr("b", 1)).await);
     }
 }

@@ -23,27 +23,30 @@ const AUDIT_KEYS: usize = 16;
 /// Fewer dead keys than this prove nothing: keys expire between the SCAN and the EXISTS.
 const PROOF: u64 = 3;
 
-/// The touch of one shard.
-#[derive(Debug)]
-pub struct Toucher {
+/// The touch of one server process.
+#[derive(Debug, Clone)]
+pub struct TouchAudit {
     mode: Touch,
+    /// The command that audits.
     audit: &'static str,
     outcome: TouchOutcome,
-    batches: u64,
+    /// Whether the server has answered one of these commands.
+    may_ask: bool,
+    sent: u64,
     freed_by_scan: u64,
     left_dead: u64,
 }
 
-impl Toucher {
-    /// `redis_version` decides how the audit asks: EXISTS moves a key's LRU clock before 6.2, TTL never does.
-    pub fn new(mode: Touch, redis_version: Option<(u32, u32)>) -> Self {
-        let audit = if redis_version.is_some_and(|version| version < (6, 2)) { "TTL" } else { "EXISTS" };
+impl TouchAudit {
+    /// `exists_moves_lru`: EXISTS is no command to look with on this server, and TTL is.
+    pub fn new(mode: Touch, exists_moves_lru: bool) -> Self {
+        let audit = if exists_moves_lru { "TTL" } else { "EXISTS" };
         let outcome = match mode {
             Touch::Auto => TouchOutcome::NotNeededYet,
             Touch::None => TouchOutcome::Off,
             Touch::Exists | Touch::Ttl => TouchOutcome::Asked,
         };
-        Self { mode, audit, outcome, batches: 0, freed_by_scan: 0, left_dead: 0 }
+        Self { mode, audit, outcome, may_ask: false, sent: 0, freed_by_scan: 0, left_dead: 0 }
     }
 
     /// What is known so far.
@@ -51,14 +54,11 @@ impl Toucher {
         self.outcome
     }
 
-    /// The command to ask with for the keys of the next batch, if they are to be asked for.
-    pub fn command(&self) -> Option<&'static str> {
-        self.command_of(self.batches)
-    }
-
-    /// Whether the keys of one of the two batches after the next one are to be asked for.
-    pub fn is_near(&self) -> bool {
-        (1..=2).any(|more| self.command_of(self.batches + more).is_some())
+    /// A batch is sent. Returns the command to ask with for its keys, if they are to be asked for.
+    pub fn next(&mut self) -> Option<&'static str> {
+        let command = self.command_of(self.sent);
+        self.sent += 1;
+        command
     }
 
     /// Whether the keys of every batch are to be asked for.
@@ -84,14 +84,28 @@ impl Toucher {
         }
     }
 
-    /// Of the keys of a batch that is touched, how many are asked.
+    /// Of the keys of a batch that is touched, how many are asked: only one until the server has answered, since a server
+    /// notes each refusal in its ACL LOG.
     pub fn keys(&self) -> usize {
-        if self.touches_all() { usize::MAX } else { AUDIT_KEYS }
+        match () {
+            () if !self.may_ask => 1,
+            () if self.touches_all() => usize::MAX,
+            () => AUDIT_KEYS,
+        }
+    }
+
+    /// Whether the server has answered such a question.
+    pub fn may_ask(&self) -> bool {
+        self.may_ask
+    }
+
+    /// The server has answered the command for a key.
+    pub fn was_answered(&mut self) {
+        self.may_ask = true;
     }
 
     /// A batch went by, with a touch or without. Returns the outcome where it changed.
     pub fn learn(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
-        self.batches += 1;
         self.freed_by_scan += freed_by_scan;
         self.left_dead += left_dead;
         let found = if self.left_dead >= PROOF && self.left_dead > self.freed_by_scan {
@@ -122,69 +136,79 @@ impl Toucher {
 mod tests {
     use super::*;
 
+    fn auto() -> TouchAudit {
+        TouchAudit::new(Touch::Auto, false)
+    }
+
     /// Lets batches go by, each with what SCAN freed in it, and counts the audits.
-    fn audits(toucher: &mut Toucher, batches: u64, freed: u64) -> u64 {
+    fn audits(touch: &mut TouchAudit, batches: u64, freed: u64) -> u64 {
         let mut audits = 0;
         for _ in 0..batches {
-            if toucher.command() == Some("EXISTS") {
-                audits += 1;
-                toucher.learn(freed, 0);
-            } else {
-                toucher.learn(freed, 0);
-            }
+            audits += u64::from(touch.next() == Some("EXISTS"));
+            touch.learn(freed, 0);
         }
         audits
     }
 
     #[test]
     fn a_server_whose_scan_reclaims_is_audited_now_and_then() {
-        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(audits(&mut toucher, 2560, 8), 4 + 9);
-        assert_eq!(toucher.outcome(), TouchOutcome::ScanReclaims);
+        let mut touch = auto();
+        assert_eq!(audits(&mut touch, 2560, 8), 4 + 9);
+        assert_eq!(touch.outcome(), TouchOutcome::ScanReclaims);
     }
 
     #[test]
     fn while_no_dead_key_was_met_the_audit_stays_awake() {
-        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(audits(&mut toucher, 6400, 0), 4 + 63 + 92);
-        assert_eq!(toucher.outcome(), TouchOutcome::NothingDead);
+        let mut touch = auto();
+        assert_eq!(audits(&mut touch, 6400, 0), 4 + 63 + 92);
+        assert_eq!(touch.outcome(), TouchOutcome::NothingDead);
         for _ in 0..64 {
-            let left_dead = u64::from(toucher.command().is_some()) * 3;
-            toucher.learn(0, left_dead);
+            let left_dead = u64::from(touch.next().is_some()) * 3;
+            touch.learn(0, left_dead);
         }
-        assert_eq!(toucher.outcome(), TouchOutcome::ScanLeavesDead);
+        assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesDead);
     }
 
     #[test]
     fn dead_keys_that_scan_left_make_every_batch_a_touch() {
-        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
-        assert_eq!(toucher.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
-        assert_eq!(toucher.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));
+        let mut touch = auto();
+        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
+        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));
         for _ in 0..1000 {
-            assert!(toucher.command().is_some());
-            assert_eq!(toucher.learn(0, 0), None);
+            assert!(touch.next().is_some());
+            assert_eq!(touch.learn(0, 0), None);
         }
     }
 
     #[test]
     fn keys_that_expire_between_scan_and_audit_do_not_accuse_scan() {
-        let mut toucher = Toucher::new(Touch::Auto, Some((7, 0)));
+        let mut touch = auto();
         for _ in 0..100 {
-            toucher.learn(10, 1);
+            touch.learn(10, 1);
         }
-        assert_eq!(toucher.outcome(), TouchOutcome::ScanReclaims);
+        assert_eq!(touch.outcome(), TouchOutcome::ScanReclaims);
     }
 
     #[test]
     fn without_the_right_there_is_no_audit_and_a_touch_that_was_asked_for_fails() {
-        let mut auto = Toucher::new(Touch::Auto, None);
-        assert_eq!(auto.refused(), Some(TouchOutcome::NoRight));
-        assert_eq!(auto.command(), None);
-        assert_eq!(Toucher::new(Touch::Ttl, None).refused(), None);
+        let mut touch = auto();
+        assert_eq!(touch.refused(), Some(TouchOutcome::NoRight));
+        assert_eq!(touch.next(), None);
+        assert_eq!(TouchAudit::new(Touch::Ttl, false).refused(), None);
+    }
+
+    #[test]
+    fn the_right_is_asked_for_with_one_key() {
+        for (mode, keys) in [(Touch::Auto, AUDIT_KEYS), (Touch::Exists, usize::MAX)] {
+            let mut touch = TouchAudit::new(mode, false);
+            assert_eq!(touch.keys(), 1);
+            touch.was_answered();
+            assert_eq!(touch.keys(), keys);
+        }
     }
 
     #[test]
     fn old_servers_are_audited_without_moving_the_lru_clock() {
-        assert_eq!(Toucher::new(Touch::Auto, Some((5, 0))).command(), Some("TTL"));
+        assert_eq!(TouchAudit::new(Touch::Auto, true).next(), Some("TTL"));
     }
 }

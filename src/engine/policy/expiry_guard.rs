@@ -13,13 +13,11 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::engine::observe::Observation;
+use crate::engine::policy::observation::Observation;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::PassFigures;
 use crate::settings::{ScanSettings, Tuning};
 
-/// From this version on (of the Redis whose commands the server has) a slow sweep stops active expiry.
-const SAME_ORDER: (u32, u32) = (7, 2);
 /// A sweep should read this many times as many keys as expire meanwhile.
 const OUTRUN: f64 = 2.0;
 /// A pass that ends within this does no harm: what piles up meanwhile is freed at once after it.
@@ -57,19 +55,20 @@ fn fastest(tuning: &Tuning) -> Option<f64> {
 }
 
 /// Whether a pass over so many keys may be so slow that the flow of expiry has to be known first.
-pub fn has_to_know_the_flow(redis_version: Option<(u32, u32)>, keys: u64, settings: &ScanSettings) -> bool {
+/// `starves`: [`slow_scan_starves_expiry`](super::profile::slow_scan_starves_expiry).
+pub fn has_to_know_the_flow(starves: bool, keys: u64, settings: &ScanSettings) -> bool {
     let pass = fastest(&settings.tuning).map(|per_sec| keys as f64 / per_sec);
-    redis_version >= Some(SAME_ORDER) && pass.is_some_and(|seconds| seconds > SHORT_PASS.as_secs_f64())
+    starves && pass.is_some_and(|seconds| seconds > SHORT_PASS.as_secs_f64())
 }
 
 /// Why a sweep would do harm, if it would: a pass over `keys` while `expire_per_sec` of them expire each second.
 pub fn harm(
-    redis_version: Option<(u32, u32)>,
+    starves: bool,
     keys: u64,
     expire_per_sec: f64,
     settings: &ScanSettings,
 ) -> Option<Failure> {
-    if !has_to_know_the_flow(redis_version, keys, settings) || expire_per_sec < LEAST_FLOW {
+    if !has_to_know_the_flow(starves, keys, settings) || expire_per_sec < LEAST_FLOW {
         return None;
     }
     let per_sec = fastest(&settings.tuning)?;
@@ -113,7 +112,7 @@ pub enum Advice {
 
 /// Watches the server's own expiry during a pass.
 #[derive(Debug)]
-pub struct Guard {
+pub struct ExpiryGuard {
     /// Whether this version's active expiry can be harmed at all.
     guards: bool,
     /// Most keys that the server was seen to expire each second, before the sweep or during it: flow may come after the sweep
@@ -126,11 +125,12 @@ pub struct Guard {
     told: bool,
 }
 
-impl Guard {
+impl ExpiryGuard {
     /// A guard of a pass over `keys` on a server that expired so many keys each second before.
-    pub fn new(redis_version: Option<(u32, u32)>, keys: u64, expire_per_sec: Option<f64>) -> Self {
+    /// `starves`: a slow SCAN can stop this server's expiry.
+    pub fn new(starves: bool, keys: u64, expire_per_sec: Option<f64>) -> Self {
         Self {
-            guards: redis_version >= Some(SAME_ORDER),
+            guards: starves,
             most: expire_per_sec.unwrap_or(0.0),
             keys_at_start: keys,
             window: VecDeque::new(),
@@ -193,7 +193,8 @@ mod tests {
     use super::*;
     use crate::settings::{raw::Raw, resolve};
 
-    const NEW: Option<(u32, u32)> = Some((8, 2));
+    const NEW: bool = true;
+    const OLD: bool = false;
 
     fn with(max_keys_per_sec: Option<u32>, intensity: f64) -> ScanSettings {
         let mut settings = resolve(&Raw::defaults(), None).unwrap().scan;
@@ -207,7 +208,7 @@ mod tests {
         let refused = harm(NEW, 200_000, 20_000.0, &with(Some(10_000), 1.0)).unwrap();
         insta::assert_snapshot!(format!("{refused}\n  hint: {}", refused.hint.clone().unwrap()));
         let cases = [
-            (harm(Some((7, 0)), 200_000, 20_000.0, &with(Some(10_000), 1.0)), "before 7.2 it does no harm"),
+            (harm(OLD, 200_000, 20_000.0, &with(Some(10_000), 1.0)), "before 7.2 it does no harm"),
             (harm(NEW, 200_000, 20_000.0, &with(None, 1.0)), "as fast as it can"),
             (harm(NEW, 200_000, 4_000.0, &with(Some(10_000), 1.0)), "fast enough"),
             (harm(NEW, 90_000, 20_000.0, &with(Some(10_000), 1.0)), "a short pass"),
@@ -221,7 +222,7 @@ mod tests {
 
     /// Looks each quarter of a second at a server of which is told, for some seconds each, what it expires, what the sweep
     /// frees and reads, and how the DB grows.
-    fn advice(guard: &mut Guard, phases: &[(u64, [u64; 4])]) -> Vec<Advice> {
+    fn advice(guard: &mut ExpiryGuard, phases: &[(u64, [u64; 4])]) -> Vec<Advice> {
         let mut sums = [0; 4];
         let mut advice = Vec::new();
         for (quarter, rates) in
@@ -241,7 +242,7 @@ mod tests {
 
     #[test]
     fn where_expiry_collapses_and_keys_pile_up_the_sweep_hurries_and_then_stops() {
-        let guard = || Guard::new(NEW, 200_000, Some(20_000.0));
+        let guard = || ExpiryGuard::new(NEW, 200_000, Some(20_000.0));
         let harm = [500, 3_000, 10_000, 16_500];
         let course = advice(&mut guard(), &[(30, harm)]);
         assert!(
@@ -258,7 +259,7 @@ mod tests {
         for (flow, why) in harmless {
             assert_eq!(advice(&mut guard(), &[(30, flow)]), [Advice::Fine], "{why}");
         }
-        let old = &mut Guard::new(Some((7, 0)), 200_000, Some(20_000.0));
+        let old = &mut ExpiryGuard::new(OLD, 200_000, Some(20_000.0));
         assert_eq!(advice(old, &[(30, harm)]), [Advice::Fine]);
     }
 
@@ -266,7 +267,7 @@ mod tests {
     fn flow_that_comes_after_the_beginning_is_guarded_too() {
         let quiet = [0, 0, 10_000, 0];
         let course = advice(
-            &mut Guard::new(NEW, 200_000, Some(0.0)),
+            &mut ExpiryGuard::new(NEW, 200_000, Some(0.0)),
             &[(20, quiet), (10, [6_000, 0, 10_000, 0]), (30, [100, 3_000, 10_000, 16_500])],
         );
         assert!(

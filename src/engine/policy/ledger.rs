@@ -1,0 +1,111 @@
+//! Where the time of a sweep goes. Each moment is one of active, waited, rested and held, so that the four add up to the time
+//! taken, however the sweep ends.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::model::progress::PassFigures;
+use crate::model::throttle::Reason;
+
+/// What the sweep does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doing {
+    /// It has batches under way, or asks for something else. What of this time is the server's work on batches is told by
+    /// [`Ledger::worked`]; the rest is waiting.
+    Exchanging,
+    /// It rests for the intensity or the ceiling.
+    Resting,
+    /// It holds.
+    Holding(Reason),
+}
+
+/// Time that is not in anybody's figures yet.
+#[derive(Debug)]
+pub struct Ledger {
+    doing: Doing,
+    since: Instant,
+    exchanged: Duration,
+    worked: Duration,
+    rested: Duration,
+    held: BTreeMap<Reason, Duration>,
+}
+
+impl Default for Ledger {
+    /// A sweep that begins now.
+    fn default() -> Self {
+        Self {
+            doing: Doing::Exchanging,
+            since: Instant::now(),
+            exchanged: Duration::ZERO,
+            worked: Duration::ZERO,
+            rested: Duration::ZERO,
+            held: BTreeMap::new(),
+        }
+    }
+}
+
+impl Ledger {
+    /// From now on the sweep does something else.
+    pub fn turn_to(&mut self, doing: Doing) {
+        let now = Instant::now();
+        let lasted = now - std::mem::replace(&mut self.since, now);
+        match std::mem::replace(&mut self.doing, doing) {
+            Doing::Exchanging => self.exchanged += lasted,
+            Doing::Resting => self.rested += lasted,
+            Doing::Holding(reason) => *self.held.entry(reason).or_default() += lasted,
+        }
+    }
+
+    /// Batches have held the master for so long.
+    pub fn worked(&mut self, active: Duration) {
+        self.worked += active;
+    }
+
+    /// Moves everything up to now into the figures of a pass.
+    pub fn settle(&mut self, figures: &mut PassFigures) {
+        self.turn_to(self.doing);
+        figures.rested += std::mem::take(&mut self.rested);
+        for (reason, time) in std::mem::take(&mut self.held) {
+            *figures.held.entry(reason).or_default() += time;
+        }
+        // No more work than there was time for: what an estimate is too large is paid off by what comes.
+        let worked = self.worked.min(self.exchanged);
+        figures.active += worked;
+        figures.waited += self.exchanged - worked;
+        self.worked -= worked;
+        self.exchanged = Duration::ZERO;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[tokio::test(start_paused = true)]
+    async fn every_moment_is_in_one_of_the_four() {
+        let begun = Instant::now();
+        let mut ledger = Ledger::default();
+        let mut figures = PassFigures::default();
+        let ms = Duration::from_millis;
+        for (doing, lasts, active) in [
+            (Doing::Exchanging, 7, 5),
+            (Doing::Resting, 20, 0),
+            (Doing::Exchanging, 3, 4),
+            (Doing::Holding(Reason::Fork), 50, 0),
+            (Doing::Exchanging, 5, 1),
+            (Doing::Holding(Reason::Fork), 8, 0),
+        ] {
+            ledger.turn_to(doing);
+            tokio::time::advance(ms(lasts)).await;
+            ledger.worked(ms(active));
+            ledger.settle(&mut figures);
+        }
+        assert_eq!((figures.active, figures.rested), (ms(10), ms(20)), "a millisecond of work was paid off later");
+        assert_eq!((figures.waited, figures.held[&Reason::Fork]), (ms(5), ms(58)));
+        let all = figures.active + figures.waited + figures.rested + figures.held_total();
+        assert_eq!(all, begun.elapsed());
+    }
+}

@@ -1,0 +1,116 @@
+//! What was last seen of a master.
+
+use std::time::Duration;
+
+use crate::model::shard::RunId;
+use crate::node::info::{CommandStat, Info};
+
+/// What was last seen of a master. What a right or a version hides is `None` or its harmless value.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Observation {
+    /// Whether it is a master.
+    pub is_master: Option<bool>,
+    /// A replica's master as `host:port`.
+    pub master: Option<String>,
+    /// The process.
+    pub run_id: Option<RunId>,
+    /// It loads its data set.
+    pub loading: bool,
+    /// `master_failover_state` is something else than `no-failover`.
+    pub failover_under_way: bool,
+    /// Writes are paused (`paused_actions` of INFO clients, on servers that tell).
+    pub writes_paused: bool,
+    /// `cmdstat_scan`.
+    pub scan_stat: Option<CommandStat>,
+    /// Objects that are still to be freed in the background.
+    pub lazyfree_pending: Option<u64>,
+    /// Mean round trip of the last PINGs, one that is under way included as long as it has lasted.
+    pub latency: Option<Duration>,
+    /// Commands of others per second when the sweep last stood still, smoothed. Set by the sweep.
+    pub ops: Option<u64>,
+    /// Bytes that the online replica furthest behind has not acknowledged; 0 without replicas.
+    pub replica_lag: Option<u64>,
+    /// Since the replica that was silent longest last acknowledged anything; zero without replicas.
+    pub replica_silence: Option<Duration>,
+    /// Bytes in the output buffers of replicas.
+    pub replica_buffer: Option<u64>,
+    /// A replica is being given the whole data set.
+    pub full_sync: bool,
+    /// `RDB` or `AOF`: what a child process is writing.
+    pub fork: Option<&'static str>,
+    /// Share of the main thread's time that others took when the sweep last stood still, smoothed. Set by the sweep.
+    pub others_cpu: Option<f64>,
+    /// It may evict keys to stay below `maxmemory`.
+    pub may_evict: bool,
+    /// `expired_keys`, ours included, since the server started.
+    pub expired_keys: Option<u64>,
+    /// Keys that active expiry alone has freed, on servers that tell.
+    pub expired_by_server: Option<u64>,
+    /// Share of the keys with a TTL that active expiry found stale.
+    pub stale_share: Option<f64>,
+    /// INFO was not answered for too long, and why: everything above is old.
+    pub blind: Option<String>,
+}
+
+impl Observation {
+    /// Reads what INFO says.
+    pub fn from_info(info: &Info) -> Self {
+        let replicas = info.parsed::<u64>("connected_slaves").map(|_| info.replicas());
+        let sent = info.parsed::<u64>("master_repl_offset");
+        let online = || replicas.iter().flatten().filter(|replica| replica.state == "online");
+        let writing = |field| info.flag(field) == Some(true);
+        Self {
+            is_master: info.is_master(),
+            master: info.master_addr(),
+            run_id: info.get("run_id").map(|id| RunId(id.to_owned())),
+            loading: info.flag("loading") == Some(true),
+            failover_under_way: info.get("master_failover_state").is_some_and(|state| state != "no-failover"),
+            writes_paused: info.get("paused_actions").is_some_and(|actions| actions != "none"),
+            scan_stat: info.scan_stat(),
+            lazyfree_pending: info.parsed("lazyfree_pending_objects"),
+            latency: None,
+            ops: None,
+            replica_lag: replicas
+                .as_ref()
+                .and(sent)
+                .map(|sent| online().map(|replica| sent.saturating_sub(replica.offset)).max().unwrap_or(0)),
+            replica_silence: replicas
+                .as_ref()
+                .map(|_| Duration::from_secs(online().filter_map(|replica| replica.lag_s).max().unwrap_or(0).into())),
+            replica_buffer: info.parsed("mem_clients_slaves"),
+            full_sync: replicas.iter().flatten().any(|replica| replica.state != "online"),
+            fork: match () {
+                () if writing("rdb_bgsave_in_progress") => Some("RDB"),
+                () if writing("aof_rewrite_in_progress") => Some("AOF"),
+                () => None,
+            },
+            others_cpu: None,
+            may_evict: info.may_evict(),
+            expired_keys: info.parsed("expired_keys"),
+            expired_by_server: info.parsed("expired_keys_active"),
+            stale_share: info.stale_share(),
+            blind: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slowest_replica_counts_and_one_that_is_not_online_is_a_full_sync() {
+        let info = |replicas: &str| {
+            let text = format!("role:master\r\nconnected_slaves:2\r\nmaster_repl_offset:1000\r\n{replicas}");
+            Observation::from_info(&Info::parse(&text))
+        };
+        let online =
+            "slave0:ip=a,port=1,state=online,offset=900,lag=0\r\nslave1:ip=b,port=1,state=online,offset=400,lag=7\r\n";
+        let seen = info(online);
+        assert_eq!((seen.replica_lag, seen.replica_silence), (Some(600), Some(Duration::from_secs(7))));
+        assert!(!seen.full_sync);
+        let syncing = info("slave0:ip=a,port=1,state=wait_bgsave,offset=0,lag=0\r\n");
+        assert!(syncing.full_sync && syncing.replica_lag == Some(0), "its offset says nothing");
+        assert_eq!(Observation::from_info(&Info::parse("role:master\r\n")).replica_lag, None, "hidden is unknown");
+    }
+}

@@ -1,0 +1,84 @@
+//! How long a server that is away is tried again.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::model::failure::Failure;
+use crate::model::throttle::Reason;
+use crate::node::conn::ConnOptions;
+use crate::node::error::NodeError;
+
+/// First and longest wait before another attempt.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// How long attempts go on, and how they thin out.
+pub struct RetryBudget {
+    limit: Duration,
+    /// A batch takes no longer: trouble that comes later after a connection was made is other trouble.
+    batch: Duration,
+    since: Instant,
+    /// When the last connection was made.
+    connected: Option<Instant>,
+    backoff: Duration,
+}
+
+impl RetryBudget {
+    /// A budget of `limit`, on connections with these bounds.
+    pub fn new(limit: Duration, options: &ConnOptions) -> Self {
+        let batch = options.connect_timeout * 2 + options.response_timeout * 2;
+        Self { limit, batch, since: Instant::now(), connected: None, backoff: BACKOFF.0 }
+    }
+
+    /// A connection was made.
+    pub fn connected(&mut self) {
+        self.connected = Some(Instant::now());
+    }
+
+    /// The next wait, or the failure once there were enough.
+    ///
+    /// # Errors
+    /// The failure that ends the attempts.
+    pub fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
+        // However long an attempt takes: it may ask many nodes, each of which may say nothing.
+        let other_trouble = self.connected.take().is_some_and(|connected| connected.elapsed() > self.batch);
+        if other_trouble || matches!(reason, Reason::Loading | Reason::Busy) {
+            // It answers: only the task's own time limits how long it may stay so.
+            self.since = Instant::now();
+        }
+        if self.since.elapsed() >= self.limit {
+            let mut failure = error.into_failure();
+            failure.message = format!("{} (tried again for {:?})", failure.message, self.limit);
+            return Err(failure);
+        }
+        let wait = self.backoff;
+        self.backoff = (self.backoff * 2).min(BACKOFF.1);
+        Ok(wait)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::error::Class;
+
+    #[tokio::test(start_paused = true)]
+    async fn attempts_that_take_long_are_no_other_trouble_and_trouble_after_a_connection_is() {
+        let second = Duration::from_secs(1);
+        let options = ConnOptions::plain(Default::default(), second, second);
+        let mut budget = RetryBudget::new(Duration::from_secs(60), &options);
+        let mut trouble = |reason| {
+            let error = NodeError::NoMaster { problem: "nobody".into(), hint: None, class: Class::Transient };
+            budget.next(reason, error).map_err(|failure| failure.message)
+        };
+        assert!(trouble(Reason::NoMaster).is_ok());
+        tokio::time::advance(second * 40).await;
+        assert!(trouble(Reason::NoMaster).is_ok());
+        tokio::time::advance(second * 40).await;
+        assert_eq!(trouble(Reason::NoMaster).unwrap_err(), "nobody (tried again for 60s)");
+        budget.connected();
+        tokio::time::advance(second * 5).await;
+        let error = NodeError::NoMaster { problem: "nobody".into(), hint: None, class: Class::Transient };
+        assert!(budget.next(Reason::NoMaster, error).is_ok());
+    }
+}

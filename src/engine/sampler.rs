@@ -1,0 +1,191 @@
+//! Samplers: they look at a master on their own connection and tick, and write down what they see. They decide nothing.
+//!
+//! One connection for each master: a PING every 50 ms, INFO every [`INFO_EVERY`]. How busy others keep the main thread
+//! cannot be seen from beside a sweep that keeps it busy itself: see [`super::policy::foreground`].
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::engine::policy::observation::Observation;
+use crate::model::shard::NodeAddr;
+use crate::node::commands;
+use crate::node::conn::{Conn, ConnOptions};
+use crate::node::error::NodeError;
+
+/// How often the latency is probed.
+const PING_EVERY: Duration = Duration::from_millis(50);
+/// How many PINGs go by between two INFOs. INFO costs a server some 100 microseconds: a twentieth of a per cent.
+const PINGS_BETWEEN_INFOS: u32 = 5;
+/// How many PINGs go by between two looks at a master that waits for its turn: a second of them.
+const PINGS_BETWEEN_LOOKS: u32 = 4 * PINGS_BETWEEN_INFOS;
+/// How often INFO is read.
+pub const INFO_EVERY: Duration = Duration::from_millis(50 * PINGS_BETWEEN_INFOS as u64);
+/// The latency is the mean of this many PINGs: 0.4 s. A mean, since one PING that waited for half a second says more than
+/// seven that did not.
+const PINGS: usize = 8;
+/// After this long without an answer to INFO nothing is known any more.
+const BLIND_AFTER: Duration = Duration::from_secs(3);
+
+/// A running sampler. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Sampler {
+    seen: watch::Receiver<Observation>,
+    slow: Arc<AtomicBool>,
+    _stop: DropGuard,
+}
+
+impl Sampler {
+    /// Starts sampling. `first` is what was seen when the sweep connected, so that there is an observation from the
+    /// first batch on. A server that cannot be reached leaves the last observation in place, and says after a while that
+    /// it is old: the sweep's own connection meets the same trouble.
+    pub fn start(addr: NodeAddr, options: ConnOptions, first: Observation) -> Self {
+        let (sender, seen) = watch::channel(first);
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let slow = Arc::new(AtomicBool::new(false));
+        let slowed = slow.clone();
+        tokio::spawn(async move {
+            let sampling = Sampling { slow: slowed, addr, options, sender, round_trips: VecDeque::with_capacity(PINGS) };
+            token.run_until_cancelled(sampling.run()).await;
+        });
+        Self { seen, slow, _stop: stop.drop_guard() }
+    }
+
+    /// The observation, if there is one that was not taken yet.
+    pub fn take_new(&mut self) -> Option<Observation> {
+        // An error means that the sampler has ended, which only happens with this observer.
+        self.seen.has_changed().unwrap_or(false).then(|| self.seen.borrow_and_update().clone())
+    }
+
+    /// Looks once a second only, as long as the master waits for its turn, or at the full rate again.
+    pub fn slow_down(&self, slow: bool) {
+        self.slow.store(slow, Ordering::Relaxed);
+    }
+
+    /// The mean round trip of the last PINGs.
+    pub fn latency(&self) -> Option<Duration> {
+        self.seen.borrow().latency
+    }
+
+    /// Waits for the next observation.
+    pub async fn next(&mut self) -> Observation {
+        if self.seen.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        self.seen.borrow_and_update().clone()
+    }
+}
+
+struct Sampling {
+    slow: Arc<AtomicBool>,
+    addr: NodeAddr,
+    options: ConnOptions,
+    sender: watch::Sender<Observation>,
+    round_trips: VecDeque<Duration>,
+}
+
+impl Sampling {
+    /// Samples for ever, and connects again whenever that is needed.
+    async fn run(mut self) {
+        let mut answered = Instant::now();
+        loop {
+            if let Err(error) = self.sample(&mut answered).await {
+                tracing::debug!(addr = %self.addr, %error, "the sampler lost its connection");
+                if answered.elapsed() > BLIND_AFTER {
+                    let why = error.to_string();
+                    self.sender.send_if_modified(|seen| seen.blind.replace(why.clone()) != Some(why));
+                }
+            }
+            self.round_trips.clear();
+            tokio::time::sleep(INFO_EVERY).await;
+        }
+    }
+
+    async fn sample(&mut self, answered: &mut Instant) -> Result<(), NodeError> {
+        let mut conn = Conn::open(&self.addr, &self.options).await?;
+        let mut tick = tokio::time::interval(PING_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        for turn in 0_u32.. {
+            tick.tick().await;
+            if self.slow.load(Ordering::Relaxed) && !turn.is_multiple_of(PINGS_BETWEEN_LOOKS) {
+                continue;
+            }
+            if turn.is_multiple_of(PINGS_BETWEEN_INFOS) {
+                let info = commands::info(&mut conn).await?;
+                *answered = Instant::now();
+                let latency = self.latency(None);
+                self.sender.send_replace(Observation { latency, ..Observation::from_info(&info) });
+            } else {
+                self.probe(&mut conn).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One PING. As long as it is not answered its age counts.
+    async fn probe(&mut self, conn: &mut Conn) -> Result<(), NodeError> {
+        let begun = Instant::now();
+        let mut ping = std::pin::pin!(commands::ping(conn));
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut ping => {
+                    answer?;
+                    break;
+                }
+                () = tokio::time::sleep(PING_EVERY) => {
+                    let latency = self.latency(Some(begun.elapsed()));
+                    self.sender.send_modify(|seen| seen.latency = latency);
+                }
+            }
+        }
+        if self.round_trips.len() == PINGS {
+            self.round_trips.pop_front();
+        }
+        self.round_trips.push_back(begun.elapsed());
+        let latency = self.latency(None);
+        // Not worth waking anybody for while it hardly moves.
+        self.sender.send_if_modified(|seen| {
+            let moved = moved(seen.latency, latency);
+            if moved {
+                seen.latency = latency;
+            }
+            moved
+        });
+        Ok(())
+    }
+
+    /// Over the last [`PINGS`], those that were not made yet counting nothing: what the first ones say is no mean.
+    fn latency(&self, under_way: Option<Duration>) -> Option<Duration> {
+        let known: Duration = self.round_trips.iter().chain(&under_way).sum();
+        let any = !self.round_trips.is_empty() || under_way.is_some();
+        any.then(|| known / u32::try_from(PINGS).unwrap_or(1))
+    }
+}
+
+/// Whether two latencies differ by a quarter and by what a limit could notice.
+fn moved(before: Option<Duration>, now: Option<Duration>) -> bool {
+    match (before, now) {
+        (Some(before), Some(now)) => {
+            let (less, more) = (before.min(now), before.max(now));
+            more > less + less / 4 + Duration::from_millis(1)
+        }
+        (before, now) => before.is_some() != now.is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_changes_of_the_latency_wake_nobody() {
+        let us = |us| Some(Duration::from_micros(us));
+        assert!(!moved(us(50), us(900)) && moved(us(50), us(1100)) && moved(us(9000), us(50)) && moved(None, us(1)));
+    }
+}

@@ -1,0 +1,602 @@
+//! One turn of the loop: wait until nothing holds it, send, receive, judge, apply. What a reply means is
+//! [`verdict::judge`]'s to say; only `apply` and what it calls change the pass.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use crate::engine::policy::key_names::{KeyNames, Names};
+use crate::engine::policy::pacer::Wait;
+use crate::engine::policy::profile::may_be_swept;
+use crate::engine::policy::segments::SegmentId;
+use crate::engine::policy::touch_audit::TouchAudit;
+use crate::engine::policy::verdict::{self, Answer, Known, Purpose, Restart, Verdict};
+use crate::engine::sweep::pass::{Pass, REPORT_EVERY};
+use crate::engine::sweep::pipeline::Exchange;
+use crate::engine::sweep::session::Session;
+use crate::engine::sweep::shard::{End, ShardSweep};
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::{ScanEventKind, TouchOutcome};
+use crate::model::shard::ScanPosition;
+use crate::model::throttle::Reason;
+use crate::node::commands;
+use crate::node::conn::{Gauge, Reply, Request, Timing, TouchReply};
+use crate::node::error::{Class, NodeError};
+
+/// How often hidden keys that a batch proved are looked for again before we say so: a table that was resized in the middle
+/// of a SCAN can look like it once, but not again at the same cursor.
+const DOUBTS: u32 = 2;
+/// Pause between looks at a server that does not delete.
+const BLOCKED_EVERY: Duration = Duration::from_millis(250);
+/// After an error on one connection, the replies on the others are waited for this long in all.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What was received.
+enum Received {
+    Scanned(Reply),
+    Touched(TouchReply),
+}
+
+impl ShardSweep {
+    /// Walks a pass to its end.
+    pub(super) async fn walk(&mut self, pass: &mut Pass) -> Result<(), End> {
+        while pass.figures.position != ScanPosition::Finished {
+            self.turn(pass).await?;
+        }
+        Ok(())
+    }
+
+    async fn turn(&mut self, pass: &mut Pass) -> Result<(), End> {
+        let stand_still = self.must_stand_still(pass).await?;
+        let wake = match stand_still {
+            true => None,
+            false => match self.send(pass).await {
+                Ok(wake) => wake,
+                Err(error) => return self.lost(error, pass).await,
+            },
+        };
+        let Some(worker) = pass.pipeline.next(&self.session) else {
+            return match wake {
+                _ if stand_still => self.stand_still(pass).await,
+                Some(until) => self.rest(pass, until).await,
+                None => {
+                    let what = "nothing of the pass is left to walk, and it is not at its end";
+                    Err(Failure::new(FailureKind::Protocol, what).into())
+                }
+            };
+        };
+        let begins = tokio::select! {
+            biased;
+            begins = self.session.conns[worker].reply_begins() => begins,
+            () = pass.pipeline.timer.until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => return Ok(()),
+        };
+        if let Err(error) = begins {
+            pass.pipeline.workers[worker].exchange = None;
+            return self.lost(error, pass).await;
+        }
+        self.receive(worker, pass, !stand_still).await
+    }
+
+    /// Sends as many batches as may be under way. Returns when to ask again, where the pacer holds one back.
+    async fn send(&mut self, pass: &mut Pass) -> Result<Option<Instant>, NodeError> {
+        let options = self.job.map.topology().options();
+        let depth = self.depth_of(pass);
+        pass.pipeline.grow(depth, &mut self.session, options, pass.db).await;
+        while pass.pipeline.under_way() < depth {
+            let Some(worker) = claim(pass) else { return Ok(None) };
+            if let Err(until) = self.pacer.may_send(depth > 2) {
+                pass.pipeline.depth.was_paced();
+                return Ok(Some(until));
+            }
+            let gauge = self.gauge();
+            let count = self.pacer.count();
+            let Session { conns, touch, names, .. } = &mut self.session;
+            let Some(segment) = pass.pipeline.workers[worker].segment else { return Ok(None) };
+            let Some(from) = pass.segments.at(segment) else { return Ok(None) };
+            let exchange = if pass.segments.is_walked_closely(segment) {
+                let request = Request { from, count: 1, nameless: false, gauge };
+                Exchange { purpose: Purpose::Walk, request, segment }
+            } else {
+                compose(segment, from, count, gauge, touch, names)
+            };
+            conns[worker].send_scan(exchange.request).await?;
+            self.pacer.sent();
+            pass.pipeline.workers[worker].exchange = Some(exchange);
+        }
+        Ok(None)
+    }
+
+    /// How many batches may be under way.
+    fn depth_of(&self, pass: &Pass) -> usize {
+        // Where deletions may be blocked, batch after batch tells.
+        if pass.doubts > 0 || !pass.segments.is_cut() { 1 } else { pass.pipeline.depth.now() }
+    }
+
+    /// What tells how many keys a batch frees.
+    fn gauge(&self) -> Gauge {
+        if self.session.seen.may_evict { Gauge::ExpiredKeys } else { Gauge::Dbsize }
+    }
+
+    /// Receives what a worker has under way, and carries out what it means. `go_on`: the worker's next batch may be sent as soon
+    /// as the cursor has come.
+    async fn receive(&mut self, worker: usize, pass: &mut Pass, go_on: bool) -> Result<(), End> {
+        let depth = self.depth_of(pass);
+        let gauge = self.gauge();
+        let Some(exchange) = pass.pipeline.workers[worker].exchange.take() else { return Ok(()) };
+        let Exchange { purpose, segment, .. } = exchange;
+        let free = go_on
+            && purpose == Purpose::Walk
+            && pass.pipeline.under_way() < depth
+            && !pass.segments.is_walked_closely(segment)
+            && !pass.segments.has_set_aside();
+        let Session { conns, touch, names, .. } = &mut self.session;
+        let (pacer, segments, workers) = (&mut self.pacer, &pass.segments, &mut pass.pipeline.workers[worker]);
+        let mut sent = None;
+        let received = match purpose {
+            Purpose::Touch { .. } => {
+                conns[worker].receive_touch().await.map(|(reply, timing)| (Received::Touched(reply), timing))
+            }
+            _ => {
+                let kept = matches!(purpose, Purpose::WalkToTouch(_)).then_some(&mut workers.names);
+                let next = |to| {
+                    if !free || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
+                        return None;
+                    }
+                    let next = compose(segment, to, pacer.count(), gauge, touch, names);
+                    pacer.sent();
+                    sent = Some(next);
+                    Some(next.request)
+                };
+                conns[worker].receive_scan(kept, next).await.map(|(reply, timing)| (Received::Scanned(reply), timing))
+            }
+        };
+        workers.exchange = sent;
+        match received {
+            Ok((received, timing)) => {
+                self.retry = None;
+                self.take(worker, exchange, received, timing, pass).await
+            }
+            Err(error) => self.refused(error, exchange, pass).await,
+        }
+    }
+
+    /// An exchange that brought no reply that can be judged.
+    async fn refused(&mut self, error: NodeError, exchange: Exchange, pass: &mut Pass) -> Result<(), End> {
+        let fatal = matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. });
+        if let (Purpose::Touch { scanned, .. }, true) = (exchange.purpose, fatal) {
+            let Some(outcome) = self.session.touch.refused() else { return Err(error.into_failure().into()) };
+            self.say_touch(Some(outcome)).await;
+            let verdict = self.go_on_at(exchange.segment, scanned.to, pass);
+            return self.apply(exchange, verdict, pass).await;
+        }
+        if exchange.request.nameless && matches!(error.class(), Class::Fatal(FailureKind::Unsupported)) {
+            let why = format!("the server refuses SCAN with a TYPE that it does not know ({error})");
+            return self.read_names(pass, why).await;
+        }
+        self.lost(error, pass).await
+    }
+
+    /// Judges a reply until it needs no more, counts it, and carries the verdict out.
+    async fn take(
+        &mut self,
+        worker: usize,
+        exchange: Exchange,
+        received: Received,
+        timing: Timing,
+        pass: &mut Pass,
+    ) -> Result<(), End> {
+        let answer = match &received {
+            Received::Scanned(reply) => Answer::Scanned(*reply),
+            Received::Touched(reply) => Answer::Touched { left_dead: left_dead(exchange.purpose, reply) },
+        };
+        let mut verdict = self.judge(&exchange, answer, pass);
+        if let Verdict::WalkClosely(to) = verdict {
+            pass.segments.walk_closely(exchange.request.from, to);
+            pass.still.proves_nothing();
+            verdict = self.judge(&exchange, answer, pass);
+        }
+        self.count(&exchange, &received, timing, pass);
+        if !matches!(verdict, Verdict::Suspect { .. }) {
+            self.dispel_doubts(answer, pass).await;
+        }
+        match (verdict, answer) {
+            (Verdict::AuditNames, Answer::Scanned(first)) => {
+                let count = KeyNames::audit_count(exchange.request.count, first.reclaimed());
+                let request = Request { count, nameless: false, ..exchange.request };
+                let sent = self.session.conns[worker].send_scan(request).await;
+                let purpose = Purpose::AuditNames { first };
+                self.follow_up(worker, Exchange { purpose, request, ..exchange }, sent, pass).await
+            }
+            (Verdict::TouchKeys(command), _) => {
+                let scanned = match (exchange.purpose, answer) {
+                    (Purpose::Touch { scanned, .. }, _) | (_, Answer::Scanned(scanned)) => scanned,
+                    (_, Answer::Touched { .. }) => return Ok(()),
+                };
+                // The right was asked for with one key: now for the others.
+                if matches!(exchange.purpose, Purpose::Touch { .. }) {
+                    self.session.touch.was_answered();
+                }
+                let keys = self.session.touch.keys();
+                let names = &pass.pipeline.workers[worker].names;
+                pass.untouched |= scanned.returned > names.len().min(keys) as u64;
+                // What was freed is safe from here on; the position follows once the batch is done.
+                self.write_tally(pass).await;
+                let gauge = self.gauge();
+                let names = &pass.pipeline.workers[worker].names;
+                let sent = self.session.conns[worker].send_touch(command, names, keys, gauge).await;
+                let purpose = Purpose::Touch { command, scanned };
+                self.follow_up(worker, Exchange { purpose, ..exchange }, sent, pass).await
+            }
+            (verdict, _) => {
+                self.learn(&exchange, answer, pass).await;
+                self.apply(exchange, verdict, pass).await
+            }
+        }
+    }
+
+    fn judge(&self, exchange: &Exchange, answer: Answer, pass: &Pass) -> Verdict {
+        let known = Known {
+            space: &self.session.space,
+            ordered: self.session.ordered,
+            segments: &pass.segments,
+            still: &pass.still,
+            cursors: &pass.cursors,
+            touch: &self.session.touch,
+            names: &self.session.names,
+            untouched: pass.untouched,
+        };
+        verdict::judge(&known, exchange.segment, exchange.purpose, &exchange.request, answer)
+    }
+
+    fn go_on_at(&self, segment: SegmentId, to: ScanPosition, pass: &Pass) -> Verdict {
+        if pass.segments.finishes(segment, to) { Verdict::Finished } else { Verdict::Advance(to) }
+    }
+
+    /// A worker has something more to ask about its range.
+    async fn follow_up(
+        &mut self,
+        worker: usize,
+        exchange: Exchange,
+        sent: Result<(), NodeError>,
+        pass: &mut Pass,
+    ) -> Result<(), End> {
+        match sent {
+            Ok(()) => {
+                pass.pipeline.workers[worker].exchange = Some(exchange);
+                Ok(())
+            }
+            Err(error) => self.lost(error, pass).await,
+        }
+    }
+
+    /// Counts what a reply brought, whatever it means.
+    fn count(&mut self, exchange: &Exchange, received: &Received, timing: Timing, pass: &mut Pass) {
+        let pipeline = &mut pass.pipeline;
+        let before = pipeline.last_read.replace(timing.read).map_or(timing.sent, |read| read.max(timing.sent));
+        let own = timing.read.duration_since(before);
+        let wait = Wait { own, since_sent: timing.since_sent(), waited_for: timing.waited_for };
+        match received {
+            Received::Scanned(reply) => {
+                let held = self.count_scan(exchange, reply, wait, pass);
+                self.ledger.worked(held);
+                let (floor, slice) = (self.pacer.floor(), self.pacer.expected_slice());
+                if !slice.is_zero() {
+                    let intensity = self.pacer.intensity();
+                    pass.pipeline.depth.answered(wait.since_sent, floor, slice, intensity);
+                }
+            }
+            Received::Touched(reply) => {
+                self.ledger.worked(self.pacer.worked_beside(wait));
+                let left_dead = left_dead(exchange.purpose, reply);
+                let figures = &mut pass.figures;
+                figures.found_by_touch += left_dead;
+                figures.reclaimed += left_dead;
+                // The key that asks for the right is asked again with the others.
+                if self.session.touch.may_ask() {
+                    let answers = reply.answers.iter().flatten();
+                    figures.touched += answers.clone().count() as u64;
+                    if matches!(exchange.purpose, Purpose::Touch { command: "TTL", .. }) {
+                        answers.for_each(|&ttl| figures.ttl.add(ttl));
+                    }
+                }
+            }
+        }
+    }
+
+    fn count_scan(&mut self, exchange: &Exchange, reply: &Reply, wait: Wait, pass: &mut Pass) -> Duration {
+        let Exchange { purpose, request, segment } = exchange;
+        let reclaimed = reply.reclaimed();
+        let figures = &mut pass.figures;
+        figures.batches += 1;
+        figures.reclaimed += reclaimed;
+        pass.keys = reply.after.keys;
+        if pass.segments.is_walked_closely(*segment) {
+            // Keys that were looked at before.
+            return self.pacer.worked_beside(wait);
+        }
+        if matches!(purpose, Purpose::AuditNames { .. }) {
+            // It looked at keys that were counted the first time, but for those that the first time left dead.
+            figures.scanned += reclaimed;
+            self.pacer.charge(reply.seen());
+            return self.pacer.worked_beside(wait);
+        }
+        let share = |position| figures.space.fraction(position);
+        let walked = (share(reply.to) - share(request.from)).max(0.0);
+        let seen = if request.nameless {
+            // Keys that live are not in the reply. The keys that were not met yet are spread over the rest of the table, so the
+            // share of that rest which was walked tells how many were met now.
+            let to_come = reply.before.keys.saturating_sub(pass.met);
+            let part = (walked / (1.0 - pass.walked).max(f64::EPSILON)).clamp(0.0, 1.0);
+            figures.nameless += 1;
+            // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
+            pass.still.proves_nothing();
+            reclaimed.max((part * to_come as f64).round() as u64)
+        } else {
+            pass.still.add(reply);
+            reply.seen()
+        };
+        pass.walked += walked;
+        pass.met += seen.saturating_sub(reclaimed);
+        figures.scanned += seen;
+        // Where it is not known how many were looked at, COUNT is the least.
+        self.pacer.charge(if request.nameless { seen.max(u64::from(request.count)) } else { seen });
+        self.pacer.worked(seen, wait)
+    }
+
+    /// A batch whose keys were not hidden, at a place that was doubted or with keys that were freed.
+    async fn dispel_doubts(&mut self, answer: Answer, pass: &mut Pass) {
+        let Answer::Scanned(reply) = answer else { return };
+        // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
+        let rank = |position| self.session.space.rank(position);
+        if rank(reply.to) >= rank(pass.doubted) || reply.reclaimed() > 0 {
+            pass.doubts = 0;
+            pass.doubted = ScanPosition::NotStarted;
+            self.end_hold().await;
+        }
+    }
+
+    /// Takes in what the range that is done tells about the server.
+    async fn learn(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
+        let outcome = match (exchange.purpose, answer) {
+            (Purpose::Touch { scanned, .. }, Answer::Touched { left_dead }) => {
+                self.session.touch.learn(scanned.reclaimed(), left_dead)
+            }
+            (Purpose::AuditNames { first }, Answer::Scanned(reply)) => {
+                self.session.names.learn(first.reclaimed(), Some(reply.reclaimed()));
+                self.session.touch.learn(first.reclaimed(), 0)
+            }
+            (_, Answer::Scanned(reply)) => {
+                pass.cursors.add(&reply);
+                pass.untouched |= reply.returned > 0 || exchange.request.nameless;
+                if exchange.request.nameless {
+                    self.session.names.learn(reply.reclaimed(), None);
+                }
+                self.session.touch.learn(reply.reclaimed(), 0)
+            }
+            (_, Answer::Touched { .. }) => None,
+        };
+        self.say_touch(outcome).await;
+        if outcome == Some(TouchOutcome::ScanLeavesDead) {
+            self.session.sweep_again(Restart::TouchNeeded.sentence());
+        }
+    }
+
+    async fn say_touch(&self, outcome: Option<TouchOutcome>) {
+        if let Some(outcome) = outcome {
+            self.reporter.say(ScanEventKind::TouchDecided { outcome }).await;
+        }
+    }
+
+    /// Carries a verdict out.
+    async fn apply(&mut self, exchange: Exchange, verdict: Verdict, pass: &mut Pass) -> Result<(), End> {
+        match verdict {
+            Verdict::Advance(to) => self.advance(exchange.segment, to, pass).await,
+            Verdict::Finished => {
+                self.write_tally(pass).await;
+                if !self.confirm(pass).await? {
+                    return self.wait(BLOCKED_EVERY).await;
+                }
+                self.advance(exchange.segment, ScanPosition::Finished, pass).await;
+            }
+            Verdict::Suspect { hidden, at } => return self.suspect(hidden, at, pass).await,
+            Verdict::Restart(why) => return self.restart(why, pass).await,
+            Verdict::Broken(why) => {
+                let message = format!("the cursors of {} lead nowhere: {why}", self.session.addr());
+                let failure = Failure::new(FailureKind::Protocol, message);
+                let hint = "is this a Redis or Valkey server, and is nothing in between that answers for it?";
+                return Err(failure.hint(hint).into());
+            }
+            // Carried out by the exchange that they led to.
+            Verdict::AuditNames | Verdict::TouchKeys(_) | Verdict::WalkClosely(_) => {}
+        }
+        if pass.reported.elapsed() >= REPORT_EVERY {
+            self.report(pass).await;
+        }
+        Ok(())
+    }
+
+    async fn advance(&mut self, segment: SegmentId, to: ScanPosition, pass: &mut Pass) {
+        let freed = pass.figures.reclaimed;
+        let done = pass.segments.advance(segment, to);
+        for worker in pass.pipeline.workers.iter_mut().filter(|worker| worker.segment == Some(segment)) {
+            if done {
+                worker.segment = None;
+            } else if pass.segments.has_set_aside() && worker.exchange.is_none() {
+                // What was set aside comes first.
+                pass.segments.release(segment);
+                worker.segment = None;
+            }
+        }
+        pass.figures.position = pass.segments.position();
+        if freed > pass.freed_at_proof {
+            (pass.freed_at_proof, pass.proven) = (freed, pass.figures.position);
+        }
+        self.write_tally(pass).await;
+    }
+
+    /// Receives and counts what is under way; where the sweep goes on is another matter. Returns whether nothing went wrong; else
+    /// the sweep has gone back.
+    async fn settle(&mut self, pass: &mut Pass) -> Result<bool, End> {
+        while let Some(worker) = pass.pipeline.next(&self.session) {
+            match self.take_in(worker, pass).await {
+                Ok(()) => {}
+                Err(error) => return self.lost(error, pass).await.map(|()| false),
+            }
+        }
+        self.write_tally(pass).await;
+        Ok(true)
+    }
+
+    async fn take_in(&mut self, worker: usize, pass: &mut Pass) -> Result<(), NodeError> {
+        let Some(exchange) = pass.pipeline.workers[worker].exchange else { return Ok(()) };
+        let conn = &mut self.session.conns[worker];
+        let received = match exchange.purpose {
+            Purpose::Touch { .. } => {
+                conn.receive_touch().await.map(|(reply, timing)| (Received::Touched(reply), timing))
+            }
+            _ => conn
+                .receive_scan(None, |_| None)
+                .await
+                .map(|(reply, timing)| (Received::Scanned(reply), timing)),
+        };
+        pass.pipeline.workers[worker].exchange = None;
+        match received {
+            Ok((received, timing)) => {
+                self.count(&exchange, &received, timing, pass);
+                Ok(())
+            }
+            // Refused, it has freed nothing, and the sweep that goes on is told the same.
+            Err(NodeError::Server { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A batch that was not answered. What else is under way is taken in, without much patience: the connections are given up.
+    async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
+        if !matches!(error, NodeError::Server { .. }) {
+            pass.figures.lost_replies += 1;
+        }
+        self.last_words(pass).await;
+        self.recover(error, Some(pass)).await
+    }
+
+    /// Takes in what is still under way when the pass ends or its connections do.
+    pub(super) async fn last_words(&mut self, pass: &mut Pass) {
+        let deadline = Instant::now() + LAST_WORDS;
+        while let Some(worker) = pass.pipeline.next(&self.session) {
+            if !matches!(timeout_at(deadline, self.take_in(worker, pass)).await, Ok(Ok(()))) {
+                pass.pipeline.workers[worker].exchange = None;
+                self.session.conns[worker].forget();
+                pass.figures.lost_replies += 1;
+            }
+        }
+    }
+
+    /// Deletions may not work: back to the last place where they did, and look again until they do.
+    async fn suspect(&mut self, hidden: u64, at: ScanPosition, pass: &mut Pass) -> Result<(), End> {
+        // A reply that is still to come is none to the batches after the wait.
+        if !self.settle(pass).await? {
+            return Ok(());
+        }
+        pass.go_back();
+        self.write_tally(pass).await;
+        pass.doubts += 1;
+        pass.doubted = at;
+        if pass.doubts > DOUBTS {
+            let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
+            self.begin_hold(Reason::DeletionBlocked, Some(detail)).await;
+            self.report(pass).await;
+            // Another master of the host may be swept meanwhile, each time anew.
+            self.permit = None;
+            // It may have become a replica, and the sampler may look at another server: its connection is another one.
+            match commands::info(self.session.conn()).await {
+                Ok(info) => {
+                    if let Err(failure) = may_be_swept(self.job.map.kind(), &info) {
+                        return self.demoted(failure, pass).await;
+                    }
+                }
+                Err(error) => return self.recover(error, Some(pass)).await,
+            }
+        }
+        self.wait(BLOCKED_EVERY).await
+    }
+
+    /// What the pass has swept, and what passes of this process before it have, is worth nothing.
+    async fn restart(&mut self, why: Restart, pass: &mut Pass) -> Result<(), End> {
+        if !self.settle(pass).await? {
+            return Ok(());
+        }
+        match why {
+            Restart::Unordered => self.session.ordered = false,
+            Restart::NamesNeeded => _ = self.session.names.give_up(),
+            Restart::TouchNeeded => {}
+        }
+        self.session.sweep_again(why.sentence());
+        self.begin_again(pass, why.sentence().to_owned()).await;
+        Ok(())
+    }
+
+    /// The server refuses SCAN without names: from now on they are read, and what was swept without them is swept again.
+    async fn read_names(&mut self, pass: &mut Pass, why: String) -> Result<(), End> {
+        if !self.session.names.give_up() {
+            // The reply to another worker has said so.
+            return Ok(());
+        }
+        if pass.figures.nameless == 0 {
+            self.reporter.warn(format!("{why}: its names are read")).await;
+            return Ok(());
+        }
+        if self.settle(pass).await? {
+            self.session.sweep_again(&why);
+            self.begin_again(pass, why).await;
+        }
+        Ok(())
+    }
+}
+
+/// The worker that sends next, with a segment to walk: who walks the lowest one, or else whoever is free. `None`: nobody is, or
+/// nothing is left to walk.
+fn claim(pass: &mut Pass) -> Option<usize> {
+    let segments = &mut pass.segments;
+    let idle = |number: &usize| pass.pipeline.workers[*number].exchange.is_none();
+    let numbers = (0..pass.pipeline.workers.len()).filter(idle);
+    let walking = numbers.clone().filter_map(|number| {
+        let at = segments.at(pass.pipeline.workers[number].segment?)?;
+        Some((segments.rank(at), number))
+    });
+    if let Some((_, number)) = walking.min() {
+        return Some(number);
+    }
+    let number = numbers.min()?;
+    pass.pipeline.workers[number].segment = Some(segments.claim()?);
+    Some(number)
+}
+
+/// The next batch of a segment.
+fn compose(
+    segment: SegmentId,
+    from: ScanPosition,
+    count: u32,
+    gauge: Gauge,
+    touch: &mut TouchAudit,
+    names: &mut KeyNames,
+) -> Exchange {
+    let (purpose, nameless) = match touch.next() {
+        // A batch without names cannot be touched.
+        Some(command) => (Purpose::WalkToTouch(command), false),
+        None => match names.next() {
+            Names::Read => (Purpose::Walk, false),
+            Names::Left => (Purpose::Walk, true),
+            Names::Audited => (Purpose::WalkToAudit, true),
+        },
+    };
+    Exchange { purpose, request: Request { from, count, nameless, gauge }, segment }
+}
+
+/// Keys that SCAN had left dead and a touch has freed. A key may also be gone because its owner has deleted it since the SCAN.
+/// And a long touch is not run back to back: what others did in between is not ours.
+fn left_dead(purpose: Purpose, reply: &TouchReply) -> u64 {
+    let no_key = if matches!(purpose, Purpose::Touch { command: "TTL", .. }) { -2 } else { 0 };
+    let gone = reply.answers.iter().filter(|answer| **answer == Some(no_key)).count() as u64;
+    reply.reclaimed().min(gone)
+}

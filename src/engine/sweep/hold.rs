@@ -1,0 +1,267 @@
+//! What makes the loop stand still. The order of one place: orders, foreground, throttle, permit, each with no batch under way;
+//! then rest and ceiling, which the pacer asks for before each batch. Every wait ends at once when a stop is ordered, and each
+//! hold is told with its reason when it begins and when it ends.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::engine::control::{Orders, StopReason, stop_ordered};
+use crate::engine::policy::expiry_guard::Advice;
+use crate::engine::policy::foreground;
+use crate::engine::policy::ledger::Doing;
+use crate::engine::policy::observation::Observation;
+use crate::engine::policy::throttle::{self, Decision};
+use crate::engine::sweep::pass::{Pass, REPORT_EVERY};
+use crate::engine::sweep::shard::{End, ShardSweep};
+use crate::model::failure::FailureKind;
+use crate::model::progress::ScanEventKind;
+use crate::model::throttle::Reason;
+use crate::node::commands;
+use crate::node::error::NodeError;
+
+/// During a hold that an observation began, a server of which nothing was seen for this long is asked whether it is there.
+const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
+
+impl ShardSweep {
+    /// Takes in what is new and changes only the pace. Returns whether the loop has to stand still, once nothing is under way.
+    pub(super) async fn must_stand_still(&mut self, pass: &mut Pass) -> Result<bool, End> {
+        let orders = *self.orders.borrow();
+        if orders.stop.is_some() || orders.hold.is_some() || self.ordered_hold {
+            return Ok(true);
+        }
+        if self.pacer.tune(orders.tuning) {
+            self.pacer.set_intensity(orders.tuning.intensity);
+            self.session.decided = false;
+        }
+        if self.permit.is_none() || self.session.foreground.look_is_due(&orders.tuning) {
+            return Ok(true);
+        }
+        match self.session.sampler.take_new() {
+            Some(new) => self.session.seen = new,
+            None if self.session.decided => return Ok(false),
+            None => {}
+        }
+        match self.decide() {
+            (_, Decision::Hold(..) | Decision::Abort(_)) => {
+                // Decided upon again in `throttle`.
+                self.session.decided = false;
+                Ok(true)
+            }
+            (seen, Decision::Proceed) => self.go_on(pass, &seen, orders.tuning.intensity).await.map(|()| false),
+            (seen, Decision::Rest(share)) => self.go_on(pass, &seen, share).await.map(|()| false),
+        }
+    }
+
+    /// Stands still as long as anything wants that. Called with nothing under way.
+    pub(super) async fn stand_still(&mut self, pass: &mut Pass) -> Result<(), End> {
+        self.obey(pass).await?;
+        self.look_around(pass).await?;
+        self.throttle(pass).await?;
+        self.take_permit(pass).await
+    }
+
+    /// Takes new orders in. Holds while they say so.
+    async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
+        loop {
+            let orders = *self.orders.borrow_and_update();
+            stop_of(&orders)?;
+            if self.pacer.tune(orders.tuning) {
+                self.pacer.set_intensity(orders.tuning.intensity);
+                self.session.decided = false;
+            }
+            let Some(reason) = orders.hold else {
+                if std::mem::take(&mut self.ordered_hold) {
+                    self.end_hold().await;
+                }
+                return Ok(());
+            };
+            self.ordered_hold = true;
+            self.begin_hold(reason, None).await;
+            self.report(pass).await;
+            if self.orders.changed().await.is_err() {
+                // Nobody is left who could say "go on", and nobody who could say "stop".
+                return Err(End::Stopped(StopReason::Interrupted));
+            }
+        }
+    }
+
+    /// Stands still for a moment, now and then, to see what others need.
+    async fn look_around(&mut self, pass: &mut Pass) -> Result<(), End> {
+        if !self.session.foreground.look_is_due(&self.orders.borrow().tuning) {
+            return Ok(());
+        }
+        if self.hold.is_none() {
+            self.ledger.turn_to(Doing::Resting);
+        }
+        let measured = self.measure_others().await;
+        if self.hold.is_none() {
+            self.ledger.turn_to(Doing::Exchanging);
+        }
+        match measured {
+            Ok(()) => {
+                self.session.decided = false;
+                Ok(())
+            }
+            Err(error) => self.recover(error, Some(pass)).await,
+        }
+    }
+
+    pub(super) async fn measure_others(&mut self) -> Result<(), NodeError> {
+        let before = commands::load(self.session.conn()).await?;
+        let from = Instant::now();
+        tokio::time::sleep(foreground::LOOK_FOR).await;
+        let after = commands::load(self.session.conn()).await?;
+        let span = from.elapsed();
+        let commands = after.commands.zip(before.commands).map(|(now, then)| now.saturating_sub(then));
+        // Two of them were ours.
+        let ops = commands.map(|all| (all.saturating_sub(2) as f64 / span.as_secs_f64()) as u64);
+        self.session.foreground.learn(foreground::busy_share(before.cpu, after.cpu, span), ops);
+        Ok(())
+    }
+
+    /// What was last seen, and what it means.
+    fn decide(&mut self) -> (Observation, Decision) {
+        let seen = self.session.beside_others(self.session.seen.clone());
+        if let Some(stat) = seen.scan_stat {
+            self.pacer.observe(stat);
+        }
+        let held = self.hold.map(|(reason, _)| reason);
+        let decision = throttle::decide(&seen, &self.session.baseline, &self.orders.borrow().tuning, held);
+        (seen, decision)
+    }
+
+    /// Holds until [`throttle::decide`] lets the sweep go on.
+    async fn throttle(&mut self, pass: &mut Pass) -> Result<(), End> {
+        match self.session.sampler.take_new() {
+            Some(new) => self.session.seen = new,
+            None if self.session.decided => return Ok(()),
+            None => {}
+        }
+        let mut suspect = false;
+        loop {
+            let tuning = self.orders.borrow().tuning;
+            let (seen, decision) = self.decide();
+            match decision {
+                Decision::Proceed => return self.go_on(pass, &seen, tuning.intensity).await,
+                Decision::Rest(share) => return self.go_on(pass, &seen, share).await,
+                Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
+                    self.demoted(failure, pass).await?;
+                    // The one that was found was looked at when it was reached.
+                    return Ok(());
+                }
+                // One look may have met a moment.
+                Decision::Abort(failure) if failure.kind == FailureKind::LimitPassed && !suspect => suspect = true,
+                Decision::Abort(failure) => return Err(failure.into()),
+                Decision::Hold(reason, detail) => {
+                    suspect = false;
+                    if matches!(reason, Reason::Loading | Reason::Failover | Reason::DeletionBlocked) {
+                        // What was swept since the last proof may have been swept under the same condition.
+                        pass.go_back();
+                    }
+                    if self.begin_hold(reason, detail).await {
+                        self.report(pass).await;
+                    }
+                }
+            }
+            self.write_tally(pass).await;
+            self.session.seen = tokio::select! {
+                next = self.session.sampler.next() => next,
+                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(self.session.conn()).await {
+                    Ok(()) => continue,
+                    // The server is gone, and with it whoever would say that the hold is over.
+                    Err(error) => return self.recover(error, Some(pass)).await,
+                },
+            };
+            if self.session.foreground.look_is_due(&tuning)
+                && let Err(error) = self.measure_others().await
+            {
+                return self.recover(error, Some(pass)).await;
+            }
+        }
+    }
+
+    /// Nothing holds the sweep: how much may it take?
+    async fn go_on(&mut self, pass: &mut Pass, seen: &Observation, share: f64) -> Result<(), End> {
+        // A hold that the arithmetic began is ended by the arithmetic, in the batch loop.
+        if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
+            self.end_hold().await;
+        }
+        let advice = pass.guard.look(pass.begun.elapsed(), seen, &pass.figures, pass.keys);
+        let most = self.orders.borrow().tuning.intensity;
+        self.session.decided = true;
+        match advice {
+            Advice::Fine => self.pacer.set_intensity(share),
+            Advice::Hurry => self.pacer.set_intensity(most),
+            Advice::Stop(failure) if !self.job.settings.allow_slow => return Err(failure.into()),
+            Advice::Stop(failure) => {
+                self.pacer.set_intensity(most);
+                self.reporter.warn(format!("{} (sweeping on, as asked)", failure.message)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a permit, and says so where there is none.
+    async fn take_permit(&mut self, pass: &mut Pass) -> Result<(), End> {
+        if self.permit.is_some() {
+            return Ok(());
+        }
+        self.permit = self.job.permits.take_now(&self.session.master.addr);
+        if self.permit.is_none() {
+            self.begin_hold(Reason::Queued, None).await;
+            self.report(pass).await;
+            self.session.sampler.slow_down(true);
+            let permit = tokio::select! {
+                permit = self.job.permits.take(&self.session.master.addr) => permit,
+                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+            };
+            self.session.sampler.slow_down(false);
+            self.permit = Some(permit);
+            self.end_hold().await;
+        }
+        Ok(())
+    }
+
+    /// Rests until the pacer lets the next batch go. Called with nothing under way.
+    pub(super) async fn rest(&mut self, pass: &mut Pass, until: Instant) -> Result<(), End> {
+        let due = until.saturating_duration_since(Instant::now());
+        if due >= REPORT_EVERY {
+            self.report(pass).await;
+        }
+        self.ledger.turn_to(Doing::Resting);
+        let rested = tokio::select! {
+            () = pass.pipeline.timer.until(until) => Ok(()),
+            reason = stop_ordered(&mut self.orders) => Err(End::Stopped(reason)),
+        };
+        self.ledger.turn_to(Doing::Exchanging);
+        rested
+    }
+
+    /// Begins a hold, unless it holds for this reason already. Returns whether it did.
+    pub(super) async fn begin_hold(&mut self, reason: Reason, detail: Option<String>) -> bool {
+        if self.hold.is_some_and(|(current, _)| current == reason) {
+            return false;
+        }
+        self.end_hold().await;
+        if reason != Reason::Paused {
+            // Another master of the host may be swept meanwhile. A pause is the whole task's.
+            self.permit = None;
+        }
+        self.hold = Some((reason, Instant::now()));
+        self.ledger.turn_to(Doing::Holding(reason));
+        self.reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
+        true
+    }
+
+    pub(super) async fn end_hold(&mut self) {
+        let Some((reason, since)) = self.hold.take() else { return };
+        self.ledger.turn_to(Doing::Exchanging);
+        self.reporter.say(ScanEventKind::HoldEnded { reason, lasted: since.elapsed() }).await;
+    }
+}
+
+fn stop_of(orders: &Orders) -> Result<(), End> {
+    orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
+}
