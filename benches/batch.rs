@@ -6,12 +6,12 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use ttlsweep::engine::batch::hidden;
-use ttlsweep::engine::pacer::Pacer;
+use ttlsweep::engine::policy::hidden_keys::hidden;
+use ttlsweep::engine::policy::pacer::{Pacer, Wait};
 use ttlsweep::model::shard::ScanPosition;
 use ttlsweep::model::slots::CursorSpace;
 use ttlsweep::model::throttle::Limits;
-use ttlsweep::node::conn::{Reading, ScanBatch};
+use ttlsweep::node::conn::{Reading, Reply};
 use ttlsweep::node::wire::{Names, ScanReader, ScanReply, frame_len};
 use ttlsweep::settings::Tuning;
 
@@ -57,13 +57,11 @@ fn reading(c: &mut Criterion) {
 }
 
 fn deciding(c: &mut Criterion) {
-    let batch = ScanBatch {
-        cursor: 1234,
+    let batch = Reply {
+        to: ScanPosition::from_reply(1234),
         returned: 97,
         before: Reading { keys: 1000, expired: None },
         after: Reading { keys: 997, expired: None },
-        waited: Duration::from_micros(90),
-        since_sent: Duration::from_micros(90),
     };
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
@@ -73,9 +71,9 @@ fn deciding(c: &mut Criterion) {
     c.bench_function("pace_one_batch", |b| {
         b.iter(|| {
             let waited = black_box(Duration::from_micros(90));
-            pacer.worked(black_box(100), waited, waited);
-            pacer.rested(Duration::from_secs(1));
-            pacer.count()
+            pacer.worked(black_box(100), Wait { own: waited, since_sent: waited, waited_for: true });
+            pacer.charge(100);
+            (pacer.may_send(true), pacer.count())
         });
     });
 }

@@ -101,8 +101,7 @@ pub async fn count(
         let mut returned = 0;
         let mut after = before;
         while position != ScanPosition::Finished {
-            let request =
-                Request { from: position, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
+            let request = Request { from: position, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
             let reply = conn.scan(request).await?;
             returned += reply.returned;
             after = reply.after.keys;

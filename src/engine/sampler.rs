@@ -50,7 +50,8 @@ impl Sampler {
         let slow = Arc::new(AtomicBool::new(false));
         let slowed = slow.clone();
         tokio::spawn(async move {
-            let sampling = Sampling { slow: slowed, addr, options, sender, round_trips: VecDeque::with_capacity(PINGS) };
+            let sampling =
+                Sampling { slow: slowed, addr, options, sender, round_trips: VecDeque::with_capacity(PINGS) };
             token.run_until_cancelled(sampling.run()).await;
         });
         Self { seen, slow, _stop: stop.drop_guard() }

@@ -62,12 +62,7 @@ pub fn has_to_know_the_flow(starves: bool, keys: u64, settings: &ScanSettings) -
 }
 
 /// Why a sweep would do harm, if it would: a pass over `keys` while `expire_per_sec` of them expire each second.
-pub fn harm(
-    starves: bool,
-    keys: u64,
-    expire_per_sec: f64,
-    settings: &ScanSettings,
-) -> Option<Failure> {
+pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettings) -> Option<Failure> {
     if !has_to_know_the_flow(starves, keys, settings) || expire_per_sec < LEAST_FLOW {
         return None;
     }

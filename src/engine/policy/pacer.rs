@@ -105,6 +105,15 @@ pub struct Wait {
     pub waited_for: bool,
 }
 
+/// The next batch may not be sent yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Later {
+    /// When to ask again.
+    pub at: Instant,
+    /// For rest or ceiling; else it is only kept at a distance from those before it.
+    pub to_rest: bool,
+}
+
 /// Replies that came together.
 #[derive(Debug, Default)]
 struct Group {
@@ -179,7 +188,7 @@ impl Pacer {
         self.count
     }
 
-    /// The network's and both kernels' share of a wait.
+    /// The way to the server and back, at its shortest.
     pub fn floor(&self) -> Duration {
         self.floor
     }
@@ -322,22 +331,22 @@ impl Pacer {
         }
     }
 
-    /// Whether the next batch may be sent now; if not, when to ask again. `spaced`: at a distance from those before it.
+    /// Whether the next batch may be sent now. `spaced`: at a distance from those before it.
     ///
     /// # Errors
-    /// When to ask again.
-    pub fn may_send(&mut self, spaced: bool) -> Result<(), Instant> {
+    /// When to ask again, and what for.
+    pub fn may_send(&mut self, spaced: bool) -> Result<(), Later> {
         let now = Instant::now();
         let owed = self.rested_at.saturating_duration_since(now);
         self.resting = if self.resting { !owed.is_zero() } else { owed >= REST_AT_LEAST };
         if self.resting {
-            return Err(self.rested_at);
+            return Err(Later { at: self.rested_at, to_rest: true });
         }
         if spaced && self.spaced_at > now {
-            return Err(self.spaced_at);
+            return Err(Later { at: self.spaced_at, to_rest: false });
         }
         match self.ceiling.as_ref().and_then(|ceiling| ceiling.pay(&mut self.unpaid)) {
-            Some(wait) => Err(now + wait),
+            Some(wait) => Err(Later { at: now + wait, to_rest: true }),
             None => Ok(()),
         }
     }
@@ -472,7 +481,7 @@ mod tests {
     async fn a_stall_of_seconds_owes_no_minute_of_rest() {
         let mut pacer = pacer(100, 0.1, None);
         alone(&mut pacer, 100, Duration::from_secs(5));
-        assert_eq!(pacer.may_send(false), Err(Instant::now() + REST_AT_MOST));
+        assert_eq!(pacer.may_send(false), Err(Later { at: Instant::now() + REST_AT_MOST, to_rest: true }));
     }
 
     /// Share of the time that batches of 100 us took, whose way there and back takes `away`, with `depth` of them under way.
@@ -481,10 +490,10 @@ mod tests {
         let mut held = Duration::ZERO;
         while begun.elapsed() < Duration::from_secs(1) {
             while let Err(then) = pacer.may_send(false) {
-                tokio::time::sleep_until(then).await;
+                tokio::time::sleep_until(then.at).await;
             }
             tokio::time::advance((100 * US).max((away + 100 * US) / depth)).await;
-            let wait = Wait { own: 100 * US + pacer.floor(), since_sent: 100 * US + pacer.floor(), waited_for: true };
+            let wait = Wait { own: 120 * US, since_sent: 120 * US, waited_for: true };
             held += pacer.worked(100, wait);
         }
         held.as_secs_f64() / begun.elapsed().as_secs_f64()
@@ -511,7 +520,8 @@ mod tests {
         tokio::time::advance(Duration::from_secs(60)).await;
         assert_eq!(pacer.may_send(false), Ok(()));
         alone(&mut pacer, 100, 2_020 * US);
-        assert_eq!(pacer.may_send(false), Err(Instant::now() + 6_000 * US), "8 ms less the 2 ms that are forgiven");
+        let later = Later { at: Instant::now() + 6_000 * US, to_rest: true };
+        assert_eq!(pacer.may_send(false), Err(later), "8 ms less the 2 ms that are forgiven");
     }
 
     #[tokio::test(start_paused = true)]
@@ -534,7 +544,7 @@ mod tests {
         let mut at = Vec::new();
         for _ in 0..6 {
             if let Err(then) = pacer.may_send(true) {
-                tokio::time::advance(then - Instant::now()).await;
+                tokio::time::advance(then.at - Instant::now()).await;
             }
             pacer.sent();
             at.push(begun.elapsed());
@@ -570,7 +580,7 @@ mod tests {
         for _ in 0..batches {
             pacer.charge(keys);
             while let Err(then) = pacer.may_send(false) {
-                tokio::time::sleep_until(then).await;
+                tokio::time::sleep_until(then.at).await;
             }
         }
         begun.elapsed().as_secs_f64()

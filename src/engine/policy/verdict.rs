@@ -191,13 +191,7 @@ fn judge_audit(known: &Known<'_>, id: SegmentId, request: &Request, first: Reply
     go_on(known, id, first.to)
 }
 
-fn judge_touch(
-    known: &Known<'_>,
-    id: SegmentId,
-    command: &'static str,
-    scanned: Reply,
-    left_dead: u64,
-) -> Verdict {
+fn judge_touch(known: &Known<'_>, id: SegmentId, command: &'static str, scanned: Reply, left_dead: u64) -> Verdict {
     if !known.touch.may_ask() {
         // That was the question whether we may. Now for the keys.
         return Verdict::TouchKeys(command);
@@ -356,8 +350,7 @@ mod tests {
                 names: &self.names,
                 untouched: self.untouched,
             };
-            let request =
-                Request { from: self.from, count: self.count, nameless: self.nameless, gauge: Gauge::Dbsize };
+            let request = Request { from: self.from, count: self.count, nameless: self.nameless, gauge: Gauge::Dbsize };
             judge(&known, self.id, self.purpose, &request, self.answer)
         }
     }
@@ -401,39 +394,95 @@ mod tests {
             ("past the end of its segment", walk(at(2050), 100, 0), Advance(at(2050))),
             ("a worker of an earlier segment meets the end", walk(end, 3, 0), Finished),
             ("the end, with all keys returned", walk(end, 50_000, 0).whole(), Finished),
-            ("the end of the last segment while another is open", walk(end, 3, 0).with(|case| {
-                case.segments = Segments::new(case.space.clone(), 1, ScanPosition::NotStarted);
-                case.segments.claim().unwrap();
-                case.id = case.segments.claim().unwrap();
-                case.from = at(2048);
-            }), Advance(end)),
-            ("the end of the last open segment", walk(end, 3, 0).with(|case| {
-                case.segments = Segments::new(case.space.clone(), 1, at(2048));
-                case.id = case.segments.claim().unwrap();
-                case.from = at(2048);
-            }), Finished),
-            ("the end while a range is set aside", walk(end, 3, 0).with(|case| {
-                case.segments.walk_closely(at(16), at(32));
-            }), Advance(end)),
+            (
+                "the end of the last segment while another is open",
+                walk(end, 3, 0).with(|case| {
+                    case.segments = Segments::new(case.space.clone(), 1, ScanPosition::NotStarted);
+                    case.segments.claim().unwrap();
+                    case.id = case.segments.claim().unwrap();
+                    case.from = at(2048);
+                }),
+                Advance(end),
+            ),
+            (
+                "the end of the last open segment",
+                walk(end, 3, 0).with(|case| {
+                    case.segments = Segments::new(case.space.clone(), 1, at(2048));
+                    case.id = case.segments.claim().unwrap();
+                    case.from = at(2048);
+                }),
+                Finished,
+            ),
+            (
+                "the end while a range is set aside",
+                walk(end, 3, 0).with(|case| {
+                    case.segments.walk_closely(at(16), at(32));
+                }),
+                Advance(end),
+            ),
             // Hidden keys.
-            ("fewer keys than asked for, and nothing that ended the SCAN", walk(at(1124), 30, 0), suspect(70, at(1124))),
+            (
+                "fewer keys than asked for, and nothing that ended the SCAN",
+                walk(at(1124), 30, 0),
+                suspect(70, at(1124)),
+            ),
             ("one key too few", walk(at(1124), 90, 9), suspect(1, at(1124))),
-            ("hidden keys are found before the keys are touched", walk(at(1124), 30, 0).purpose(exists), suspect(70, at(1124))),
-            ("nothing moved in a whole pass and keys are missing", walk(end, 100, 0).whole().with(|case| case.still = still_with(40_000)), suspect(9_900, end)),
-            ("somebody wrote during the pass", walk(end, 100, 0).whole().with(|case| {
-                case.still = still_with(40_000);
-                case.still.proves_nothing();
-            }), Finished),
-            ("the last batch itself freed keys", walk(end, 100, 5).whole().with(|case| case.still = still_with(40_000)), Finished),
-            ("a still pass proves nothing to cursors without order", walk(end, 100, 0).unordered().with(|case| case.still = still_with(40_000)), Finished),
+            (
+                "hidden keys are found before the keys are touched",
+                walk(at(1124), 30, 0).purpose(exists),
+                suspect(70, at(1124)),
+            ),
+            (
+                "nothing moved in a whole pass and keys are missing",
+                walk(end, 100, 0).whole().with(|case| case.still = still_with(40_000)),
+                suspect(9_900, end),
+            ),
+            (
+                "somebody wrote during the pass",
+                walk(end, 100, 0).whole().with(|case| {
+                    case.still = still_with(40_000);
+                    case.still.proves_nothing();
+                }),
+                Finished,
+            ),
+            (
+                "the last batch itself freed keys",
+                walk(end, 100, 5).whole().with(|case| case.still = still_with(40_000)),
+                Finished,
+            ),
+            (
+                "a still pass proves nothing to cursors without order",
+                walk(end, 100, 0).unordered().with(|case| case.still = still_with(40_000)),
+                Finished,
+            ),
             // Tables of slots.
-            ("within the table of a slot", walk(in_slot(7, 131), 30, 0).by_slot(in_slot(7, 100)), suspect(70, in_slot(7, 131))),
-            ("into the next table with fewer keys", walk(in_slot(8, 1), 30, 0).by_slot(in_slot(7, 100)), WalkClosely(in_slot(8, 1))),
-            ("into the next table with as many keys as asked for", walk(in_slot(8, 1), 100, 0).by_slot(in_slot(7, 100)), Advance(in_slot(8, 1))),
-            ("a range that was set aside already", walk(in_slot(8, 1), 30, 0).by_slot(in_slot(7, 100)).with(|case| {
-                case.segments.walk_closely(in_slot(7, 100), in_slot(8, 1));
-            }), Advance(in_slot(8, 1))),
-            ("from nobody knows which table on", walk(in_slot(0, 1001), 30, 0).by_slot(ScanPosition::NotStarted), WalkClosely(in_slot(0, 1001))),
+            (
+                "within the table of a slot",
+                walk(in_slot(7, 131), 30, 0).by_slot(in_slot(7, 100)),
+                suspect(70, in_slot(7, 131)),
+            ),
+            (
+                "into the next table with fewer keys",
+                walk(in_slot(8, 1), 30, 0).by_slot(in_slot(7, 100)),
+                WalkClosely(in_slot(8, 1)),
+            ),
+            (
+                "into the next table with as many keys as asked for",
+                walk(in_slot(8, 1), 100, 0).by_slot(in_slot(7, 100)),
+                Advance(in_slot(8, 1)),
+            ),
+            (
+                "a range that was set aside already",
+                walk(in_slot(8, 1), 30, 0).by_slot(in_slot(7, 100)).with(|case| {
+                    case.segments.walk_closely(in_slot(7, 100), in_slot(8, 1));
+                }),
+                Advance(in_slot(8, 1)),
+            ),
+            (
+                "from nobody knows which table on",
+                walk(in_slot(0, 1001), 30, 0).by_slot(ScanPosition::NotStarted),
+                WalkClosely(in_slot(0, 1001)),
+            ),
             ("the last slot's end", walk(end, 3, 0).by_slot(in_slot(99, 100)), Finished),
             // Walked closely.
             ("a bucket with a key", walk(at(1025), 1, 0).closely(), Advance(at(1025))),
@@ -446,9 +495,13 @@ mod tests {
             ("back in a hash table", walk(at(1000), 100, 0), restart(Restart::Unordered)),
             ("back where no order is known", walk(at(7), 100, 0).unordered(), Advance(at(7))),
             ("few keys where no order is known", walk(at(7), 3, 0).unordered(), Advance(at(7))),
-            ("round in a circle", walk(at(7), 100, 0).unordered().with(|case| {
-                case.cursors = nearly_a_circle(at(7));
-            }), Verdict::Broken("they go round in a circle".to_owned())),
+            (
+                "round in a circle",
+                walk(at(7), 100, 0).unordered().with(|case| {
+                    case.cursors = nearly_a_circle(at(7));
+                }),
+                Verdict::Broken("they go round in a circle".to_owned()),
+            ),
             ("the end where no order is known", walk(end, 3, 0).unordered(), Finished),
             // Touching keys.
             ("a batch to be touched", walk(at(1124), 100, 0).purpose(exists), TouchKeys("EXISTS")),
@@ -456,33 +509,65 @@ mod tests {
             ("touched, all alive", walk(at(1124), 100, 0).touched(0), Advance(at(1124))),
             ("touched, two had just expired", walk(at(1124), 100, 0).touched(2), Advance(at(1124))),
             ("touched, SCAN had left three", walk(at(1124), 100, 0).touched(3), restart(Restart::TouchNeeded)),
-            ("touched, SCAN had left three, and every key was touched before", walk(at(1124), 100, 0).touched(3).with(|case| {
-                case.untouched = false;
-            }), Advance(at(1124))),
-            ("touched, three left, but SCAN has freed more", walk(at(1124), 100, 0).touched(3).with(|case| {
-                case.touch.learn(9, 0);
-            }), Advance(at(1124))),
-            ("touched, as asked, whatever is left", walk(at(1124), 100, 0).touched(50).with(|case| {
-                case.touch = TouchAudit::new(Touch::Exists, false);
-                case.touch.was_answered();
-            }), Advance(at(1124))),
-            ("the one key that asks for the right", walk(at(1124), 100, 0).touched(0).with(|case| {
-                case.touch = TouchAudit::new(Touch::Auto, false);
-            }), TouchKeys("EXISTS")),
-            ("touched behind the last batch", walk(at(1124), 100, 0).touched(0).with(|case| {
-                case.purpose = Purpose::Touch { command: "EXISTS", scanned: reply(end, 100, 0) };
-            }), Finished),
+            (
+                "touched, SCAN had left three, and every key was touched before",
+                walk(at(1124), 100, 0).touched(3).with(|case| {
+                    case.untouched = false;
+                }),
+                Advance(at(1124)),
+            ),
+            (
+                "touched, three left, but SCAN has freed more",
+                walk(at(1124), 100, 0).touched(3).with(|case| {
+                    case.touch.learn(9, 0);
+                }),
+                Advance(at(1124)),
+            ),
+            (
+                "touched, as asked, whatever is left",
+                walk(at(1124), 100, 0).touched(50).with(|case| {
+                    case.touch = TouchAudit::new(Touch::Exists, false);
+                    case.touch.was_answered();
+                }),
+                Advance(at(1124)),
+            ),
+            (
+                "the one key that asks for the right",
+                walk(at(1124), 100, 0).touched(0).with(|case| {
+                    case.touch = TouchAudit::new(Touch::Auto, false);
+                }),
+                TouchKeys("EXISTS"),
+            ),
+            (
+                "touched behind the last batch",
+                walk(at(1124), 100, 0).touched(0).with(|case| {
+                    case.purpose = Purpose::Touch { command: "EXISTS", scanned: reply(end, 100, 0) };
+                }),
+                Finished,
+            ),
             // Without names.
             ("without names few keys prove nothing", walk(at(1124), 0, 5).nameless(), Advance(at(1124))),
             ("without names, to be audited", walk(at(1124), 0, 5).nameless().purpose(WalkToAudit), AuditNames),
             ("the end, to be audited", walk(end, 0, 5).nameless().purpose(WalkToAudit), AuditNames),
             ("the audit finds nothing", walk(at(1074), 50, 0).audited(reply(at(1124), 0, 9)), Advance(at(1124))),
             ("the audit finds two", walk(at(1074), 48, 2).audited(reply(at(1124), 0, 9)), Advance(at(1124))),
-            ("the audit finds three", walk(at(1074), 47, 3).audited(reply(at(1124), 0, 0)), restart(Restart::NamesNeeded)),
-            ("the audit finds three of many", walk(at(1074), 47, 3).audited(reply(at(1124), 0, 100)).with(|case| {
-                case.names.learn(100, None);
-            }), Advance(at(1124))),
-            ("the audit finds hidden keys", walk(at(1074), 20, 0).audited(reply(at(1124), 0, 9)), suspect(30, at(1074))),
+            (
+                "the audit finds three",
+                walk(at(1074), 47, 3).audited(reply(at(1124), 0, 0)),
+                restart(Restart::NamesNeeded),
+            ),
+            (
+                "the audit finds three of many",
+                walk(at(1074), 47, 3).audited(reply(at(1124), 0, 100)).with(|case| {
+                    case.names.learn(100, None);
+                }),
+                Advance(at(1124)),
+            ),
+            (
+                "the audit finds hidden keys",
+                walk(at(1074), 20, 0).audited(reply(at(1124), 0, 9)),
+                suspect(30, at(1074)),
+            ),
             ("the audit of the last batch", walk(at(1074), 50, 0).audited(reply(end, 0, 9)), Finished),
             ("names that come all the same are no audit", walk(at(1124), 100, 0).purpose(Walk), Advance(at(1124))),
         ];

@@ -84,9 +84,11 @@ impl ShardSweep {
         pass.pipeline.grow(depth, &mut self.session, options, pass.db).await;
         while pass.pipeline.under_way() < depth {
             let Some(worker) = claim(pass) else { return Ok(None) };
-            if let Err(until) = self.pacer.may_send(depth > 2) {
-                pass.pipeline.depth.was_paced();
-                return Ok(Some(until));
+            if let Err(later) = self.pacer.may_send(depth > 2) {
+                if later.to_rest {
+                    pass.pipeline.depth.was_paced();
+                }
+                return Ok(Some(later.at));
             }
             let gauge = self.gauge();
             let count = self.pacer.count();
@@ -197,7 +199,7 @@ impl ShardSweep {
         }
         self.count(&exchange, &received, timing, pass);
         if !matches!(verdict, Verdict::Suspect { .. }) {
-            self.dispel_doubts(answer, pass).await;
+            self.dispel_doubts(&exchange, answer, pass).await;
         }
         match (verdict, answer) {
             (Verdict::AuditNames, Answer::Scanned(first)) => {
@@ -279,9 +281,9 @@ impl ShardSweep {
             Received::Scanned(reply) => {
                 let held = self.count_scan(exchange, reply, wait, pass);
                 self.ledger.worked(held);
-                let (floor, slice) = (self.pacer.floor(), self.pacer.expected_slice());
+                let slice = self.pacer.expected_slice();
                 if !slice.is_zero() {
-                    let intensity = self.pacer.intensity();
+                    let (floor, intensity) = (self.pacer.floor(), self.pacer.intensity());
                     pass.pipeline.depth.answered(wait.since_sent, floor, slice, intensity);
                 }
             }
@@ -344,11 +346,12 @@ impl ShardSweep {
     }
 
     /// A batch whose keys were not hidden, at a place that was doubted or with keys that were freed.
-    async fn dispel_doubts(&mut self, answer: Answer, pass: &mut Pass) {
+    async fn dispel_doubts(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
         let Answer::Scanned(reply) = answer else { return };
-        // Going back may have led far back: the batches up to the doubtful place prove nothing about it.
+        // Without names nothing shows what was hidden. Going back may have led far back: the batches up to the doubtful place prove nothing about it.
         let rank = |position| self.session.space.rank(position);
-        if rank(reply.to) >= rank(pass.doubted) || reply.reclaimed() > 0 {
+        let is_past = !exchange.request.nameless && rank(reply.to) >= rank(pass.doubted);
+        if is_past || reply.reclaimed() > 0 {
             pass.doubts = 0;
             pass.doubted = ScanPosition::NotStarted;
             self.end_hold().await;
@@ -454,10 +457,7 @@ impl ShardSweep {
             Purpose::Touch { .. } => {
                 conn.receive_touch().await.map(|(reply, timing)| (Received::Touched(reply), timing))
             }
-            _ => conn
-                .receive_scan(None, |_| None)
-                .await
-                .map(|(reply, timing)| (Received::Scanned(reply), timing)),
+            _ => conn.receive_scan(None, |_| None).await.map(|(reply, timing)| (Received::Scanned(reply), timing)),
         };
         pass.pipeline.workers[worker].exchange = None;
         match received {

@@ -100,7 +100,9 @@ impl Pipeline {
             let open = async move {
                 let one = || open(&addr, &options, run_id.as_ref(), db);
                 let made = futures_util::future::join_all((0..more).map(|_| one())).await;
-                made.into_iter().filter_map(|conn| conn.inspect_err(|error| tracing::debug!(%error)).ok().flatten()).collect()
+                made.into_iter()
+                    .filter_map(|conn| conn.inspect_err(|error| tracing::debug!(%error)).ok().flatten())
+                    .collect()
             };
             self.opening = Some(tokio::spawn(open));
         }

@@ -34,16 +34,17 @@ impl Timer {
             None => {
                 let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
                 let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
-                #[allow(deprecated, reason = "its successor is unsafe for the sake of types that close their descriptor; this one owns it")]
+                #[allow(
+                    deprecated,
+                    reason = "its successor is unsafe for the sake of types that close their descriptor; this one owns it"
+                )]
                 AsyncFd::with_interest(timer, Interest::READABLE)?
             }
         };
         let timer = self.kernel.insert(timer);
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let value = Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        };
+        let value =
+            Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
         let once = Itimerspec { it_interval: zero, it_value: value };
         rustix::time::timerfd_settime(&*timer, TimerfdTimerFlags::empty(), &once)?;
         let expired = |fd: &std::os::fd::OwnedFd| Ok(rustix::io::read(fd, &mut [0_u8; 8])?);

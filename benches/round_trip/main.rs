@@ -1,0 +1,137 @@
+//! How fast the loop is over a network: ours beside bare sockets and redis-cli, through a proxy that delays and does nothing else.
+//!
+//! `make bench`, or `cargo bench --bench round_trip`. By environment: `TTLSWEEP_BENCH_RTT_KEYS` (2,000,000),
+//! `TTLSWEEP_BENCH_RTTS` in microseconds (0,200,500,1000,4000; 0 is without the proxy), `TTLSWEEP_BENCH_ROUNDS` (3),
+//! `TTLSWEEP_BENCH_RTT_ONLY` (contenders whose names begin so, cut by semicolons), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
+//!
+//! The proxy is a process of its own and takes CPU time as well: beside a server, a sweep and a machine of two cores it is what limits
+//! the fastest rows. The contenders take turns, and the medians are shown. Linux only.
+
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+#[path = "../common/bare.rs"]
+mod bare;
+#[path = "../common/mod.rs"]
+mod common;
+mod proxy;
+use common::{Measured, Server, measure};
+
+fn main() {
+    let mut args = std::env::args().skip(1).skip_while(|a| a.starts_with("--bench"));
+    match args.next().as_deref() {
+        Some("bare") => {
+            let (addr, count) = (args.next().expect("an address"), args.next().expect("COUNT"));
+            return bare::bare(&addr, count.parse().expect("a number"), "");
+        }
+        Some("proxy") => {
+            let (upstream, us) = (args.next().expect("an address"), args.next().expect("microseconds"));
+            proxy::serve(&upstream, Duration::from_micros(us.parse().expect("a number")));
+        }
+        _ => {}
+    }
+    let env = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let keys: u64 = env("TTLSWEEP_BENCH_RTT_KEYS", "2000000").parse().expect("a number of keys");
+    let rounds: usize = env("TTLSWEEP_BENCH_ROUNDS", "3").parse().expect("a number");
+    let rtts = env("TTLSWEEP_BENCH_RTTS", "0,200,500,1000,4000");
+    let rtts: Vec<u64> = rtts.split(',').map(|us| us.parse().expect("microseconds")).collect();
+    let only = env("TTLSWEEP_BENCH_RTT_ONLY", "");
+    let wanted = |name: &str| only.is_empty() || only.split(';').any(|wanted| name.starts_with(wanted));
+    let server = Server::start();
+    assert_eq!(server.cli(&["DEBUG", "POPULATE", &keys.to_string(), "session:user", "32"]), "OK");
+    let ours = [env!("CARGO_BIN_EXE_ttlsweep"), "scan", "URL", "--db", "0", "--quiet", "--max-latency", "off"];
+    let this = std::env::current_exe().expect("it has a path");
+    let this = this.to_str().expect("a path in UTF-8");
+    let contenders: Vec<(&str, Vec<&str>)> = vec![
+        ("ttlsweep, default", ours.to_vec()),
+        ("ttlsweep, `--no-throttle`", [&ours[..], &["--no-throttle"]].concat()),
+        ("bare socket, COUNT 100", vec![this, "bare", "ADDR", "100"]),
+        ("bare socket, COUNT 1000", vec![this, "bare", "ADDR", "1000"]),
+        ("redis-cli --scan", vec!["redis-cli", "-h", "127.0.0.1", "-p", "PORT", "--scan"]),
+    ];
+    let contenders: Vec<_> = contenders.into_iter().filter(|(name, _)| wanted(name)).collect();
+    println!("{keys} live keys, {rounds} rounds, medians; {}", server.version());
+    println!(
+        "| round trip | PING p50 us | contender | keys/s | of loopback | client CPU s per million keys | peak memory MiB | server CPU s |"
+    );
+    println!("|---|--:|---|--:|--:|--:|--:|--:|");
+    let mut at_loopback = vec![None; contenders.len()];
+    for us in rtts {
+        let proxy = (us > 0).then(|| Proxy::start(this, &server.addr(), us / 2));
+        let port = proxy.as_ref().map_or(server.port, |proxy| proxy.port);
+        let ping = ping(port);
+        let mut results: Vec<Vec<(Measured, f64)>> = vec![Vec::new(); contenders.len()];
+        for _ in 0..rounds {
+            for ((_, command), results) in contenders.iter().zip(&mut results) {
+                let place = |word: &&str| match *word {
+                    "URL" => format!("redis://127.0.0.1:{port}"),
+                    "ADDR" => format!("127.0.0.1:{port}"),
+                    "PORT" => port.to_string(),
+                    other => other.to_owned(),
+                };
+                let before = server.cpu_s();
+                let measured = measure(Command::new(command[0]).args(command[1..].iter().map(place)));
+                results.push((measured, server.cpu_s() - before));
+            }
+        }
+        for (((name, _), results), at_loopback) in contenders.iter().zip(&results).zip(&mut at_loopback) {
+            let median = |of: fn(&(Measured, f64)) -> f64| {
+                let mut values: Vec<f64> = results.iter().map(of).collect();
+                values.sort_by(f64::total_cmp);
+                values[values.len() / 2]
+            };
+            let speed = keys as f64 / median(|(m, _)| m.wall.as_secs_f64());
+            let share = speed / *at_loopback.get_or_insert(speed);
+            println!(
+                "| {} ms | {ping} | {name} | {speed:.0} | {share:.2} | {:.2} | {:.1} | {:.2} |",
+                us as f64 / 1e3,
+                median(|(m, _)| m.cpu_s) * 1e6 / keys as f64,
+                median(|(m, _)| m.peak_kib) / 1024.0,
+                median(|(_, server)| *server),
+            );
+        }
+    }
+}
+
+/// The median of 200 PINGs in microseconds: what the proxy makes of its delay.
+fn ping(port: u16) -> u128 {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+    stream.set_nodelay(true).expect("a TCP socket");
+    let mut times: Vec<u128> = (0..200)
+        .map(|_| {
+            let begun = Instant::now();
+            stream.write_all(b"PING\r\n").expect("it reads");
+            stream.read_exact(&mut [0_u8; 7]).expect("it answers");
+            begun.elapsed().as_micros()
+        })
+        .collect();
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// The proxy, killed on drop.
+struct Proxy {
+    child: Child,
+    port: u16,
+}
+
+impl Proxy {
+    fn start(this: &str, upstream: &str, one_way_us: u64) -> Self {
+        let args = ["proxy", upstream, &one_way_us.to_string()];
+        let mut child = Command::new(this).args(args).stdout(Stdio::piped()).spawn().expect("the proxy can be run");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut line).expect("it says its port");
+        Self { child, port: line.trim().parse().expect("a port") }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
