@@ -58,7 +58,13 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
 
     let (settings, in_force) = watch::channel(Arc::new(settings));
     let (terms, terms_in_force) = watch::channel(terms);
-    let reload = Reloader { path, settings: Arc::new(settings), terms: Arc::new(terms), service: service.clone() };
+    let reload = Reloader {
+        path,
+        settings: Arc::new(settings),
+        terms: Arc::new(terms),
+        service: service.clone(),
+        metrics: metrics.clone(),
+    };
     let stop = CancellationToken::new();
     tokio::spawn(signals.obey(stop.clone(), {
         let reload = reload.clone();
@@ -102,6 +108,7 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
 /// Shows when each instance was last swept completely. An alert on it must survive a restart.
 async fn remember(store: &Store, settings: &ServeSettings, metrics: &Metrics) -> anyhow::Result<()> {
     for instance in &settings.instances {
+        metrics.introduce(&instance.id);
         let filter = TaskFilter {
             instance_id: Some(instance.id.clone()),
             states: vec![TaskState::Succeeded],
@@ -137,6 +144,7 @@ struct Reloader {
     settings: Arc<watch::Sender<Arc<ServeSettings>>>,
     terms: Arc<watch::Sender<Terms>>,
     service: TaskService,
+    metrics: Metrics,
 }
 
 impl Reloader {
@@ -157,6 +165,7 @@ impl Reloader {
                 tracing::info!(instances = new.instances.len(), "settings read again");
                 self.terms.send_replace(terms);
                 self.service.set_places(new.at_once);
+                new.instances.iter().for_each(|instance| self.metrics.introduce(&instance.id));
                 self.settings.send_replace(Arc::new(new));
                 Ok(())
             }

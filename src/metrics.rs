@@ -1,7 +1,7 @@
 //! Figures for Prometheus. Written by `tasks`, `scheduler` and `api`, read by `GET /metrics`.
 //!
-//! Labels are bounded: an instance is one of the settings file, everything else is one of our own words. Names and
-//! units follow the Prometheus conventions: base units, `_total` for what only grows.
+//! Labels are bounded: an instance is one of the settings file, everything else is one of our own words. An instance is
+//! `redis_instance`, since Prometheus itself labels what it scrapes with `instance`. Names and units follow the Prometheus conventions: base units, `_total` for what only grows.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -17,34 +17,36 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
-use crate::model::task::{Task, TaskState};
+use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;
 
+/// What may become of a due time.
+const DUE_OUTCOMES: [&str; 3] = ["run", "still_running", "missed"];
 /// Bounds of the answer times in seconds: a look into memory to a look into a busy store.
 const ANSWER_BOUNDS: [f64; 7] = [0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0];
 
 /// What a figure of an instance carries.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InstanceLabel {
-    instance: String,
+    redis_instance: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct HoldLabels {
-    instance: String,
+    redis_instance: String,
     reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EndLabels {
-    instance: String,
+    redis_instance: String,
     cause: &'static str,
     state: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct DueLabels {
-    instance: String,
+    redis_instance: String,
     outcome: &'static str,
 }
 
@@ -207,9 +209,31 @@ impl Metrics {
         text
     }
 
+    /// Shows an instance before anything was swept, so that rates and alerts have a zero to begin with. Called for each configured
+    /// instance at the start and when the settings are read again.
+    pub fn introduce(&self, instance: &str) {
+        let (inner, label) = (&self.0, InstanceLabel { redis_instance: instance.to_owned() });
+        for counter in [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies] {
+            drop(counter.get_or_create(&label));
+        }
+        for time in [&inner.active, &inner.rested] {
+            drop(time.get_or_create(&label));
+        }
+        drop(inner.last_success.get_or_create(&label));
+        for outcome in DUE_OUTCOMES {
+            drop(inner.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }));
+        }
+        for cause in Cause::ALL.iter().filter(|cause| **cause != Cause::Cli) {
+            for state in TaskState::ALL.iter().filter(|state| state.is_final()) {
+                let (cause, state) = (cause.as_str(), state.as_str());
+                drop(inner.ended.get_or_create(&EndLabels { redis_instance: instance.to_owned(), cause, state }));
+            }
+        }
+    }
+
     /// Counts what a sweep did since `before`, and shows where it stands.
     pub fn progressed(&self, instance: &str, before: &Totals, now: &Totals, snapshot: &Snapshot) {
-        let label = InstanceLabel { instance: instance.to_owned() };
+        let label = InstanceLabel { redis_instance: instance.to_owned() };
         let inner = &self.0;
         let counters = [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies];
         for ((family, now), before) in counters.into_iter().zip(now.counts).zip(before.counts) {
@@ -236,13 +260,16 @@ impl Metrics {
     }
 
     fn hold_labels(&self, instance: &str, reason: Reason) -> HoldLabels {
-        HoldLabels { instance: instance.to_owned(), reason: reason.as_str() }
+        HoldLabels { redis_instance: instance.to_owned(), reason: reason.as_str() }
     }
 
     /// Counts a task that has reached a final state.
     pub fn ended(&self, task: &Task) {
-        let labels =
-            EndLabels { instance: task.instance_id.clone(), cause: task.cause.as_str(), state: task.state.as_str() };
+        let labels = EndLabels {
+            redis_instance: task.instance_id.clone(),
+            cause: task.cause.as_str(),
+            state: task.state.as_str(),
+        };
         self.0.ended.get_or_create(&labels).inc();
         for &reason in Reason::ALL {
             let labels = self.hold_labels(&task.instance_id, reason);
@@ -257,7 +284,7 @@ impl Metrics {
 
     /// Shows when an instance was last swept completely.
     pub fn succeeded(&self, instance: &str, at: Timestamp) {
-        let label = InstanceLabel { instance: instance.to_owned() };
+        let label = InstanceLabel { redis_instance: instance.to_owned() };
         self.0.last_success.get_or_create(&label).set(at.as_millisecond() as f64 / 1000.0);
     }
 
@@ -266,9 +293,9 @@ impl Metrics {
         self.0.unfinished.set(i64::try_from(tasks).unwrap_or(i64::MAX));
     }
 
-    /// What became of a due time: `run`, `still_running`, `missed`.
+    /// What became of a due time: one of [`DUE_OUTCOMES`].
     pub fn due(&self, instance: &str, outcome: &'static str) {
-        self.0.dues.get_or_create(&DueLabels { instance: instance.to_owned(), outcome }).inc();
+        self.0.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
     }
 
     /// A record could not be written.
@@ -286,6 +313,21 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_instance_has_its_series_before_it_is_swept() {
+        let metrics = Metrics::default();
+        metrics.introduce("cache");
+        let text = metrics.encode();
+        for series in [
+            "ttlsweep_keys_reclaimed_total{redis_instance=\"cache\"} 0",
+            "ttlsweep_last_success_timestamp_seconds{redis_instance=\"cache\"} 0.0",
+            "ttlsweep_tasks_ended_total{redis_instance=\"cache\",cause=\"schedule\",state=\"failed\"} 0",
+            "ttlsweep_due_times_total{redis_instance=\"cache\",outcome=\"missed\"} 0",
+        ] {
+            assert!(text.contains(series), "{series}\n{text}");
+        }
+    }
 
     #[test]
     fn the_older_format_declares_what_its_samples_are_called() {

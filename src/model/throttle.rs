@@ -48,8 +48,10 @@ pub enum Reason {
     Paused,
     /// The off-peak window is closed.
     OutsideWindow,
-    /// As many sweeps run as may run at once.
+    /// As many tasks run as may run at once.
     Queued,
+    /// As many masters of the instance are swept as may be at a time.
+    Parallel,
 }
 
 words!(
@@ -75,6 +77,7 @@ words!(
     Paused = "paused",
     OutsideWindow = "outside_window",
     Queued = "queued",
+    Parallel = "parallel",
 );
 
 impl Reason {
@@ -102,7 +105,8 @@ impl Reason {
             Self::Unreadable => "a figure with a limit on it cannot be read",
             Self::Paused => "paused by request",
             Self::OutsideWindow => "the off-peak window is closed; going on when it opens",
-            Self::Queued => "as many sweeps run as may run at once; going on when one of them ends",
+            Self::Queued => "as many tasks run as may run at once (at-once); going on when one of them ends",
+            Self::Parallel => "another master is being swept (parallel); going on when it is this one's turn",
         }
     }
 }

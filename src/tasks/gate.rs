@@ -25,24 +25,30 @@ pub(super) struct Gate {
 }
 
 impl Gate {
+    /// Holds the task or lets it go on as things are now, and says why it holds.
+    pub(super) fn decide(&mut self, control: &Control, place: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
+        let closed = self.window.as_ref().is_some_and(|window| !window.is_open(Timestamp::now()));
+        let hold = match (*self.paused.borrow_and_update(), closed) {
+            (true, _) => Some(Reason::Paused),
+            (false, true) => Some(Reason::OutsideWindow),
+            (false, false) => {
+                *place = place.take().or_else(|| self.places.clone().try_acquire_owned().ok());
+                place.is_none().then_some(Reason::Queued)
+            }
+        };
+        if hold.is_some() {
+            *place = None;
+        }
+        control.hold(hold);
+        hold
+    }
+
     /// Holds the task and lets it go on, for as long as this runs. A place is given back while the task is held and
     /// when this is dropped.
-    pub(super) async fn keep(mut self, control: Control) {
-        let mut place: Option<OwnedSemaphorePermit> = None;
+    pub(super) async fn keep(mut self, control: Control, mut place: Option<OwnedSemaphorePermit>) {
         loop {
             let now = Timestamp::now();
-            let paused = *self.paused.borrow_and_update();
-            let closed = self.window.as_ref().is_some_and(|window| !window.is_open(now));
-            if paused || closed {
-                place = None;
-                control.hold(Some(if paused { Reason::Paused } else { Reason::OutsideWindow }));
-            } else if place.is_some() {
-                control.hold(None);
-            } else if let Ok(free) = self.places.clone().try_acquire_owned() {
-                place = Some(free);
-                control.hold(None);
-            } else {
-                control.hold(Some(Reason::Queued));
+            if self.decide(&control, &mut place) == Some(Reason::Queued) {
                 // The stand in the queue lasts for as long as this future.
                 tokio::select! {
                     free = self.places.clone().acquire_owned() => place = free.ok(),
@@ -98,10 +104,10 @@ mod tests {
         let (first, second) = (control(), control());
         let gate = |paused| Gate { window: None, places: places.clone(), paused };
         let (_other, other_paused) = watch::channel(false);
-        let one = tokio::spawn(gate(paused).keep(first.clone()));
+        let one = tokio::spawn(gate(paused).keep(first.clone(), None));
         until_hold(&first, None).await;
         until_place_is_taken(&places).await;
-        let two = tokio::spawn(gate(other_paused).keep(second.clone()));
+        let two = tokio::spawn(gate(other_paused).keep(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         pause.send(true).unwrap();
         until_hold(&first, Some(Reason::Paused)).await;
@@ -120,10 +126,10 @@ mod tests {
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
         let gate = || Gate { window: None, places: places.clone(), paused: paused.clone() };
-        let one = tokio::spawn(gate().keep(first.clone()));
+        let one = tokio::spawn(gate().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(LOOK_AGAIN / 2).await;
-        let two = tokio::spawn(gate().keep(second.clone()));
+        let two = tokio::spawn(gate().keep(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         // The first one looks again meanwhile.
         tokio::time::sleep(LOOK_AGAIN * 3 / 4).await;
@@ -151,7 +157,7 @@ mod tests {
         assert_ne!(day, now.date().weekday());
         let control = control();
         let gate = Gate { window: Some(window), places: Arc::new(Semaphore::new(1)), paused };
-        let keep = tokio::spawn(gate.keep(control.clone()));
+        let keep = tokio::spawn(gate.keep(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
         keep.abort();
     }

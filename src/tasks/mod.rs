@@ -332,10 +332,10 @@ struct Job {
 
 impl Job {
     /// Waits for the gate to open, sweeps, and writes the end.
-    async fn run(&mut self, gate: Gate, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
+    async fn run(&mut self, mut gate: Gate, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
-        // The first look decides before anything else does.
-        control.hold(Some(crate::model::throttle::Reason::Queued));
+        let mut place = None;
+        gate.decide(&control, &mut place);
         let work = async {
             match self.recorder.wait_for_turn().await {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
@@ -354,7 +354,7 @@ impl Job {
         };
         tokio::select! {
             () = work => {}
-            () = gate.keep(control) => {}
+            () = gate.keep(control, place) => {}
         }
     }
 

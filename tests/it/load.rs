@@ -56,6 +56,43 @@ async fn ends(running: Running, reason: &str, freed: u64) {
     assert_eq!(run.num(), freed);
 }
 
+/// How long a task took by its record, and the sum of what its report says the time went to.
+fn time_taken(run: &Run) -> (f64, f64) {
+    let record = run.json();
+    let at = |field: &str| record[field].as_str().expect("a time").parse::<jiff::Timestamp>().expect("a timestamp");
+    let taken = (at("finished_at").as_millisecond() - at("started_at").as_millisecond()) as f64 / 1e3;
+    (taken, ["active_s", "waited_s", "rested_s", "held_s"].iter().map(|time| run.total(time)).sum())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_ends() {
+    let server = with_dead_keys(20_000).await;
+    let over = scan(&server.url(), &["--max-keys-per-sec", "100", "--timeout", "4s"]).await.expect(4);
+    let hint = over.json()["report"]["failure"]["hint"].clone();
+    assert_eq!(
+        hint,
+        "it rested most of the time: raise --max-keys-per-sec or --intensity, or allow more with --timeout"
+    );
+    let held = Running::scan(&server.url(), &["--max-keys-per-sec", "1000", "--max-ops", "1", "--timeout", "6s"]);
+    let mut busy = server.conn().await;
+    let busy = tokio::spawn(async move {
+        loop {
+            redis::cmd("PING").exec_async(&mut busy).await.expect("it answers");
+        }
+    });
+    let held = held.end().await.expect(4);
+    busy.abort();
+    let interrupted = under_way(&server, &[]).await;
+    interrupted.signal("INT");
+    let interrupted = interrupted.end().await.expect(130);
+    let complete = scan(&server.url(), &["--max-keys-per-sec", "5000"]).await.expect(0);
+    for (run, what) in [(over, "over"), (held, "held"), (interrupted, "interrupted"), (complete, "complete")] {
+        let (taken, sum) = time_taken(&run);
+        // The first connection and the last record are not the sweep's, and a busy machine takes its time for them.
+        assert!((taken - sum).abs() <= taken * 0.01 + 0.15, "{what}: {taken} s, {sum} s told: {}", run.stdout);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
     let server = with_dead_keys(6_000).await;

@@ -66,6 +66,19 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_missing_is_asked_for_once() {
+    let server = Server::start().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    Keyspace::of(&server, 0).live_ttl(5_000, "k").await;
+    server.cmd(&["ACL", "LOG", "RESET"]).await;
+    let run = scan(&server.url_as("ttlsweep", "pw"), &[]).await.expect(0);
+    assert_eq!(run.json()["report"]["shards"][0]["touch"], "not audited: the server refuses EXISTS");
+    let log: Vec<std::collections::BTreeMap<String, redis::Value>> = server.query(&["ACL", "LOG"]).await;
+    let refused: Vec<_> = log.iter().map(|entry| (&entry["object"], &entry["count"])).collect();
+    assert!(log.len() == 1 && log[0]["count"] == redis::Value::Int(1), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_touch_that_was_asked_for_needs_its_right() {
     let server = Server::start().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;

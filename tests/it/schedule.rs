@@ -175,7 +175,7 @@ async fn has_looked(daemon: &Daemon) -> bool {
 
 async fn outcome(daemon: &Daemon, word: &str) -> u64 {
     let text = daemon.figures().await;
-    let name = format!("ttlsweep_due_times_total{{instance=\"cache\",outcome=\"{word}\"}} ");
+    let name = format!("ttlsweep_due_times_total{{redis_instance=\"cache\",outcome=\"{word}\"}} ");
     text.lines().find_map(|line| line.strip_prefix(&name)?.parse().ok()).unwrap_or(0)
 }
 

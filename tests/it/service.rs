@@ -137,7 +137,7 @@ async fn a_closed_window_holds_what_respects_it_and_nothing_else() {
     let task = daemon.task(&respectful).await;
     assert_eq!((&task["state"], &task["respect_window"]), (&json!("waiting"), &json!(true)));
     probe("it says why it waits", PATIENCE, async || hold(&daemon.task(&respectful).await) == "outside_window").await;
-    let held = "ttlsweep_holding{instance=\"cache\",reason=\"outside_window\"}";
+    let held = "ttlsweep_holding{redis_instance=\"cache\",reason=\"outside_window\"}";
     assert!(daemon.figures().await.contains(&format!("{held} 1")));
     daemon.post(&format!("/api/v1/tasks/{respectful}/cancel")).await.ok();
     assert_eq!(daemon.until(&respectful, "cancelled").await["holds"], json!([]));
@@ -372,10 +372,10 @@ async fn what_a_sweep_did_is_in_the_figures() {
     daemon.until(&id, "succeeded").await;
     let text = daemon.figures().await;
     for line in [
-        "ttlsweep_keys_reclaimed_total{instance=\"cache\"} 250",
-        "ttlsweep_tasks_ended_total{instance=\"cache\",cause=\"api\",state=\"succeeded\"} 1",
+        "ttlsweep_keys_reclaimed_total{redis_instance=\"cache\"} 250",
+        "ttlsweep_tasks_ended_total{redis_instance=\"cache\",cause=\"api\",state=\"succeeded\"} 1",
         "ttlsweep_tasks_unfinished 0",
-        "ttlsweep_sweep_progress_ratio{instance=\"cache\"} 1.0",
+        "ttlsweep_sweep_progress_ratio{redis_instance=\"cache\"} 1.0",
     ] {
         assert!(text.lines().any(|have| have == line), "{line}\n{text}");
     }
@@ -392,7 +392,7 @@ async fn when_it_last_succeeded_is_known_after_a_restart_too() {
     let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let last_success = async |daemon: &Daemon| {
         let text = daemon.figures().await;
-        let name = "ttlsweep_last_success_timestamp_seconds{instance=\"cache\"} ";
+        let name = "ttlsweep_last_success_timestamp_seconds{redis_instance=\"cache\"} ";
         text.lines().find_map(|line| line.strip_prefix(name).map(str::to_owned))
     };
     assert_eq!(last_success(&daemon).await, None);

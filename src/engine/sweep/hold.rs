@@ -210,7 +210,7 @@ impl ShardSweep {
         }
         self.permit = self.job.permits.take_now(&self.session.master.addr);
         if self.permit.is_none() {
-            self.begin_hold(Reason::Queued, None).await;
+            self.begin_hold(Reason::Parallel, None).await;
             self.report(pass).await;
             self.session.sampler.slow_down(true);
             let permit = tokio::select! {

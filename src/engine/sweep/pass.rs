@@ -119,24 +119,7 @@ impl ShardSweep {
         };
         self.pacer.reset_slices();
         self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
-        pass.keys = loop {
-            // Alone first: beside a DBSIZE that is refused, a SCAN would free keys that nobody counts.
-            let ready = async {
-                self.session.conn().select(db).await?;
-                commands::dbsize(self.session.conn()).await
-            };
-            match ready.await {
-                Ok(keys) => break keys,
-                Err(error) => self.recover(error, Some(&mut pass)).await?,
-            }
-        };
-        if pass.figures.batches == 0 {
-            pass.figures.keys_at_start = pass.keys;
-        }
-        let position = pass.figures.position;
-        self.cut(&mut pass, position);
-        self.guard_against_harm(&mut pass).await?;
-        let ended = self.walk(&mut pass).await;
+        let ended = self.begin_and_walk(&mut pass).await;
         self.last_words(&mut pass).await;
         pass.pipeline.forget();
         self.session.conns.truncate(1);
@@ -149,6 +132,26 @@ impl ShardSweep {
             Err(_) => self.reporter.say(ScanEventKind::Progressed { db, figures }).await,
         }
         ended
+    }
+
+    async fn begin_and_walk(&mut self, pass: &mut Pass) -> Result<(), End> {
+        pass.keys = loop {
+            // Alone first: beside a DBSIZE that is refused, a SCAN would free keys that nobody counts.
+            let ready = async {
+                self.session.conn().select(pass.db).await?;
+                commands::dbsize(self.session.conn()).await
+            };
+            match ready.await {
+                Ok(keys) => break keys,
+                Err(error) => self.recover(error, Some(pass)).await?,
+            }
+        };
+        if pass.figures.batches == 0 {
+            pass.figures.keys_at_start = pass.keys;
+        }
+        self.cut(pass, pass.figures.position);
+        self.guard_against_harm(pass).await?;
+        self.walk(pass).await
     }
 
     /// Cuts the pass into segments, as finely as this process allows, from `position` on.
