@@ -3,7 +3,7 @@
 //! Commands go down, facts come up:
 //!
 //! ```text
-//! cli / api / scheduler --command--> tasks --plan + control--> engine --batch--> node (one connection per master)
+//! cli / api / scheduler --command--> tasks --plan + control--> engine --request--> node (connections to masters)
 //!                                      ^                          |
 //!          store <--checkpoint--+      +------- ScanEvent --------+     bounded channel, one consumer
 //!                               +-- tasks::recorder

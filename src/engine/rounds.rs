@@ -118,6 +118,15 @@ impl Rounds {
             let message = "its slots have gone to other shards since the checkpoint, which are swept for it".to_owned();
             self.say(id, ScanEventKind::Warned { message }).await;
         }
+        for (id, known) in &self.plan.known {
+            for db in &known.uncounted {
+                let message = format!(
+                    "{db}: the batch journal beside the state file is missing or damaged, so what was freed in the last second before \
+                     the process was killed is not counted: the number of keys freed is at least the one shown"
+                );
+                self.say(id, ScanEventKind::Warned { message }).await;
+            }
+        }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
             ShardPlan { id, master, seen: Instant::now(), passes: known.passes, again: None }

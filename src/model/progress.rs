@@ -106,6 +106,8 @@ pub struct PassFigures {
     pub nameless: u64,
     /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
     pub lost_replies: u64,
+    /// Batches that may be under way, sent and not counted yet. Not in the records; the batch journal has it.
+    pub under_way: u64,
     /// How often the pass began again, because the process or the rules changed under it.
     pub restarts: u64,
     /// Time in which batches held the master.

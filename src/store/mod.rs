@@ -1,6 +1,6 @@
 //! Records that outlive the process: tasks with their checkpoints, in one SQLite file.
 //!
-//! Only `tasks` calls this. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
+//! `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
 //! writer. What the last second before a kill freed is in the [`tally`].
 
 mod lists;
@@ -31,9 +31,6 @@ use crate::store::tally::TallyDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Batches of a pass that may be under way at a kill: one, the next that was sent ahead, and the other walk's.
-const UNDER_WAY: u64 = 3;
 
 /// Trouble with the records.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +66,8 @@ pub enum StoreError {
 pub struct StoredShard {
     /// Figures of each DB that was begun.
     pub passes: BTreeMap<DbIndex, PassFigures>,
+    /// The process was killed in the middle of these passes, and the batch journal does not tell what they had counted then.
+    pub uncounted: Vec<DbIndex>,
 }
 
 /// The records of one file, or of this process only.
@@ -318,16 +317,24 @@ impl Store {
             for shard in tallies.shards(id) {
                 shards.entry(shard).or_default();
             }
+            let killed = rows::task(&self.pool, id).await?.is_some_and(|task| task.state == TaskState::Running);
             for (shard, stored) in &mut shards {
-                for (db, line) in tallies.read(id, shard) {
-                    line.bring_forward(stored.passes.entry(db).or_default());
+                let lines = tallies.read(id, shard);
+                for &db in lines.keys() {
+                    stored.passes.entry(db).or_default();
                 }
-            }
-        }
-        if rows::task(&self.pool, id).await?.is_some_and(|task| task.state == TaskState::Running) {
-            let passes = shards.values_mut().flat_map(|shard| shard.passes.values_mut());
-            for pass in passes.filter(|pass| matches!(pass.position, ScanPosition::At(_))) {
-                pass.lost_replies += UNDER_WAY;
+                for (db, pass) in &mut stored.passes {
+                    let counted = pass.batches;
+                    let line = lines.get(db);
+                    let fits = line.is_some_and(|line| line.is_some_and(|line| line.bring_forward(pass)));
+                    if killed && pass.position != ScanPosition::Finished {
+                        pass.lost_replies += pass.under_way;
+                        if !fits && (counted > 0 || line.is_some()) {
+                            pass.lost_replies += 1;
+                            stored.uncounted.push(*db);
+                        }
+                    }
+                }
             }
         }
         Ok(shards)

@@ -1,10 +1,10 @@
-//! What each batch freed, written down before the next batch is sent.
+//! What each batch freed, written down as soon as it is counted.
 //!
 //! A checkpoint each second would lose the count of the last second when the process is killed. A database commit for
-//! each batch would cost as much as the batch. So each pass has a file of 56 bytes that is overwritten in place after
+//! each batch would cost as much as the batch. So each pass has a file of 64 bytes that is overwritten in place after
 //! each batch: one `pwrite` into the page cache, about a microsecond, which outlives the process (though not a power
-//! cut; then the checkpoint stands). What remains uncounted after a kill is the batch that was under way,
-//! or two where the next was already sent.
+//! cut; then the checkpoint stands). What remains uncounted after a kill are the batches that were under
+//! way; the line says how many those may be.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -18,8 +18,8 @@ use crate::model::progress::PassFigures;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::TaskId;
 
-/// Length of a line in bytes: seven little-endian numbers of 64 bits.
-const LINE: usize = 56;
+/// Length of a line in bytes: eight little-endian numbers of 64 bits.
+const LINE: usize = 64;
 /// The cursor that stands for "finished": SCAN cannot answer it, since no table has 2^64 buckets.
 const FINISHED: u64 = u64::MAX;
 
@@ -35,6 +35,7 @@ pub struct TallyLine {
     reclaimed: u64,
     touched: u64,
     batches: u64,
+    under_way: u64,
 }
 
 impl TallyLine {
@@ -47,24 +48,29 @@ impl TallyLine {
             reclaimed: figures.reclaimed,
             touched: figures.touched,
             batches: figures.batches,
+            under_way: figures.under_way,
         }
     }
 
-    /// Puts these counts into the figures of an older checkpoint. An older line changes nothing.
-    pub fn bring_forward(&self, figures: &mut PassFigures) {
-        if self.batches >= figures.batches {
+    /// Puts these counts into the figures of an older checkpoint. Returns whether they fit it: a line is written before a checkpoint
+    /// is, so one that is older than the checkpoint is not its line, and changes nothing.
+    pub fn bring_forward(&self, figures: &mut PassFigures) -> bool {
+        let fits = self.batches >= figures.batches;
+        if fits {
             figures.position = self.position;
             figures.process = Some(self.process);
             figures.scanned = self.scanned;
             figures.reclaimed = self.reclaimed;
             figures.touched = self.touched;
             figures.batches = self.batches;
+            figures.under_way = self.under_way;
         }
+        fits
     }
 
     fn to_bytes(self) -> [u8; LINE] {
         let cursor = self.position.to_send().unwrap_or(FINISHED);
-        let fields = [cursor, self.process, self.scanned, self.reclaimed, self.touched, self.batches];
+        let fields = [cursor, self.process, self.scanned, self.reclaimed, self.touched, self.batches, self.under_way];
         let mut bytes = [0; LINE];
         for (place, field) in bytes.chunks_exact_mut(8).zip(fields.iter().chain([&checksum(&fields)])) {
             place.copy_from_slice(&field.to_le_bytes());
@@ -77,7 +83,7 @@ impl TallyLine {
         for (field, place) in fields.iter_mut().zip(bytes.chunks_exact(8)) {
             *field = u64::from_le_bytes(place.try_into().ok()?);
         }
-        let [cursor, process, scanned, reclaimed, touched, batches, sum] = fields;
+        let [cursor, process, scanned, reclaimed, touched, batches, under_way, sum] = fields;
         if checksum(&fields[..LINE / 8 - 1]) != sum {
             return None;
         }
@@ -86,7 +92,7 @@ impl TallyLine {
             FINISHED => ScanPosition::Finished,
             other => ScanPosition::from_reply(other),
         };
-        Some(Self { position, process, scanned, reclaimed, touched, batches })
+        Some(Self { position, process, scanned, reclaimed, touched, batches, under_way })
     }
 }
 
@@ -157,14 +163,14 @@ impl TallyDir {
         shards.collect()
     }
 
-    /// What each pass of a shard wrote last. A line that is not whole is left out.
-    pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, TallyLine> {
+    /// What each pass of a shard wrote last; `None` where that is not whole. A pass that has written nothing yet is left out.
+    pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, Option<TallyLine>> {
         let prefix = Self::prefix(task, shard);
         let Ok(entries) = std::fs::read_dir(&self.0) else { return BTreeMap::new() };
         let lines = entries.flatten().filter_map(|entry| {
             let db = entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok()?;
-            let bytes = std::fs::read(entry.path()).ok()?;
-            Some((DbIndex(db), TallyLine::from_bytes(bytes.as_slice().try_into().ok()?)?))
+            let bytes = std::fs::read(entry.path()).ok().filter(|bytes| !bytes.is_empty())?;
+            Some((DbIndex(db), bytes.as_slice().try_into().ok().and_then(TallyLine::from_bytes)))
         });
         lines.collect()
     }
@@ -216,16 +222,16 @@ mod tests {
             let written = figures(position, 5, 2);
             tally.write(&written).unwrap();
             let line = tallies.read(task, &shard)[&db];
-            assert_eq!(line, TallyLine::of(&written));
+            assert_eq!(line, Some(TallyLine::of(&written)));
         }
         assert_eq!(tallies.shards(task), std::slice::from_ref(&shard));
         assert!(tallies.shards(TaskId::generate()).is_empty());
-        let line = tallies.read(task, &shard)[&db];
+        let line = tallies.read(task, &shard)[&db].unwrap();
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);
-        line.bring_forward(&mut older);
+        assert!(line.bring_forward(&mut older));
         assert_eq!((older.reclaimed, older.position), (5, ScanPosition::Finished));
         let mut newer = figures(ScanPosition::from_reply(1), 8, 3);
-        line.bring_forward(&mut newer);
+        assert!(!line.bring_forward(&mut newer));
         assert_eq!(newer.reclaimed, 8);
         tallies.forget(task);
         assert!(tallies.read(task, &shard).is_empty() && tallies.shards(task).is_empty());

@@ -79,7 +79,7 @@ fn the_manifests_start_the_program_with_flags_that_exist() {
 
     let daemon = yaml("deploy/kubernetes/deployment.yaml");
     let kinds: Vec<_> = daemon.iter().map(|object| object["kind"].as_str().expect("a kind")).collect();
-    assert_eq!(kinds, ["Deployment", "PersistentVolumeClaim", "Service"]);
+    assert_eq!(kinds, ["Deployment", "PersistentVolumeClaim", "Service", "NetworkPolicy"]);
     let pod = &daemon[0]["spec"]["template"];
     let container = &pod["spec"]["containers"][0];
     let arguments = words(&container["args"]);
@@ -92,10 +92,12 @@ fn the_manifests_start_the_program_with_flags_that_exist() {
     }
     assert_eq!(daemon[0]["spec"]["selector"]["matchLabels"], pod["metadata"]["labels"]);
     assert_eq!(daemon[2]["spec"]["selector"], pod["metadata"]["labels"]);
+    assert_eq!(daemon[3]["spec"]["podSelector"]["matchLabels"], pod["metadata"]["labels"]);
     for pod in [&pod["spec"], &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]] {
         let hardened = &pod["containers"][0]["securityContext"];
         assert_eq!(hardened["readOnlyRootFilesystem"], true);
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(pod["automountServiceAccountToken"], false);
     }
 }
 
@@ -170,6 +172,7 @@ fn the_image_and_the_example_fit_together() {
 
     let compose = &yaml("docker-compose.yml")[0];
     let services = compose["services"].as_object().expect("services");
+    assert_eq!(services["ttlsweep"]["restart"], "unless-stopped", "a killed daemon comes back");
     for service in services.values() {
         for volume in service["volumes"].as_array().into_iter().flatten() {
             let volume = volume.as_str().expect("a text");

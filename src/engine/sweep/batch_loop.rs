@@ -434,6 +434,8 @@ impl ShardSweep {
             }
         }
         pass.figures.position = pass.segments.position();
+        // Each worker's, and the one that is being counted.
+        pass.figures.under_way = self.depth_of(pass) as u64 + 1;
         if freed > pass.freed_at_proof {
             (pass.freed_at_proof, pass.proven) = (freed, pass.figures.position);
         }
