@@ -293,7 +293,7 @@ impl Metrics {
         self.0.unfinished.set(i64::try_from(tasks).unwrap_or(i64::MAX));
     }
 
-    /// What became of a due time: one of [`DUE_OUTCOMES`].
+    /// What became of a due time: `run`, `still_running` or `missed`.
     pub fn due(&self, instance: &str, outcome: &'static str) {
         self.0.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
     }

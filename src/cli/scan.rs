@@ -35,8 +35,8 @@ pub struct ScanArgs {
     #[command(flatten)]
     pub sweep: SweepArgs,
 
-    /// Whom this program lets go first on this machine: idle (everybody, at once), low (nice 19), normal (nobody)
-    #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "idle")]
+    /// CPU priority of this process: low (nice 5), normal, idle (only on processors that have nothing else to do)
+    #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "low")]
     #[arg(hide_possible_values = true, hide_env_values = true)]
     pub priority: Priority,
 

@@ -26,7 +26,7 @@ pub fn say() {
         if none || late {
             note(
                 "warning: this machine has no processor time to spare, so the sweep stands still most of the time, or comes late \
-                 and takes its own waiting for the server's latency (--priority low gives it a little time)",
+                 and reads far fewer keys than it could (leave out --priority idle)",
             );
             return;
         }

@@ -17,6 +17,8 @@ use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
 
+/// tokio's timers fire up to this late on a machine with time to spare.
+const TIMER_TICK: Duration = Duration::from_millis(2);
 /// How often the latency is probed.
 const PING_EVERY: Duration = Duration::from_millis(50);
 /// How many PINGs go by between two INFOs. INFO costs a server some 100 microseconds: a twentieth of a per cent.
@@ -112,7 +114,8 @@ impl Sampling {
         let mut tick = tokio::time::interval(PING_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for turn in 0_u32.. {
-            tick.tick().await;
+            // A timer that fires late tells how long we wait for a processor ourselves: that is no latency of the server's.
+            let ours = tick.tick().await.elapsed().saturating_sub(TIMER_TICK);
             if self.slow.load(Ordering::Relaxed) && !turn.is_multiple_of(PINGS_BETWEEN_LOOKS) {
                 continue;
             }
@@ -122,14 +125,14 @@ impl Sampling {
                 let latency = self.latency(None);
                 self.sender.send_replace(Observation { latency, ..Observation::from_info(&info) });
             } else {
-                self.probe(&mut conn).await?;
+                self.probe(&mut conn, ours).await?;
             }
         }
         Ok(())
     }
 
-    /// One PING. As long as it is not answered its age counts.
-    async fn probe(&mut self, conn: &mut Conn) -> Result<(), NodeError> {
+    /// One PING. As long as it is not answered its age counts, less what our own waiting for a processor takes.
+    async fn probe(&mut self, conn: &mut Conn, ours: Duration) -> Result<(), NodeError> {
         let begun = Instant::now();
         let mut ping = std::pin::pin!(commands::ping(conn));
         loop {
@@ -140,7 +143,7 @@ impl Sampling {
                     break;
                 }
                 () = tokio::time::sleep(PING_EVERY) => {
-                    let latency = self.latency(Some(begun.elapsed()));
+                    let latency = self.latency(Some(begun.elapsed().saturating_sub(ours)));
                     self.sender.send_modify(|seen| seen.latency = latency);
                 }
             }
@@ -148,7 +151,7 @@ impl Sampling {
         if self.round_trips.len() == PINGS {
             self.round_trips.pop_front();
         }
-        self.round_trips.push_back(begun.elapsed());
+        self.round_trips.push_back(begun.elapsed().saturating_sub(ours));
         let latency = self.latency(None);
         // Not worth waking anybody for while it hardly moves.
         self.sender.send_if_modified(|seen| {

@@ -64,8 +64,9 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
     assert_eq!(server.expired_keys().await, 8_000, "every dead key is gone");
     let num = ended.num();
     assert!(num <= 8_000 && num + KILLS * 110 >= 8_000, "{num}");
-    // Each kill may have lost the batches of two workers and one that was being counted, and the report says so.
-    assert_eq!(ended.total("lost_replies"), (3 * KILLS) as f64, "{ended:?}");
+    // Each kill may have lost the batches of two workers, or of one in the end, and one that was being counted; the report says so.
+    let lost = ended.total("lost_replies") as u64;
+    assert!((2 * KILLS..=3 * KILLS).contains(&lost), "{ended:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
     assert_eq!(ended.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
 }

@@ -60,7 +60,7 @@ impl KeyNames {
     }
 
     /// A batch is sent: how it is to come. The first one without names is asked again.
-    pub fn next(&mut self) -> Names {
+    pub fn next_batch(&mut self) -> Names {
         if !self.nameless {
             return Names::Read;
         }
@@ -108,7 +108,7 @@ mod tests {
         ] {
             assert_eq!(KeyNames::new(asked, frees_all).are_left(), left, "{asked} {frees_all}");
         }
-        assert_eq!(KeyNames::new(Payload::Names, true).next(), Names::Read);
+        assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), Names::Read);
     }
 
     #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ mod tests {
         let mut audits = async |batches: u32, pause: Duration| {
             let mut audits = 0;
             for _ in 0..batches {
-                audits += u32::from(names.next() == Names::Audited);
+                audits += u32::from(names.next_batch() == Names::Audited);
                 tokio::time::advance(pause).await;
             }
             audits
@@ -130,7 +130,7 @@ mod tests {
     fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
         let mut left = KeyNames::new(Payload::None, false);
         assert!(!left.learn(0, Some(2)), "two may have expired in between");
-        assert!(left.learn(0, Some(2)) && left.give_up() && left.next() == Names::Read);
+        assert!(left.learn(0, Some(2)) && left.give_up() && left.next_batch() == Names::Read);
         assert!(!left.give_up(), "that is known");
         let mut fine = KeyNames::new(Payload::Auto, true);
         assert!((0..10_000).all(|n| !fine.learn(5, (n % 64 == 0).then_some(1))), "keys that expired in between");

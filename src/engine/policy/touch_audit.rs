@@ -55,7 +55,7 @@ impl TouchAudit {
     }
 
     /// A batch is sent. Returns the command to ask with for its keys, if they are to be asked for.
-    pub fn next(&mut self) -> Option<&'static str> {
+    pub fn next_batch(&mut self) -> Option<&'static str> {
         let command = self.command_of(self.sent);
         self.sent += 1;
         command
@@ -144,7 +144,7 @@ mod tests {
     fn audits(touch: &mut TouchAudit, batches: u64, freed: u64) -> u64 {
         let mut audits = 0;
         for _ in 0..batches {
-            audits += u64::from(touch.next() == Some("EXISTS"));
+            audits += u64::from(touch.next_batch() == Some("EXISTS"));
             touch.learn(freed, 0);
         }
         audits
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(audits(&mut touch, 6400, 0), 4 + 63 + 92);
         assert_eq!(touch.outcome(), TouchOutcome::NothingDead);
         for _ in 0..64 {
-            let left_dead = u64::from(touch.next().is_some()) * 3;
+            let left_dead = u64::from(touch.next_batch().is_some()) * 3;
             touch.learn(0, left_dead);
         }
         assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesDead);
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(touch.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
         assert_eq!(touch.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));
         for _ in 0..1000 {
-            assert!(touch.next().is_some());
+            assert!(touch.next_batch().is_some());
             assert_eq!(touch.learn(0, 0), None);
         }
     }
@@ -193,7 +193,7 @@ mod tests {
     fn without_the_right_there_is_no_audit_and_a_touch_that_was_asked_for_fails() {
         let mut touch = auto();
         assert_eq!(touch.refused(), Some(TouchOutcome::NoRight));
-        assert_eq!(touch.next(), None);
+        assert_eq!(touch.next_batch(), None);
         assert_eq!(TouchAudit::new(Touch::Ttl, false).refused(), None);
     }
 
@@ -209,6 +209,6 @@ mod tests {
 
     #[test]
     fn old_servers_are_audited_without_moving_the_lru_clock() {
-        assert_eq!(TouchAudit::new(Touch::Auto, true).next(), Some("TTL"));
+        assert_eq!(TouchAudit::new(Touch::Auto, true).next_batch(), Some("TTL"));
     }
 }

@@ -586,10 +586,10 @@ fn compose(
     touch: &mut TouchAudit,
     names: &mut KeyNames,
 ) -> Exchange {
-    let (purpose, nameless) = match touch.next() {
+    let (purpose, nameless) = match touch.next_batch() {
         // A batch without names cannot be touched.
         Some(command) => (Purpose::WalkToTouch(command), false),
-        None => match names.next() {
+        None => match names.next_batch() {
             Names::Read => (Purpose::Walk, false),
             Names::Left => (Purpose::Walk, true),
             Names::Audited => (Purpose::WalkToAudit, true),
