@@ -41,6 +41,7 @@
 //! | room | what it is |
 //! |---|---|
 //! | [`rounds`] | all shards of an instance, and again while masters move |
+//! | [`plan`] | what is to be swept and how, and how that ended |
 //! | [`control`] | what may be said to a running sweep |
 //! | [`sampler`] | looks at a master on its own connection |
 //! | [`policy`] | the rules: pure, without any waiting |
@@ -51,11 +52,13 @@
 //! is sent; records are not, and nothing is printed.
 
 pub mod control;
+pub mod plan;
 pub mod policy;
 pub mod rounds;
 pub mod sampler;
 mod shards;
 mod sweep;
 
+pub use plan::{Outcome, ScanPlan};
 pub use policy::profile::may_be_swept;
-pub use rounds::{Outcome, ScanPlan, run};
+pub use rounds::run;

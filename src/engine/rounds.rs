@@ -10,7 +10,6 @@
 //! moves a dead key: it frees it. The rule covers the ways that do: failovers, and servers that move whole slots.)
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -18,19 +17,16 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::engine::control::{Orders, StopReason, stop_ordered};
+use crate::engine::plan::{Outcome, ScanPlan, ShardPlan};
 use crate::engine::shards::permits::Permits;
 use crate::engine::shards::shard_map::ShardMap;
 use crate::engine::sweep::{self, Ended, Job};
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind};
-use crate::model::shard::{DbIndex, ShardId};
-use crate::model::task::TaskId;
+use crate::model::progress::{ScanEvent, ScanEventKind};
+use crate::model::shard::ShardId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
-use crate::node::topology::{Kind, Master, Topology};
-use crate::settings::ScanSettings;
-use crate::store::StoredShard;
-use crate::store::tally::TallyDir;
+use crate::node::topology::{Kind, Master};
 
 /// How often shards are swept again because masters or slots moved during the sweep.
 pub const ROUNDS: u32 = 4;
@@ -38,49 +34,6 @@ pub const ROUNDS: u32 = 4;
 const READ_EVERY: Duration = Duration::from_millis(500);
 /// At most this many shards are named in a failure; the report has all of them.
 const NAMED_AT_MOST: usize = 5;
-
-/// One shard to be swept, and what is known of it from a checkpoint or an earlier round.
-#[derive(Debug, Clone)]
-pub(super) struct ShardPlan {
-    /// Its name in events and records.
-    pub(super) id: ShardId,
-    /// Where its master was when the topology was read.
-    pub(super) master: Master,
-    /// When that was.
-    pub(super) seen: Instant,
-    /// Figures of DBs that were begun earlier.
-    pub(super) passes: BTreeMap<DbIndex, PassFigures>,
-    /// Why it is swept again, where an earlier round has swept it.
-    pub(super) again: Option<String>,
-}
-
-/// What to sweep and how.
-#[derive(Debug, Clone)]
-pub struct ScanPlan {
-    /// The task that it belongs to.
-    pub task: TaskId,
-    /// Where the counts of each batch are kept against a kill.
-    pub tallies: Option<TallyDir>,
-    /// Where the masters are, and how to connect to them.
-    pub topology: Arc<Topology>,
-    /// What a checkpoint knows of shards.
-    pub known: BTreeMap<ShardId, StoredShard>,
-    /// How to sweep each.
-    pub settings: ScanSettings,
-    /// Whether an instance that is away at the start is waited for, for the time of a lost connection. Else that fails at once.
-    pub patient: bool,
-}
-
-/// How a sweep ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// Every pass of every shard is complete.
-    Complete,
-    /// It was told to stop.
-    Stopped(StopReason),
-    /// At least one shard ended early; the others are complete.
-    Failed(Failure),
-}
 
 /// Finds the masters, sweeps every shard, each on its own task, and reports through `events`. Ends when all shards have,
 /// or after the batches under way once `orders` say stop. A shard that fails does not end the others.

@@ -204,51 +204,6 @@ async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
     assert!(run.stdout.contains("done: 6,000 expired keys freed"), "{}", run.stdout);
 }
 
-#[test]
-fn a_module_imports_only_from_the_layers_above_it() {
-    // The order of the table in `src/lib.rs`; within one line, none imports another.
-    const LAYERS: &[&[&str]] = &[
-        &["model"],
-        &["settings"],
-        &["node", "store", "metrics"],
-        &["engine"],
-        &["check"],
-        &["tasks"],
-        &["scheduler", "api", "shutdown", "telemetry"],
-        &["daemon"],
-        &["cli"],
-    ];
-    let layer = |module: &str| LAYERS.iter().position(|l| l.contains(&module));
-    let src = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = vec![src.clone()];
-    let mut seen = 0;
-    while let Some(path) = files.pop() {
-        if path.is_dir() {
-            files.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
-            continue;
-        }
-        let inside = path.strip_prefix(&src).unwrap();
-        let first = inside.components().next().unwrap().as_os_str().to_str().unwrap();
-        let module = first.trim_end_matches(".rs");
-        if path.extension().is_none_or(|e| e != "rs") || ["lib", "main"].contains(&module) {
-            continue;
-        }
-        let own = layer(module).unwrap_or_else(|| panic!("`{module}` has no layer"));
-        let code = std::fs::read_to_string(&path).unwrap();
-        let code = code.split("#[cfg(test)]").next().unwrap();
-        for line in code.lines().filter_map(|l| l.trim().strip_prefix("use crate::")) {
-            let used = line.split([':', ';', ' ']).next().unwrap();
-            if used == module {
-                continue;
-            }
-            let below = layer(used).unwrap_or_else(|| panic!("{}: `{used}` has no layer", inside.display()));
-            assert!(below < own, "{}: `{module}` must not import `{used}`", inside.display());
-            seen += 1;
-        }
-    }
-    assert!(seen > 20, "the imports were found");
-}
-
 #[tokio::test]
 async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     let server = Server::start().await;

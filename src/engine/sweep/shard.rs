@@ -7,12 +7,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::engine::control::{Orders, StopReason};
+use crate::engine::plan::{Outcome, ShardPlan};
 use crate::engine::policy::ledger::Ledger;
 use crate::engine::policy::observation::Observation;
 use crate::engine::policy::pacer::Pacer;
 use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle;
-use crate::engine::rounds::{Outcome, ShardPlan};
 use crate::engine::shards::permits::{Permit, Permits, Turn};
 use crate::engine::shards::shard_map::ShardMap;
 use crate::engine::sweep::session::Session;

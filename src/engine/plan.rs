@@ -1,0 +1,59 @@
+//! What is to be swept and how, and how that ended.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::engine::control::StopReason;
+use crate::model::failure::Failure;
+use crate::model::progress::PassFigures;
+use crate::model::shard::{DbIndex, ShardId};
+use crate::model::task::TaskId;
+use crate::node::topology::{Master, Topology};
+use crate::settings::ScanSettings;
+use crate::store::StoredShard;
+use crate::store::tally::TallyDir;
+
+/// One shard to be swept, and what is known of it from a checkpoint or an earlier round.
+#[derive(Debug, Clone)]
+pub(super) struct ShardPlan {
+    /// Its name in events and records.
+    pub(super) id: ShardId,
+    /// Where its master was when the topology was read.
+    pub(super) master: Master,
+    /// When that was.
+    pub(super) seen: Instant,
+    /// Figures of DBs that were begun earlier.
+    pub(super) passes: BTreeMap<DbIndex, PassFigures>,
+    /// Why it is swept again, where an earlier round has swept it.
+    pub(super) again: Option<String>,
+}
+
+/// What to sweep and how.
+#[derive(Debug, Clone)]
+pub struct ScanPlan {
+    /// The task that it belongs to.
+    pub task: TaskId,
+    /// Where the counts of each batch are kept against a kill.
+    pub tallies: Option<TallyDir>,
+    /// Where the masters are, and how to connect to them.
+    pub topology: Arc<Topology>,
+    /// What a checkpoint knows of shards.
+    pub known: BTreeMap<ShardId, StoredShard>,
+    /// How to sweep each.
+    pub settings: ScanSettings,
+    /// Whether an instance that is away at the start is waited for, for the time of a lost connection. Else that fails at once.
+    pub patient: bool,
+}
+
+/// How a sweep ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// Every pass of every shard is complete.
+    Complete,
+    /// It was told to stop.
+    Stopped(StopReason),
+    /// At least one shard ended early; the others are complete.
+    Failed(Failure),
+}
