@@ -2,12 +2,13 @@
 //!
 //! The costs were measured (Redis 5.0 to 8.2 and Valkey 8.0, one small machine): a server spends 0.8 to 1.2 us on each
 //! live key that SCAN visits and 1.2 to 2.5 us on each expired key that it frees; EXISTS for each key makes that 1.5 times
-//! as long, TTL 3 times. A batch takes about one slice of server time, and a round trip. Two batches are under way, so that what
-//! a round trip is longer than a slice is shared by two; a batch that is touched waits for its round trips alone. Huge values that are freed inside SCAN are not in it.
+//! as long, TTL 3 times. A batch takes about one slice of server time, and a round trip, which as many batches share as may be under
+//! way; a batch that is touched waits for its round trips alone. Huge values that are freed inside SCAN are not in it.
 
 use std::time::Duration;
 
 use crate::check::findings::Cures;
+use crate::engine::policy::depth;
 use crate::node::info::DbKeys;
 use crate::settings::{COUNT_RANGE, ScanSettings, Touch};
 
@@ -36,21 +37,19 @@ pub struct Span {
 pub fn sweep_time(live: u64, stale: u64, settings: &ScanSettings, round_trip: Duration) -> Span {
     let one = |live_us: f64, reclaimed_us: f64| {
         let keys = (live + stale) as f64;
-        let round_trip_s = round_trip.as_secs_f64();
-        let (factor, wait_s) = match settings.touch {
-            // Under a ceiling there is one walk.
-            Touch::Auto | Touch::None if settings.tuning.max_keys_per_sec.is_some() => (1.0, round_trip_s),
-            // The audit of `auto` is a few batches.
-            Touch::Auto | Touch::None => (1.0, round_trip.saturating_sub(settings.max_slice).as_secs_f64() / 2.0),
-            Touch::Exists => (1.5, 2.0 * round_trip_s),
-            Touch::Ttl => (3.0, 2.0 * round_trip_s),
-        };
         let scan_us = live as f64 * live_us + stale as f64 * reclaimed_us;
         let steered = settings.max_slice.as_secs_f64() * 1e6 / (scan_us / keys.max(1.0)).max(0.01);
         let count = if settings.max_slice.is_zero() {
             f64::from(settings.count)
         } else {
             steered.clamp(f64::from(*COUNT_RANGE.start()), f64::from(*COUNT_RANGE.end()))
+        };
+        let (round_trip_s, slice_s) = (round_trip.as_secs_f64(), count * scan_us / keys.max(1.0) / 1e6);
+        let (factor, wait_s) = match settings.touch {
+            // The audit of `auto` is a few batches.
+            Touch::Auto | Touch::None => (1.0, ((round_trip_s + slice_s) / depth::MOST as f64 - slice_s).max(0.0)),
+            Touch::Exists => (1.5, 2.0 * round_trip_s),
+            Touch::Ttl => (3.0, 2.0 * round_trip_s),
         };
         let waited_s = (keys / count).ceil() * wait_s;
         let paced_s = scan_us * factor / 1e6 / settings.tuning.intensity + waited_s;
@@ -101,11 +100,12 @@ mod tests {
     }
 
     #[test]
-    fn a_far_server_costs_a_round_trip_for_each_two_slices() {
+    fn a_far_server_costs_what_as_many_batches_as_may_be_under_way_leave_of_the_round_trip() {
         let near = sweep_time(10_000_000, 0, &defaults(), Duration::ZERO);
-        let far = sweep_time(10_000_000, 0, &defaults(), Duration::from_micros(500));
-        // 41.7 keys in 50 us at 1.2 us each: 240,000 batches, and 450 us of the round trip are shared by two.
-        assert_eq!((far.most - near.most).as_secs(), 54);
+        let away = |millis| sweep_time(10_000_000, 0, &defaults(), Duration::from_millis(millis)).most;
+        assert_eq!(away(1), near.most, "twenty batches fill it");
+        // 41.7 keys in 50 us at 1.2 us each: 240,000 batches, and for each a 32nd of 4.05 ms less its own 50 us.
+        assert_eq!((away(4) - near.most).as_secs(), 18);
         let mut touching = defaults();
         touching.touch = Touch::Exists;
         let near = sweep_time(10_000_000, 0, &touching, Duration::ZERO);
@@ -119,11 +119,10 @@ mod tests {
         (fixed.count, fixed.max_slice) = (1000, Duration::ZERO);
         let wait = |settings: &ScanSettings| {
             let of = |round_trip| sweep_time(10_000_000, 0, settings, round_trip).most;
-            (of(Duration::from_micros(500)) - of(Duration::ZERO)).as_secs_f64()
+            (of(Duration::from_millis(100)) - of(Duration::ZERO)).as_secs_f64()
         };
-        assert!((wait(&fixed) - 2.5).abs() < 0.01, "{}", wait(&fixed));
-        fixed.tuning.max_keys_per_sec = Some(u32::MAX);
-        assert!((wait(&fixed) - 5.0).abs() < 0.01, "one walk under a ceiling: {}", wait(&fixed));
+        // 10,000 batches of 1.2 ms, and for each a 32nd of 101.2 ms less that.
+        assert!((wait(&fixed) - 19.6).abs() < 0.1, "{}", wait(&fixed));
     }
 
     #[test]

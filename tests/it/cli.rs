@@ -277,8 +277,8 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
         let pinned = std::process::Command::new("taskset").args(["-acp", cpu, &sweep.pid().to_string()]).output();
         assert!(pinned.unwrap().status.success());
     };
+    // Whether it gets as far as its first batch before that is not asked: on a busy machine it does not.
     let starved = Running::scan(&server.url(), &["--priority", "idle", "--max-keys-per-sec", "500"]);
-    probe("it sweeps", PATIENCE, async || server.expired_keys().await > 100).await;
     let spinning = Spinning::on(cpu);
     pin(&starved);
     starved.says("no processor time to spare").await;
