@@ -28,7 +28,8 @@ pub enum Hidden {
 /// A SCAN ends when it has looked at COUNT keys, or at the most buckets that it walks at once, or at the end of the
 /// table. Where it did not end for one of the other two reasons, `returned + reclaimed` below COUNT leaves keys that were
 /// hidden. How many buckets it walked shows in the cursors: each bucket adds one unit, 2^(64 - bits of the table), to the
-/// bit-reversed cursor. So a walk that ended at the limit advanced by the limit times a power of two.
+/// bit-reversed cursor. So a walk that ended at the limit advanced by the limit times a power of two; where the table has shrunk
+/// since the cursor was given, the first of these buckets began before the cursor.
 ///
 /// Where each slot has a table of its own, a walk through several tables does not tell how many buckets it has seen. A table
 /// shrinks when one bucket in ten holds a key, so COUNT keys are met before the limit on the average, and fewer now and then.
@@ -42,11 +43,12 @@ pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, reply: &Reply
     // Where the first table lies is only known once the walk has begun.
     let by_slot = matches!(space, CursorSpace::BySlot(_));
     let crossed = table != next_table || (by_slot && from == ScanPosition::NotStarted);
-    let walked = end.wrapping_sub(begin);
     match missing {
         0 => Hidden::Unproven,
         _ if crossed => Hidden::Open,
-        _ if walked != 0 && walked >> walked.trailing_zeros() == bucket_limit(count) => Hidden::Unproven,
+        _ if (0..=end.trailing_zeros().min(63)).any(|k| (end >> k).wrapping_sub(begin >> k) == bucket_limit(count)) => {
+            Hidden::Unproven
+        }
         keys => Hidden::Keys(keys),
     }
 }
@@ -114,7 +116,7 @@ mod tests {
     #[test]
     fn a_sparse_table_ends_at_the_bucket_limit_and_proves_nothing() {
         for count in [10_u32, 75, 99, 100, 640, 1000] {
-            for bits in [14, 20, 30] {
+            for bits in [15, 20, 30] {
                 let limit = bucket_limit(count);
                 let from = ScanPosition::from_reply(cursor(limit, bits));
                 assert_eq!(
@@ -122,6 +124,22 @@ mod tests {
                     Hidden::Unproven,
                     "{count} {bits}"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_that_has_shrunk_under_the_cursor_ends_at_the_bucket_limit_as_well() {
+        for count in [10_u32, 75, 640] {
+            let (limit, small) = (bucket_limit(count), 14);
+            // A cursor of a table of 16 times as many buckets: a part of a bucket of the small one.
+            for part in [1, 5, 15] {
+                let from = ScanPosition::from_reply(cursor(16 * 7 + part, small + 4));
+                let at_limit = batch(cursor(7 + limit, small), 0, 5, 5);
+                assert_eq!(hidden(&CursorSpace::OneTable, from, count, &at_limit), Hidden::Unproven, "{count} {part}");
+                let before = batch(cursor(7 + limit - 1, small), 0, 5, 5);
+                let keys = Hidden::Keys(count.into());
+                assert_eq!(hidden(&CursorSpace::OneTable, from, count, &before), keys, "{count} {part}");
             }
         }
     }

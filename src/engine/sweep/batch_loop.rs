@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
+use crate::engine::control::stop_ordered;
 use crate::engine::policy::key_names::{KeyNames, Names};
 use crate::engine::policy::pacer::Wait;
 use crate::engine::policy::profile::may_be_swept;
@@ -514,7 +515,11 @@ impl ShardSweep {
             // Another master of the host may be swept meanwhile, each time anew.
             self.permit = None;
             // It may have become a replica, and the sampler may look at another server: its connection is another one.
-            match commands::info(self.session.conn()).await {
+            let info = tokio::select! {
+                info = commands::info(self.session.conn()) => info,
+                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+            };
+            match info {
                 Ok(info) => {
                     if let Err(failure) = may_be_swept(self.job.map.kind(), &info) {
                         return self.demoted(failure, pass).await;
