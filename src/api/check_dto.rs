@@ -39,7 +39,7 @@ pub struct CheckOutput {
     pub replicas: Vec<ReplicaDto>,
     /// What it is busy with.
     pub busy: BusyDto,
-    /// `yes`, `no` or `unknown` for each command that a sweep may send.
+    /// `yes`, `no`, `no such command` or `unknown` for each command that a sweep may send.
     pub rights: BTreeMap<&'static str, &'static str>,
     /// What a sweep would be.
     pub sweep: SweepDto,
@@ -69,6 +69,8 @@ pub struct ClusterOutput {
     pub target: String,
     /// Each master.
     pub shards: Vec<ShardOutput>,
+    /// What was seen of the cluster itself.
+    pub findings: Vec<FindingDto>,
     /// The verdict on all masters together.
     pub verdict: String,
     /// The same for people, as `ttlsweep check` prints it. The API's answer has it.
@@ -106,9 +108,9 @@ impl Checked {
             Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
         };
         let target = settings.target.to_string();
-        let looks = match look {
+        let (looks, findings) = match look {
             Look::One(seen) => return Self::One(of(target, seen)),
-            Look::Cluster(looks) => looks,
+            Look::Cluster { shards, findings } => (shards, findings),
         };
         let shards = looks.iter().map(|ShardLook { shard, seen }| {
             let seen = match seen {
@@ -117,8 +119,8 @@ impl Checked {
             };
             ShardOutput { shard: shard.clone(), seen }
         });
-        let shards = shards.collect();
-        Self::Cluster(ClusterOutput { target, shards, verdict: look.verdict(order), report: None })
+        let (shards, findings) = (shards.collect(), findings.iter().map(FindingDto::from).collect());
+        Self::Cluster(ClusterOutput { target, shards, findings, verdict: look.verdict(order), report: None })
     }
 
     /// With what people read.

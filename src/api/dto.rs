@@ -87,6 +87,9 @@ pub struct Report {
     pub totals: Totals,
     /// Each shard.
     pub shards: Vec<ShardDto>,
+    /// What is worth knowing of its end and is no failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Why it did not succeed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
@@ -403,6 +406,7 @@ impl Report {
                 held_s: time(PassFigures::held_total),
             },
             shards: snapshot.shards.iter().map(|(shard, view)| ShardDto::new(shard.0.clone(), view)).collect(),
+            note: task.note.clone(),
             failure: task.failure.as_ref().map(FailureDto::from),
         }
     }

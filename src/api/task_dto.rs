@@ -67,7 +67,7 @@ pub struct TaskDto {
     pub respect_window: bool,
     /// The settings used, by name.
     pub settings: BTreeMap<String, String>,
-    /// Why it ended as it did, where that is no failure.
+    /// What is worth knowing of its end and is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
     /// Why it did not succeed.

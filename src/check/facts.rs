@@ -9,6 +9,7 @@ use crate::engine::policy::{expiry_guard, profile};
 use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::task::words;
+use crate::node::commands::Access;
 use crate::node::info::{DbKeys, Info, ReplicaLine};
 use crate::settings::{ScanSettings, Touch};
 
@@ -129,20 +130,6 @@ impl Right {
     }
 }
 
-/// Whether a command may be run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Access {
-    /// It may.
-    Allowed,
-    /// It may not.
-    Denied,
-    /// Only trying would tell, and trying is not harmless.
-    #[default]
-    Unknown,
-}
-
-words!(Access, "access", Allowed = "yes", Denied = "no", Unknown = "unknown");
-
 /// What this user may run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rights(pub BTreeMap<Right, Access>);
@@ -153,13 +140,8 @@ impl Rights {
         self.0.get(&right).copied().unwrap_or_default()
     }
 
-    /// Writes down what was answered; `None`: nothing was.
-    pub fn set(&mut self, right: Right, allowed: Option<bool>) {
-        let access = match allowed {
-            Some(true) => Access::Allowed,
-            Some(false) => Access::Denied,
-            None => Access::Unknown,
-        };
+    /// Writes down what was answered.
+    pub fn set(&mut self, right: Right, access: Access) {
         self.0.insert(right, access);
     }
 }

@@ -11,8 +11,10 @@ use crate::check::facts::Right;
 use crate::model::failure::Failure;
 use crate::model::shard::DbIndex;
 use crate::model::show::grouped;
+use crate::model::slots::SlotSet;
 use crate::model::task::words;
 use crate::node::commands::{ACL_LINE, ACL_TOUCH};
+use crate::node::error::NO_SUCH_COMMAND;
 use crate::node::info::{OLDEST, ReplicaLine};
 use crate::settings::show_duration;
 
@@ -47,6 +49,10 @@ pub enum Finding {
         /// The user, where the server tells.
         user: Option<String>,
     },
+    /// Commands that a sweep needs and the server does not have by these names.
+    MissingCommands(Vec<Right>),
+    /// Hash slots that no master of the cluster owns.
+    UnownedSlots(SlotSet),
     /// The replica could not be used for the count.
     NotCounted(String),
     /// It loads its data.
@@ -87,8 +93,13 @@ pub enum Finding {
     },
     /// DBs that were named and hold no key with a TTL.
     NothingIn(Vec<DbIndex>),
-    /// `touch` is `auto` and EXISTS is not allowed to this user, where the server tells who it is.
-    NoAudit(Option<String>),
+    /// `touch` is `auto` and EXISTS cannot be sent.
+    NoAudit {
+        /// Because the server has no such command; otherwise it is not allowed to this user.
+        no_such_command: bool,
+        /// The user, where the server tells.
+        user: Option<String>,
+    },
     /// The backlog is an estimate that may be far too low.
     EstimateMayBeLow,
     /// Active expiry works at low effort.
@@ -133,6 +144,8 @@ impl Finding {
             Self::NoRedis => "no_redis",
             Self::TooOld(_) => "too_old",
             Self::MissingRights { .. } => "missing_rights",
+            Self::MissingCommands(_) => "missing_commands",
+            Self::UnownedSlots(_) => "unowned_slots",
             Self::NotCounted(_) => "not_counted",
             Self::Loading => "loading",
             Self::Failover => "failover",
@@ -144,7 +157,7 @@ impl Finding {
             Self::TooSlow { .. } => "too_slow",
             Self::LongerThanTimeout { .. } => "longer_than_timeout",
             Self::NothingIn(_) => "nothing_in_db",
-            Self::NoAudit(_) => "no_audit",
+            Self::NoAudit { .. } => "no_audit",
             Self::EstimateMayBeLow => "estimate_may_be_low",
             Self::LowEffort { .. } => "low_effort",
         }
@@ -158,8 +171,10 @@ impl Finding {
             | Self::NoRedis
             | Self::TooOld(_)
             | Self::MissingRights { .. }
+            | Self::MissingCommands(_)
             | Self::TooSlow { refused: true, .. } => Severity::Error,
-            Self::NotCounted(_)
+            Self::UnownedSlots(_)
+            | Self::NotCounted(_)
             | Self::Loading
             | Self::Failover
             | Self::WritesPaused
@@ -169,7 +184,9 @@ impl Finding {
             | Self::Evicting { .. }
             | Self::TooSlow { .. }
             | Self::LongerThanTimeout { .. } => Severity::Warning,
-            Self::NothingIn(_) | Self::NoAudit(_) | Self::EstimateMayBeLow | Self::LowEffort { .. } => Severity::Note,
+            Self::NothingIn(_) | Self::NoAudit { .. } | Self::EstimateMayBeLow | Self::LowEffort { .. } => {
+                Severity::Note
+            }
         }
     }
 
@@ -187,6 +204,12 @@ impl Finding {
             }
             Self::MissingRights { rights, .. } => {
                 format!("this user may not run {}, which a sweep sends", list(rights.iter().map(|r| r.as_str())))
+            }
+            Self::MissingCommands(rights) => {
+                format!("the server knows no {} by this name, which a sweep sends", list(rights.iter().map(|r| r.as_str())))
+            }
+            Self::UnownedSlots(slots) => {
+                format!("no master owns the slots {slots}: a sweep goes past them, and clients are refused their keys")
             }
             Self::NotCounted(why) => format!("the backlog was not counted: {why}"),
             Self::Loading => "the server is loading its data set; a sweep would hold until that is done".to_owned(),
@@ -231,10 +254,12 @@ impl Finding {
                 let names = list(dbs.iter().map(ToString::to_string));
                 format!("{names} {} no key with a TTL: there is nothing to free", if dbs.len() == 1 { "holds" } else { "hold" })
             }
-            Self::NoAudit(_) => {
-                "this user may not run EXISTS: `touch auto` cannot audit whether SCAN frees what it meets (Redis and \
-                 Valkey do; some proxies and other engines do not)"
-                    .to_owned()
+            Self::NoAudit { no_such_command, .. } => {
+                let why = if *no_such_command { "the server knows no EXISTS by this name" } else { "this user may not run EXISTS" };
+                format!(
+                    "{why}: `touch auto` cannot audit whether SCAN frees what it meets (Redis and Valkey do; some proxies and \
+                     other engines do not)"
+                )
             }
             Self::EstimateMayBeLow => {
                 "the backlog is estimated from the server's own sample, which can be far too low: from Redis 7.2 on it is \
@@ -266,6 +291,8 @@ impl Finding {
             Self::NoRedis => "check the port".to_owned(),
             Self::TooOld(_) => "upgrade the server".to_owned(),
             Self::MissingRights { rights, user } => format!("grant it: {}", grant(user.as_deref(), rights)),
+            Self::MissingCommands(_) => NO_SUCH_COMMAND.to_owned(),
+            Self::UnownedSlots(_) => "see `redis-cli --cluster check`; `--cluster fix` gives them to a master".to_owned(),
             Self::NotCounted(_) => "give --replica the URL of a replica of this very master that is in step".to_owned(),
             Self::Loading => "wait until it is done".to_owned(),
             Self::Failover => "wait for its end, then look at the new master".to_owned(),
@@ -283,7 +310,10 @@ impl Finding {
                 "allow more with --timeout, or keep a checkpoint with --state and go on with --resume".to_owned()
             }
             Self::NothingIn(_) => "leave --db out to sweep each DB that holds keys with a TTL".to_owned(),
-            Self::NoAudit(user) => format!(
+            Self::NoAudit { no_such_command: true, .. } => {
+                format!("on Redis and Valkey nothing needs to be done; else {NO_SUCH_COMMAND}")
+            }
+            Self::NoAudit { user, .. } => format!(
                 "on Redis and Valkey nothing needs to be done; behind a proxy or on another engine grant it: {}",
                 grant(user.as_deref(), &[Right::Exists, Right::Ttl])
             ),

@@ -6,7 +6,8 @@ use futures_util::future::join_all;
 
 use crate::check;
 use crate::check::facts::Facts;
-use crate::check::report::{sentence, text};
+use crate::check::findings::Finding;
+use crate::check::report::{finding_text, sentence, text};
 use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
 use crate::model::show::{counted, failure_text, grouped};
@@ -39,8 +40,13 @@ pub struct ShardLook {
 pub enum Look {
     /// The one master of a standalone server or behind sentinels.
     One(Box<Seen>),
-    /// Each master of a cluster.
-    Cluster(Vec<ShardLook>),
+    /// A cluster.
+    Cluster {
+        /// Each master.
+        shards: Vec<ShardLook>,
+        /// What was seen of the cluster itself.
+        findings: Vec<Finding>,
+    },
 }
 
 /// Looks at every master. `order`: the command that sweeps the instance.
@@ -63,7 +69,9 @@ pub async fn look(view: &View, options: &ConnOptions, scan: &ScanSettings, order
                 let shard = format!("slots {}", master.slots.name());
                 ShardLook { shard, seen: look(master).await }
             });
-            Ok(Look::Cluster(join_all(looks).await))
+            let unowned = Some(view.unowned()).filter(|slots| !slots.is_empty());
+            let findings = unowned.map(Finding::UnownedSlots).into_iter().collect();
+            Ok(Look::Cluster { shards: join_all(looks).await, findings })
         }
     }
 }
@@ -73,8 +81,8 @@ impl Look {
     pub fn can_sweep(&self) -> bool {
         match self {
             Self::One(seen) => seen.verdict.can_sweep(),
-            Self::Cluster(looks) => {
-                looks.iter().all(|look| look.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
+            Self::Cluster { shards, .. } => {
+                shards.iter().all(|look| look.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
             }
         }
     }
@@ -83,16 +91,16 @@ impl Look {
     pub fn verdict(&self, order: &str) -> String {
         match self {
             Self::One(seen) => seen.sentence.clone(),
-            Self::Cluster(looks) => overall(looks, order),
+            Self::Cluster { shards, .. } => overall(shards, order),
         }
     }
 
     /// Everything, for people.
     pub fn text(&self, scan: &ScanSettings, order: &str) -> String {
         let of = |seen: &Seen| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
-        let looks = match self {
+        let (looks, findings) = match self {
             Self::One(seen) => return of(seen),
-            Self::Cluster(looks) => looks,
+            Self::Cluster { shards, findings } => (shards, findings),
         };
         let mut whole = String::new();
         for ShardLook { shard, seen } in looks {
@@ -103,6 +111,7 @@ impl Look {
             }
             whole.push('\n');
         }
+        findings.iter().for_each(|finding| whole.push_str(&finding_text(finding)));
         format!("{whole}cluster: {}\n", overall(looks, order))
     }
 }

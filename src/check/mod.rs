@@ -5,7 +5,7 @@
 //! [`report`] is what people read. Called by `cli::check` and by the API.
 //!
 //! Nothing here frees a key, changes when one was last used, or writes: the commands are INFO, PING, DBSIZE, SELECT,
-//! CONFIG GET, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. Where the server cannot be asked about a right, SCAN is sent with
+//! CONFIG GET, COMMAND INFO, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. Where the server cannot be asked about a right, SCAN is sent with
 //! a cursor that is no number, which is refused after the check of rights and before any key is looked at. What a right
 //! or a version hides is unknown, never an error.
 
@@ -23,7 +23,7 @@ use crate::check::facts::{Expiry, Facts, Right, Rights};
 use crate::engine::policy::expiry_guard;
 use crate::model::failure::FailureKind;
 use crate::model::shard::NodeAddr;
-use crate::node::commands;
+use crate::node::commands::{self, Access};
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
@@ -40,8 +40,8 @@ const PINGS: u32 = 10;
 pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&ScanSettings>) -> Result<Facts, NodeError> {
     let mut conn = Conn::open(addr, options).await?;
     let (info, may_info) = match commands::info(&mut conn).await {
-        Ok(info) => (info, true),
-        Err(error) if error.is_no_permission() => (Info::default(), false),
+        Ok(info) => (info, Access::Allowed),
+        Err(error) if error.is_no_permission() => (Info::default(), Access::Denied),
         Err(error) => return Err(error),
     };
     for db in settings.map_or(&[][..], |settings| &settings.dbs) {
@@ -54,7 +54,7 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
     }
     let user = commands::whoami(&mut conn).await?;
     let mut rights = rights(&mut conn, user.as_deref()).await?;
-    rights.set(Right::Info, Some(may_info));
+    rights.set(Right::Info, may_info);
     let expiry = Expiry {
         lazyfree: commands::config(&mut conn, "lazyfree-lazy-expire").await?.map(|value| value == "yes"),
         effort: commands::config(&mut conn, "active-expire-effort").await?.and_then(|value| value.parse().ok()),
@@ -83,13 +83,17 @@ async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError
         for &right in Right::ALL {
             let allowed = commands::dry_run(conn, user, right.example()).await?;
             rights.set(right, allowed);
-            told |= allowed.is_some();
+            told |= allowed != Access::Unknown;
         }
         if told {
             return Ok(rights);
         }
         if commands::may_do_everything(conn, user).await? == Some(true) {
-            Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
+            for &right in Right::ALL {
+                // To do everything is to do what is there.
+                let there = commands::has_command(conn, right.example()[0]).await? != Some(false);
+                rights.set(right, if there { Access::Allowed } else { Access::NoSuchCommand });
+            }
             return Ok(rights);
         }
     }

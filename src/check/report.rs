@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 
 use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{COST, Span};
-use crate::check::facts::{Access, Facts, Right, Role};
-use crate::check::findings::Severity;
+use crate::check::facts::{Facts, Right, Role};
+use crate::check::findings::{Finding, Severity};
 use crate::check::verdict::{DbLook, Expired, Known, Verdict};
 use crate::model::show::{bytes, grouped, span, table};
+use crate::node::commands::Access;
 use crate::settings::{ScanSettings, show_duration};
 
 /// Everything that was seen of one server, and what it means.
@@ -26,11 +27,14 @@ pub fn text(
         let _ = writeln!(text, "{name:<9} {value}");
     }
     text.push('\n');
-    for finding in &verdict.findings {
-        let _ = writeln!(text, "{}: {}\n  hint: {}", finding.severity(), finding.message(), finding.advice());
-    }
+    verdict.findings.iter().for_each(|finding| text.push_str(&finding_text(finding)));
     let _ = writeln!(text, "{}verdict: {sentence}", if verdict.findings.is_empty() { "" } else { "\n" });
     text
+}
+
+/// One finding with its advice.
+pub fn finding_text(finding: &Finding) -> String {
+    format!("{}: {}\n  hint: {}\n", finding.severity(), finding.message(), finding.advice())
 }
 
 fn heading(facts: &Facts) -> String {
@@ -150,6 +154,7 @@ fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'st
     let groups = [
         ("", rights(Access::Allowed)),
         ("; not allowed: ", rights(Access::Denied)),
+        ("; not there by this name: ", rights(Access::NoSuchCommand)),
         ("; unknown until tried: ", rights(Access::Unknown)),
     ];
     let groups = groups.iter().filter(|(_, names)| !names.is_empty());

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use crate::check::backlog::{Backlog, NoCount};
 use crate::check::estimate::{self, Span};
-use crate::check::facts::{Access, Facts, Right, Role, sum};
+use crate::check::facts::{Facts, Right, Role, sum};
 use crate::check::findings::{Finding, Severity};
 use crate::engine::policy::{expiry_guard, profile};
 use crate::model::shard::DbIndex;
 use crate::model::task::words;
+use crate::node::commands::Access;
 use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};
 
@@ -144,14 +145,20 @@ fn blockers(facts: &Facts, settings: &ScanSettings, findings: &mut Vec<Finding>)
         None if facts.rights.get(Right::Info) == Access::Allowed => findings.push(Finding::NoRedis),
         _ => {}
     }
-    let missing: Vec<Right> = Right::ALL
-        .iter()
-        .copied()
-        .filter(|right| right.is_needed(settings) && facts.rights.get(*right) == Access::Denied)
-        .collect();
     // A sentinel knows no keyspace command at all; that it is one says enough.
-    if !missing.is_empty() && facts.role != Role::Sentinel {
-        findings.push(Finding::MissingRights { rights: missing, user: facts.user.clone() });
+    if facts.role == Role::Sentinel {
+        return;
+    }
+    let needed = |access| {
+        let rights = Right::ALL.iter().copied();
+        rights.filter(|right| right.is_needed(settings) && facts.rights.get(*right) == access).collect::<Vec<_>>()
+    };
+    let (denied, absent) = (needed(Access::Denied), needed(Access::NoSuchCommand));
+    if !denied.is_empty() {
+        findings.push(Finding::MissingRights { rights: denied, user: facts.user.clone() });
+    }
+    if !absent.is_empty() {
+        findings.push(Finding::MissingCommands(absent));
     }
 }
 
@@ -189,8 +196,10 @@ fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut V
     if !empty.is_empty() && facts.server.is_some() {
         findings.push(Finding::NothingIn(empty));
     }
-    if settings.touch == Touch::Auto && facts.rights.get(Right::Exists) == Access::Denied {
-        findings.push(Finding::NoAudit(facts.user.clone()));
+    let exists = facts.rights.get(Right::Exists);
+    if settings.touch == Touch::Auto && matches!(exists, Access::Denied | Access::NoSuchCommand) {
+        let no_such_command = exists == Access::NoSuchCommand;
+        findings.push(Finding::NoAudit { no_such_command, user: facts.user.clone() });
     }
     if swept.expired.is_some_and(|expired| expired.known == Known::Estimated) && facts.role == Role::Master {
         findings.push(Finding::EstimateMayBeLow);

@@ -13,7 +13,7 @@ pub enum Exit {
     Failed = 1,
     /// Wrong usage or settings.
     Usage = 2,
-    /// No connection, or not allowed; nothing was begun.
+    /// No connection, not allowed, or no server that can be swept: nothing was.
     NoAccess = 3,
     /// The time allowed was over.
     TimedOut = 4,
@@ -27,7 +27,7 @@ Exit codes:
   0    done
   1    failed, or only a part was done
   2    wrong usage or settings
-  3    cannot connect, not allowed, or no Redis port
+  3    cannot connect, not allowed, or no server that can be swept
   4    the time allowed was over
   130  interrupted";
 
@@ -35,7 +35,13 @@ impl Exit {
     /// The code of a failure. `met`: whether a server had said who it is before. `swept`: whether a batch was done.
     pub fn of(failure: &Failure, met: bool, swept: bool) -> Self {
         match failure.kind {
-            FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed if !swept => {
+            FailureKind::CannotConnect
+            | FailureKind::NotAuthenticated
+            | FailureKind::NotAllowed
+            | FailureKind::NotAMaster
+            | FailureKind::Unsupported
+                if !swept =>
+            {
                 Self::NoAccess
             }
             // Another program's port. A server that answers nonsense later on is none.

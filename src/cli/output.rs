@@ -92,6 +92,9 @@ pub fn summary(view: &TaskView) -> String {
             counted(view.snapshot.lost_replies() as usize, "batch")
         );
     }
+    if let Some(note) = &task.note {
+        let _ = writeln!(text, "note: {note}");
+    }
     text
 }
 

@@ -29,6 +29,11 @@ impl SlotSet {
         Self(merged)
     }
 
+    /// The set of every slot that there is.
+    pub fn all() -> Self {
+        Self(vec![0..=SLOTS - 1])
+    }
+
     /// Whether no slot is in it.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

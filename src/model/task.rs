@@ -227,7 +227,7 @@ pub struct Task {
     pub spent: Duration,
     /// Why it failed, or why it waits interrupted.
     pub failure: Option<Failure>,
-    /// Why it ended as it did, where that is no failure.
+    /// What is worth knowing of its end and is no failure.
     pub note: Option<String>,
 }
 

@@ -1,10 +1,13 @@
 //! The commands that we send, each in one place.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Value};
 
 use crate::model::shard::RunId;
+use crate::model::task::words;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
@@ -18,6 +21,9 @@ pub const ACL_CLUSTER: &str = "'+cluster|slots' '+cluster|info'";
 
 /// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
 pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep '~*' +exists +ttl";
+
+/// What the user of the sentinels needs.
+pub const ACL_SENTINEL: &str = "'+sentinel|get-master-addr-by-name'";
 
 /// INFO of the default sections and of `commandstats`, in one write.
 ///
@@ -113,18 +119,38 @@ pub async fn whoami(conn: &mut Conn) -> Result<Option<String>, NodeError> {
     told(conn.call("ACL WHOAMI", redis::cmd("ACL").arg("WHOAMI")).await)
 }
 
-/// Whether `user` may run a command, asked without running it; `None` before Redis 7.0 or without the right to ask.
+/// Whether a command may be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Access {
+    /// It may.
+    Allowed,
+    /// This user may not run it.
+    Denied,
+    /// The server has no command of this name: see [`NodeError::is_unknown_command`].
+    NoSuchCommand,
+    /// Only trying would tell, and trying is not harmless.
+    #[default]
+    Unknown,
+}
+
+words!(Access, "access", Allowed = "yes", Denied = "no", NoSuchCommand = "no such command", Unknown = "unknown",);
+
+/// Whether `user` may run a command, asked without running it; unknown before Redis 7.0 or without the right to ask.
 ///
 /// # Errors
 /// [`NodeError`] of the connection.
-pub async fn dry_run(conn: &mut Conn, user: &str, command: &[&str]) -> Result<Option<bool>, NodeError> {
+pub async fn dry_run(conn: &mut Conn, user: &str, command: &[&str]) -> Result<Access, NodeError> {
     let verdict = conn.call::<String>("ACL DRYRUN", redis::cmd("ACL").arg("DRYRUN").arg(user).arg(command)).await;
     match verdict {
-        // A command that was renamed away is an error of DRYRUN itself, and a no to our question.
+        // A command that was renamed away is an error of DRYRUN itself.
         Err(NodeError::Server { code, message, .. }) if code == "ERR" && message.starts_with("Command ") => {
-            Ok(Some(false))
+            Ok(Access::NoSuchCommand)
         }
-        verdict => Ok(told(verdict)?.map(|verdict| verdict == "OK")),
+        verdict => Ok(match told(verdict)?.as_deref() {
+            Some("OK") => Access::Allowed,
+            Some(_) => Access::Denied,
+            None => Access::Unknown,
+        }),
     }
 }
 
@@ -145,19 +171,29 @@ pub async fn may_do_everything(conn: &mut Conn, user: &str) -> Result<Option<boo
     Ok(flags.map(|flags| ["allcommands", "allkeys"].iter().all(|flag| flags.iter().any(|f| f == flag))))
 }
 
-/// Whether a command is accepted, by running it: for those that are harmless. An error that is not about rights is an
-/// answer of the command itself, so it was accepted; a command that is unknown was not.
+/// Whether the server has a command of this name; `None` without the right to ask.
 ///
 /// # Errors
 /// [`NodeError`] of the connection.
-pub async fn is_accepted(conn: &mut Conn, name: &'static str, cmd: &Cmd) -> Result<Option<bool>, NodeError> {
+pub async fn has_command(conn: &mut Conn, name: &str) -> Result<Option<bool>, NodeError> {
+    let found = told(conn.call::<Vec<Value>>("COMMAND INFO", redis::cmd("COMMAND").arg("INFO").arg(name)).await)?;
+    Ok(found.map(|found| found.first().is_some_and(|command| *command != Value::Nil)))
+}
+
+/// Whether a command is accepted, by running it: for those that are harmless. An error that is not about rights is an
+/// answer of the command itself, so it was accepted.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn is_accepted(conn: &mut Conn, name: &'static str, cmd: &Cmd) -> Result<Access, NodeError> {
     match conn.call::<Value>(name, cmd).await {
-        Ok(_) => Ok(Some(true)),
-        Err(NodeError::Server { code, message, .. }) => Ok(match code.as_str() {
-            "NOPERM" => Some(false),
-            "ERR" => Some(!message.starts_with("unknown command")),
+        Ok(_) => Ok(Access::Allowed),
+        Err(error) if error.is_unknown_command() => Ok(Access::NoSuchCommand),
+        Err(NodeError::Server { code, .. }) => Ok(match code.as_str() {
+            "NOPERM" => Access::Denied,
+            "ERR" => Access::Allowed,
             // LOADING, BUSY and the like say nothing certain about rights.
-            _ => None,
+            _ => Access::Unknown,
         }),
         Err(error) => Err(error),
     }

@@ -165,12 +165,8 @@ impl NodeError {
                 {
                     Class::Fatal(FailureKind::NotAuthenticated)
                 }
-                "ERR"
-                    if message.contains("DB index is out of range")
-                        || message.contains("not allowed in cluster mode") =>
-                {
-                    Class::Fatal(FailureKind::NoSuchDb)
-                }
+                // Each version has other words for it; what remains is that it cannot be selected.
+                "ERR" if *command == "SELECT" && !self.is_unknown_command() => Class::Fatal(FailureKind::NoSuchDb),
                 _ => Class::Fatal(FailureKind::Unsupported),
             },
         }
@@ -187,6 +183,13 @@ impl NodeError {
         matches!(self, Self::Server { code, .. } if code == "NOPERM")
     }
 
+    /// Whether the server knows no command of that name: it was renamed, or a proxy does not pass it on.
+    pub fn is_unknown_command(&self) -> bool {
+        let Self::Server { code, message, .. } = self else { return false };
+        let message = message.to_ascii_lowercase();
+        code == "ERR" && ["unknown command", "unsupported command"].iter().any(|words| message.starts_with(words))
+    }
+
     /// The failure that an operator reads.
     pub fn into_failure(self) -> Failure {
         let kind = match self.class() {
@@ -198,51 +201,112 @@ impl NodeError {
     }
 
     fn hint(&self, kind: FailureKind) -> Option<String> {
-        let text = match (self, kind) {
-            (Self::NoMaster { hint, .. }, _) => return hint.clone(),
-            (Self::Tls { hint, .. }, _) => hint,
-            (Self::TlsCut { .. } | Self::Silent { during: Greeting::Tls, .. }, _) => PLAIN,
-            (Self::Silent { during: Greeting::Command, .. }, _) => {
+        let text = match self {
+            Self::NoMaster { hint, .. } => return hint.clone(),
+            Self::Tls { hint, .. } => hint,
+            Self::TlsCut { .. } | Self::Silent { during: Greeting::Tls, .. } => PLAIN,
+            Self::Silent { during: Greeting::Command, .. } => {
                 "does the process hang, or does a slow command hold it? A longer wait: --connect-timeout"
             }
-            (Self::NotPlain { .. }, _) => "does this port want TLS? Then write the URL as rediss://...",
-            (Self::Connect { source, .. }, _) => match source.kind() {
-                io::ErrorKind::ConnectionRefused => {
-                    "is the server running there, and is it the right port? Try `redis-cli -h HOST -p PORT ping`"
-                }
-                io::ErrorKind::NotFound => "no socket is at this path; see `unixsocket` in the server's configuration",
-                io::ErrorKind::PermissionDenied => "this user may not open the socket; see `unixsocketperm`",
-                io::ErrorKind::TimedOut => "is a firewall in between? A longer wait: --connect-timeout",
-                _ => "check the host name, the port and the network in between",
-            },
-            (Self::Server { code, .. }, FailureKind::NotAllowed) if code == "DENIED" => {
-                "the server is in protected mode: connect through its loopback address, or give it a password"
+            Self::NotPlain { .. } => "does this port want TLS? Then write the URL as rediss://...",
+            Self::Connect { addr, source } => no_connection(addr, source.kind()),
+            Self::Lost { .. } => {
+                "did the server end, or does something in between cut connections? See the server's log"
             }
-            (Self::Server { code, .. }, FailureKind::NotAuthenticated) if code == "NOAUTH" => {
-                "the server wants a password: REDISCLI_AUTH, --password-file or --askpass (and --user for an ACL user)"
-            }
-            (_, FailureKind::NotAuthenticated) => {
-                "check user and password; `redis-cli --user USER --askpass ping` must answer PONG"
-            }
-            (Self::Server { command: "EXISTS" | "TTL", .. }, FailureKind::NotAllowed) => {
-                let line = crate::node::commands::ACL_TOUCH;
-                return Some(format!("sweep without it (--touch none), or grant what the touch needs: {line}"));
-            }
-            (Self::Server { command, .. }, FailureKind::NotAllowed) if command.starts_with("CLUSTER") => {
-                let (line, cluster) = (crate::node::commands::ACL_LINE, crate::node::commands::ACL_CLUSTER);
-                return Some(format!("grant on every node what the sweep of a cluster needs: {line} {cluster}"));
-            }
-            (_, FailureKind::NotAllowed) => {
-                return Some(format!("grant what a sweep needs: {}", crate::node::commands::ACL_LINE));
-            }
-            (Self::Timeout { .. }, _) => {
+            Self::Timeout { .. } => {
                 "a huge key being freed or a slow command can hold a server that long; a longer wait: --response-timeout"
             }
-            (Self::Protocol { .. }, _) => "is this a Redis or Valkey port, and without TLS?",
-            (_, FailureKind::NoSuchDb) => "see `databases` in the server's configuration; a cluster has DB 0 only",
-            _ => return None,
+            Self::Protocol { .. } => "is this a Redis or Valkey port?",
+            Self::Server { command, code, message, .. } => return self.hint_to_reply(kind, command, code, message),
         };
         Some(text.to_owned())
+    }
+
+    fn hint_to_reply(&self, kind: FailureKind, command: &str, code: &str, message: &str) -> Option<String> {
+        let text = match kind {
+            _ if self.is_unknown_command() && command.starts_with("CLUSTER") => {
+                "several hosts in a URL are nodes of one cluster, which has this command unless it was renamed; sentinels are \
+                 named by redis+sentinel://HOST:26379/MASTER"
+            }
+            _ if self.is_unknown_command() => NO_SUCH_COMMAND,
+            FailureKind::NotAllowed => return Some(missing_right(command, code)),
+            FailureKind::NotAuthenticated => wrong_password(code, message),
+            FailureKind::NoSuchDb if message.contains("cluster mode") => "a cluster of this version has DB 0 only",
+            FailureKind::NoSuchDb => {
+                "see `databases` in the server's configuration (of a cluster of Valkey 9: `cluster-databases`)"
+            }
+            _ if message.contains("cluster support disabled") => {
+                "several hosts in a URL are nodes of one cluster; name this server alone"
+            }
+            _ if message.contains("max number of clients") => {
+                "it has no room for another connection: see `maxclients` in its configuration, and CLIENT LIST for who is there"
+            }
+            _ => match code {
+                "LOADING" => "it answers once its data is loaded; a longer wait: --retry-for",
+                "BUSY" => "SCRIPT KILL, or FUNCTION KILL, ends the script; a longer wait: --retry-for",
+                "TRYAGAIN" | "CLUSTERDOWN" => "see `redis-cli --cluster check`",
+                "MASTERDOWN" => "this is a replica that has lost its master: sweep the master",
+                _ => return None,
+            },
+        };
+        Some(text.to_owned())
+    }
+}
+
+/// What to do where a command is unknown.
+pub const NO_SUCH_COMMAND: &str = "see `rename-command` in the server's configuration; a sweep sends each command by its own \
+                                   name. Where this is a proxy that does not pass it on, sweep the server behind it";
+
+/// What to do where no connection is made.
+fn no_connection(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
+    use io::ErrorKind as E;
+    match (addr, kind) {
+        (NodeAddr::Unix(_), E::NotFound | E::NotADirectory) => {
+            "no socket is at this path; see `unixsocket` in the server's configuration"
+        }
+        (NodeAddr::Unix(_), E::ConnectionRefused) => {
+            "nobody listens at this path: is it a socket, and of a server that runs? See `unixsocket` in its configuration"
+        }
+        (NodeAddr::Unix(_), E::PermissionDenied) => "this user may not open the socket; see `unixsocketperm`",
+        (NodeAddr::Unix(_), _) => "is a server's socket at this path? See `unixsocket` in its configuration",
+        (_, E::ConnectionRefused) => {
+            "is the server running there, and is it the right port? Try `redis-cli -h HOST -p PORT ping`"
+        }
+        (_, E::TimedOut) => "is a firewall in between? A longer wait: --connect-timeout",
+        (_, E::PermissionDenied) => "this machine does not let the program connect there: see its firewall",
+        _ => "check the host name, the port and the network in between",
+    }
+}
+
+/// What to do where the server refuses a command.
+fn missing_right(command: &str, code: &str) -> String {
+    use crate::node::commands::{ACL_CLUSTER, ACL_LINE, ACL_SENTINEL, ACL_TOUCH};
+    match command {
+        _ if code == "DENIED" => {
+            "the server is in protected mode: connect through its loopback address, or give it a password".to_owned()
+        }
+        "EXISTS" | "TTL" => format!("sweep without it (--touch none), or grant what the touch needs: {ACL_TOUCH}"),
+        _ if command.starts_with("CLUSTER") => {
+            format!("grant on every node what the sweep of a cluster needs: {ACL_LINE} {ACL_CLUSTER}")
+        }
+        _ if command.starts_with("SENTINEL") => {
+            format!("grant the sentinels' user what is asked of them: {ACL_SENTINEL}")
+        }
+        _ => format!("grant what a sweep needs: {ACL_LINE}"),
+    }
+}
+
+/// What to do where the server does not let us in.
+fn wrong_password(code: &str, message: &str) -> &'static str {
+    match code {
+        "NOAUTH" => {
+            "the server wants a password: REDISCLI_AUTH, --password-file or --askpass (and --user for an ACL user)"
+        }
+        _ if message.contains("without any password") || message.contains("no password is set") => {
+            "the server asks for no password: leave it out, or is this another server than you think?"
+        }
+        _ if message.contains("wrong number of arguments") => "Redis before 6 knows no users: leave the user out",
+        _ => "check user and password; `redis-cli --user USER --askpass ping` must answer PONG",
     }
 }
 
@@ -270,8 +334,6 @@ mod tests {
         check("ERR", "invalid password", Class::Fatal(FailureKind::NotAuthenticated));
         check("NOPERM", "User u has no permissions", Class::Fatal(FailureKind::NotAllowed));
         check("DENIED", "Redis is running in protected mode", Class::Fatal(FailureKind::NotAllowed));
-        check("ERR", "DB index is out of range", Class::Fatal(FailureKind::NoSuchDb));
-        check("ERR", "SELECT is not allowed in cluster mode", Class::Fatal(FailureKind::NoSuchDb));
         check("ERR", "unknown command 'SCAN'", Class::Fatal(FailureKind::Unsupported));
     }
 
@@ -279,6 +341,8 @@ mod tests {
     fn every_error_says_what_happened_and_what_to_do() {
         let addr = NodeAddr::Tcp { host: "cache".into(), port: 6379 };
         let connect = |kind, text: &str| NodeError::Connect { addr: addr.clone(), source: io::Error::new(kind, text) };
+        let path = NodeAddr::Unix("/run/redis.sock".into());
+        let socket = |kind, text: &str| NodeError::Connect { addr: path.clone(), source: io::Error::new(kind, text) };
         let server = |command, code: &str, message: &str| NodeError::Server {
             addr: addr.clone(),
             command,
@@ -287,8 +351,11 @@ mod tests {
         };
         let errors = [
             connect(io::ErrorKind::ConnectionRefused, "Connection refused"),
-            connect(io::ErrorKind::NotFound, "No such file or directory"),
             connect(io::ErrorKind::PermissionDenied, "Permission denied"),
+            socket(io::ErrorKind::ConnectionRefused, "Connection refused"),
+            socket(io::ErrorKind::NotFound, "No such file or directory"),
+            socket(io::ErrorKind::PermissionDenied, "Permission denied"),
+            socket(io::ErrorKind::InvalidInput, "path must be shorter than SUN_LEN"),
             connect(io::ErrorKind::TimedOut, "no connection within 5s"),
             connect(io::ErrorKind::Other, "failed to lookup address information"),
             NodeError::Silent { addr: addr.clone(), during: Greeting::Tls, after: Duration::from_secs(5) },
@@ -304,7 +371,18 @@ mod tests {
             server("SELECT", "ERR", "DB index is out of range"),
             server("SCAN", "LOADING", "Redis is loading the dataset in memory"),
             server("SCAN", "BUSY", "Redis is busy running a script."),
+            server("SELECT", "ERR", "SELECT is not allowed in cluster mode"),
+            server("SELECT", "ERR", "unknown command 'SELECT'"),
             server("SCAN", "ERR", "unknown command 'SCAN'"),
+            server("INFO", "ERR", "unsupported command 'info'"),
+            server("CLUSTER SLOTS", "ERR", "This instance has cluster support disabled"),
+            server("CLUSTER SLOTS", "NOPERM", "this user has no permissions to run the 'cluster|slots' command"),
+            server("SENTINEL GET-MASTER-ADDR-BY-NAME", "NOPERM", "this user has no permissions to run the command"),
+            server("CLIENT SETNAME", "ERR", "max number of clients reached"),
+            server("AUTH", "ERR", "AUTH <password> called without any password configured for the default user."),
+            server("AUTH", "ERR", "wrong number of arguments for 'auth' command"),
+            server("SCAN", "CLUSTERDOWN", "The cluster is down"),
+            server("SCAN", "MASTERDOWN", "Link with MASTER is down and replica-serve-stale-data is set to 'no'."),
         ];
         let shown: Vec<_> = errors
             .into_iter()

@@ -13,7 +13,7 @@ use redis::Value;
 use crate::model::failure::FailureKind;
 use crate::model::shard::NodeAddr;
 use crate::model::slots::{SLOTS, SlotSet};
-use crate::model::target::{NodeMap, Place, Target};
+use crate::model::target::{Credentials, NodeMap, Place, Target};
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::{Class, NodeError};
@@ -71,6 +71,16 @@ pub struct View {
     pub masters: Vec<Master>,
 }
 
+impl View {
+    /// The hash slots that no master owns; none outside of a cluster.
+    pub fn unowned(&self) -> SlotSet {
+        match self.kind {
+            Kind::Cluster => self.masters.iter().fold(SlotSet::all(), |left, master| left.minus(&master.slots)),
+            Kind::Standalone | Kind::Sentinel => SlotSet::default(),
+        }
+    }
+}
+
 /// Knows where to ask.
 #[derive(Debug)]
 pub struct Topology {
@@ -79,6 +89,8 @@ pub struct Topology {
     follow: bool,
     /// Nodes or sentinels that can be asked. The next one to ask stands first.
     known: Mutex<Vec<NodeAddr>>,
+    /// See [`View::unowned`]; of the last view.
+    unowned: Mutex<SlotSet>,
 }
 
 impl Topology {
@@ -89,7 +101,7 @@ impl Topology {
             Place::Cluster(seeds) => seeds.clone(),
             Place::Sentinel { sentinels, .. } => sentinels.clone(),
         };
-        Self { target, options, follow, known: Mutex::new(known) }
+        Self { target, options, follow, known: Mutex::new(known), unowned: Mutex::default() }
     }
 
     /// Where it is.
@@ -105,6 +117,11 @@ impl Topology {
     /// Whether a standalone server leads on to its master.
     pub fn follow(&self) -> bool {
         self.follow
+    }
+
+    /// The hash slots that no master owned when the masters were asked for last.
+    pub fn unowned(&self) -> SlotSet {
+        self.lock_unowned().clone()
     }
 
     /// Asks for the masters. `kind` is what the instance was found to be, where that is known.
@@ -203,7 +220,9 @@ impl Topology {
                 class: Class::Transient,
             });
         }
-        Ok(View { kind: Kind::Cluster, masters })
+        let view = View { kind: Kind::Cluster, masters };
+        *self.lock_unowned() = view.unowned();
+        Ok(view)
     }
 
     /// The masters, and whether the node thinks that the cluster is well.
@@ -227,12 +246,12 @@ impl Topology {
     async fn ask_sentinel(&self, addr: &NodeAddr, master: &str) -> Result<NodeAddr, NodeError> {
         let mut options = self.options.clone();
         options.credentials = options.sentinel_credentials.clone();
-        let mut conn = Conn::open(addr, &options).await?;
+        let mut conn = Conn::open(addr, &options).await.map_err(|error| let_in(error, &options.credentials))?;
         let command = redis::cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(master).to_owned();
         let found: Option<(String, u16)> = match conn.call("SENTINEL GET-MASTER-ADDR-BY-NAME", &command).await {
-            Err(NodeError::Server { code, message, .. }) if message.contains("unknown command") => {
+            Err(error) if error.is_unknown_command() => {
                 return Err(NodeError::NoMaster {
-                    problem: format!("{addr} is no sentinel: {code} {message}"),
+                    problem: format!("{addr} is no sentinel: {error}"),
                     hint: Some("a sentinel URL names sentinels (port 26379), not servers".to_owned()),
                     class: Class::Fatal(FailureKind::Unsupported),
                 });
@@ -292,6 +311,26 @@ impl Topology {
         // A list of addresses is whole at every moment.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn lock_unowned(&self) -> std::sync::MutexGuard<'_, SlotSet> {
+        // A set of slots is whole at every moment.
+        self.unowned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a sentinel that does not let us in means: user and password of the URL are the master's, so others are asked for.
+fn let_in(error: NodeError, credentials: &Credentials) -> NodeError {
+    let class = error.class();
+    if class != Class::Fatal(FailureKind::NotAuthenticated) {
+        return error;
+    }
+    let hint = match credentials.password {
+        None => {
+            "the sentinel wants a password of its own: --sentinel-password-file (and --sentinel-user for an ACL user)"
+        }
+        Some(_) => "check --sentinel-user and --sentinel-password-file; a sentinel that has no password wants neither",
+    };
+    NodeError::NoMaster { problem: error.to_string(), hint: Some(hint.to_owned()), class }
 }
 
 /// The names of the masters that a sentinel watches, where it tells.

@@ -376,6 +376,13 @@ impl Job {
             }
         });
         self.recorder.consume(events).await;
+        let unowned = self.plan.topology.unowned();
+        if !unowned.is_empty() {
+            let note = format!(
+                "no master owns the slots {unowned}: their keys were not swept; see `redis-cli --cluster check`"
+            );
+            self.recorder.task.note = Some(note);
+        }
         let outcome = engine.await.unwrap_or_else(|panic| {
             Outcome::Failed(Failure::new(FailureKind::Protocol, format!("the sweep broke: {panic}")))
         });

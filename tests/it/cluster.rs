@@ -431,6 +431,42 @@ async fn check_looks_at_every_master_and_touches_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn slots_that_no_master_owns_are_said_with_their_ranges() {
+    let cluster = Cluster::start(3, false).await;
+    // Else a node that owns some answers nobody once others are owned by none.
+    for node in &cluster.nodes {
+        node.cmd(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]).await;
+    }
+    cluster.fill(0, 900).await;
+    // One that has not heard of it yet tells the others that the slots have an owner.
+    probe("the slots are nobody's", PATIENCE, async || {
+        for node in &cluster.nodes {
+            for slot in ["100", "101", "16383"] {
+                let _ = node.try_query::<()>(&["CLUSTER", "DELSLOTS", slot]).await;
+            }
+        }
+        for node in &cluster.nodes {
+            let info: String = node.query(&["CLUSTER", "INFO"]).await;
+            if !info.contains("cluster_slots_assigned:16381") {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+    let url = cluster.url();
+    let run = scan(&url, &[]).await.expect(0);
+    let note = run.json()["report"]["note"].to_string();
+    assert!(note.contains("no master owns the slots 100-101,16383"), "{note}");
+    let summary = self::run(["scan", &url]).await.expect(0).stdout;
+    assert!(summary.contains("note: no master owns the slots 100-101,16383"), "{summary}");
+    let checked = self::run(["check", &url, "--json"]).await.expect(0).json();
+    assert_eq!(checked["findings"][0]["code"], "unowned_slots", "{checked:#}");
+    let text = self::run(["check", &url]).await.expect(0).stdout;
+    assert!(text.contains("warning: no master owns the slots 100-101,16383"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn short_pauses_of_a_master_hide_nothing_from_the_sweep() {
     let cluster = Cluster::start(3, false).await;
     let live = cluster.fill(12_000, 3_000).await;

@@ -128,6 +128,25 @@ async fn a_user_without_a_password_is_who_it_says_and_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_was_renamed_away_is_no_missing_right() {
+    for command in ["SCAN", "DBSIZE", "INFO", "SELECT"] {
+        let server = Server::options().with_config("rename-command", &format!("{command} hidden")).start().await;
+        server.cmd(&["SET", "k", "v"]).await;
+        let run = scan(&server.url(), &["--db", "0"]).await.expect(3);
+        assert!(run.stderr.contains(&format!("refused {command}: ERR unknown command")), "{}", run.stderr);
+        assert!(run.stderr.contains("rename-command") && !run.stderr.contains("ACL SETUSER"), "{}", run.stderr);
+        let failure = run.json()["report"]["failure"].clone();
+        assert_eq!((&failure["kind"], &failure["error_code"]), (&"unsupported".into(), &"DCS.4818".into()));
+
+        let check = crate::support::run::run(["check", &server.url()]).await;
+        let said = format!("{}{}", check.stdout, check.stderr);
+        assert!(said.contains(command) && said.contains("rename-command") && !said.contains("ACL SETUSER"), "{said}");
+        // Without INFO there is nothing to look at.
+        assert_eq!(check.code, Some(if command == "INFO" { 3 } else { 1 }), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_repeats_what_it_does_not_know_makes_us_repeat_no_secret() {
     let no_auth = Server::options().with_config("rename-command", "AUTH \"\"").start().await;
     let run = scan(&format!("redis://:hunter2@127.0.0.1:{}", no_auth.port()), &[]).await;

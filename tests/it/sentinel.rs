@@ -110,13 +110,16 @@ async fn the_master_that_sentinels_name_is_swept_exactly() {
     scan(&watched.url(), &[]).await.expect(0);
 
     let url = watched.url().replace("/main", "/other");
-    let run = scan(&url, &[]).await.expect(1);
+    let run = scan(&url, &[]).await.expect(3);
     assert!(run.stderr.contains("watches no master named `other`"), "{}", run.stderr);
     assert!(run.stderr.contains("it watches: main"), "{}", run.stderr);
     let url = format!("redis+sentinel://{}/main", watched.master.addr());
-    let run = scan(&url, &[]).await.expect(1);
+    let run = scan(&url, &[]).await.expect(3);
     assert!(run.stderr.contains("is no sentinel"), "{}", run.stderr);
-    let run = scan(&format!("redis://{}", watched.sentinels[1].addr()), &[]).await.expect(1);
+    let (one, another) = (watched.sentinels[1].addr(), watched.sentinels[2].addr());
+    let run = scan(&format!("redis://{one},{another}"), &[]).await.expect(3);
+    assert!(run.stderr.contains("sentinels are named by redis+sentinel://"), "{}", run.stderr);
+    let run = scan(&format!("redis://{one}"), &[]).await.expect(3);
     assert!(run.stderr.contains("this is a sentinel") && run.stderr.contains("redis+sentinel://"), "{}", run.stderr);
 }
 
@@ -210,7 +213,7 @@ async fn a_standalone_server_that_becomes_a_replica_is_followed_where_that_is_wa
 async fn a_replica_in_the_url_leads_to_its_master_where_that_is_wanted() {
     let (master, replica) = pair().await;
     Keyspace::of(&master, 0).dead(1_000, "dead").await;
-    let refused = scan(&replica.url(), &[]).await.expect(1);
+    let refused = scan(&replica.url(), &[]).await.expect(3);
     assert_eq!(refused.json()["report"]["failure"]["kind"], "not_a_master");
     assert_eq!(scan(&replica.url(), &["--follow"]).await.expect(0).num(), 1_000);
     assert_eq!(master.dbsize(0).await, 0);

@@ -175,7 +175,7 @@ async fn a_sparse_table_is_not_taken_for_hidden_keys() {
 async fn a_replica_is_refused_and_its_master_named() {
     let (master, replica) = (Server::start().await, Server::start().await);
     replica.replica_of(&master).await;
-    let run = scan(&replica.url(), &[]).await.expect(1);
+    let run = scan(&replica.url(), &[]).await.expect(3);
     assert!(run.stderr.contains(&format!("redis://127.0.0.1:{}", master.port())), "{}", run.stderr);
     let failure = &run.json()["report"]["failure"];
     assert_eq!((failure["kind"].as_str(), failure["error_code"].as_str()), (Some("not_a_master"), Some("DCS.4818")));

@@ -9,6 +9,7 @@ use crate::check::backlog::{Backlog, NoCount};
 use crate::check::facts::{Expiry, Rights};
 use crate::check::facts::{Facts, Right};
 use crate::model::shard::DbIndex;
+use crate::node::commands::Access;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
 use crate::settings::Settings;
@@ -32,7 +33,7 @@ fn settings() -> Settings {
 
 fn all_rights() -> Rights {
     let mut rights = Rights::default();
-    Right::ALL.iter().for_each(|&right| rights.set(right, Some(true)));
+    Right::ALL.iter().for_each(|&right| rights.set(right, Access::Allowed));
     rights
 }
 
@@ -75,7 +76,7 @@ fn everything_that_deserves_a_warning() {
         ),
     ]);
     facts.expiry = Expiry { lazyfree: Some(false), effort: Some(1), hz: Some(10) };
-    facts.rights.set(Right::Exists, Some(false));
+    facts.rights.set(Right::Exists, Access::Denied);
     facts.expire_per_sec = Some(2000.0);
     let mut settings = settings();
     settings.scan.dbs = vec![DbIndex(0), DbIndex(3), DbIndex(7)];
@@ -94,8 +95,13 @@ fn a_replica_names_its_master_and_cannot_be_swept() {
 #[test]
 fn a_user_without_rights_sees_what_is_known_and_what_to_grant() {
     let mut rights = Rights::default();
-    for (right, allowed) in [(Right::Ping, true), (Right::Info, false), (Right::Scan, false), (Right::Dbsize, true)] {
-        rights.set(right, Some(allowed));
+    for (right, access) in [
+        (Right::Ping, Access::Allowed),
+        (Right::Info, Access::Denied),
+        (Right::Scan, Access::Denied),
+        (Right::Dbsize, Access::Allowed),
+    ] {
+        rights.set(right, access);
     }
     let facts = Facts::new(&addr(6379), Info::default(), Expiry::default(), rights, None);
     insta::assert_snapshot!(shown(&facts, None, &settings()));
@@ -126,20 +132,31 @@ fn what_cannot_be_swept_at_all() {
 #[test]
 fn a_touch_that_is_not_allowed_names_its_own_grant() {
     let mut facts = facts(&[]);
-    facts.rights.set(Right::Ttl, Some(false));
+    facts.rights.set(Right::Ttl, Access::Denied);
     let mut settings = settings();
     assert!(!shown(&facts, None, &settings).contains("error: "), "without the touch nobody needs TTL");
     settings.scan.touch = Touch::Ttl;
     let text = shown(&facts, None, &settings);
     assert!(text.contains("error: this user may not run TTL"), "{text}");
     assert!(text.contains("grant it: ACL SETUSER ttlsweep '~*' +exists +ttl"), "{text}");
-    facts.rights.set(Right::Scan, Some(false));
+    facts.rights.set(Right::Scan, Access::Denied);
     let both = shown(&facts, None, &settings);
     assert!(both.contains("-@all +scan") && both.contains("; ACL SETUSER ttlsweep '~*' +exists +ttl"), "{both}");
-    facts.rights.set(Right::Scan, Some(true));
+    facts.rights.set(Right::Scan, Access::Allowed);
     facts.user = Some("ann".to_owned());
     let text = shown(&facts, None, &settings);
     assert!(text.contains("grant it: ACL SETUSER ann '~*' +ttl"), "to whom we are, and what is missing: {text}");
+}
+
+#[test]
+fn a_command_that_was_renamed_away_is_no_missing_right() {
+    let mut facts = facts(&[]);
+    facts.rights.set(Right::Scan, Access::NoSuchCommand);
+    facts.rights.set(Right::Exists, Access::NoSuchCommand);
+    let text = shown(&facts, None, &settings());
+    assert!(text.contains("error: the server knows no SCAN by this name"), "{text}");
+    assert!(text.contains("note: the server knows no EXISTS by this name"), "{text}");
+    assert!(text.contains("rename-command") && !text.contains("ACL SETUSER"), "{text}");
 }
 
 #[test]
