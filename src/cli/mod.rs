@@ -24,6 +24,7 @@ use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::cli::exit::Exit;
 use crate::node::tls;
+use crate::store::StoreError;
 use crate::telemetry::{self, LogFormat};
 
 /// Frees the memory of expired keys that Redis and Valkey still hold.
@@ -103,6 +104,9 @@ pub fn main() -> Exit {
     });
     result.unwrap_or_else(|error| {
         output::note(&format!("error: {}", output::chain(error.as_ref())));
+        if let Some(hint) = error.downcast_ref::<StoreError>().and_then(StoreError::hint) {
+            output::note(&format!("  hint: {hint}"));
+        }
         Exit::Failed
     })
 }

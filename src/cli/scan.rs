@@ -163,7 +163,6 @@ pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>
 }
 
 async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -> Result<RunningTask, Failure> {
-    let store_failure = |e: &dyn std::fmt::Display| Failure::new(FailureKind::Store, e.to_string());
     let store = match &settings.state {
         Some(path) if resume == Some(Resume::Always) && !path.exists() => {
             let failure = Failure::new(FailureKind::NoSuchDb, format!("there is no state file {}", path.display()));
@@ -176,9 +175,9 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
         }
         None => Store::in_memory().await,
     };
-    let service = TaskService::new(store.map_err(|e| store_failure(&e))?);
+    let service = TaskService::new(store.map_err(|e| e.to_failure())?);
     let spec = TaskSpec::new(instance_id(&settings.target), settings, conn, Cause::Cli);
-    let unfinished = service.resumable(&spec.instance_id).await.map_err(|e| store_failure(&e))?;
+    let unfinished = service.resumable(&spec.instance_id).await.map_err(|e| e.to_failure())?;
     let task = match (unfinished, resume) {
         (Some(task), Some(_)) => {
             let (begun, wanted) = (dbs_of(&task.sweep), dbs_of(&spec.sweep));
@@ -198,14 +197,14 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
         }
         (unfinished, _) => {
             if let Some(task) = unfinished
-                && !service.store().shards(task.id).await.map_err(|e| store_failure(&e))?.is_empty()
+                && !service.store().shards(task.id).await.map_err(|e| e.to_failure())?.is_empty()
             {
                 output::note("note: the unfinished sweep in the state file is given up; --resume would go on with it");
             }
-            service.create(&spec).await.map_err(|e| store_failure(&e))?
+            service.create(&spec).await.map_err(|e| e.to_failure())?
         }
     };
-    service.start(task, spec).await.map_err(|e| store_failure(&e))
+    service.start(task, spec).await.map_err(|e| e.to_failure())
 }
 
 /// Which DBs a sweep is of.

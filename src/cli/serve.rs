@@ -7,6 +7,7 @@ use clap::Args;
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::daemon;
+use crate::store::StoreError;
 use crate::telemetry::LogFormat;
 
 /// `ttlsweep serve`
@@ -49,7 +50,8 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     .await;
     match ended {
         Err(error) if json => {
-            tracing::error!("{error:#}");
+            let hint = error.downcast_ref::<StoreError>().and_then(StoreError::hint);
+            tracing::error!(hint, "{error:#}");
             Ok(Exit::Failed)
         }
         ended => ended.map(|()| Exit::Done),

@@ -3,6 +3,7 @@
 //! `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
 //! writer. What the last second before a kill freed is in the [`tally`].
 
+mod file;
 mod lists;
 mod rows;
 mod schedules;
@@ -19,14 +20,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{Connection, Sqlite, SqlitePool};
 
+use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassFigures, ShardView};
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
+use crate::store::file::Found;
 use crate::store::tally::TallyDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
@@ -44,6 +48,14 @@ pub enum StoreError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The file is another program's, or no database at all.
+    #[error("cannot open the state file {path}: {why}")]
+    NotOurs {
+        /// Which file.
+        path: PathBuf,
+        /// What it is.
+        why: &'static str,
+    },
     /// Another process has it open: both would take up the same unfinished tasks, and count into the same records.
     #[error(
         "another ttlsweep uses the records in {0}: wait for its end, or name another file (--state FILE, or [store] path of a \
@@ -60,6 +72,25 @@ pub enum StoreError {
     #[error("cannot write the tally: {0}")]
     Tally(#[from] std::io::Error),
 }
+
+impl StoreError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        file::hint(self)
+    }
+
+    /// The failure that an operator reads.
+    pub fn to_failure(&self) -> Failure {
+        let failure = Failure::new(FailureKind::Store, self.to_string());
+        match self.hint() {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
+    }
+}
+
+/// How the schema came about.
+static MIGRATOR: Migrator = sqlx::migrate!("src/store/migrations");
 
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -83,9 +114,15 @@ impl Store {
     /// Opens the file, makes it where there is none, and brings its schema up to date.
     ///
     /// # Errors
-    /// [`StoreError::Open`], [`StoreError::InUse`].
+    /// [`StoreError::Open`], [`StoreError::InUse`], [`StoreError::NotOurs`].
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed =
+            |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
+        let found = file::look(path).await?;
         let lock = Arc::new(lock(path)?);
+        if found == Found::Unmarked {
+            file::mark(path).await.map_err(|e| failed(Box::new(e)))?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -93,8 +130,6 @@ impl Store {
             // With WAL this is safe against a killed process; a power cut may lose the last checkpoints, never the file.
             .synchronous(SqliteSynchronous::Normal)
             .busy_timeout(BUSY_TIMEOUT);
-        let failed =
-            |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
         let pool =
             SqlitePoolOptions::new().max_connections(4).connect_with(options).await.map_err(|e| failed(Box::new(e)))?;
         let store = Self { pool, tallies: Some(TallyDir::beside(path)), _lock: Some(lock) };
@@ -120,7 +155,7 @@ impl Store {
     }
 
     async fn migrate(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        sqlx::migrate!("src/store/migrations").run(&self.pool).await
+        MIGRATOR.run(&self.pool).await
     }
 
     /// Where per-batch counts go, if the records outlive the process.
@@ -357,10 +392,8 @@ impl Store {
 }
 
 fn lock(store: &Path) -> Result<File, StoreError> {
-    let mut name = store.as_os_str().to_owned();
-    name.push(".lock");
-    let path = PathBuf::from(name);
-    let file = File::create(&path).map_err(|e| StoreError::Open { path: path.clone(), source: Box::new(e) })?;
+    let path = file::beside(store, ".lock");
+    let file = File::create(&path).map_err(|e| StoreError::Open { path: store.to_owned(), source: Box::new(e) })?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::model::progress::PassFigures;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::TaskId;
+use crate::store::file;
 
 /// Length of a line in bytes: eight little-endian numbers of 64 bits.
 const LINE: usize = 64;
@@ -110,9 +111,7 @@ pub struct TallyDir(PathBuf);
 impl TallyDir {
     /// The directory beside the state file: its name with `.tally` behind.
     pub fn beside(state: &Path) -> Self {
-        let mut name = state.as_os_str().to_owned();
-        name.push(".tally");
-        Self(PathBuf::from(name))
+        Self(file::beside(state, ".tally"))
     }
 
     /// Where it is.

@@ -70,6 +70,16 @@ pub enum TaskError {
     Closing,
 }
 
+impl TaskError {
+    /// The failure that an operator reads.
+    pub fn to_failure(&self) -> Failure {
+        match self {
+            Self::Store(error) => error.to_failure(),
+            other => Failure::new(FailureKind::Store, other.to_string()),
+        }
+    }
+}
+
 /// What somebody wants swept.
 #[derive(Debug, Clone)]
 pub struct TaskSpec {

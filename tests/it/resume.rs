@@ -1,5 +1,10 @@
 //! A sweep that is interrupted or killed goes on where it was, and its count is right.
 
+use std::path::Path;
+
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection};
+
 use crate::support::{
     PATIENCE,
     keyspace::Keyspace,
@@ -213,13 +218,96 @@ async fn a_sweep_whose_time_was_over_goes_on_where_it_was() {
 async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).dead(10, "d").await;
-    let (_dir, state) = state_file();
+    let (dir, state) = state_file();
     std::fs::write(&state, "this is no database, and long enough to be read as one".repeat(100)).unwrap();
-    for path in [state.to_str().unwrap(), "/proc/no/such/place.db"] {
+    for (path, hint) in [
+        (state.to_str().unwrap(), "nothing in it was changed"),
+        (dir.path().to_str().unwrap(), "nothing in it was changed"),
+        ("/dev/null", "nothing in it was changed"),
+        ("/proc/no/such/place.db", "make its folder first"),
+    ] {
         let run = run(["scan", &server.url(), "--state", path]).await.expect(1);
-        assert!(run.stderr.contains("cannot open the state file"), "{}", run.stderr);
+        assert!(run.stderr.contains(&format!("cannot open the state file {path}: ")), "{}", run.stderr);
+        assert!(run.stderr.contains(hint), "{}", run.stderr);
     }
     assert_eq!(server.expired_keys().await, 0);
+    assert_eq!(names_in(dir.path()), ["sweep.db"], "nothing is left beside it");
+    assert!(!Path::new("/dev/null.lock").exists());
+    assert!(!dir.path().with_extension("lock").exists());
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_of_another_program_is_refused_and_left_as_it_is() {
+    let server = Server::start().await;
+    for (mode, names) in [("delete", &["sweep.db"][..]), ("wal", &["sweep.db", "sweep.db-shm", "sweep.db-wal"])] {
+        let (dir, state) = state_file();
+        let options = SqliteConnectOptions::new().filename(&state).create_if_missing(true);
+        let mut theirs = options.connect().await.unwrap();
+        for words in
+            [&format!("PRAGMA journal_mode = {mode}"), "CREATE TABLE theirs (x)", "INSERT INTO theirs VALUES (1)"]
+        {
+            sqlx::query(sqlx::AssertSqlSafe(words.to_owned())).execute(&mut theirs).await.unwrap();
+        }
+        let read = || {
+            names
+                .iter()
+                .filter(|name| !name.ends_with("-shm"))
+                .map(|name| std::fs::read(dir.path().join(name)).unwrap())
+        };
+        let before: Vec<_> = read().collect();
+        let run = run(["scan", &server.url(), "--state", state.to_str().unwrap()]).await.expect(1);
+        assert!(run.stderr.contains("it is a database of another program"), "{}", run.stderr);
+        assert_eq!(names_in(dir.path()), names, "nothing is left beside it");
+        assert!(read().eq(before), "{mode}: nothing in it was changed");
+    }
+}
+
+/// As versions made it that put no mark into it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_ours_without_the_mark_is_gone_on_with() {
+    let server = Server::start().await;
+    let (_dir, state) = state_file();
+    let path = state.to_str().unwrap();
+    let id = async || {
+        let mut file = SqliteConnectOptions::new().filename(&state).connect().await.unwrap();
+        let id: i32 = sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut file).await.unwrap();
+        (id, file)
+    };
+    for _ in 0..2 {
+        scan(&server.url(), &["--state", path]).await.expect(0);
+        let (marked, mut file) = id().await;
+        assert_eq!(marked.to_be_bytes(), *b"TTLS");
+        sqlx::query("PRAGMA application_id = 0").execute(&mut file).await.unwrap();
+        sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut file).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_state_file_is_said_with_what_to_do() {
+    let server = Server::start().await;
+    let (_dir, state) = state_file();
+    let path = state.to_str().unwrap();
+    scan(&server.url(), &["--state", path]).await.expect(0);
+    // Else the file could be made anew from its log.
+    let mut file = SqliteConnectOptions::new().filename(&state).connect().await.unwrap();
+    sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut file).await.unwrap();
+    file.close().await.unwrap();
+    let mut bytes = std::fs::read(&state).unwrap();
+    bytes[100..].fill(0x5A);
+    std::fs::write(&state, bytes).unwrap();
+    let run = scan(&server.url(), &["--state", path]).await.expect(1);
+    assert!(
+        run.stderr.contains("malformed") && run.stderr.contains("move it away with what lies beside it"),
+        "{}",
+        run.stderr
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
