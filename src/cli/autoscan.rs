@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::cli::client::{self, Client, ClientArgs, ClientError};
 use crate::cli::exit::Exit;
 use crate::cli::output;
+use crate::cli::scan;
 use crate::settings;
 use crate::settings::serve::MAX_TIMEOUT_S;
 
@@ -74,9 +75,12 @@ fn whole_seconds(text: &str) -> Result<u32, String> {
 /// Runs the command.
 ///
 /// # Errors
-/// A stdout that cannot be written, a file that cannot be read.
+/// A stdout that cannot be written.
 pub async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.client)?;
+    let client = match Client::new(&args.client) {
+        Ok(client) => client,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
     let answer = match &args.command {
         AutoscanCommand::Show { instance } => ask(&client, instance, None).await,
         AutoscanCommand::Off { instance } => ask(&client, instance, Some(json!({"enable_auto_scan": false}))).await,

@@ -136,6 +136,9 @@ fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<
 fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOptions), Problem> {
     let problem = |message| Problem { origin: Some(Origin::Flag("--replica".to_owned())), message };
     let url = InstanceUrl::parse(url).map_err(|e| problem(e.to_string()))?;
+    if url.db.is_some() {
+        return Err(problem("a DB means nothing here; --db names those that are counted".to_owned()));
+    }
     let Place::Standalone(addr) = url.target.place else {
         return Err(problem("name one server, the replica itself".to_owned()));
     };

@@ -1,9 +1,9 @@
 //! The client of a daemon, for the subcommands that talk to one.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Args;
 use futures_util::StreamExt;
 use reqwest::{Method, Response, StatusCode};
@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::cli::exit::Exit;
 use crate::cli::output;
+use crate::settings::raw::{Origin, Problem};
 
 /// The environment variable that holds the token.
 pub const TOKEN: &str = "TTLSWEEP_TOKEN";
@@ -111,29 +112,40 @@ impl Client {
     /// A client with these credentials.
     ///
     /// # Errors
-    /// Of the files that were named.
-    pub fn new(args: &ClientArgs) -> anyhow::Result<Self> {
+    /// What was wrongly given.
+    pub fn new(args: &ClientArgs) -> Result<Self, Problem> {
         // Whoever was first has installed it; there is only one to choose from.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let problem = |flag: &str, message: String| Problem { origin: Some(Origin::Flag(flag.to_owned())), message };
+        let unreadable = |path: &Path, error| format!("cannot read {}: {error}", path.display());
         let token = match &args.token_file {
             Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let text = std::fs::read_to_string(path);
+                let text = text.map_err(|e| problem("--token-file", unreadable(path, e)))?;
                 Some(text.lines().next().unwrap_or("").trim().to_owned())
             }
-            None => std::env::var(TOKEN).ok(),
+            None => std::env::var_os(TOKEN).map(OsString::into_string).transpose().map_err(|_| Problem {
+                origin: Some(Origin::Env(TOKEN.to_owned())),
+                message: "a token is text, and this is not UTF-8".to_owned(),
+            })?,
         };
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN);
         if let Some(path) = &args.ca_file {
-            let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let pem = std::fs::read(path).map_err(|e| problem("--ca-file", unreadable(path, e)))?;
             let certificates = reqwest::Certificate::from_pem_bundle(&pem).ok().filter(|found| !found.is_empty());
-            let certificates = certificates.with_context(|| format!("{} holds no PEM certificate", path.display()))?;
-            builder = builder.tls_certs_merge(certificates);
+            let none = || problem("--ca-file", format!("{} holds no PEM certificate", path.display()));
+            builder = builder.tls_certs_merge(certificates.ok_or_else(none)?);
         }
         let server = match args.server.trim_end_matches('/') {
             whole if whole.contains("://") => whole.to_owned(),
             address => format!("http://{address}"),
         };
-        Ok(Self { http: builder.build()?, server, token: token.filter(|token| !token.is_empty()) })
+        let url = reqwest::Url::parse(&server).ok();
+        if !url.is_some_and(|url| matches!(url.scheme(), "http" | "https")) {
+            return Err(problem("--server", "is not a URL such as http://127.0.0.1:8080".to_owned()));
+        }
+        let http = builder.build().map_err(|e| Problem { origin: None, message: output::chain(&e) })?;
+        Ok(Self { http, server, token: token.filter(|token| !token.is_empty()) })
     }
 
     async fn ask(

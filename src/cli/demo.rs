@@ -242,7 +242,8 @@ async fn read(conns: &mut [Conn], live: u64) -> Result<Reading, NodeError> {
 fn settings_for(server: &DemoServer) -> anyhow::Result<Settings> {
     let mut raw = Raw::defaults();
     raw.set("url", format!("redis://{}", server.addr()), Origin::Flag("URL".to_owned()));
-    let password = GivenPassword { secret: server.password().into(), origin: Origin::Flag("demo".to_owned()) };
+    let password =
+        GivenPassword { secret: server.password().as_bytes().to_vec().into(), origin: Origin::Flag("demo".to_owned()) };
     settings::resolve(&raw, Some(password)).map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         anyhow::anyhow!(problems.join("; "))

@@ -7,6 +7,7 @@ use serde_json::Value;
 use crate::cli::client::{self, Client, ClientArgs};
 use crate::cli::exit::Exit;
 use crate::cli::output;
+use crate::cli::scan;
 
 const COLUMNS: [(&str, &str); 8] = [
     ("id", "/id"),
@@ -48,9 +49,12 @@ enum InstanceCommand {
 /// Runs the command.
 ///
 /// # Errors
-/// A stdout that cannot be written, a file that cannot be read.
+/// A stdout that cannot be written.
 pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.client)?;
+    let client = match Client::new(&args.client) {
+        Ok(client) => client,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
     let answer = match &args.command {
         InstanceCommand::List => client.get("/api/v1/instances").await,
         InstanceCommand::Show { id } => client.get(&format!("/api/v1/instances/{id}")).await,

@@ -114,11 +114,10 @@ pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
             vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
         })?;
         let origin = Origin::Flag("--askpass".to_owned());
-        return Ok(Some(GivenPassword { secret: typed.into(), origin }));
+        return Ok(Some(GivenPassword { secret: typed.into_bytes().into(), origin }));
     }
-    let from_env = std::env::var("REDISCLI_AUTH").ok().filter(|p| !p.is_empty());
     let origin = Origin::Env("REDISCLI_AUTH".to_owned());
-    Ok(from_env.map(|secret| GivenPassword { secret: secret.into(), origin }))
+    Ok(settings::password_in_env("REDISCLI_AUTH").map(|secret| GivenPassword { secret, origin }))
 }
 
 /// Prints problems of the settings.

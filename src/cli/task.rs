@@ -11,6 +11,7 @@ use crate::cli::client::{self, Client, ClientArgs, ClientError};
 use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::cli::progress::{self, PassRow, Rows, ShardRow};
+use crate::cli::scan;
 use crate::model::failure::{Failure, FailureKind};
 use crate::settings::positive_duration;
 
@@ -167,9 +168,12 @@ impl CreateArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// A stdout that cannot be written, a file that cannot be read.
+/// A stdout that cannot be written.
 pub async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
-    let client = Client::new(&args.client)?;
+    let client = match Client::new(&args.client) {
+        Ok(client) => client,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
     match ask(&client, &args.command).await {
         Ok(answer) => {
             let followed = matches!(args.command, TaskCommand::Watch { .. })

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use secrecy::SecretString;
+use secrecy::SecretSlice;
 
 use crate::model::shard::{DbIndex, NodeAddr};
 
@@ -63,13 +63,16 @@ fn list(addrs: &[NodeAddr]) -> String {
     addrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
+/// A password: any bytes. `Debug` never shows it.
+pub type Password = SecretSlice<u8>;
+
 /// Who we are for a server. `Debug` never shows the password.
 #[derive(Debug, Clone, Default)]
 pub struct Credentials {
     /// ACL user; `None` is the server's default user.
     pub user: Option<String>,
     /// Password, or `None` for a server that asks for none.
-    pub password: Option<SecretString>,
+    pub password: Option<Password>,
 }
 
 /// What an instance URL says.
@@ -104,6 +107,18 @@ pub enum BadUrl {
     /// No host or no path.
     #[error("the URL names no {0}")]
     Missing(&'static str),
+    /// An IPv6 address of which nobody can tell where its port begins.
+    #[error("an IPv6 address in a URL stands in brackets, as in redis://[::1]:6379")]
+    Ipv6,
+    /// A host before the path of a socket.
+    #[error("a socket has no host, and its path begins with a slash, as in unix:///run/redis.sock")]
+    SocketHost,
+    /// A percent sign that encodes nothing.
+    #[error("a `%` in the URL is not followed by two hexadecimal digits; write a percent sign itself as %25")]
+    Percent,
+    /// What is decoded is no text, where only text has a meaning.
+    #[error("a user, host, master or path in the URL is not UTF-8 once it is decoded")]
+    NotText,
     /// A query or a fragment where none means anything.
     #[error("`{0}` in the URL means nothing here; percent-encode `?` and `#` inside a password (%3F, %23)")]
     Extra(String),
@@ -140,8 +155,8 @@ impl InstanceUrl {
         let (userinfo, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
         let (user, password) = userinfo.split_once(':').map_or((userinfo, None), |(user, pw)| (user, Some(pw)));
         let credentials = Credentials {
-            user: Some(decode(user)).filter(|user| !user.is_empty()),
-            password: password.map(|p| SecretString::from(decode(p))),
+            user: Some(decode_text(user)?).filter(|user| !user.is_empty()),
+            password: password.map(|p| decode(p).map(Password::from)).transpose()?,
         };
         let port = if sentinel { SENTINEL_PORT } else { DEFAULT_PORT };
         let mut addrs = hosts.split(',').map(|host| parse_host(host, port)).collect::<Result<Vec<_>, _>>()?;
@@ -151,7 +166,7 @@ impl InstanceUrl {
             if master.is_empty() {
                 return Err(BadUrl::Master);
             }
-            (Place::Sentinel { sentinels: addrs, master: decode(master) }, db)
+            (Place::Sentinel { sentinels: addrs, master: decode_text(master)? }, db)
         } else if addrs.len() == 1 {
             (Place::Standalone(addrs.remove(0)), path)
         } else {
@@ -167,13 +182,16 @@ impl InstanceUrl {
 
 /// `host`, `host:port`, `[v6]` or `[v6]:port`.
 fn parse_host(text: &str, default_port: u16) -> Result<NodeAddr, BadUrl> {
+    if !text.starts_with('[') && text.matches(':').count() > 1 {
+        return Err(BadUrl::Ipv6);
+    }
     if text.is_empty() || text.starts_with(':') {
         return Err(BadUrl::Missing("host"));
     }
     // The url crate knows what a host may look like.
     let url = url::Url::parse(&format!("redis://{text}")).map_err(|e| BadUrl::Syntax(e.to_string()))?;
     let host = url.host_str().filter(|h| !h.is_empty()).ok_or(BadUrl::Missing("host"))?;
-    let host = decode(host.trim_start_matches('[').trim_end_matches(']'));
+    let host = decode_text(host.trim_start_matches('[').trim_end_matches(']'))?;
     Ok(NodeAddr::Tcp { host, port: url.port().unwrap_or(default_port) })
 }
 
@@ -182,7 +200,10 @@ fn parse_unix(text: &str) -> Result<InstanceUrl, BadUrl> {
     if url.fragment().is_some() {
         return Err(extra("#…"));
     }
-    let path = decode(url.path());
+    if url.host_str().is_some_and(|host| !host.is_empty()) {
+        return Err(BadUrl::SocketHost);
+    }
+    let path = decode_text(url.path())?;
     if path.trim_matches('/').is_empty() {
         return Err(BadUrl::Missing("socket path"));
     }
@@ -194,8 +215,8 @@ fn parse_unix(text: &str) -> Result<InstanceUrl, BadUrl> {
         }
     }
     let credentials = Credentials {
-        user: Some(decode(url.username())).filter(|user| !user.is_empty()),
-        password: url.password().map(|p| SecretString::from(decode(p))),
+        user: Some(decode_text(url.username())?).filter(|user| !user.is_empty()),
+        password: url.password().map(|p| decode(p).map(Password::from)).transpose()?,
     };
     Ok(InstanceUrl { target: Target::standalone(NodeAddr::Unix(PathBuf::from(path))), credentials, db })
 }
@@ -251,8 +272,18 @@ fn endpoint(text: &str) -> Option<Endpoint> {
     (!host.is_empty()).then(|| (host.to_owned(), port))
 }
 
-fn decode(text: &str) -> String {
-    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
+/// The bytes that a percent-encoded part of a URL stands for.
+fn decode(text: &str) -> Result<Vec<u8>, BadUrl> {
+    let is_code = |code: &[u8]| code.iter().all(u8::is_ascii_hexdigit);
+    let mut behind_signs = text.split('%').skip(1).map(str::as_bytes);
+    if behind_signs.any(|rest| !rest.get(..2).is_some_and(is_code)) {
+        return Err(BadUrl::Percent);
+    }
+    Ok(percent_encoding::percent_decode_str(text).collect())
+}
+
+fn decode_text(text: &str) -> Result<String, BadUrl> {
+    String::from_utf8(decode(text)?).map_err(|_| BadUrl::NotText)
 }
 
 #[cfg(test)]
@@ -265,7 +296,7 @@ mod tests {
         let url = InstanceUrl::parse(text).unwrap();
         assert_eq!(url.target.to_string(), target);
         assert_eq!(url.credentials.user.as_deref(), user);
-        assert_eq!(url.credentials.password.as_ref().map(|p| p.expose_secret()), password);
+        assert_eq!(url.credentials.password.as_ref().map(|p| p.expose_secret()), password.map(str::as_bytes));
         assert_eq!(url.db, db.map(DbIndex));
     }
 
@@ -282,6 +313,12 @@ mod tests {
         check("unix:///run/redis.sock?db=2", "unix:///run/redis.sock", None, None, Some(2));
         check("rediss://cache.example", "rediss://cache.example:6379", None, None, None);
         check("valkeys://:p@[::1]", "rediss://[::1]:6379", None, Some("p"), None);
+    }
+
+    #[test]
+    fn a_password_may_be_any_bytes() {
+        let url = InstanceUrl::parse("redis://:a%ff%00%25@h").unwrap();
+        assert_eq!(url.credentials.password.unwrap().expose_secret(), b"a\xff\0%");
     }
 
     #[test]
@@ -322,6 +359,16 @@ mod tests {
             ("redis://:hunter2@h,/0", BadUrl::Missing("host")),
             ("redis+sentinel://:hunter2@h", BadUrl::Master),
             ("redis+sentinel://:hunter2@h/m/x", BadUrl::Db),
+            ("redis://user:hunter2%zz@h", BadUrl::Percent),
+            ("redis://user:hunter2%@h", BadUrl::Percent),
+            ("redis://hunter2%f@h", BadUrl::Percent),
+            ("redis://hunter2%ff@h", BadUrl::NotText),
+            ("redis+sentinel://:hunter2@h/%2", BadUrl::Percent),
+            ("unix:///run/hunter2%zz", BadUrl::Percent),
+            ("unix://hunter2/redis.sock", BadUrl::SocketHost),
+            ("redis://::1:6379", BadUrl::Ipv6),
+            ("redis://:hunter2@fd00::1", BadUrl::Ipv6),
+            ("::1", BadUrl::Ipv6),
         ] {
             let error = InstanceUrl::parse(text).unwrap_err();
             assert_eq!(error, expected);

@@ -156,7 +156,7 @@ impl Conn {
                 auth.arg(user);
             }
             // A user that needs no password has to be named all the same: without AUTH we would be somebody else.
-            auth.arg(credentials.password.as_ref().map_or("", |password| password.expose_secret()));
+            auth.arg(credentials.password.as_ref().map_or(&b""[..], |password| password.expose_secret()));
             self.call::<()>("AUTH", &auth).await?;
         }
         // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.

@@ -7,7 +7,7 @@ pub mod serve;
 mod table;
 mod values;
 
-pub use values::{bytes, duration, positive_duration, seconds, show_duration, show_limits};
+pub use values::{bytes, duration, password_in_env, positive_duration, seconds, show_duration, show_limits};
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -15,10 +15,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
 use crate::model::shard::DbIndex;
-use crate::model::target::{Credentials, InstanceUrl, NodeMap, Target};
+use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
 use crate::model::task::{SweepTexts, words};
 use crate::model::throttle::Limits;
 use crate::settings::raw::{Origin, Problem, Raw, TUNE_KEYS};
@@ -144,7 +144,7 @@ pub struct Settings {
 #[derive(Debug, Clone)]
 pub struct GivenPassword {
     /// The password.
-    pub secret: SecretString,
+    pub secret: Password,
     /// Where it was given.
     pub origin: Origin,
 }
@@ -162,6 +162,17 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
     let sentinel_user = reader.read("sentinel-user", given);
     let sentinel_password = reader.read("sentinel-password-file", password_in);
     let tls = resolve_tls(&mut reader, url.as_ref().is_none_or(|url| url.target.tls));
+    let wants_sentinels = url.as_ref().is_none_or(|url| matches!(url.target.place, Place::Sentinel { .. }));
+    if !wants_sentinels {
+        for key in ["sentinel-user", "sentinel-password-file"] {
+            if !raw.get(key).0.is_empty() {
+                reader.complain(
+                    key,
+                    "means nothing without sentinels; write the URL as redis+sentinel://HOST:26379/MASTER",
+                );
+            }
+        }
+    }
     let node_map = reader.read("node-map", NodeMap::parse);
     let follow = reader.read("follow", switch);
     let parallel = reader.read("parallel", |text| match text.parse::<usize>() {
@@ -438,9 +449,9 @@ mod tests {
 
     #[test]
     fn a_password_given_apart_beats_the_one_in_the_url_and_no_debug_output_shows_it() {
-        let given = GivenPassword { secret: "two".into(), origin: Origin::Flag("--askpass".to_owned()) };
+        let given = GivenPassword { secret: b"two".to_vec().into(), origin: Origin::Flag("--askpass".to_owned()) };
         let settings = resolve(&with(&[("url", "redis://u:one@h")]), Some(given)).unwrap();
-        assert_eq!(settings.credentials.password.as_ref().unwrap().expose_secret(), "two");
+        assert_eq!(settings.credentials.password.as_ref().unwrap().expose_secret(), b"two");
         let shown = format!("{settings:?}");
         assert!(!shown.contains("one@") && !shown.contains("two"), "{shown}");
     }
@@ -451,11 +462,12 @@ mod tests {
         let env = |name: &str| Origin::Env(name.to_owned());
         raw.set("db", "0".to_owned(), env("TTLSWEEP_DB"));
         raw.set("user", "bob".to_owned(), Origin::File { path: "s.toml".into(), line: 1 });
-        let given = || Some(GivenPassword { secret: "two".into(), origin: env("REDISCLI_AUTH") });
+        let given = || Some(GivenPassword { secret: b"two".to_vec().into(), origin: env("REDISCLI_AUTH") });
         let shown = |raw: &Raw| {
             let settings = resolve(raw, given()).unwrap();
             let Credentials { user, password } = settings.credentials;
-            let (user, password) = (user.unwrap(), password.unwrap().expose_secret().to_owned());
+            let (user, password) =
+                (user.unwrap(), String::from_utf8(password.unwrap().expose_secret().to_vec()).unwrap());
             (settings.scan.dbs[0].0, settings.sweep_texts["db"].clone(), user, password)
         };
         assert_eq!(shown(&raw), (3, "3".to_owned(), "ann".to_owned(), "one".to_owned()));
@@ -473,6 +485,16 @@ mod tests {
         assert!(problems[0].to_string().starts_with("--abort-latency: is not watched"), "{problems:?}");
         raw.set("abort-latency", "5ms".to_owned(), Origin::Env("TTLSWEEP_ABORT_LATENCY".to_owned()));
         assert_eq!(resolve(&raw, None).unwrap().scan.tuning.limits, Limits::NONE);
+    }
+
+    #[test]
+    fn credentials_for_sentinels_without_sentinels_are_refused() {
+        let user = |url| resolve(&with(&[("url", url), ("sentinel-user", "ann")]), None);
+        for url in ["redis://h", "redis://h,i", "unix:///s"] {
+            let problems = user(url).unwrap_err();
+            assert!(problems[0].to_string().starts_with("--sentinel-user: means nothing without sentinels"), "{url}");
+        }
+        assert_eq!(user("redis+sentinel://h/m").unwrap().sentinel_credentials.user.as_deref(), Some("ann"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::civil::Time;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
 use crate::model::task::{SweepTexts, words};
@@ -22,7 +22,7 @@ use crate::settings::table::{File, Table};
 use crate::settings::values::{
     parse_sha256, read_password, readable, seconds, some_text, time_zone, timestamp, weekday, whole,
 };
-use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, positive_duration};
+use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, password_in_env, positive_duration};
 
 /// The defaults, as text that people read.
 pub const SERVE_TOML: &str = include_str!("serve.toml");
@@ -327,9 +327,14 @@ impl<'a> Reader<'a> {
     fn secret(table: &Table<'a>, env: &'static str, file: &'static str) -> Option<SecretString> {
         let from_env = table.optional(env, |name| match std::env::var(name) {
             Ok(secret) if !secret.is_empty() => Ok(SecretString::from(secret)),
+            Err(std::env::VarError::NotUnicode(_)) => Err(format!("the environment variable {name} is not UTF-8")),
             _ => Err(format!("the environment variable {name} is not set")),
         });
-        let from_file = table.optional(file, read_password);
+        let from_file = table.optional(file, |path| {
+            let bytes = read_password(path)?;
+            let text = std::str::from_utf8(bytes.expose_secret()).map_err(|_| format!("{path} is not UTF-8"))?;
+            Ok::<_, String>(SecretString::from(text))
+        });
         from_env.or(from_file)
     }
 
@@ -361,8 +366,7 @@ impl<'a> Reader<'a> {
         let window = Self::window(&table.sub("window", self.defaults("window")));
         let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
         let password = table.optional("password-env", |name| {
-            let secret = std::env::var(name).map(SecretString::from);
-            secret.map_err(|_| format!("the environment variable {name} is not set"))
+            password_in_env(name).ok_or_else(|| format!("the environment variable {name} is not set"))
         });
         let password = password.map(|secret| GivenPassword { secret, origin: table.origin_of("password-env") });
         let sweep = self.sweep(table, password);

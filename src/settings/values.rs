@@ -1,16 +1,18 @@
 //! What a setting's text means by itself, and how a value is shown. Errors are sentences that show the right form.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::civil::Weekday;
 use jiff::tz::TimeZone;
-use secrecy::SecretString;
 
 use crate::model::shard::DbIndex;
+use crate::model::target::Password;
 use crate::model::throttle::{Limit, Limits};
 
 /// Reads `off`, `auto`, or a value.
@@ -53,7 +55,7 @@ pub(super) fn switch(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| format!("`{text}` is neither true nor false"))
 }
 
-pub(super) fn password_in(path: &str) -> Result<Option<SecretString>, String> {
+pub(super) fn password_in(path: &str) -> Result<Option<Password>, String> {
     if path.is_empty() { Ok(None) } else { read_password(path).map(Some) }
 }
 
@@ -140,13 +142,19 @@ pub fn show_limits(limits: &Limits) -> BTreeMap<&'static str, String> {
     ])
 }
 
-pub(super) fn read_password(path: &str) -> Result<SecretString, String> {
-    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))?;
-    let line = text.lines().next().unwrap_or("");
+pub(super) fn read_password(path: &str) -> Result<Password, String> {
+    let bytes = std::fs::read(path).map_err(|e| format!("cannot read {path}: {e}"))?;
+    let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
     if line.is_empty() {
         return Err(format!("the first line of {path} is empty; it must be the password"));
     }
-    Ok(SecretString::from(line.to_owned()))
+    Ok(Password::from(line.to_vec()))
+}
+
+/// The password in an environment variable; `None` where that is not set.
+pub fn password_in_env(name: &str) -> Option<Password> {
+    std::env::var_os(name).map(OsString::into_vec).map(Password::from)
 }
 
 /// SHA-256 in 64 hexadecimal digits.

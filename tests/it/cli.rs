@@ -2,6 +2,8 @@
 
 use std::process::Stdio;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
 use crate::support::{
     PATIENCE, by,
     daemon::{Daemon, instance, window},
@@ -34,6 +36,14 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
         &["scan", "--throttle=true", "--no-throttle"],
         &["scan", "--password-file", "/dev/null", "--askpass"],
         &["scan", "--nonsense"],
+        &["scan", "redis://user:p%zz@127.0.0.1:1"],
+        &["scan", "redis://::1:6379"],
+        &["scan", "unix://run/redis.sock"],
+        &["scan", "redis://127.0.0.1:1", "--sentinel-user", "ann"],
+        &["check", "redis://127.0.0.1:1", "--replica", "redis://127.0.0.1:2/3"],
+        &["task", "list", "--server", "ftp://127.0.0.1"],
+        &["task", "list", "--token-file", "/nonexistent"],
+        &["instance", "list", "--ca-file", "/dev/null"],
         &["task", "tune", "0199"],
         &["nonsense"],
         &[],
@@ -113,6 +123,48 @@ async fn what_is_typed_wins_over_the_environment_also_where_it_is_its_contrary()
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.contains("--no-throttle"), "{text}");
+}
+
+/// What a server says that cannot be swept, and the advice that fits it. Nothing was swept, so each ends with 3.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_refusal_has_advice_that_fits() {
+    let (one, other) = (Server::start().await, Server::start().await);
+    let dir = tempfile::tempdir().unwrap();
+    for (url, hint) in [
+        (format!("redis://{},{}", one.addr(), other.addr()), "name this server alone"),
+        (format!("redis+sentinel://{}/main", one.addr()), "a sentinel URL names sentinels"),
+        (format!("redis://:pw@{}", one.addr()), "asks for no password"),
+        (format!("unix://{}", dir.path().display()), "nobody listens at this path"),
+        (format!("unix://{}/none", dir.path().display()), "no socket is at this path"),
+        (format!("unix:///{}", "long".repeat(50)), "is a server's socket at this path?"),
+    ] {
+        let run = scan(&url, &[]).await.expect(3);
+        assert!(run.stderr.contains(hint), "{url}: {}", run.stderr);
+    }
+
+    let full = Server::options().with_config("maxclients", "10").start().await;
+    let mut held = Vec::new();
+    loop {
+        let mut stream = tokio::net::TcpStream::connect(full.addr()).await.unwrap();
+        stream.write_all(b"PING\r\n").await.unwrap();
+        let mut answer = [0; 5];
+        stream.read_exact(&mut answer).await.unwrap();
+        if answer == *b"-ERR " {
+            break;
+        }
+        held.push(stream);
+    }
+    let run = scan(&full.url(), &[]).await.expect(3);
+    assert!(run.stderr.contains("max number of clients") && run.stderr.contains("`maxclients`"), "{}", run.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_db_that_is_not_there_is_said_as_the_server_has_it() {
+    let server = Server::start().await;
+    for db in ["16", "4294967295"] {
+        let run = scan(&server.url(), &["--db", db]).await.expect(2);
+        assert!(run.stderr.contains("see `databases`"), "{}", run.stderr);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

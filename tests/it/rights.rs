@@ -1,5 +1,8 @@
 //! A user who may read no value and write no key can sweep; what is missing is named.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
 use crate::support::{
     PATIENCE,
     keyspace::Keyspace,
@@ -114,6 +117,29 @@ async fn a_wrong_or_missing_password_is_said_without_showing_it() {
         assert!(run.stderr.contains(hint), "{}", run.stderr);
         assert!(!format!("{run:?}").contains("wrong-pw"), "{run:?}");
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_authenticated");
+    }
+}
+
+/// Whoever asks for a password may have made it of any bytes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_of_any_bytes_lets_in_by_each_way_to_give_one() {
+    let server = Server::start().await;
+    let password = b"p\xff%\xe4";
+    let mut set = redis::cmd("ACL");
+    set.arg("SETUSER").arg("bin").arg("on").arg("~*").arg("+@all").arg([b">", &password[..]].concat());
+    let mut conn = server.client().get_multiplexed_async_connection().await.unwrap();
+    set.query_async::<()>(&mut conn).await.unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), [&password[..], b"\r\nnot this line"].concat()).unwrap();
+    let plain = format!("redis://bin@{}", server.addr());
+    let in_url = format!("redis://bin:p%ff%25%e4@{}", server.addr());
+    for (url, env, file) in [(&plain, Some(password), None), (&plain, None, Some(file.path())), (&in_url, None, None)] {
+        let mut command = crate::support::ttlsweep();
+        command.args(["scan", url, "--quiet"]);
+        command.envs(env.map(|bytes| ("REDISCLI_AUTH", OsStr::from_bytes(bytes))));
+        command.args(file.into_iter().flat_map(|path| [OsStr::new("--password-file"), path.as_os_str()]));
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     }
 }
 

@@ -219,7 +219,7 @@ impl DemoServer {
 
     /// How to connect to it.
     pub fn conn_options(&self) -> ConnOptions {
-        let credentials = Credentials { user: None, password: Some(self.password.clone().into()) };
+        let credentials = Credentials { user: None, password: Some(self.password.clone().into_bytes().into()) };
         ConnOptions::plain(credentials, Duration::from_secs(5), Duration::from_secs(30))
     }
 
