@@ -74,10 +74,11 @@ impl ClientError {
     /// The exit code.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Unreachable { .. } => Exit::NoAccess,
+            // Another program, or something in between.
+            Self::Unreachable { .. } | Self::Strange(_) => Exit::NoAccess,
             Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403 | 502) => Exit::NoAccess,
             Self::Refused { code, .. } if WRONG_USAGE.contains(&code.as_str()) => Exit::Usage,
-            Self::Refused { .. } | Self::Strange(_) => Exit::Failed,
+            Self::Refused { .. } => Exit::Failed,
         }
     }
 
@@ -94,7 +95,7 @@ impl ClientError {
                 "give the token by --token-file or TTLSWEEP_TOKEN"
             }
             Self::Refused { hint, .. } => return hint.clone(),
-            Self::Strange(_) => return None,
+            Self::Strange(_) => "is that a `ttlsweep serve`, and is nothing in between? --server names another",
         };
         Some(hint.to_owned())
     }

@@ -242,8 +242,8 @@ impl NodeError {
                 "it has no room for another connection: see `maxclients` in its configuration, and CLIENT LIST for who is there"
             }
             _ => match code {
-                "LOADING" => "it answers once its data is loaded; a longer wait: --retry-for",
-                "BUSY" => "SCRIPT KILL, or FUNCTION KILL, ends the script; a longer wait: --retry-for",
+                "LOADING" => "it answers once its data is loaded; a sweep waits for that",
+                "BUSY" => "SCRIPT KILL, or FUNCTION KILL, ends the script; a sweep waits for its end",
                 "TRYAGAIN" | "CLUSTERDOWN" => "see `redis-cli --cluster check`",
                 "MASTERDOWN" => "this is a replica that has lost its master: sweep the master",
                 _ => return None,

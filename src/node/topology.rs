@@ -251,7 +251,7 @@ impl Topology {
         let found: Option<(String, u16)> = match conn.call("SENTINEL GET-MASTER-ADDR-BY-NAME", &command).await {
             Err(error) if error.is_unknown_command() => {
                 return Err(NodeError::NoMaster {
-                    problem: format!("{addr} is no sentinel: {error}"),
+                    problem: format!("{addr} is no sentinel: it knows no command SENTINEL"),
                     hint: Some("a sentinel URL names sentinels (port 26379), not servers".to_owned()),
                     class: Class::Fatal(FailureKind::Unsupported),
                 });

@@ -22,6 +22,20 @@ const SQLITE_CORRUPT: u32 = 11;
 const SQLITE_FULL: u32 = 13;
 const SQLITE_NOTADB: u32 = 26;
 
+/// Why a file is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Foreign {
+    /// A folder, a device.
+    #[error("it is no regular file")]
+    NoFile,
+    /// Something else than SQLite's, or of SQLite and damaged at its beginning.
+    #[error("it is no SQLite database")]
+    NoDatabase,
+    /// A database without our mark.
+    #[error("it is a database of another program")]
+    OfOthers,
+}
+
 /// What is at the path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Found {
@@ -41,17 +55,17 @@ pub(super) async fn look(path: &Path) -> Result<Found, StoreError> {
     match std::fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Unmarked),
         Err(error) => return Err(failed(error)),
-        Ok(found) if !found.is_file() => return Err(not_ours("it is no regular file")),
+        Ok(found) if !found.is_file() => return Err(not_ours(Foreign::NoFile)),
         // Somebody made it for us.
         Ok(found) if found.len() == 0 => return Ok(Found::Unmarked),
         Ok(_) => {}
     }
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-    let Some(id) = application_id(file).map_err(failed)? else { return Err(not_ours("it is no SQLite database")) };
+    let Some(id) = application_id(file).map_err(failed)? else { return Err(not_ours(Foreign::NoDatabase)) };
     match id {
         APPLICATION_ID => Ok(Found::Ours),
         0 if began_as_ours(path).await => Ok(Found::Unmarked),
-        _ => Err(not_ours("it is a database of another program")),
+        _ => Err(not_ours(Foreign::OfOthers)),
     }
 }
 
@@ -96,11 +110,12 @@ pub(super) fn hint(error: &StoreError) -> Option<&'static str> {
     const DAMAGED: &str = "it is damaged: put a copy in its place, or move it away with what lies beside it (-wal, -shm, .lock, \
                            .tally) and begin anew";
     let (sqlx, migrate, io) = match error {
-        StoreError::NotOurs { .. } => {
+        StoreError::NotOurs { why: Foreign::NoDatabase, .. } => {
             return Some(
-                "nothing in it was changed: name another file, or move this one away where it should be the state file",
+                "nothing in it was changed: name another file, or move this one away if it was the state file",
             );
         }
+        StoreError::NotOurs { .. } => return Some("nothing in it was changed: name another file"),
         StoreError::Open { source, .. } => (source.downcast_ref(), source.downcast_ref(), source.downcast_ref()),
         StoreError::Sql(error) => (Some(error), None, None),
         StoreError::Damaged(_) => return Some(DAMAGED),

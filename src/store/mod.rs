@@ -10,6 +10,7 @@ mod schedules;
 pub mod tally;
 pub mod undo;
 
+pub use file::Foreign;
 pub use lists::{TaskFilter, TaskPage};
 pub use schedules::Mark;
 
@@ -54,7 +55,7 @@ pub enum StoreError {
         /// Which file.
         path: PathBuf,
         /// What it is.
-        why: &'static str,
+        why: Foreign,
     },
     /// Another process has it open: both would take up the same unfinished tasks, and count into the same records.
     #[error(

@@ -133,6 +133,18 @@ async fn a_daemon_that_is_not_there_is_said_in_one_line() {
 }
 
 #[tokio::test]
+async fn a_server_of_something_else_is_no_daemon() {
+    let other = axum::Router::new().route("/api/v1/instances", axum::routing::get(async || "<html>hello</html>"));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, other).await });
+    for what in [["task", "list"], ["instance", "list"]] {
+        let run = run(what.into_iter().chain(["--server", &url])).await.expect(3);
+        assert!(run.stderr.contains("hint: is that a `ttlsweep serve`"), "{}", run.stderr);
+    }
+}
+
+#[tokio::test]
 async fn a_task_is_followed_through_a_restart_of_the_daemon() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).live_ttl(5_000, "live:").await;
