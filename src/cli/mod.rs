@@ -1,6 +1,7 @@
 //! The command line: parse, hand over, print. One file per subcommand.
 
 pub mod args;
+mod askpass;
 pub mod autoscan;
 pub mod check;
 pub mod client;

@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use crate::api::dto::{Report, ScanOutput};
 use crate::cli::args::{self, ServerArgs, SweepArgs};
+use crate::cli::askpass;
 use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::cli::priority::Priority;
@@ -110,11 +111,13 @@ pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<P
 /// A terminal that cannot be read.
 pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
     if ask {
-        let typed = rpassword::prompt_password("password: ").map_err(|e| {
+        let typed = askpass::ask("password: ").map_err(|e| {
             vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
         })?;
+        // Nothing was begun.
+        let Some(secret) = typed else { std::process::exit(Exit::Interrupted as i32) };
         let origin = Origin::Flag("--askpass".to_owned());
-        return Ok(Some(GivenPassword { secret: typed.into_bytes().into(), origin }));
+        return Ok(Some(GivenPassword { secret, origin }));
     }
     let origin = Origin::Env("REDISCLI_AUTH".to_owned());
     Ok(settings::password_in_env("REDISCLI_AUTH").map(|secret| GivenPassword { secret, origin }))

@@ -278,6 +278,35 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     assert_eq!(server.dbsize(0).await, 2_000);
 }
 
+/// Types something where the program asks for the password, and returns what the terminal has shown once it has ended.
+async fn ask_on_a_terminal(url: &str, typed: &[u8]) -> String {
+    let seen = tempfile::NamedTempFile::new().unwrap();
+    let line = format!("{} scan {url} --quiet --askpass; echo code $?; stty -a", env!("CARGO_BIN_EXE_ttlsweep"));
+    let mut command = std::process::Command::new("script");
+    without_settings(&mut command);
+    let mut command = tokio::process::Command::from(command);
+    command.args(["-q", "-f", "-c", &line]).arg(seen.path()).stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut asking = command.kill_on_drop(true).spawn().expect("script of util-linux is there");
+    let shown = || String::from_utf8_lossy(&std::fs::read(seen.path()).unwrap()).into_owned();
+    probe("it asks", PATIENCE, async || shown().contains("password: ")).await;
+    let mut keys = asking.stdin.take().unwrap();
+    keys.write_all(typed).await.unwrap();
+    asking.wait().await.unwrap();
+    shown()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_is_asked_for_and_whoever_interrupts_has_a_terminal_that_shows_what_is_typed() {
+    let server = Server::options().with_password("s3cret").start().await;
+    let url = format!("redis://{}", server.addr());
+    for (typed, code) in [(&b"s3cret\n"[..], 0), (b"wrong\n", 3), (b"s3c\x03", 130)] {
+        let shown = ask_on_a_terminal(&url, typed).await;
+        assert!(shown.contains(&format!("code {code}\r\n")), "{shown}");
+        let modes: Vec<&str> = shown.split_whitespace().collect();
+        assert!(modes.contains(&"echo") && modes.contains(&"isig") && !shown.contains("s3c"), "{shown}");
+    }
+}
+
 #[tokio::test]
 async fn a_terminal_shows_why_a_sweep_waits_that_has_no_pass_yet() {
     let server = Server::start().await;
