@@ -11,7 +11,7 @@ use crate::support::{
     probe,
     run::{Running, run, scan},
     server::Server,
-    ttlsweep, without_settings,
+    signal, ttlsweep, without_settings,
 };
 
 #[tokio::test]
@@ -109,8 +109,7 @@ async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_o
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
         let sweep = command.spawn().expect("env and nohup of coreutils are there");
         probe("it sweeps", PATIENCE, async || server.expired_keys().await > 100).await;
-        let pid = sweep.id().expect("it runs").to_string();
-        assert!(std::process::Command::new("kill").args(["-HUP", &pid]).status().unwrap().success());
+        signal(sweep.id().expect("it runs"), "HUP");
         let run = crate::support::run::Run::from(sweep.wait_with_output().await.unwrap()).expect(code);
         assert_eq!(run.num(), server.expired_keys().await, "{starters:?}");
     }

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::support::{PATIENCE, probe, ttlsweep};
+use crate::support::{PATIENCE, is_there, probe, signal, ttlsweep};
 
 /// A demo with a folder for temporary files of its own, so that everything that it leaves can be found.
 struct Demo {
@@ -82,11 +82,6 @@ fn server() -> PathBuf {
     std::env::var_os("TTLSWEEP_TEST_SERVER").map_or_else(|| "redis-server".into(), PathBuf::from)
 }
 
-fn kill(signal: &str, pid: u32) -> bool {
-    let status = Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
-    status.is_ok_and(|status| status.success())
-}
-
 /// The number that follows a word at the start of a line, such as `before  19,990`.
 fn numbers(text: &str, word: &str) -> Vec<u64> {
     let line = text.lines().find(|line| line.starts_with(word)).unwrap_or_else(|| panic!("no `{word}` in {text}"));
@@ -125,15 +120,15 @@ async fn the_demo_of_a_cluster_sweeps_three_masters_and_leaves_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_midway_leaves_nothing() {
-    for signal in ["-INT", "-TERM"] {
+    for name in ["INT", "TERM"] {
         let mut demo = Demo::new(&["--keys", "1000", "--watch", "10min"]);
         let (mut child, server) = demo.start_watching();
-        assert!(kill("-0", server), "its server runs");
+        assert!(is_there(server), "its server runs");
         assert!(!demo.processes().is_empty() || !Path::new("/proc/self").exists());
-        assert!(kill(signal, child.id()));
+        signal(child.id(), name);
         let status = child.wait().expect("its own child");
-        assert_eq!(status.code(), Some(130), "{signal}");
-        assert!(!kill("-0", server), "its server has ended with it");
+        assert_eq!(status.code(), Some(130), "SIG{name}");
+        assert!(!is_there(server), "its server has ended with it");
         demo.nothing_is_left().await;
     }
 }
@@ -151,7 +146,7 @@ async fn even_a_killed_demo_leaves_nothing() {
 async fn a_demo_whose_server_dies_says_so_and_leaves_nothing() {
     let mut demo = Demo::new(&["--keys", "1000", "--watch", "10min"]);
     let (mut child, server) = demo.start_watching();
-    assert!(kill("-9", server));
+    signal(server, "KILL");
     assert_eq!(child.wait().expect("its own child").code(), Some(1));
     demo.nothing_is_left().await;
 }

@@ -82,6 +82,26 @@ async fn a_right_that_is_missing_is_asked_for_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn another_server_process_is_asked_anew_what_it_allows() {
+    let mut server = Server::start().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    Keyspace::of(&server, 0).dead(4_000, "first").await;
+    let url = server.url_as("ttlsweep", "pw");
+    let running = Running::scan(&url, &["--max-keys-per-sec", "1500", "--db", "0"]);
+    probe("the first is swept", PATIENCE, async || server.expired_keys().await > 300).await;
+    running.signal("STOP");
+    server.restart().await;
+    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    server.cmd(&["ACL", "SETUSER", "ttlsweep", "%R~*", "+exists"]).await;
+    Keyspace::of(&server, 0).dead(2_000, "second").await;
+    running.signal("CONT");
+    let run = running.end().await.expect(0);
+    assert_eq!(server.dbsize(0).await, 0);
+    let touch = run.json()["report"]["shards"][0]["touch"].as_str().expect("a sentence").to_owned();
+    assert!(touch.starts_with("audited:"), "the first refused EXISTS, the second does not: {touch}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_touch_that_was_asked_for_needs_its_right() {
     let server = Server::start().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;

@@ -13,7 +13,7 @@ use sqlx::Connection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use tempfile::TempDir;
 
-use super::{PATIENCE, probe, ttlsweep};
+use super::{PATIENCE, probe, signal, ttlsweep};
 
 /// The project of every instance that the tests configure.
 pub const PROJECT: &str = "0123456789abcdef0123456789abcdef";
@@ -196,8 +196,7 @@ impl Daemon {
 
     /// Sends a signal by name, such as `TERM`.
     pub fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status();
-        assert!(sent.expect("kill runs").success(), "SIG{name} was sent");
+        signal(self.pid(), name);
     }
 
     /// Stops it in order and returns its exit code.

@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tokio::time::Instant;
 
 /// How often [`probe`] looks; short against everything that the tests wait for.
@@ -42,6 +43,31 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
         assert!(Instant::now() < deadline, "waited {timeout:?} in vain: {what}");
         tokio::time::sleep(PROBE_TICK).await;
     }
+}
+
+/// Sends a signal by name, such as `TERM`, to a process that the test has started. No program is needed for it: a minimal system
+/// has no `kill`.
+#[track_caller]
+pub fn signal(pid: u32, name: &str) {
+    let signal = match name {
+        "CONT" => Signal::CONT,
+        "HUP" => Signal::HUP,
+        "INT" => Signal::INT,
+        "KILL" => Signal::KILL,
+        "STOP" => Signal::STOP,
+        "TERM" => Signal::TERM,
+        other => panic!("no test sends SIG{other}"),
+    };
+    kill_process(process(pid), signal).unwrap_or_else(|error| panic!("SIG{name} cannot be sent to {pid}: {error}"));
+}
+
+/// Whether a process of this id is there, be it only one that nobody has waited for.
+pub fn is_there(pid: u32) -> bool {
+    test_kill_process(process(pid)).is_ok()
+}
+
+fn process(pid: u32) -> Pid {
+    i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id")
 }
 
 /// The command under test, without the settings and secrets of whoever runs the tests. It competes for this machine's

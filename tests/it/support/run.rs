@@ -97,8 +97,7 @@ impl Running {
 
     /// Sends it a signal by name, such as `INT`.
     pub fn signal(&self, name: &str) {
-        let sent = std::process::Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status();
-        assert!(sent.expect("kill runs").success(), "SIG{name} was sent");
+        super::signal(self.pid(), name);
     }
 
     /// Whether it still runs.

@@ -19,7 +19,7 @@ use tokio::{
     net::UnixStream,
 };
 
-use super::{PATIENCE, free_port, probe};
+use super::{PATIENCE, free_port, probe, signal};
 
 /// The client's own default of half a second is too short on a busy machine.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -301,12 +301,12 @@ impl Server {
 
     /// Freezes the process: connections are accepted by the kernel, and nothing is answered.
     pub fn sigstop(&self) {
-        self.signal("-STOP");
+        signal(self.pid(), "STOP");
     }
 
     /// Lets a frozen process go on.
     pub fn sigcont(&self) {
-        self.signal("-CONT");
+        signal(self.pid(), "CONT");
     }
 
     /// What the server has logged.
@@ -319,11 +319,6 @@ impl Server {
             .set_connection_timeout(Some(RESPONSE_TIMEOUT))
             .set_response_timeout(Some(RESPONSE_TIMEOUT));
         self.client().get_multiplexed_async_connection_with_config(&config).await
-    }
-
-    fn signal(&self, signal: &str) {
-        let status = Command::new("kill").arg(signal).arg(self.pid().to_string()).status();
-        assert!(status.is_ok_and(|status| status.success()), "kill {signal}");
     }
 
     /// Starts the process on `self.port` and waits until it answers or has ended.
