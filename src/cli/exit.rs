@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::task::TaskState;
 
 /// Documented and stable exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +60,17 @@ impl Exit {
             | FailureKind::NotAllowed
             | FailureKind::Protocol
             | FailureKind::Store => Self::Failed,
+        }
+    }
+}
+
+impl Exit {
+    /// The code of a task that has ended, for whoever ran it or followed it. `met` and `swept` as in [`Exit::of`].
+    pub fn of_task(state: Option<TaskState>, failure: Option<&Failure>, met: bool, swept: bool) -> Self {
+        match (failure, state) {
+            (Some(failure), _) => Self::of(failure, met, swept),
+            (None, Some(TaskState::Succeeded)) => Self::Done,
+            (None, _) => Self::Failed,
         }
     }
 }

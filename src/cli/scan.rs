@@ -298,9 +298,5 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
 fn exit_of(view: &TaskView) -> Exit {
     let met = view.snapshot.shards.values().any(|shard| shard.server.is_some());
     let swept = view.snapshot.passes().any(|pass| pass.batches > 0);
-    match (&view.task.failure, view.task.state) {
-        (Some(failure), _) => Exit::of(failure, met, swept),
-        (None, TaskState::Succeeded) => Exit::Done,
-        (None, _) => Exit::Failed,
-    }
+    Exit::of_task(Some(view.task.state), view.task.failure.as_ref(), met, swept)
 }

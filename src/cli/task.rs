@@ -13,6 +13,7 @@ use crate::cli::output;
 use crate::cli::progress::{self, PassRow, Rows, ShardRow};
 use crate::cli::scan;
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::task::TaskState;
 use crate::settings::positive_duration;
 
 /// Pause before a task is followed again whose stream ended before it did.
@@ -223,22 +224,20 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
 /// Says why a task failed, and gives the code that `scan` would have ended with.
 fn ended(task: &Value) -> Exit {
     let text = |name: &str| task["failure"][name].as_str();
-    match text("kind").map(str::parse::<FailureKind>) {
-        Some(Ok(kind)) => {
-            let failure = Failure {
-                hint: text("hint").map(str::to_owned),
-                ..Failure::new(kind, text("message").unwrap_or_default())
-            };
-            output::note(&output::failure_text(&failure));
-            let shards = || task["shards"].as_array().into_iter().flatten();
-            let met = shards().any(|shard| shard["server"].is_object());
-            let mut passes = shards().filter_map(|shard| shard["dbs"].as_array()).flatten();
-            let swept = passes.any(|pass| pass["batches"].as_u64().is_some_and(|batches| batches > 0));
-            Exit::of(&failure, met, swept)
-        }
-        None if task["state"] == "succeeded" => Exit::Done,
-        _ => Exit::Failed,
+    let kind = text("kind").and_then(|kind| kind.parse::<FailureKind>().ok());
+    let failure = kind.map(|kind| Failure {
+        hint: text("hint").map(str::to_owned),
+        ..Failure::new(kind, text("message").unwrap_or_default())
+    });
+    if let Some(failure) = &failure {
+        output::note(&output::failure_text(failure));
     }
+    let state = task["state"].as_str().and_then(|state| state.parse::<TaskState>().ok());
+    let shards = || task["shards"].as_array().into_iter().flatten();
+    let met = shards().any(|shard| shard["server"].is_object());
+    let mut passes = shards().filter_map(|shard| shard["dbs"].as_array()).flatten();
+    let swept = passes.any(|pass| pass["batches"].as_u64().is_some_and(|batches| batches > 0));
+    Exit::of_task(state, failure.as_ref(), met, swept)
 }
 
 /// Shows the bar until the task has ended, and gives its last view.

@@ -82,7 +82,7 @@ impl Rounds {
         }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, seen: Instant::now(), passes: known.passes, again: None }
+            ShardPlan { id, master, seen: Instant::now(), passes: known.view.passes, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;

@@ -87,7 +87,7 @@ pub struct PassFigures {
     pub position: ScanPosition,
     /// The server process that the position belongs to: [`RunId::fingerprint`].
     pub process: Option<u64>,
-    /// How to read the position. Not stored: the engine knows it as soon as it has met the server.
+    /// How to read the position.
     pub space: CursorSpace,
     /// DBSIZE when the pass began.
     pub keys_at_start: u64,
@@ -102,7 +102,6 @@ pub struct PassFigures {
     /// SCANs that were answered.
     pub batches: u64,
     /// Of those, SCANs without names in the answer. What they looked at is counted by the share of the table that they walked.
-    /// Not stored.
     pub nameless: u64,
     /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
     pub lost_replies: u64,
@@ -122,7 +121,7 @@ pub struct PassFigures {
     pub slice: SliceSummary,
     /// COUNT of the next batch.
     pub count: u32,
-    /// Share of the master's time that batches take now. Not stored.
+    /// Share of the master's time that batches take now.
     pub intensity: f64,
     /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
     pub server_us_per_scan: Option<f64>,
@@ -370,14 +369,15 @@ impl Snapshot {
     pub fn apply(&mut self, event: ScanEvent) {
         let shard = self.shards.entry(event.shard).or_default();
         match event.what {
-            // A shard that ended early and is swept again has not ended early.
-            ScanEventKind::ShardFound { .. } => shard.failure = None,
+            // A shard that ended and is swept again has not ended.
+            ScanEventKind::ShardFound { .. } => (shard.failure, shard.finished) = (None, false),
             ScanEventKind::ShardStarted { server, memory, dbs } => {
-                shard.server = Some(server);
-                shard.dbs = dbs;
-                if shard.memory_before == Memory::default() {
+                let same = shard.server.as_ref().is_some_and(|before| before.run_id == server.run_id);
+                if !same || shard.memory_before == Memory::default() {
                     shard.memory_before = memory;
                 }
+                shard.server = Some(server);
+                shard.dbs = dbs;
             }
             ScanEventKind::Warned { message } => shard.warn(message),
             ScanEventKind::ServerChanged { server } => {
@@ -409,6 +409,14 @@ impl Snapshot {
                 shard.hold = None;
                 shard.failure = Some(failure);
             }
+        }
+    }
+
+    /// Nothing is held or waited for any more: the task has ended, or is left to the next process.
+    pub fn end(&mut self) {
+        self.waits = None;
+        for shard in self.shards.values_mut() {
+            (shard.hold, shard.hold_detail, shard.current) = (None, None, None);
         }
     }
 

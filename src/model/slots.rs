@@ -56,6 +56,11 @@ impl SlotSet {
         format!("{},+{} ranges #{sum:08x}", Self(self.0[..SHOWN].to_vec()), self.0.len() - SHOWN)
     }
 
+    /// Its ranges, lowest first.
+    pub fn ranges(&self) -> impl Iterator<Item = &RangeInclusive<u16>> {
+        self.0.iter()
+    }
+
     /// The lowest range.
     pub fn first(&self) -> Option<&RangeInclusive<u16>> {
         self.0.first()

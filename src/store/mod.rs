@@ -5,6 +5,7 @@
 
 mod file;
 mod lists;
+mod report;
 mod rows;
 mod schedules;
 pub mod tally;
@@ -27,7 +28,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use sqlx::{Connection, Sqlite, SqlitePool};
 
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, ShardView};
+use crate::model::progress::ShardView;
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
@@ -96,8 +97,8 @@ static MIGRATOR: Migrator = sqlx::migrate!("src/store/migrations");
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
-    /// Figures of each DB that was begun.
-    pub passes: BTreeMap<DbIndex, PassFigures>,
+    /// The shard as its task showed it last. What it held for is not kept.
+    pub view: ShardView,
     /// The process was killed in the middle of these passes, and the batch journal does not tell what they had counted then.
     pub uncounted: Vec<DbIndex>,
 }
@@ -329,7 +330,7 @@ impl Store {
             let mut tx = conn.begin().await?;
             rows::update_task(&mut *tx, task).await?;
             for (shard, view) in shards {
-                rows::insert_shard(&mut tx, task.id, shard).await?;
+                rows::upsert_shard(&mut tx, task.id, shard, view).await?;
                 for (db, figures) in &view.passes {
                     rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
                 }
@@ -347,7 +348,9 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
-        let mut shards = rows::shards(&self.pool, id).await?;
+        let stored = rows::shards(&self.pool, id).await?;
+        let stored = stored.into_iter().map(|(shard, view)| (shard, StoredShard { view, uncounted: Vec::new() }));
+        let mut shards: BTreeMap<ShardId, StoredShard> = stored.collect();
         if let Some(tallies) = &self.tallies {
             // A process that was killed before its first checkpoint has counted all the same.
             for shard in tallies.shards(id) {
@@ -357,9 +360,9 @@ impl Store {
             for (shard, stored) in &mut shards {
                 let lines = tallies.read(id, shard);
                 for &db in lines.keys() {
-                    stored.passes.entry(db).or_default();
+                    stored.view.passes.entry(db).or_default();
                 }
-                for (db, pass) in &mut stored.passes {
+                for (db, pass) in &mut stored.view.passes {
                     let counted = pass.batches;
                     let line = lines.get(db);
                     let fits = line.is_some_and(|line| line.is_some_and(|line| line.bring_forward(pass)));

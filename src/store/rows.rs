@@ -10,11 +10,11 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
 
 use crate::model::failure::Failure;
-use crate::model::progress::{PassFigures, SliceSummary};
+use crate::model::progress::{PassFigures, ShardView, SliceSummary};
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::slots::CursorSpace;
 use crate::model::task::{SweepTexts, Task, TaskId};
-use crate::store::{StoreError, StoredShard};
+use crate::store::{StoreError, report};
 
 pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, sweep, respect_window, cause, state, created_at, \
                             started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note";
@@ -88,16 +88,21 @@ pub(super) async fn in_states(pool: &SqlitePool, words: &[&str]) -> Result<Vec<T
     query.fetch_all(pool).await?.iter().map(task_of).collect()
 }
 
-pub(super) async fn insert_shard(
+pub(super) async fn upsert_shard(
     tx: &mut Transaction<'_, Sqlite>,
     id: TaskId,
     shard: &ShardId,
+    view: &ShardView,
 ) -> Result<(), StoreError> {
-    sqlx::query("INSERT INTO shards (task_id, shard) VALUES (?, ?) ON CONFLICT DO NOTHING")
-        .bind(id.to_string())
-        .bind(&shard.0)
-        .execute(&mut **tx)
-        .await?;
+    sqlx::query(
+        "INSERT INTO shards (task_id, shard, report) VALUES (?, ?, ?) \
+         ON CONFLICT (task_id, shard) DO UPDATE SET report = excluded.report",
+    )
+    .bind(id.to_string())
+    .bind(&shard.0)
+    .bind(report::to_json(view))
+    .execute(&mut **tx)
+    .await?;
     Ok(())
 }
 
@@ -155,15 +160,11 @@ pub(super) async fn upsert_pass(
     Ok(())
 }
 
-pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
-    let mut shards = BTreeMap::new();
-    let rows = sqlx::query("SELECT shard FROM shards WHERE task_id = ?").bind(id.to_string());
-    for row in rows.fetch_all(pool).await? {
-        shards.insert(ShardId(row.try_get("shard")?), StoredShard::default());
-    }
+pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<ShardId, ShardView>, StoreError> {
+    let mut shards: BTreeMap<ShardId, ShardView> = BTreeMap::new();
     let rows = sqlx::query("SELECT * FROM passes WHERE task_id = ?").bind(id.to_string());
     for row in rows.fetch_all(pool).await? {
-        let shard: &mut StoredShard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
         shard.passes.insert(db_of(&row)?, figures_of(&row)?);
     }
     let rows = sqlx::query("SELECT * FROM holds WHERE task_id = ?").bind(id.to_string());
@@ -171,6 +172,13 @@ pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<Sha
         let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
         let figures = shard.passes.entry(db_of(&row)?).or_default();
         figures.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
+    }
+    let rows = sqlx::query("SELECT shard, report FROM shards WHERE task_id = ?").bind(id.to_string());
+    for row in rows.fetch_all(pool).await? {
+        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+        if let Some(text) = row.try_get::<Option<String>, _>("report")? {
+            report::complete(shard, &text);
+        }
     }
     Ok(shards)
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::model::shard::NodeAddr;
+use crate::store::report::StoredAddr;
 use crate::store::tally::TallyDir;
 
 /// What has to be put back, and where.
@@ -26,13 +27,6 @@ pub struct Undo {
     pub parameter: String,
     /// The value that it had.
     pub value: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(remote = "NodeAddr", rename_all = "snake_case")]
-enum StoredAddr {
-    Tcp { host: String, port: u16 },
-    Unix(PathBuf),
 }
 
 /// The note about it, which is ours for as long as this is not dropped.

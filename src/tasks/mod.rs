@@ -306,7 +306,7 @@ impl TaskService {
         for (id, shard) in &known {
             // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
             // where its slots have gone to other shards since.
-            let view = ShardView { passes: shard.passes.clone(), ..ShardView::default() };
+            let view = ShardView { failure: None, finished: false, ..shard.view.clone() };
             snapshot.shards.insert(id.clone(), view);
         }
         let plan = ScanPlan {

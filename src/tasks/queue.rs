@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::engine::control::{Control, StopReason};
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{ShardView, Snapshot};
+use crate::model::progress::Snapshot;
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
 use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
@@ -228,8 +228,7 @@ impl TaskService {
 
     async fn stored_view(&self, task: Task) -> Result<TaskView, TaskError> {
         let stored = self.store.shards(task.id).await?;
-        let view = |passes| ShardView { passes, ..ShardView::default() };
-        let shards = stored.into_iter().map(|(id, shard)| (id, view(shard.passes))).collect::<BTreeMap<ShardId, _>>();
+        let shards = stored.into_iter().map(|(id, shard)| (id, shard.view)).collect();
         let snapshot = Snapshot { started_at: task.started_at, shards, waits: None };
         Ok(TaskView { task, snapshot })
     }

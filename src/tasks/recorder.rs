@@ -259,7 +259,7 @@ impl Recorder {
     /// Writes how the task ended. `persist`: try again until it is written or this is
     /// cancelled.
     pub(super) async fn finish(&mut self, outcome: Outcome, persist: Option<&CancellationToken>) {
-        self.snapshot.waits = None;
+        self.snapshot.end();
         let running = self.task.state == TaskState::Running;
         let (command, failure) = match outcome {
             Outcome::Complete => (Some(Command::Succeed), None),
@@ -335,8 +335,9 @@ impl Recorder {
         tracing::error!(task = %self.task.id, %error, "the checkpoint could not be written");
         self.metrics.store_failed();
         self.store_failed = true;
-        for shard in self.snapshot.shards.values_mut() {
+        for (id, shard) in &mut self.snapshot.shards {
             shard.warn(format!("a checkpoint could not be written: {error}"));
+            self.unwritten.insert(id.clone());
         }
     }
 

@@ -6,6 +6,7 @@ use crate::support::certs::{Authority, Validity};
 use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
+use crate::support::proxy::Proxy;
 use crate::support::run::{Run, Running, run};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, free_port, probe};
@@ -193,4 +194,30 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
     })
     .await;
     ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_followed_task_ends_with_the_code_that_scan_would_end_with() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(3_000, "dead:").await;
+    let proxy = Proxy::start(server.addr()).await;
+    let pace = "max-keys-per-sec = 1000\nthrottle = false\nretry-for = \"10ms\"";
+    let daemon = Daemon::start(&instance("cache", &proxy.url(), pace)).await;
+    let id = daemon.scan("cache").await;
+    probe("it sweeps", PATIENCE, async || server.expired_keys().await > 200).await;
+    let watching = Running::start(["task", "watch", &id, "--server", daemon.url()]);
+    watching.says("keys/s").await;
+    probe("it fails", PATIENCE, async || {
+        // The sampler's connection may meet it instead, which harms nobody.
+        proxy.garbage(b"\0what?\r\n");
+        daemon.task(&id).await["state"] == "failed"
+    })
+    .await;
+    let again = ask(&daemon, &["task", "watch", &id]).await;
+    for watched in [watching.end().await, again] {
+        // 3 would say that nothing was swept.
+        let watched = watched.expect(1);
+        assert!(watched.stderr.contains("not a valid reply"), "{}", watched.stderr);
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde_json::Value;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection};
 
@@ -9,7 +10,7 @@ use crate::support::{
     PATIENCE,
     keyspace::Keyspace,
     probe,
-    run::{Running, run, scan, state_file},
+    run::{Run, Running, run, scan, state_file},
     server::Server,
 };
 
@@ -74,6 +75,34 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
     assert!((2 * KILLS..=3 * KILLS).contains(&lost), "{ended:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
     assert_eq!(ended.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_known_before_a_signal_is_known_after_a_resume() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(1_000, "never").await;
+    keys.live_ttl(3_000, "ttl").await;
+    keys.dead(2_000, "dead").await;
+    let (_dir, state) = state_file();
+    let asked = [&SLOW[..], &["--state", state.to_str().unwrap(), "--touch", "ttl"]].concat();
+    let running = Running::scan(&server.url(), &asked);
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 500).await;
+    running.signal("INT");
+    let first = running.end().await.expect(130);
+    let second = scan(&server.url(), &[&asked[..], &["--resume"]].concat()).await.expect(0);
+    let keys_by_ttl = |run: &Run| {
+        let ttl = run.json()["report"]["shards"][0]["dbs"][0]["ttl"].clone();
+        let within = ttl["within_s"].as_object().expect("a histogram").values().filter_map(Value::as_u64);
+        within.sum::<u64>() + ttl["later"].as_u64().unwrap() + ttl["never"].as_u64().unwrap()
+    };
+    let before = keys_by_ttl(&first);
+    assert!((100..3_900).contains(&before), "it was interrupted in the middle: {before}");
+    assert_eq!(keys_by_ttl(&second), 4_000, "each key that lives is filed once, whichever process met it");
+    for name in ["active_s", "waited_s", "rested_s"] {
+        assert!(second.total(name) >= first.total(name), "{name}: {first:?} {second:?}");
+    }
+    assert_eq!(second.num(), 2_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ use tokio::net::TcpStream;
 
 use crate::support::daemon::{Daemon, EACH_SECOND, instance, window};
 use crate::support::keyspace::Keyspace;
+use crate::support::proxy::Proxy;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, ttlsweep};
 
@@ -106,6 +107,52 @@ async fn progress_comes_as_events_until_the_end() {
     assert!(views.len() >= 2, "more than the end: {text}");
     let progress: Vec<_> = views.iter().map(|view| view["progress"].as_f64()).collect();
     assert!(progress.is_sorted(), "{progress:?}");
+}
+
+#[tokio::test]
+async fn a_task_that_has_ended_shows_what_it_showed_while_it_ran() {
+    let server = filled(3_000, 500).await;
+    let proxy = Proxy::start(server.addr()).await;
+    let instances = [
+        instance("good", &server.url(), "touch = \"ttl\"\nmax-keys-per-sec = 3000"),
+        instance(
+            "slow",
+            &proxy.url(),
+            "touch = \"ttl\"\nmax-keys-per-sec = 1000\nthrottle = false\nretry-for = \"1s\"",
+        ),
+    ];
+    let mut daemon = Daemon::start(&instances.concat()).await;
+    let good = daemon.scan("good").await;
+    let last_of_good = last_view(&daemon, &good).await;
+    assert_eq!(last_of_good["state"], "succeeded");
+    let shard = &last_of_good["shards"][0];
+    assert!(shard["server"].is_object() && shard["used_memory"]["after"].is_u64(), "{shard}");
+    assert!(shard["dbs"][0]["ttl"].is_object() && shard["dbs"][0]["waited_s"].is_f64(), "{shard}");
+    let slow = daemon.scan("slow").await;
+    probe("it sweeps", PATIENCE, async || daemon.task(&slow).await["scanned"].as_u64() > Some(100)).await;
+    let refused = async {
+        proxy.refuse().await;
+        proxy.cut().await;
+    };
+    let (last_of_slow, ()) = tokio::join!(last_view(&daemon, &slow), refused);
+    assert_eq!(last_of_slow["failure"]["kind"], "cannot_connect");
+    assert!(last_of_slow["shards"][0]["failure"].is_object(), "{last_of_slow}");
+    for restarted in [false, true] {
+        if restarted {
+            daemon.restart().await;
+        }
+        for (id, last) in [(&good, &last_of_good), (&slow, &last_of_slow)] {
+            assert_eq!(&daemon.task(id).await, last, "restarted: {restarted}");
+        }
+    }
+}
+
+/// Follows a task and gives the last view that came before its stream ended.
+async fn last_view(daemon: &Daemon, id: &str) -> Value {
+    let response = daemon.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
+    let text = response.text().await.expect("it ends");
+    let last = text.lines().filter_map(|line| line.strip_prefix("data: ")).next_back().expect("a view");
+    serde_json::from_str(last).expect("JSON")
 }
 
 #[tokio::test]

@@ -1,0 +1,260 @@
+//! The report of a shard as it is stored: everything that its view shows beside the columns of its passes.
+//!
+//! A checkpoint needs the columns, people need the rest. It is one JSON text with a version in it. A text of another version
+//! is not read: the checkpoint counts, and the view lacks what it lacks.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::{Memory, PassFigures, ServerFacts, ShardView, TTL_BOUNDS_S, TouchOutcome, TtlHistogram};
+use crate::model::shard::{DbIndex, NodeAddr, RunId};
+use crate::model::slots::{CursorSpace, SlotSet};
+
+/// The version of the text. To be raised where a field changes its meaning; a new field needs `#[serde(default)]` only.
+const VERSION: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Report {
+    version: u32,
+    server: Option<Server>,
+    dbs: Vec<u32>,
+    #[serde(with = "StoredTouch")]
+    touch: TouchOutcome,
+    warnings: Vec<String>,
+    #[serde(with = "StoredMemory")]
+    memory_before: Memory,
+    #[serde(with = "StoredMemory")]
+    memory_after: Memory,
+    settling: Duration,
+    finished: bool,
+    failure: Option<StoredFailure>,
+    passes: BTreeMap<u32, Pass>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Server {
+    product: String,
+    version: String,
+    run_id: String,
+    #[serde(with = "StoredAddr")]
+    addr: NodeAddr,
+}
+
+/// An address in a file of ours.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "NodeAddr", rename_all = "snake_case")]
+pub(super) enum StoredAddr {
+    Tcp { host: String, port: u16 },
+    Unix(PathBuf),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "TouchOutcome", rename_all = "snake_case")]
+enum StoredTouch {
+    NotNeededYet,
+    NothingDead,
+    Off,
+    Asked,
+    ScanReclaims,
+    ScanLeavesDead,
+    NoRight,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Memory")]
+struct StoredMemory {
+    used: Option<u64>,
+    max: Option<u64>,
+    evicted: Option<u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct StoredFailure {
+    kind: String,
+    message: String,
+    hint: Option<String>,
+}
+
+/// The figures of a pass that have no column.
+#[derive(Debug, Serialize, Deserialize)]
+struct Pass {
+    waited: Duration,
+    nameless: u64,
+    count: u32,
+    intensity: f64,
+    server_us_per_scan: Option<f64>,
+    /// The slots that its cursors go through; `None`: one table.
+    slots: Option<Vec<(u16, u16)>>,
+    #[serde(with = "StoredTtl")]
+    ttl: TtlHistogram,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "TtlHistogram")]
+struct StoredTtl {
+    within: [u64; TTL_BOUNDS_S.len()],
+    later: u64,
+    never: u64,
+}
+
+/// The text of a shard's report.
+pub(super) fn to_json(view: &ShardView) -> String {
+    let report = Report {
+        version: VERSION,
+        server: view.server.as_ref().map(|server| Server {
+            product: server.product.clone(),
+            version: server.version.clone(),
+            run_id: server.run_id.0.clone(),
+            addr: server.addr.clone(),
+        }),
+        dbs: view.dbs.iter().map(|db| db.0).collect(),
+        touch: view.touch,
+        warnings: view.warnings.clone(),
+        memory_before: view.memory_before,
+        memory_after: view.memory_after,
+        settling: view.settling,
+        finished: view.finished,
+        failure: view.failure.as_ref().map(|failure| StoredFailure {
+            kind: failure.kind.to_string(),
+            message: failure.message.clone(),
+            hint: failure.hint.clone(),
+        }),
+        passes: view.passes.iter().map(|(db, figures)| (db.0, Pass::of(figures))).collect(),
+    };
+    serde_json::to_string(&report).unwrap_or_default()
+}
+
+/// Completes a view, whose passes hold what their columns hold, by a stored text. One that cannot be read changes nothing.
+pub(super) fn complete(view: &mut ShardView, json: &str) {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let version = serde_json::from_str::<Version>(json).map(|text| text.version);
+    if version.as_ref().is_ok_and(|version| *version != VERSION) {
+        return;
+    }
+    let report: Report = match serde_json::from_str(json) {
+        Ok(report) => report,
+        Err(error) => {
+            tracing::warn!(%error, "the stored report of a shard cannot be read; its checkpoint is");
+            return;
+        }
+    };
+    view.server = report.server.map(|server| ServerFacts {
+        product: server.product,
+        version: server.version,
+        run_id: RunId(server.run_id),
+        addr: server.addr,
+    });
+    view.dbs = report.dbs.into_iter().map(DbIndex).collect();
+    view.touch = report.touch;
+    view.warnings = report.warnings;
+    (view.memory_before, view.memory_after) = (report.memory_before, report.memory_after);
+    view.settling = report.settling;
+    view.finished = report.finished;
+    view.failure = report.failure.and_then(|failure| {
+        let kind: FailureKind = failure.kind.parse().ok()?;
+        Some(Failure { kind, message: failure.message, hint: failure.hint })
+    });
+    for (db, pass) in report.passes {
+        if let Some(figures) = view.passes.get_mut(&DbIndex(db)) {
+            pass.complete(figures);
+        }
+    }
+}
+
+impl Pass {
+    fn of(figures: &PassFigures) -> Self {
+        Self {
+            waited: figures.waited,
+            nameless: figures.nameless,
+            count: figures.count,
+            intensity: figures.intensity,
+            server_us_per_scan: figures.server_us_per_scan,
+            slots: match &figures.space {
+                CursorSpace::OneTable => None,
+                CursorSpace::BySlot(slots) => Some(slots.ranges().map(|r| (*r.start(), *r.end())).collect()),
+            },
+            ttl: figures.ttl,
+        }
+    }
+
+    fn complete(self, figures: &mut PassFigures) {
+        figures.waited = self.waited;
+        figures.nameless = self.nameless;
+        figures.count = self.count;
+        figures.intensity = self.intensity;
+        figures.server_us_per_scan = self.server_us_per_scan;
+        figures.space = match self.slots {
+            None => CursorSpace::OneTable,
+            Some(ranges) => CursorSpace::BySlot(SlotSet::new(ranges.into_iter().map(|(from, to)| from..=to))),
+        };
+        figures.ttl = self.ttl;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view() -> ShardView {
+        let figures = PassFigures {
+            waited: Duration::from_micros(1_234_567),
+            nameless: 3,
+            count: 45,
+            intensity: 0.25,
+            server_us_per_scan: Some(17.5),
+            space: CursorSpace::BySlot(SlotSet::new([0..=100, 16_383..=16_383])),
+            ttl: TtlHistogram { within: [1, 2, 3, 4, 5, 6], later: 7, never: 8 },
+            ..PassFigures::default()
+        };
+        ShardView {
+            server: Some(ServerFacts {
+                product: "Valkey".into(),
+                version: "8.0.1".into(),
+                run_id: RunId("ab".into()),
+                addr: NodeAddr::Unix("/run/valkey.sock".into()),
+            }),
+            dbs: vec![DbIndex(0), DbIndex(7)],
+            passes: BTreeMap::from([(DbIndex(7), figures)]),
+            touch: TouchOutcome::ScanLeavesDead,
+            warnings: vec!["w".into()],
+            memory_before: Memory { used: Some(9), max: Some(0), evicted: None },
+            memory_after: Memory { used: Some(8), max: None, evicted: Some(1) },
+            settling: Duration::from_millis(100),
+            finished: true,
+            failure: Some(Failure::new(FailureKind::TooSlow, "slow").hint("faster")),
+            ..ShardView::default()
+        }
+    }
+
+    fn bare() -> ShardView {
+        ShardView { passes: BTreeMap::from([(DbIndex(7), PassFigures::default())]), ..ShardView::default() }
+    }
+
+    #[test]
+    fn a_view_comes_back_as_it_was_stored() {
+        let mut read = bare();
+        complete(&mut read, &to_json(&view()));
+        assert_eq!(read, view());
+    }
+
+    #[test]
+    fn the_text_stays_readable_for_later_versions() {
+        insta::assert_snapshot!(to_json(&view()));
+    }
+
+    #[test]
+    fn a_text_of_another_version_or_a_damaged_one_changes_nothing() {
+        for text in ["", "{}", r#"{"version":2,"server":7}"#, r#"{"version":1}"#] {
+            let mut read = bare();
+            complete(&mut read, text);
+            assert_eq!(read, bare(), "{text}");
+        }
+    }
+}
