@@ -52,19 +52,25 @@ unit: ## the quick tests, without the matrix
 	$(call step,unit tests,$(CARGO) test --lib --bins $(QUICK))
 	$(call step,doc tests,$(CARGO) test --doc)
 
-# All servers are tried before the failures are named. On success the last line is the test runner's own.
+# All servers are tried before the failures are named. What was skipped is counted at the end, each with its line above; the last
+# line is a sum in the form of the test runner's own.
 matrix: setup clients ## the integration tests against each server
-	@failed=; for server in $(SERVERS); do \
+	@failed=; log=$$(mktemp); trap 'rm -f "$$log"' EXIT; set -o pipefail; \
+	for server in $(SERVERS); do \
 	  echo "== integration tests against $$server"; \
 	  binary=$$(scripts/servers.sh path $$server) && \
-	  $(with_redis) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it || failed="$$failed $$server"; \
+	  { $(with_redis) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it 2>&1 | tee -a "$$log"; } || failed="$$failed $$server"; \
 	done; \
-	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi
+	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi; \
+	echo "== skipped, by reason:"; sed -n 's/.*SKIPPED [^ ]*: //p' "$$log" | sort | uniq -c; \
+	awk '/^test result: ok/ { passed += $$4 } /SKIPPED / { skipped++ } \
+	  END { printf "test result: ok. %d passed; 0 failed; %d skipped\n", passed, skipped }' "$$log"
 
 bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
 	@$(with_redis) $(CARGO) bench --bench batch
 	@$(with_redis) $(CARGO) bench --bench scan_loop
 	@$(with_redis) $(CARGO) bench --bench shards
+	@$(with_redis) $(CARGO) bench --bench round_trip
 
 # The server of scenarios a and c is redis-7.0; b runs on each of these. See benches/impact/main.rs for what can be set.
 IMPACT_SERVERS ?= redis-7.0 redis-8.2 valkey-8.0

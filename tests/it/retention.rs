@@ -1,6 +1,6 @@
 //! What is kept of ended tasks, and what goes: by age, by number, and never what somebody still needs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sqlx::Connection;
@@ -80,7 +80,8 @@ async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the
     }
 
     let expected = [&ended[0], &ended[4], &paused].map(String::clone);
-    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    let all_ended = Instant::now();
+    probe("all of them are older than a second", PATIENCE, async || all_ended.elapsed() > Duration::from_secs(1)).await;
     keep(&daemon, &instances, "keep-for = \"1s\"\n").await;
     probe("beyond the age they go", PATIENCE, async || listed(&daemon).await.len() <= 3).await;
     assert_eq!(listed(&daemon).await, expected);

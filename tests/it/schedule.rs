@@ -142,10 +142,23 @@ fn first_before(passed: SignedDuration) -> Timestamp {
     Timestamp::from_second(at.as_second()).expect("a time")
 }
 
-/// The settings of an instance whose first due time was then.
-fn due_at(server: &Server, first: Timestamp, more: &str) -> String {
+/// Two servers: of the instance `cache` whose schedule is tested, and of `other`, which is due each second.
+async fn two_servers() -> [Server; 2] {
+    [Server::start().await, Server::start().await]
+}
+
+/// The settings of `cache`, whose first due time was then, and of `other`.
+fn due_at(servers: &[Server; 2], first: Timestamp, more: &str) -> String {
     let auto = format!("[instances.auto-scan]\nenabled = true\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n");
-    instance("cache", &server.url(), &format!("{more}\n{auto}"))
+    let [cache, other] = servers.each_ref().map(Server::url);
+    [instance("cache", &cache, &format!("{more}\n{auto}")), instance("other", &other, EACH_SECOND)].concat()
+}
+
+/// Waits until the daemon has looked at the schedule of `cache` again: it has once `other` has run twice.
+async fn looked_again(daemon: &Daemon) {
+    let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
+    let before = count().await;
+    probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
 }
 
 /// Makes it look as if the daemon had been there before the due time: its mark of what was dealt with is older.
@@ -157,8 +170,8 @@ async fn rewind(daemon: &Daemon) {
 }
 
 /// A daemon that was there ten minutes ago and not since, with a due time in between.
-async fn after_an_absence(server: &Server, first: Timestamp, more: &str) -> Daemon {
-    let mut daemon = Daemon::start(&due_at(server, first, more)).await;
+async fn after_an_absence(servers: &[Server; 2], first: Timestamp, more: &str) -> Daemon {
+    let mut daemon = Daemon::start(&due_at(servers, first, more)).await;
     probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
@@ -169,7 +182,8 @@ async fn after_an_absence(server: &Server, first: Timestamp, more: &str) -> Daem
 async fn has_looked(daemon: &Daemon) -> bool {
     let options = SqliteConnectOptions::new().filename(daemon.store()).read_only(true);
     let Ok(mut conn) = SqliteConnection::connect_with(&options).await else { return false };
-    let marks: Result<i64, _> = sqlx::query_scalar("SELECT COUNT(*) FROM dues").fetch_one(&mut conn).await;
+    let sql = "SELECT COUNT(*) FROM dues WHERE instance_id = 'cache'";
+    let marks: Result<i64, _> = sqlx::query_scalar(sql).fetch_one(&mut conn).await;
     marks.is_ok_and(|marks| marks == 1)
 }
 
@@ -182,10 +196,10 @@ async fn outcome(daemon: &Daemon, word: &str) -> u64 {
 #[tokio::test]
 async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyond_it() {
     for passed in [INSIDE, BEYOND] {
-        let server = Server::start().await;
-        Keyspace::of(&server, 0).dead(30, "dead:").await;
+        let servers = two_servers().await;
+        Keyspace::of(&servers[0], 0).dead(30, "dead:").await;
         let first = first_before(passed);
-        let mut daemon = after_an_absence(&server, first, "").await;
+        let mut daemon = after_an_absence(&servers, first, "").await;
         probe("it was caught up", PATIENCE, async || daemon.history("cache").await["total"] == 30).await;
         assert_eq!(outcome(&daemon, "run").await, 1);
         let next = daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].clone();
@@ -193,8 +207,7 @@ async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyon
         assert_eq!(next, first + SignedDuration::from_mins(60), "an hour after the first one, not after the catch-up");
         for _ in 0..2 {
             daemon.restart().await;
-            assert!(has_looked(&daemon).await);
-            tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+            looked_again(&daemon).await;
             assert_eq!(daemon.history("cache").await["count"], 1, "{passed}: never doubled");
         }
     }
@@ -202,23 +215,23 @@ async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyon
 
 #[tokio::test]
 async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window_is_closed() {
-    let server = Server::start().await;
+    let servers = two_servers().await;
     let now = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
     let hour = |ahead: i64| (&now + SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
     let closed = format!("window = {{ start = \"{}\", end = \"{}\" }}", hour(2), hour(4));
-    let mut daemon = after_an_absence(&server, first_before(BEYOND), &closed).await;
+    let mut daemon = after_an_absence(&servers, first_before(BEYOND), &closed).await;
     probe("it is skipped", PATIENCE, async || outcome(&daemon, "missed").await == 1).await;
     assert_eq!(daemon.history("cache").await["count"], 0);
     daemon.restart().await;
-    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    looked_again(&daemon).await;
     assert_eq!((daemon.history("cache").await["count"].clone(), outcome(&daemon, "missed").await), (json!(0), 0));
 }
 
 /// A daemon whose instance has a paused task, and a due time that has passed by this much.
-async fn busy_since(server: &Server, passed: SignedDuration) -> (Daemon, String) {
-    Keyspace::of(server, 0).live_ttl(3_000, "live:").await;
+async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, String) {
+    Keyspace::of(&servers[0], 0).live_ttl(3_000, "live:").await;
     let slow = "max-keys-per-sec = 500";
-    let mut daemon = Daemon::start(&due_at(server, first_before(passed), slow)).await;
+    let mut daemon = Daemon::start(&due_at(servers, first_before(passed), slow)).await;
     let id = daemon.scan("cache").await;
     daemon.until(&id, "running").await;
     daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
@@ -231,50 +244,47 @@ async fn busy_since(server: &Server, passed: SignedDuration) -> (Daemon, String)
 
 #[tokio::test]
 async fn a_due_time_waits_for_a_busy_instance_inside_the_grace() {
-    let server = Server::start().await;
-    let (mut daemon, id) = busy_since(&server, INSIDE).await;
+    let servers = two_servers().await;
+    let (mut daemon, id) = busy_since(&servers, INSIDE).await;
     // Killed while it waits, it waits again.
-    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    looked_again(&daemon).await;
     daemon.restart().await;
-    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    looked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "the paused task is there, and nothing else");
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     probe("the due scan follows", PATIENCE, async || daemon.history("cache").await["count"] == 2).await;
     assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
     daemon.restart().await;
-    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    looked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 2, "once");
 }
 
 #[tokio::test]
 async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
-    let server = Server::start().await;
-    let (mut daemon, id) = busy_since(&server, BEYOND).await;
+    let servers = two_servers().await;
+    let (mut daemon, id) = busy_since(&servers, BEYOND).await;
     probe("it is skipped", PATIENCE, async || outcome(&daemon, "still_running").await == 1).await;
     assert!(daemon.log().contains("a due scan is skipped"), "{}", daemon.log());
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     for _ in 0..2 {
-        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        looked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 1, "it waits for the next due time");
         daemon.restart().await;
     }
     assert!(daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].is_string());
 }
 
-/// An instance `cache` as the settings want it, and one `other` that is due each second: once that has run twice, the schedule
-/// of the first was looked at.
+/// Gives the daemon another schedule of `cache`, and waits until it has looked at that.
 async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
     let [one, other] = servers.each_ref().map(Server::url);
     daemon.write_settings(&[instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat());
     daemon.post("/api/v1/reload").await.ok();
-    let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
-    let before = count().await;
-    probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
+    looked_again(daemon).await;
 }
 
 #[tokio::test]
 async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_before() {
-    let servers = [Server::start().await, Server::start().await];
+    let servers = two_servers().await;
     let rhythm = |enabled: bool, first: Timestamp| {
         format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
     };
@@ -298,19 +308,17 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
 
 #[tokio::test]
 async fn a_schedule_that_is_new_or_changed_at_a_restart_runs_nothing_for_the_time_before() {
-    let servers = [Server::start().await, Server::start().await];
-    let other = instance("other", &servers[1].url(), EACH_SECOND);
-    let mut daemon = Daemon::start(&[instance("cache", &servers[0].url(), ""), other.clone()].concat()).await;
-    let count = async |daemon: &Daemon| daemon.history("other").await["count"].as_u64().expect("a number");
-    let mut before = 0;
+    let servers = two_servers().await;
+    let [cache, other] = servers.each_ref().map(Server::url);
+    let unscheduled = [instance("cache", &cache, ""), instance("other", &other, EACH_SECOND)].concat();
+    let mut daemon = Daemon::start(&unscheduled).await;
     for (what, passed) in [("new", INSIDE), ("changed", BEYOND)] {
-        probe("schedules are looked at", PATIENCE, async || count(&daemon).await >= before + 2).await;
+        looked_again(&daemon).await;
         daemon.kill9();
         rewind(&daemon).await;
-        daemon.write_settings(&[due_at(&servers[0], first_before(passed), ""), other.clone()].concat());
+        daemon.write_settings(&due_at(&servers, first_before(passed), ""));
         daemon.restart().await;
-        before = count(&daemon).await;
-        probe("schedules are looked at", PATIENCE, async || count(&daemon).await >= before + 2).await;
+        looked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 0, "{what}");
         assert_eq!(outcome(&daemon, "missed").await, 0, "{what}");
     }

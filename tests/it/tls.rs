@@ -24,7 +24,7 @@ struct TlsServer {
 impl TlsServer {
     /// `None`, said loudly, where the server under test was built without TLS.
     async fn start(names: &[&str], validity: Validity, more: &[(&str, &str)]) -> Option<Self> {
-        if !built_with_tls() {
+        if !Server::has_tls() {
             return None;
         }
         let authority = Authority::new();
@@ -52,16 +52,6 @@ impl TlsServer {
         let fixed = ["scan", &url, "--json", "--connect-timeout", "2s", "--cacert", cacert.to_str().unwrap()];
         run(fixed.iter().chain(more)).await
     }
-}
-
-fn built_with_tls() -> bool {
-    if !Server::has_tls() {
-        #[allow(clippy::print_stdout, reason = "the test runner shows it")]
-        {
-            println!("SKIPPED: the server under test ({:?}) was built without TLS", Server::version());
-        }
-    }
-    Server::has_tls()
 }
 
 #[track_caller]
@@ -182,7 +172,7 @@ async fn files_that_are_no_certificates_are_refused_before_anything_is_sent() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_is_swept_by_tls_from_seed_to_last_master() {
-    if !built_with_tls() {
+    if !Server::has_tls() {
         return;
     }
     let authority = Authority::new();

@@ -15,6 +15,7 @@ pub mod sharded;
 pub mod standin;
 
 use std::{
+    io::Write,
     process::Command,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
@@ -43,6 +44,15 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
         assert!(Instant::now() < deadline, "waited {timeout:?} in vain: {what}");
         tokio::time::sleep(PROBE_TICK).await;
     }
+}
+
+/// Says that the running test, or a part of it, is skipped, and why. The test runner swallows what a test that passes prints; this
+/// goes past it, and `make matrix` counts the lines.
+pub fn skipped(why: &str) {
+    let thread = std::thread::current();
+    let line = format!("SKIPPED {}: {why}\n", thread.name().unwrap_or("a test"));
+    // One write, so that lines of tests that run side by side stay whole.
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// Sends a signal by name, such as `TERM`, to a process that the test has started. No program is needed for it: a minimal system

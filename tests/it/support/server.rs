@@ -19,7 +19,7 @@ use tokio::{
     net::UnixStream,
 };
 
-use super::{PATIENCE, free_port, probe, signal};
+use super::{PATIENCE, free_port, probe, signal, skipped};
 
 /// The client's own default of half a second is too short on a busy machine.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -130,8 +130,16 @@ impl Server {
         binary().kind
     }
 
-    /// Whether the binary under test was built with TLS.
+    /// Whether the binary under test was built with TLS; says that the test is skipped where it was not.
     pub fn has_tls() -> bool {
+        let has = Self::was_built_with_tls();
+        if !has {
+            skipped("the server was built without TLS");
+        }
+        has
+    }
+
+    fn was_built_with_tls() -> bool {
         static HAS_TLS: OnceLock<bool> = OnceLock::new();
         *HAS_TLS.get_or_init(|| {
             // A TLS port without a certificate: every binary ends at once, and says why.
