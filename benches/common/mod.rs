@@ -66,6 +66,22 @@ impl Server {
         }
     }
 
+    /// Begins to count anew how long each SCAN takes.
+    pub fn forget_scan_times(&self) {
+        // Before 7.0 there is nothing of the kind, and an error does no harm.
+        self.cli(&["CONFIG", "SET", "latency-tracking-info-percentiles", "99 99.9"]);
+        self.cli(&["CONFIG", "RESETSTAT"]);
+    }
+
+    /// How long SCANs took by the server's own clock since then, in microseconds: p99 and p99.9. None before Redis 7.0, and where
+    /// nobody scanned. This knows nothing of how busy the machine is with other programs but for what interrupts the server.
+    pub fn scan_times(&self) -> Option<[f64; 2]> {
+        let info = self.cli(&["INFO", "latencystats"]);
+        let scan = info.lines().find_map(|l| l.trim().strip_prefix("latency_percentiles_usec_scan:"))?.to_owned();
+        let of = |name: &str| scan.split(',').find_map(|part| part.strip_prefix(name)?.parse().ok());
+        Some([of("p99=")?, of("p99.9=")?])
+    }
+
     /// What the server has sent to its clients so far, in bytes.
     pub fn sent(&self) -> u64 {
         let info = self.cli(&["INFO", "stats"]);

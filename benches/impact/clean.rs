@@ -58,6 +58,8 @@ struct Round {
     no_sweep_beside: Latency,
     p99_ratio: f64,
     p99_of_windows_ratio: f64,
+    /// How long SCANs took by the server's own clock, in microseconds: p99 and p99.9.
+    scan_times_us: Option<[f64; 2]>,
 }
 
 pub fn run(settings: &Settings, contenders: &[Contender], output: &mut Output) {
@@ -141,6 +143,7 @@ fn measure(
     };
     let before = alone();
 
+    server.forget_scan_times();
     let load = foreground();
     let begun = Instant::now();
     let pass = match sweep {
@@ -150,6 +153,7 @@ fn measure(
     };
     let took = begun.elapsed();
     let latency = load.stop();
+    let scan_times_us = server.scan_times();
     if matches!(sweep, Sweep::Effort10) {
         assert_eq!(server.cli(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]), "OK");
     }
@@ -178,6 +182,7 @@ fn measure(
         p99_of_windows_ratio: of_windows(&foreground) / of_windows(&no_sweep_beside),
         foreground,
         no_sweep_beside,
+        scan_times_us,
     }
 }
 
@@ -211,6 +216,8 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         "of windows",
         "p99 / COUNT 1000 at 200/s",
         "dead keys reclaimed",
+        "SCAN p99 us, server's clock",
+        "p99.9 us",
     ];
     let mut table = Table::new(&title, &columns);
     let cloud = rounds_of(contenders, results, CLOUD);
@@ -235,6 +242,8 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
             cell(windows_ratio, 2),
             cell(p99_to_cloud, 2),
             cell(of(|r| r.reclaimed as f64), 0),
+            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[0])), 0),
+            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[1])), 0),
         ];
         table.row(name, &cells);
         medians.insert(

@@ -55,6 +55,8 @@ struct Round {
     worst_second: f64,
     /// Against the run with no sweep in the same round.
     worst_ratio: Option<f64>,
+    /// How long SCANs took by the server's own clock, in microseconds: p99 and p99.9.
+    scan_times_us: Option<[f64; 2]>,
     series: Vec<Sample>,
 }
 
@@ -102,9 +104,11 @@ fn measure(settings: &Settings, server: &Server, sweep: Sweep, round: u64) -> Ro
 
     let sweep_begins = begun + Duration::from_secs(settings.warm_up);
     std::thread::sleep(sweep_begins.saturating_duration_since(Instant::now()));
+    server.forget_scan_times();
     let effort = matches!(sweep, Sweep::Effort10).then(|| Effort::set(server));
     let passes = sweep.again_and_again(server, begun + Duration::from_secs(seconds));
     drop(effort);
+    let scan_times_us = server.scan_times();
     writer.join().expect("the writer ends");
     let mut series = reader.join().expect("the reader ends");
 
@@ -123,6 +127,7 @@ fn measure(settings: &Settings, server: &Server, sweep: Sweep, round: u64) -> Ro
         worst_percent: worst.backlog_percent,
         worst_second: worst.second,
         worst_ratio: None,
+        scan_times_us,
         series,
     }
 }
@@ -207,6 +212,8 @@ fn show(
         "worst / no sweep at that second",
         "end / no sweep",
         "end / COUNT 1000 at 200/s",
+        "SCAN p99 us, server's clock",
+        "p99.9 us",
     ];
     let mut table = Table::new(&title, &columns);
     let (nobody, cloud) = (rounds_of(contenders, results, NOBODY), rounds_of(contenders, results, CLOUD));
@@ -226,6 +233,8 @@ fn show(
             cell(worst_ratio, 2),
             cell(to_nobody, 2),
             cell(to_cloud, 2),
+            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[0])), 0),
+            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[1])), 0),
         ];
         table.row(contender.name, &cells);
         // Each second is the median of the rounds too.

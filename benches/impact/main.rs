@@ -34,9 +34,11 @@
 //! - `TTLSWEEP_IMPACT_BUSY_S` (20): how long a sweep goes on in c.
 //! - `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH): the server of a and c; `TTLSWEEP_IMPACT_SERVERS` (the same):
 //!   those of b, with commas.
+//! - `TTLSWEEP_IMPACT_SPINNERS` (0): so many other processes keep the machine's cores busy meanwhile.
 //! - `TTLSWEEP_IMPACT_OUT` (target/impact): where `impact.md`, `impact.json` and the plots go.
 
 use std::path::PathBuf;
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use serde_json::json;
@@ -92,7 +94,7 @@ impl Settings {
             "live": self.live, "dead": self.dead, "live_ttl": self.live_ttl, "rounds": self.rounds,
             "slow_rounds": self.slow_rounds, "rate_per_s": self.rate, "baseline_s": self.baseline.as_secs(),
             "inflow_per_s": self.inflow, "warm_up_s": self.warm_up, "sweep_s": self.sweep,
-            "busy_s": self.busy.as_secs(),
+            "busy_s": self.busy.as_secs(), "spinners": number("TTLSWEEP_IMPACT_SPINNERS", 0),
         })
     }
 
@@ -114,6 +116,25 @@ fn list(name: &str, default: &str) -> Vec<String> {
     text.split(cut).map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()
 }
 
+/// Processes that take all the processor time that they are given, killed on drop.
+struct Spinners(Vec<Child>);
+
+impl Spinners {
+    fn start(n: u64) -> Self {
+        let spin = || Command::new("sh").args(["-c", "while :; do :; done"]).spawn().expect("a shell");
+        Self((0..n).map(|_| spin()).collect())
+    }
+}
+
+impl Drop for Spinners {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 fn main() {
     let settings = Settings::read();
     let only = list("TTLSWEEP_IMPACT_ONLY", "");
@@ -125,6 +146,7 @@ fn main() {
     assert!(unknown.is_none(), "TTLSWEEP_IMPACT_SCENARIOS knows a, b and c, not {unknown:?}");
 
     let folder = std::env::var_os("TTLSWEEP_IMPACT_OUT").map_or_else(|| PathBuf::from("target/impact"), PathBuf::from);
+    let _spinners = Spinners::start(number("TTLSWEEP_IMPACT_SPINNERS", 0));
     let mut output = report::Output::new(folder, settings.json(), &contenders);
     for scenario in &scenarios {
         match scenario.as_str() {

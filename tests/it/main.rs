@@ -11,6 +11,7 @@ mod check;
 mod cli;
 mod client;
 mod cluster;
+mod cluster_forms;
 mod crash;
 mod dcs;
 mod demo;

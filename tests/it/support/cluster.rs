@@ -37,7 +37,12 @@ impl Cluster {
         Self::start_with(masters, vec![Server::options(); count], Vec::new()).await
     }
 
-    /// As [`Cluster::start`], without replicas, every node with these options and a TLS port beside the plain one.
+    /// As [`Cluster::start`], without replicas, every node with these options.
+    pub async fn start_as(masters: usize, options: Options) -> Self {
+        Self::start_with(masters, vec![options; masters], Vec::new()).await
+    }
+
+    /// As [`Cluster::start_as`], with a TLS port beside the plain one of each node.
     pub async fn start_with_tls(masters: usize, options: Options) -> Self {
         let tls_ports: Vec<u16> = (0..masters).map(|_| free_port()).collect();
         let options: Vec<Options> =
