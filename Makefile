@@ -17,7 +17,7 @@ with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help clients setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
+.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,10 @@ help: ## list the targets
 demo: setup-demo ## see the problem and the cure on a private server
 	@$(with_redis) $(CARGO) run --release --quiet -- demo
 
-test: setup clients fmt-check lint docs unit matrix ## format, lint, docs, tests, and the tests against every server
+test: needs setup clients fmt-check lint docs unit matrix ## format, lint, docs, tests, and the tests against every server
+
+needs: cargo ## install what the system lacks for the tests, or name it
+	$(call step,needs,scripts/needs.sh cc python)
 
 clients: ## get the real clients for the tests: SDK, fuzzer, promtool (cached outside the checkout)
 	$(call step,clients,scripts/clients.sh fetch)
@@ -33,7 +36,8 @@ clients: ## get the real clients for the tests: SDK, fuzzer, promtool (cached ou
 setup: cargo ## get the servers for the tests (cached outside the checkout)
 	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(SERVERS))
 
-setup-demo: cargo ## get the one server for the demo
+setup-demo: cargo ## get the C compiler and the one server for the demo
+	$(call step,needs,scripts/needs.sh cc)
 	$(call step,setup: redis-7.0,scripts/servers.sh fetch redis-7.0)
 
 cargo:

