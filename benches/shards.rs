@@ -1,25 +1,88 @@
-//! What many shards cost the client: one process sweeps 1, 10, 50 and 200 real servers, all at a time.
+//! What many shards cost the client.
 //!
-//! `make bench`, or `cargo bench --bench shards`. By environment: `TTLSWEEP_BENCH_SHARDS` (1,10,50,200),
-//! `TTLSWEEP_BENCH_SHARD_KEYS` (20,000 keys in each), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
+//! `make bench`, or `cargo bench --bench shards`. Two tables:
 //!
-//! The servers are real; stand-ins in front of them make them look like the masters of one cluster. Linux only: CPU time and memory are read
-//! from /proc.
+//! - One process sweeps 1, 10, 50 and 200 real servers as fast as it can. The servers are real; stand-ins in front of them make them
+//!   look like the masters of one cluster.
+//! - One process sweeps 10, 200 and 1,000 stand-ins, each with the same few keys a second, so that neither servers nor machine are
+//!   the limit: what does one more shard cost while it is swept?
+//!
+//! By environment: `TTLSWEEP_BENCH_SHARDS` (1,10,50,200), `TTLSWEEP_BENCH_SHARD_KEYS` (20,000 keys in each of those),
+//! `TTLSWEEP_BENCH_STANDINS` (10,200,1000), `TTLSWEEP_BENCH_ROUNDS` (3, of the second table), `TTLSWEEP_BENCH_SERVER`
+//! (redis-server on the PATH). Linux only: CPU time and memory are read from /proc.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
 use std::process::Command;
 
 mod common;
+#[path = "common/masters.rs"]
+mod masters;
 #[path = "common/seed.rs"]
 mod seed;
 use common::{Server, measure};
 
+/// Keys of a stand-in, as a power of two, and how many of them are swept in a second: a pass takes ten seconds and more, and the
+/// largest number of shards leaves cores idle.
+const STANDIN_BITS: u32 = 12;
+const STANDIN_RATE: u32 = 300;
+
 fn main() {
-    let env = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    real_servers();
+    stand_ins();
+}
+
+fn env(name: &str, default: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| default.to_owned())
+}
+
+fn numbers(name: &str, default: &str) -> Vec<usize> {
+    env(name, default).split(',').filter(|n| !n.is_empty()).map(|n| n.parse().expect("a number")).collect()
+}
+
+fn stand_ins() {
+    let sizes = numbers("TTLSWEEP_BENCH_STANDINS", "10,200,1000");
+    let rounds: usize = env("TTLSWEEP_BENCH_ROUNDS", "3").parse().expect("a number of rounds");
+    let Some(&first) = sizes.first() else { return };
+    let real = Server::start();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let mut measured: Vec<Vec<(f64, f64)>> = vec![Vec::new(); sizes.len()];
+    for _ in 0..rounds {
+        for (&shards, measured) in sizes.iter().zip(&mut measured) {
+            let url = format!("redis://{}", runtime.block_on(masters::start(shards, STANDIN_BITS, &real)));
+            let (parallel, rate) = (shards.to_string(), STANDIN_RATE.to_string());
+            let mut sweep = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+            let paced = ["--db", "0", "--quiet", "--parallel", &parallel, "--max-keys-per-sec", &rate];
+            let one = measure(sweep.args(["scan", &url]).args(paced));
+            measured.push((one.wall.as_secs_f64(), one.cpu_s * 1e3 / shards as f64 / one.wall.as_secs_f64()));
+        }
+    }
+    println!(
+        "\n{} live keys in each stand-in, {STANDIN_RATE} a second, all at a time; medians of {rounds} rounds",
+        1 << STANDIN_BITS
+    );
+    println!("| stand-ins | s | client CPU ms per shard and second | of that with {first} |");
+    println!("|---|---|---|---|");
+    let median = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let base = median(measured[0].iter().map(|(_, cpu)| *cpu).collect());
+    for (shards, measured) in sizes.iter().zip(&measured) {
+        let (seconds, cpu) =
+            (median(measured.iter().map(|m| m.0).collect()), median(measured.iter().map(|m| m.1).collect()));
+        println!("| {shards} | {seconds:.1} | {cpu:.2} | {:.2} |", cpu / base);
+    }
+}
+
+fn real_servers() {
     let keys: u64 = env("TTLSWEEP_BENCH_SHARD_KEYS", "20000").parse().expect("a number of keys");
-    let sizes: Vec<usize> =
-        env("TTLSWEEP_BENCH_SHARDS", "1,10,50,200").split(',').map(|n| n.parse().expect("a number")).collect();
+    let sizes = numbers("TTLSWEEP_BENCH_SHARDS", "1,10,50,200");
+    if sizes.is_empty() {
+        return;
+    }
     let most = sizes.iter().copied().max().expect("one number or more");
     let servers: Vec<Server> = (0..most).map(|_| Server::start()).collect();
     for server in &servers {

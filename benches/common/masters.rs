@@ -1,0 +1,143 @@
+//! Stand-ins for the masters of one cluster, so many that real servers would be the limit of what is measured. Each holds keys that
+//! live for ever, one in each bucket of a hash table, and walks it by cursors as a server does. What a stand-in does not know it
+//! asks a real server, once.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::common::Server;
+
+/// What all of them share.
+struct Cluster {
+    slots: String,
+    /// Two to this power keys in each master.
+    bits: u32,
+    real: String,
+    answers: Mutex<HashMap<Vec<u8>, Vec<u8>>>,
+}
+
+/// Starts so many masters on the runtime that this is called on. Returns the addresses of two of them.
+pub async fn start(masters: usize, bits: u32, real: &Server) -> String {
+    let mut listeners = Vec::new();
+    for _ in 0..masters {
+        listeners.push(TcpListener::bind("127.0.0.1:0").await.expect("a free port"));
+    }
+    let ports: Vec<u16> = listeners.iter().map(|l| l.local_addr().expect("it is bound").port()).collect();
+    let mut slots = format!("*{masters}\r\n");
+    for (place, port) in ports.iter().enumerate() {
+        let edge = |n: usize| 16_384 * n / masters;
+        slots.push_str(&format!("*3\r\n:{}\r\n:{}\r\n", edge(place), edge(place + 1) - 1));
+        slots.push_str(&format!("*3\r\n$9\r\n127.0.0.1\r\n:{port}\r\n$5\r\n{port:05}\r\n"));
+    }
+    let cluster = Arc::new(Cluster { slots, bits, real: real.addr(), answers: Mutex::default() });
+    for (listener, &port) in listeners.into_iter().zip(&ports) {
+        let cluster = cluster.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(serve(client, port, cluster.clone()));
+            }
+        });
+    }
+    format!("127.0.0.1:{},127.0.0.1:{}", ports[0], ports[ports.len() - 1])
+}
+
+async fn serve(mut client: TcpStream, port: u16, cluster: Arc<Cluster>) {
+    let _ = client.set_nodelay(true);
+    let (mut input, mut output) = (Vec::new(), Vec::new());
+    loop {
+        let mut done = 0;
+        while let Some((words, length)) = command(&input[done..]) {
+            cluster.answer(&words, &input[done..done + length], port, &mut output).await;
+            done += length;
+        }
+        input.drain(..done);
+        if !output.is_empty() {
+            if client.write_all(&output).await.is_err() {
+                return;
+            }
+            output.clear();
+        }
+        if !matches!(client.read_buf(&mut input).await, Ok(1..)) {
+            return;
+        }
+    }
+}
+
+/// The first command in the text, and how long it is. None while it has not come as a whole.
+fn command(text: &[u8]) -> Option<(Vec<&str>, usize)> {
+    let mut at = 0;
+    let number = |at: &mut usize| -> Option<usize> {
+        let line = text[*at..].windows(2).position(|end| end == b"\r\n")?;
+        let number = std::str::from_utf8(&text[*at + 1..*at + line]).ok()?.parse().ok()?;
+        *at += line + 2;
+        Some(number)
+    };
+    let count = number(&mut at)?;
+    let mut words = Vec::with_capacity(count);
+    for _ in 0..count {
+        let length = number(&mut at)?;
+        words.push(std::str::from_utf8(text.get(at..at + length)?).ok()?);
+        at += length + 2;
+    }
+    (at <= text.len()).then_some((words, at))
+}
+
+impl Cluster {
+    async fn answer(&self, words: &[&str], raw: &[u8], port: u16, output: &mut Vec<u8>) {
+        match words {
+            ["SCAN", cursor, ..] => {
+                let count = words.iter().position(|word| *word == "COUNT").and_then(|place| words.get(place + 1));
+                let count = count.and_then(|count| count.parse().ok()).unwrap_or(10);
+                self.scan(cursor.parse().unwrap_or(0), count, output);
+            }
+            ["DBSIZE"] => output.extend(format!(":{}\r\n", 1_u64 << self.bits).bytes()),
+            ["CLUSTER", what, ..] if what.eq_ignore_ascii_case("SLOTS") => output.extend(self.slots.bytes()),
+            ["CLUSTER", ..] => output.extend(b"$16\r\ncluster_state:ok\r\n"),
+            ["EXISTS", names @ ..] => output.extend(format!(":{}\r\n", names.len()).bytes()),
+            ["INFO", ..] => {
+                let info = self.ask(raw).await;
+                // Each is a process of its own.
+                let info = String::from_utf8_lossy(&info).into_owned();
+                let (before, id) = info.split_once("run_id:").unwrap_or((&info, ""));
+                output.extend(before.bytes());
+                if id.len() >= 40 {
+                    output.extend(format!("run_id:{port:040}{}", &id[40..]).bytes());
+                }
+            }
+            _ => output.extend(self.ask(raw).await),
+        }
+    }
+
+    /// So many buckets further. A cursor counts with its bits reversed.
+    fn scan(&self, cursor: u64, count: u64, output: &mut Vec<u8>) {
+        let place = cursor.reverse_bits() >> (64 - self.bits);
+        let next = (place + count).min(1 << self.bits);
+        let cursor = if next == 1 << self.bits { 0 } else { (next << (64 - self.bits)).reverse_bits() };
+        let text = cursor.to_string();
+        output.extend(format!("*2\r\n${}\r\n{text}\r\n*{}\r\n", text.len(), next - place).bytes());
+        for n in place..next {
+            output.extend(format!("$16\r\nsession:{n:08}\r\n").bytes());
+        }
+    }
+
+    /// What the real server answers. One answer stands for all.
+    async fn ask(&self, raw: &[u8]) -> Vec<u8> {
+        let known = |answers: &HashMap<Vec<u8>, Vec<u8>>| answers.get(raw).cloned();
+        if let Some(answer) = known(&self.answers.lock().expect("nobody panics")) {
+            return answer;
+        }
+        let mut server = TcpStream::connect(&self.real).await.expect("the server is there");
+        // The answer to PING behind it tells where the answer ends.
+        server.write_all(&[raw, b"*1\r\n$4\r\nPING\r\n"].concat()).await.expect("the server reads");
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"+PONG\r\n") {
+            assert!(server.read_buf(&mut answer).await.expect("the server answers") > 0, "the server closed");
+        }
+        answer.truncate(answer.len() - b"+PONG\r\n".len());
+        self.answers.lock().expect("nobody panics").insert(raw.to_vec(), answer.clone());
+        answer
+    }
+}
