@@ -5,6 +5,7 @@
 //! reader that missed some has missed nothing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -356,8 +357,8 @@ impl ShardView {
 /// The one view of a running or ended task.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Snapshot {
-    /// Every shard, by name.
-    pub shards: BTreeMap<ShardId, ShardView>,
+    /// Every shard, by name. Those that do not change are shared by a view and the next one.
+    pub shards: BTreeMap<ShardId, Arc<ShardView>>,
     /// When the sweep began.
     pub started_at: Option<Timestamp>,
     /// Why it has not begun yet.
@@ -367,7 +368,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Folds one event in. Events of one shard must come in the order in which they happened.
     pub fn apply(&mut self, event: ScanEvent) {
-        let shard = self.shards.entry(event.shard).or_default();
+        let shard = Arc::make_mut(self.shards.entry(event.shard).or_default());
         match event.what {
             // A shard that ended and is swept again has not ended.
             ScanEventKind::ShardFound { .. } => (shard.failure, shard.finished) = (None, false),
@@ -415,7 +416,7 @@ impl Snapshot {
     /// Nothing is held or waited for any more: the task has ended, or is left to the next process.
     pub fn end(&mut self) {
         self.waits = None;
-        for shard in self.shards.values_mut() {
+        for shard in self.shards.values_mut().map(Arc::make_mut) {
             (shard.hold, shard.hold_detail, shard.current) = (None, None, None);
         }
     }

@@ -323,7 +323,7 @@ impl Store {
     pub async fn checkpoint(
         &self,
         task: &Task,
-        shards: impl Iterator<Item = (&ShardId, &ShardView)>,
+        shards: impl Iterator<Item = (&ShardId, &Arc<ShardView>)>,
     ) -> Result<(), StoreError> {
         let mut conn = self.pool.acquire().await?;
         let written = async {

@@ -89,6 +89,8 @@ pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::engine::control::Control;
     use crate::model::progress::{PassFigures, ShardView};
@@ -123,7 +125,8 @@ mod tests {
             let figures =
                 PassFigures { active, waited, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
             let shard = ShardView { passes: [(DbIndex(0), figures)].into(), hold, ..ShardView::default() };
-            let snapshot = Snapshot { shards: [(ShardId("a:1".to_owned()), shard)].into(), ..Snapshot::default() };
+            let snapshot =
+                Snapshot { shards: [(ShardId("a:1".to_owned()), Arc::new(shard))].into(), ..Snapshot::default() };
             over(s(5_400), &snapshot).hint.unwrap()
         };
         insta::assert_snapshot!(

@@ -307,7 +307,7 @@ impl TaskService {
             // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
             // where its slots have gone to other shards since.
             let view = ShardView { failure: None, finished: false, ..shard.view.clone() };
-            snapshot.shards.insert(id.clone(), view);
+            snapshot.shards.insert(id.clone(), Arc::new(view));
         }
         let plan = ScanPlan {
             task: task.id,

@@ -228,7 +228,7 @@ impl TaskService {
 
     async fn stored_view(&self, task: Task) -> Result<TaskView, TaskError> {
         let stored = self.store.shards(task.id).await?;
-        let shards = stored.into_iter().map(|(id, shard)| (id, shard.view)).collect();
+        let shards = stored.into_iter().map(|(id, shard)| (id, Arc::new(shard.view))).collect();
         let snapshot = Snapshot { started_at: task.started_at, shards, waits: None };
         Ok(TaskView { task, snapshot })
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::Outcome;
@@ -32,6 +32,9 @@ macro_rules! log_of {
     }};
 }
 
+/// While events come, this often the view is published and the metrics are brought up to date. All shards are summed up then, so
+/// that a shard costs the same whether there are ten of them or a thousand.
+const PUBLISH_EVERY: Duration = Duration::from_millis(100);
 /// A checkpoint is written this often. What happens between two is in the tally.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 /// How long to wait before the end of a task is written again after a full disk or the like.
@@ -82,6 +85,10 @@ pub(super) struct Recorder {
     written: Option<Instant>,
     /// Shards of which something happened since the last checkpoint that was written.
     unwritten: BTreeSet<ShardId>,
+    /// Something happened that the next tick is to write down, however young the last checkpoint is.
+    checkpoint_due: bool,
+    /// Something happened since the view was published.
+    unpublished: bool,
     store_failed: bool,
     totals: Totals,
 }
@@ -101,7 +108,6 @@ impl Recorder {
         let snapshot = view.borrow().snapshot.clone();
         // What an earlier process counted is not counted again.
         let totals = Totals::of(&snapshot);
-        let (written, unwritten, store_failed) = (None, BTreeSet::new(), false);
         Self {
             store,
             metrics,
@@ -112,9 +118,11 @@ impl Recorder {
             task,
             snapshot,
             view,
-            written,
-            unwritten,
-            store_failed,
+            written: None,
+            unwritten: BTreeSet::new(),
+            checkpoint_due: false,
+            unpublished: false,
+            store_failed: false,
             totals,
         }
     }
@@ -132,7 +140,6 @@ impl Recorder {
                     log_of!(self.task, info, %reason, "waiting: {}", reason.sentence());
                 }
                 self.snapshot.waits = now.hold;
-                self.metrics.progressed(&self.task.instance_id, &self.totals, &self.totals, &self.snapshot);
                 self.publish();
             }
             if now.hold.is_none() {
@@ -177,6 +184,8 @@ impl Recorder {
 
     /// Takes events and orders in until the engine has sent its last.
     pub(super) async fn consume(&mut self, mut events: mpsc::Receiver<ScanEvent>) {
+        let mut tick = tokio::time::interval(PUBLISH_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 event = events.recv() => match event {
@@ -184,22 +193,25 @@ impl Recorder {
                     None => return,
                 },
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
+                _ = tick.tick(), if self.unpublished => {
+                    self.publish();
+                    if self.checkpoint_due || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
+                        self.checkpoint().await;
+                    }
+                }
             }
         }
     }
 
     async fn take(&mut self, event: ScanEvent) {
         log(&event, &self.task);
-        // Where a pass begins or ends the checkpoint must say so at once.
-        let at_once = !matches!(event.what, ScanEventKind::Progressed { .. });
+        // The batch journal tells of batches and of the end of a pass, and not that one has to begin again.
+        let at_once = matches!(event.what, ScanEventKind::PassRestarted { .. });
+        self.checkpoint_due |= !matches!(event.what, ScanEventKind::Progressed { .. });
+        self.unpublished = true;
         self.unwritten.insert(event.shard.clone());
         self.snapshot.apply(event);
-        self.task.num = self.snapshot.reclaimed();
-        let totals = Totals::of(&self.snapshot);
-        self.metrics.progressed(&self.task.instance_id, &self.totals, &totals, &self.snapshot);
-        self.totals = totals;
-        self.publish();
-        if at_once || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
+        if at_once {
             self.checkpoint().await;
         }
     }
@@ -249,7 +261,7 @@ impl Recorder {
     }
 
     async fn change(&mut self, change: impl FnOnce(&mut Task) -> Result<(), TaskError>) -> Result<(), TaskError> {
-        let mut changed = self.task.clone();
+        let mut changed = Task { num: self.snapshot.reclaimed(), ..self.task.clone() };
         change(&mut changed)?;
         self.store.update(&changed).await.inspect_err(|_| self.metrics.store_failed())?;
         self.task = changed;
@@ -259,7 +271,6 @@ impl Recorder {
     /// Writes how the task ended. `persist`: try again until it is written or this is
     /// cancelled.
     pub(super) async fn finish(&mut self, outcome: Outcome, persist: Option<&CancellationToken>) {
-        self.snapshot.end();
         let running = self.task.state == TaskState::Running;
         let (command, failure) = match outcome {
             Outcome::Complete => (Some(Command::Succeed), None),
@@ -274,6 +285,7 @@ impl Recorder {
             }
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
         };
+        self.snapshot.end();
         if command == Some(Command::Succeed) && self.task.state != TaskState::Running {
             // It was paused while its last batch was under way, or never had to begin.
             let to_running = if self.task.state == TaskState::Paused { Command::Resume } else { Command::Start };
@@ -286,6 +298,7 @@ impl Recorder {
         if self.task.state.is_final() {
             self.task.finished_at = Some(Timestamp::now());
         }
+        self.sum_up();
         log_end(&self.task);
         self.checkpoint().await;
         while self.store_failed
@@ -318,6 +331,8 @@ impl Recorder {
 
     async fn checkpoint(&mut self) {
         self.written = Some(Instant::now());
+        self.checkpoint_due = false;
+        self.task.num = self.snapshot.reclaimed();
         self.task.spent = self.allowance.spent();
         // A cluster has hundreds of shards, and each event is about one.
         let shards = self.snapshot.shards.iter().filter(|(shard, _)| self.unwritten.contains(*shard));
@@ -336,14 +351,24 @@ impl Recorder {
         self.metrics.store_failed();
         self.store_failed = true;
         for (id, shard) in &mut self.snapshot.shards {
-            shard.warn(format!("a checkpoint could not be written: {error}"));
+            Arc::make_mut(shard).warn(format!("a checkpoint could not be written: {error}"));
             self.unwritten.insert(id.clone());
         }
     }
 
-    pub(super) fn publish(&self) {
+    /// Brings the sums and the metrics up to date, and shows the present.
+    pub(super) fn publish(&mut self) {
+        self.sum_up();
+        self.unpublished = false;
         let view = TaskView { task: self.task.clone(), snapshot: self.snapshot.clone() };
         self.view.send_replace(Arc::new(view));
+    }
+
+    fn sum_up(&mut self) {
+        self.task.num = self.snapshot.reclaimed();
+        let totals = Totals::of(&self.snapshot);
+        self.metrics.progressed(&self.task.instance_id, &self.totals, &totals, &self.snapshot);
+        self.totals = totals;
     }
 }
 
