@@ -70,7 +70,7 @@ async fn serve(mut client: TcpStream, port: u16, cluster: Arc<Cluster>) {
 fn command(text: &[u8]) -> Option<(Vec<&str>, usize)> {
     let mut at = 0;
     let number = |at: &mut usize| -> Option<usize> {
-        let line = text[*at..].windows(2).position(|end| end == b"\r\n")?;
+        let line = text.get(*at..)?.windows(2).position(|end| end == b"\r\n")?;
         let number = std::str::from_utf8(&text[*at + 1..*at + line]).ok()?.parse().ok()?;
         *at += line + 2;
         Some(number)

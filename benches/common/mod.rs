@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 pub struct Server {
     child: Child,
     pub port: u16,
+    /// Where sweeps connect, if that is not where the others do: a proxy.
+    pub way: Option<u16>,
     _dir: tempfile::TempDir,
 }
 
@@ -29,7 +31,7 @@ impl Server {
             .stdout(Stdio::null())
             .spawn()
             .unwrap_or_else(|e| panic!("{binary} cannot be run: {e}"));
-        let server = Self { child, port, _dir: dir };
+        let server = Self { child, port, way: None, _dir: dir };
         let deadline = Instant::now() + Duration::from_secs(10);
         while server.cli(&["PING"]) != "PONG" {
             assert!(Instant::now() < deadline, "the server does not answer");
@@ -44,6 +46,18 @@ impl Server {
 
     pub fn url(&self) -> String {
         format!("redis://{}", self.addr())
+    }
+
+    pub fn sweep_port(&self) -> u16 {
+        self.way.unwrap_or(self.port)
+    }
+
+    pub fn sweep_addr(&self) -> String {
+        format!("127.0.0.1:{}", self.sweep_port())
+    }
+
+    pub fn sweep_url(&self) -> String {
+        format!("redis://{}", self.sweep_addr())
     }
 
     /// The CPU time that the server has taken so far, in seconds.

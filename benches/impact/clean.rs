@@ -14,6 +14,7 @@ use super::common::Server;
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Pass, Sweep};
 use super::load::{OpenLoop, Waits};
 use super::plot::{Axis, Point, Scale, scatter};
+use super::proxy::Proxy;
 use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
 use super::wire::{A_DAY, AT_ONCE, Conn};
 
@@ -65,7 +66,9 @@ struct Round {
 pub fn run(settings: &Settings, contenders: &[Contender], output: &mut Output) {
     let contenders: Vec<Contender> = contenders.iter().filter(|c| !c.sweep.is_slow_by_design()).cloned().collect();
     let contenders = &contenders[..];
-    let server = Server::start();
+    let mut server = Server::start();
+    let proxy = (settings.round_trip_us > 0).then(|| Proxy::start(&server.addr(), settings.round_trip_us));
+    server.way = proxy.as_ref().map(|proxy| proxy.port);
     let mut conn = Conn::open(&server.addr());
     fill_live(settings, &server, &mut conn);
     let mut results: Vec<Vec<Round>> = contenders.iter().map(|_| Vec::new()).collect();
@@ -201,8 +204,12 @@ fn effort(settings: &Settings, server: &Server, conn: &mut Conn) -> Pass {
 fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], version: &str, output: &mut Output) {
     let Settings { live, dead, rate, rounds, .. } = *settings;
     let title = format!(
-        "Cleaning: {live} live keys {} and {dead} dead ones, {rate} foreground GETs a second, {version}, medians of {rounds} rounds",
-        if settings.live_ttl { "with a TTL" } else { "without a TTL" }
+        "Cleaning: {live} live keys {} and {dead} dead ones, {rate} foreground GETs a second, {version}, sweeps {}, medians of {rounds} rounds",
+        if settings.live_ttl { "with a TTL" } else { "without a TTL" },
+        match settings.round_trip_us {
+            0 => "beside the server".to_owned(),
+            us => format!("{} ms away", us as f64 / 1e3),
+        }
     );
     let columns = [
         "sweep",
@@ -213,6 +220,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         "p99 us",
         "p99.9 us",
         "p99 / no sweep beside it",
+        "p99 - no sweep's, us",
         "of windows",
         "p99 / COUNT 1000 at 200/s",
         "dead keys reclaimed",
@@ -239,6 +247,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
             cell(p99, 0),
             cell(of(|r| r.foreground.p999_us as f64), 0),
             cell(p99_ratio, 2),
+            cell(of(|r| r.foreground.p99_us as f64 - r.no_sweep_beside.p99_us as f64), 0),
             cell(windows_ratio, 2),
             cell(p99_to_cloud, 2),
             cell(of(|r| r.reclaimed as f64), 0),

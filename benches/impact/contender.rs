@@ -194,7 +194,7 @@ fn ours(server: &Server, args: &[&str], until: Option<Instant>) -> Pass {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TTLSWEEP_") || name == "REDISCLI_AUTH") {
         command.env_remove(name);
     }
-    command.args(["scan", &server.url(), "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.args(["scan", &server.sweep_url(), "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().expect("the program is built");
     let in_time = wait(&mut child, until);
     if !in_time {
@@ -218,10 +218,10 @@ fn ours(server: &Server, args: &[&str], until: Option<Instant>) -> Pass {
 }
 
 fn redis_cli(server: &Server, count: Option<u32>, until: Option<Instant>) -> Pass {
-    let mut conn = Conn::open(&server.addr());
+    let mut conn = Conn::open(&server.sweep_addr());
     let before = conn.scans_answered();
     let mut command = Command::new("redis-cli");
-    command.args(["-p", &server.port.to_string(), "--scan"]).stdout(Stdio::null());
+    command.args(["-p", &server.sweep_port().to_string(), "--scan"]).stdout(Stdio::null());
     if let Some(count) = count {
         command.args(["--count", &count.to_string()]);
     }
@@ -252,7 +252,7 @@ fn wait(child: &mut Child, until: Option<Instant>) -> bool {
 /// With `tick`, a SCAN is sent when it is due, or as soon as the last one is answered; what was missed is not made up
 /// for, so that it never comes faster than the clock.
 fn scan(server: &Server, count: u32, tick: Option<Duration>, ttl: bool, until: Option<Instant>) -> Pass {
-    let mut conn = Conn::open(&server.addr());
+    let mut conn = Conn::open(&server.sweep_addr());
     let (mut cursor, mut names, mut out) = ("0".to_owned(), Vec::new(), Vec::new());
     let mut pass = Pass::default();
     let mut due = Instant::now();
@@ -296,7 +296,7 @@ const SEGMENTS: u64 = 256;
 const SEGMENT_STEP: u64 = 101;
 
 fn shuffled(server: &Server, until: Option<Instant>) -> Pass {
-    let mut conn = Conn::open(&server.addr());
+    let mut conn = Conn::open(&server.sweep_addr());
     let mut pass = Pass::default();
     let mut due = Instant::now();
     // SCAN counts the reversed bits of its cursor up.
@@ -323,7 +323,7 @@ fn shuffled(server: &Server, until: Option<Instant>) -> Pass {
 const BURST_COUNT: u32 = 100;
 
 fn bursts(server: &Server, keys: u64, rest: Duration, until: Option<Instant>) -> Pass {
-    let mut conn = Conn::open(&server.addr());
+    let mut conn = Conn::open(&server.sweep_addr());
     let mut pass = Pass::default();
     let (mut cursor, mut in_burst) = ("0".to_owned(), 0);
     while !pass.whole && !is_over(until) {

@@ -25,6 +25,8 @@
 //!   cloud profile's COUNT 50 takes 25 minutes by its clock: 15,000,000 keys at 10,000 a second.
 //! - `TTLSWEEP_IMPACT_LIVE_TTL` (0): 1 gives the live keys of a a TTL of a day. Without one, active expiry finds
 //!   nothing but dead keys among those that it looks at, which is the best that it can meet.
+//! - `TTLSWEEP_IMPACT_RTT` (0): in a, sweeps reach the server by a proxy that makes their round trip so many microseconds long. The
+//!   foreground does not.
 //! - `TTLSWEEP_BENCH_ROUNDS` (3), and `TTLSWEEP_IMPACT_SLOW_ROUNDS` (1): in how many of these, in a, the contenders
 //!   run whose time is set by the clock and is minutes.
 //! - `TTLSWEEP_BENCH_RATE` (5,000): GETs a second of the foreground of a.
@@ -51,6 +53,8 @@ mod contender;
 mod inflow;
 mod load;
 mod plot;
+#[path = "../common/proxy.rs"]
+mod proxy;
 mod report;
 mod wire;
 
@@ -59,6 +63,7 @@ struct Settings {
     live: u64,
     dead: u64,
     live_ttl: bool,
+    round_trip_us: u64,
     rounds: u64,
     slow_rounds: u64,
     rate: u64,
@@ -77,6 +82,7 @@ impl Settings {
             live: number("TTLSWEEP_BENCH_LIVE", 2_000_000),
             dead: number("TTLSWEEP_BENCH_DEAD", 1_000_000),
             live_ttl: number("TTLSWEEP_IMPACT_LIVE_TTL", 0) > 0,
+            round_trip_us: number("TTLSWEEP_IMPACT_RTT", 0),
             rounds: number("TTLSWEEP_BENCH_ROUNDS", 3),
             slow_rounds: number("TTLSWEEP_IMPACT_SLOW_ROUNDS", 1),
             rate: number("TTLSWEEP_BENCH_RATE", 5_000),
@@ -91,7 +97,7 @@ impl Settings {
 
     fn json(&self) -> serde_json::Value {
         json!({
-            "live": self.live, "dead": self.dead, "live_ttl": self.live_ttl, "rounds": self.rounds,
+            "live": self.live, "dead": self.dead, "live_ttl": self.live_ttl, "round_trip_us": self.round_trip_us, "rounds": self.rounds,
             "slow_rounds": self.slow_rounds, "rate_per_s": self.rate, "baseline_s": self.baseline.as_secs(),
             "inflow_per_s": self.inflow, "warm_up_s": self.warm_up, "sweep_s": self.sweep,
             "busy_s": self.busy.as_secs(), "spinners": number("TTLSWEEP_IMPACT_SPINNERS", 0),
@@ -136,6 +142,7 @@ impl Drop for Spinners {
 }
 
 fn main() {
+    proxy::serve_if_asked();
     let settings = Settings::read();
     let only = list("TTLSWEEP_IMPACT_ONLY", "");
     let mut contenders = contender::all();

@@ -1,10 +1,12 @@
 //! A network of a given length: a proxy that holds each byte for half a round trip in each direction, and limits nothing else.
 //!
-//! One thread. Since every byte is held for the same time, what is due first came first: one queue and one timer serve all
+//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread. Since every byte is held for the same time, what is due first came first: one queue and one timer serve all
 //! connections. Timers of the kernel, as tokio's tick in milliseconds.
 
 use std::collections::VecDeque;
+use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -31,9 +33,44 @@ struct Line {
     more: Notify,
 }
 
+/// The proxy, killed on drop.
+pub struct Proxy {
+    child: Child,
+    pub port: u16,
+}
+
+impl Proxy {
+    /// Starts one in front of a server, with a round trip of so many microseconds.
+    pub fn start(upstream: &str, round_trip_us: u64) -> Self {
+        let this = std::env::current_exe().expect("it has a path");
+        let args = ["proxy", upstream, &(round_trip_us / 2).to_string()];
+        let mut child = Command::new(this).args(args).stdout(Stdio::piped()).spawn().expect("the proxy can be run");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut line).expect("it says its port");
+        Self { child, port: line.trim().parse().expect("a port") }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Serves for ever where the arguments of this process say so.
+pub fn serve_if_asked() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [word, upstream, one_way_us] = &args[..]
+        && word == "proxy"
+    {
+        serve(upstream, Duration::from_micros(one_way_us.parse().expect("microseconds")));
+    }
+}
+
 /// Serves for ever. The port is printed once it listens.
 #[allow(clippy::print_stdout, reason = "the port is what the bench waits for")]
-pub fn serve(upstream: &str, one_way: Duration) -> ! {
+fn serve(upstream: &str, one_way: Duration) -> ! {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {

@@ -9,15 +9,15 @@
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Instant;
 
-#[path = "../common/bare.rs"]
+#[path = "common/bare.rs"]
 mod bare;
-#[path = "../common/mod.rs"]
 mod common;
+#[path = "common/proxy.rs"]
 mod proxy;
 use common::{Measured, Server, measure};
 
@@ -28,11 +28,7 @@ fn main() {
             let (addr, count) = (args.next().expect("an address"), args.next().expect("COUNT"));
             return bare::bare(&addr, count.parse().expect("a number"), "");
         }
-        Some("proxy") => {
-            let (upstream, us) = (args.next().expect("an address"), args.next().expect("microseconds"));
-            proxy::serve(&upstream, Duration::from_micros(us.parse().expect("a number")));
-        }
-        _ => {}
+        _ => proxy::serve_if_asked(),
     }
     let env = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.to_owned());
     let keys: u64 = env("TTLSWEEP_BENCH_RTT_KEYS", "2000000").parse().expect("a number of keys");
@@ -61,7 +57,7 @@ fn main() {
     println!("|---|--:|---|--:|--:|--:|--:|--:|");
     let mut at_loopback = vec![None; contenders.len()];
     for us in rtts {
-        let proxy = (us > 0).then(|| Proxy::start(this, &server.addr(), us / 2));
+        let proxy = (us > 0).then(|| proxy::Proxy::start(&server.addr(), us));
         let port = proxy.as_ref().map_or(server.port, |proxy| proxy.port);
         let ping = ping(port);
         let mut results: Vec<Vec<(Measured, f64)>> = vec![Vec::new(); contenders.len()];
@@ -111,27 +107,4 @@ fn ping(port: u16) -> u128 {
         .collect();
     times.sort();
     times[times.len() / 2]
-}
-
-/// The proxy, killed on drop.
-struct Proxy {
-    child: Child,
-    port: u16,
-}
-
-impl Proxy {
-    fn start(this: &str, upstream: &str, one_way_us: u64) -> Self {
-        let args = ["proxy", upstream, &one_way_us.to_string()];
-        let mut child = Command::new(this).args(args).stdout(Stdio::piped()).spawn().expect("the proxy can be run");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("it is piped")).read_line(&mut line).expect("it says its port");
-        Self { child, port: line.trim().parse().expect("a port") }
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
