@@ -140,6 +140,18 @@ fn systemd_itself_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
+fn systemd_calls_the_services_well_confined() {
+    for unit in ["ttlsweep.service", "ttlsweep-scan.service"] {
+        let mut security = Command::new("systemd-analyze");
+        security.args(["security", "--offline=true", "--no-pager", "--threshold=20"]);
+        security.arg(root().join("deploy/systemd").join(unit));
+        let Some((said, content)) = checked(security) else { return };
+        // In tenths: 2.0 of 10, where 10 is not confined at all.
+        assert!(content, "{unit}: {}", said.lines().last().unwrap_or_default());
+    }
+}
+
+#[test]
 fn the_manifests_are_of_the_schemas_of_kubernetes() {
     let python = Command::new(root().join("scripts/clients.sh")).arg("python").output().expect("clients.sh runs");
     let python = PathBuf::from(String::from_utf8(python.stdout).expect("a path").trim());
