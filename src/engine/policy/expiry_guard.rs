@@ -35,7 +35,10 @@ const COLLAPSED: f64 = 0.25;
 const GROWN: f64 = 1.05;
 /// The flow during the sweep is the mean of this long.
 const WINDOW: Duration = Duration::from_secs(5);
-/// Trouble that lasts this long makes the sweep hurry, and as long again ends it.
+/// Two looks are no further apart than this while a sweep goes on.
+const LONGEST_BETWEEN: Duration = Duration::from_secs(1);
+/// So much trouble makes the sweep hurry, and as much again ends it. Trouble adds up, and time without it takes off: where the
+/// server's expiry wakes up for a few seconds now and then (Valkey 9.1), keys pile up between all the same.
 const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Keys that expired each second between two readings of `expired_keys`, [`WATCH_FOR`] apart.
@@ -115,7 +118,9 @@ pub struct ExpiryGuard {
     most: f64,
     keys_at_start: u64,
     window: VecDeque<Seen>,
-    troubled_since: Option<Duration>,
+    /// When it looked last.
+    looked: Duration,
+    troubled: Duration,
     /// Whether it has said that the sweep does harm.
     told: bool,
 }
@@ -129,7 +134,8 @@ impl ExpiryGuard {
             most: expire_per_sec.unwrap_or(0.0),
             keys_at_start: keys,
             window: VecDeque::new(),
-            troubled_since: None,
+            looked: Duration::ZERO,
+            troubled: Duration::ZERO,
             told: false,
         }
     }
@@ -139,6 +145,8 @@ impl ExpiryGuard {
         let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };
+        // What lies behind a hold is not the sweep's doing.
+        let since = at.saturating_sub(std::mem::replace(&mut self.looked, at)).min(LONGEST_BETWEEN);
         let now = Seen { at, expired, reclaimed: figures.reclaimed, scanned: figures.scanned };
         self.window.push_back(now);
         while self.window.get(1).is_some_and(|second| at.saturating_sub(second.at) >= WINDOW) {
@@ -160,15 +168,14 @@ impl ExpiryGuard {
         let slow = per_sec(|seen| seen.scanned) < before * OUTRUN;
         let grown = keys as f64 > self.keys_at_start as f64 * GROWN;
         if before < LEAST_FLOW || !slow || by_server >= before * COLLAPSED || by_server + by_us >= before || !grown {
-            self.troubled_since = None;
+            self.troubled = self.troubled.saturating_sub(since);
             return Advice::Fine;
         }
-        let since = *self.troubled_since.get_or_insert(at);
-        let troubled = at.saturating_sub(since);
-        if troubled < PATIENCE {
+        self.troubled = (self.troubled + since).min(3 * PATIENCE);
+        if self.troubled < PATIENCE {
             return Advice::Fine;
         }
-        if self.told || troubled < 2 * PATIENCE {
+        if self.told || self.troubled < 2 * PATIENCE {
             return Advice::Hurry;
         }
         self.told = true;
@@ -256,6 +263,14 @@ mod tests {
         }
         let old = &mut ExpiryGuard::new(OLD, 200_000, Some(20_000.0));
         assert_eq!(advice(old, &[(30, harm)]), [Advice::Fine]);
+    }
+
+    #[test]
+    fn expiry_that_wakes_up_now_and_then_does_not_hide_the_harm() {
+        let (harm, awake) = ([500, 900, 1_000, 2_500], [4_500, 900, 1_000, 0]);
+        let waves: Vec<_> = (0..4).flat_map(|_| [(14, harm), (4, awake)]).collect();
+        let course = advice(&mut ExpiryGuard::new(NEW, 200_000, Some(3_000.0)), &waves);
+        assert!(course.iter().any(|advice| matches!(advice, Advice::Stop(_))), "{course:?}");
     }
 
     #[test]
