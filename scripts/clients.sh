@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
-# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), and promtool; and kubernetes-validate, which knows the
-# schemas of the manifests that are shipped.
+# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and kubernetes-validate, which knows
+# the schemas of the manifests that are shipped.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
 #   clients.sh fetch        get what is missing
 #   clients.sh python       print the path of a python that has the SDK, schemathesis and kubernetes-validate
 #   clients.sh promtool     print the path of promtool, empty where this system's packages have none
+#   clients.sh prometheus   the same of Prometheus
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
@@ -43,24 +44,27 @@ fetch_kubernetes_validate() {
 }
 
 # Debian's package is downloaded and unpacked, not installed: it would start a service.
-fetch_promtool() {
-  [ -x "$CACHE/promtool" ] && return
-  if have promtool; then ln -sf "$(command -v promtool)" "$CACHE/promtool"; return; fi
-  have apt-get || { say "no promtool: the test of the figures' form leaves it out"; return; }
-  say "fetching promtool"
-  local work
+fetch_prometheus() {
+  local program work
+  [ -x "$CACHE/promtool" ] && [ -x "$CACHE/prometheus" ] && return
+  if have promtool && have prometheus; then
+    for program in promtool prometheus; do ln -sf "$(command -v "$program")" "$CACHE/$program"; done
+    return
+  fi
+  have apt-get || { say "no Prometheus: the tests of metrics, alerts and dashboard are skipped"; return; }
+  say "fetching Prometheus"
   work=$(mktemp -d)
   # shellcheck disable=SC2119
   copy_sources
   unpack_debs prometheus
-  cp "$work/root/usr/bin/promtool" "$CACHE/promtool"
+  for program in promtool prometheus; do cp "$work/root/usr/bin/$program" "$CACHE/$program"; done
   rm -rf "$work"
 }
 
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_kubernetes_validate; fetch_promtool ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus ;;
   python) echo "$VENV/bin/python" ;;
-  promtool) [ ! -x "$CACHE/promtool" ] || echo "$CACHE/promtool" ;;
-  *) die "usage: clients.sh fetch|python|promtool" ;;
+  promtool | prometheus) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
+  *) die "usage: clients.sh fetch|python|promtool|prometheus" ;;
 esac

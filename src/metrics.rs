@@ -105,6 +105,9 @@ impl Default for Metrics {
                 metric
             }};
         }
+        let started: Gauge<f64, AtomicU64> =
+            register!("start_timestamp", "When this process began, since 1970", Unit::Seconds, Gauge::default());
+        started.set(Timestamp::now().as_millisecond() as f64 / 1000.0);
         let inner = Inner {
             scanned: register!("keys_scanned", "Keys that SCAN looked at", Family::default()),
             reclaimed: register!("keys_reclaimed", "Expired keys that were freed", Family::default()),

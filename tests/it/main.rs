@@ -21,6 +21,7 @@ mod files;
 mod fleet;
 mod load;
 mod logs;
+mod monitoring;
 mod network;
 mod resume;
 mod retention;

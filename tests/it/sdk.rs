@@ -1,5 +1,5 @@
 //! Real clients: the public Python SDK runs all five calls, a fuzzer that reads the API's own description finds nothing
-//! wrong, and promtool accepts the figures. `make clients` gets them.
+//! wrong. `make clients` gets them.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -35,12 +35,12 @@ sha256 = "dc2e3999e6b3e23f3327c0e6cb9a3d6cde4ab7cc16a46ec0fe716df8ce2717b9"
 "#;
 const TOKEN: &str = "secret";
 
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// The path of a client that `make clients` has fetched.
-fn client(name: &str) -> PathBuf {
+pub fn client(name: &str) -> PathBuf {
     let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
     let path = PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim());
     assert!(path.exists(), "{name} is not there: run `make clients`");
@@ -48,11 +48,12 @@ fn client(name: &str) -> PathBuf {
 }
 
 /// Runs a command without blocking the test's own server tasks.
-async fn output(mut command: Command) -> Output {
+pub async fn output(mut command: Command) -> Output {
     tokio::task::spawn_blocking(move || command.output()).await.expect("it ends").expect("it runs")
 }
 
-async fn daemon(server: &Server) -> Daemon {
+/// A daemon with the credentials that the clients have.
+pub async fn daemon(server: &Server) -> Daemon {
     let settings = format!("{CREDENTIALS}{}", instance("cache", &server.url(), ""));
     let secret = |mut command: Command| {
         command.env("SK_OF_THE_TEST", "SKEXAMPLE");
@@ -124,20 +125,4 @@ async fn a_fuzzer_that_reads_the_description_finds_nothing_wrong() {
     let said = String::from_utf8_lossy(&run.stdout).into_owned();
     assert!(run.status.success(), "{said}");
     daemon.get("/healthz").await.ok();
-}
-
-#[tokio::test]
-async fn promtool_accepts_the_figures() {
-    let server = Server::start().await;
-    let daemon = daemon(&server).await;
-    let id = daemon.scan("cache").await;
-    daemon.until(&id, "succeeded").await;
-    let text = daemon.with_token("figures").figures().await;
-    let file = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::write(file.path(), &text).expect("it is written");
-    let mut check = Command::new(client("promtool"));
-    check.args(["check", "metrics"]).stdin(std::fs::File::open(file.path()).expect("it is there"));
-    let run = output(check).await;
-    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
-    assert!(run.status.success() && said.trim().is_empty(), "{said}\n{text}");
 }
