@@ -7,6 +7,7 @@ pub mod check;
 pub mod client;
 pub mod demo;
 pub mod exit;
+pub mod generate;
 pub mod instance;
 pub mod output;
 pub mod priority;
@@ -62,6 +63,10 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Show what is in force and where it came from
     Settings(settings::SettingsArgs),
+    /// Print the completions of a shell: bash, zsh, fish, elvish, powershell
+    Completions(generate::CompletionsArgs),
+    /// Write the man pages into a folder
+    Man(generate::ManArgs),
 }
 
 /// Parses the command line and runs it to its end.
@@ -122,6 +127,8 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Task(args) => task::run(args).await,
         Command::Autoscan(args) => autoscan::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
+        Command::Completions(args) => generate::completions(&args),
+        Command::Man(args) => generate::man(&args),
     }
 }
 

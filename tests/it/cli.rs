@@ -27,6 +27,31 @@ async fn help_is_as_it_was_read() {
 }
 
 #[tokio::test]
+async fn completions_and_man_pages_know_every_command_and_flag() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = run(["completions", shell]).await.expect(0).stdout;
+        for word in ["scan", "autoscan", "max-keys-per-sec", "assist-expiry"] {
+            assert!(script.contains(word), "{shell} lacks {word}");
+        }
+    }
+    let bash = run(["completions", "bash"]).await.expect(0).stdout;
+    let complete = format!(
+        "{bash}\nCOMP_WORDS=(ttlsweep scan --max-k) COMP_CWORD=2\n_ttlsweep ttlsweep --max-k scan\necho ${{COMPREPLY[@]}}"
+    );
+    let output = std::process::Command::new("bash").args(["-c", &complete]).output().expect("bash is there");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "--max-keys-per-sec", "{output:?}");
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("man1");
+    run(["man", folder.to_str().unwrap()]).await.expect(0);
+    let page = std::fs::read_to_string(folder.join("ttlsweep-scan.1")).unwrap();
+    assert!(page.contains("max\\-keys\\-per\\-sec"), "{page}");
+    for name in ["ttlsweep.1", "ttlsweep-task-tune.1"] {
+        assert!(folder.join(name).exists(), "{name}");
+    }
+    run(["man", "/dev/null/man"]).await.expect(1);
+}
+
+#[tokio::test]
 async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
     for args in [
         &["scan", "--count", "5"][..],
