@@ -148,7 +148,7 @@ impl From<TaskError> for ApiError {
             TaskError::Transition(error) => error.into(),
             TaskError::Busy(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
-            // Whoever may create a task may know which file it needs; nobody but an operator can put it back.
+            // A client with the right to create tasks may learn which file is missing; only an operator can restore it.
             TaskError::Settings(_) => {
                 tracing::error!(%error, "a task could not be created");
                 Self { message: format!("Service unavailable: {error}."), ..Self::unavailable() }

@@ -10,7 +10,7 @@ use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, 
 
 use crate::model::target::Password;
 
-/// Shows the prompt and reads a line without showing it. `None`: whoever was asked has interrupted.
+/// Shows the prompt and reads a line without showing it. `None`: the person interrupted.
 ///
 /// # Errors
 /// A terminal that is not there or ends.

@@ -115,7 +115,7 @@ impl Client {
     /// # Errors
     /// What was wrongly given.
     pub fn new(args: &ClientArgs) -> Result<Self, Problem> {
-        // Whoever was first has installed it; there is only one to choose from.
+        // It may be installed already; there is only one provider to choose from.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let problem = |flag: &str, message: String| Problem { origin: Some(Origin::Flag(flag.to_owned())), message };
         let unreadable = |path: &Path, error| format!("cannot read {}: {error}", path.display());
@@ -214,7 +214,7 @@ impl Client {
         let mut chunks = response.bytes_stream();
         let mut unread: Vec<u8> = Vec::new();
         while let Some(chunk) = chunks.next().await {
-            // The daemon has gone, or ends the stream: whoever follows asks again what became of it.
+            // The daemon has gone, or ends the stream: the caller asks again how the task ended.
             let Ok(chunk) = chunk else { return Ok(()) };
             unread.extend_from_slice(&chunk);
             while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {

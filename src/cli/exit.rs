@@ -65,7 +65,7 @@ impl Exit {
 }
 
 impl Exit {
-    /// The code of a task that has ended, for whoever ran it or followed it. `met` and `swept` as in [`Exit::of`].
+    /// The code of a task that has ended, for the command that ran or followed it. `met` and `swept` as in [`Exit::of`].
     pub fn of_task(state: Option<TaskState>, failure: Option<&Failure>, met: bool, swept: bool) -> Self {
         match (failure, state) {
             (Some(failure), _) => Self::of(failure, met, swept),

@@ -43,7 +43,7 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
             // What collects the log often takes stdout for a part of it.
             tracing::info!(url, "listening");
         } else {
-            // Scripts wait for this line; whoever closed stdout does not.
+            // Scripts wait for this line. A closed stdout means that nobody does.
             let _ = output::print(&format!("listening on {url}\n"));
         }
     })

@@ -27,7 +27,7 @@ pub struct Orders {
     pub tuning: Tuning,
 }
 
-/// The giving end: whoever runs the task.
+/// The end that gives orders, held by the task.
 #[derive(Debug, Clone)]
 pub struct Control(watch::Sender<Orders>);
 

@@ -1,6 +1,6 @@
 //! When scans run by themselves: due times, the grace after them, and the off-peak window.
 //!
-//! Pure functions of instants: whoever calls them brings the clock. Called by `scheduler`, which acts on
+//! Pure functions of instants: the caller passes the present time. Called by `scheduler`, which acts on
 //! [`decide`], and by `tasks`, which holds a sweep outside its [`Window`].
 
 use std::fmt;
@@ -221,7 +221,7 @@ pub struct Window {
     pub start: Time,
     /// When it closes.
     pub end: Time,
-    /// Whose clock.
+    /// Time zone of the cron expression.
     pub zone: TimeZone,
 }
 

@@ -162,7 +162,7 @@ impl Conn {
         // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.
         let name = redis::cmd("CLIENT").arg("SETNAME").arg("ttlsweep").to_owned();
         match self.call::<()>("CLIENT SETNAME", &name).await {
-            // Unless it is what a full server says to whoever connects.
+            // Unless it is how a server without free connections refuses a new one.
             Err(error) if matches!(error.class(), Class::Transient) => Err(error),
             Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
             other => other,

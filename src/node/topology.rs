@@ -160,7 +160,7 @@ impl Topology {
             let mut conn = Conn::open(&addr, &self.options).await?;
             let info = match commands::info(&mut conn).await {
                 Ok(info) => info,
-                // What it is stays unknown; whoever needs INFO meets the same refusal.
+                // Its kind stays unknown. Every caller that needs INFO meets the same refusal.
                 Err(error) if error.is_no_permission() => return Ok(Some(addr)),
                 Err(error) => return Err(error),
             };

@@ -301,7 +301,7 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     };
     let (intensity, min_intensity, throttle) = (intensity?, min_intensity?, throttle?);
     if !throttle {
-        // One that stands further down is what whoever switches off wants to be rid of.
+        // A limit from a lower layer is exactly what --no-throttle is meant to switch off.
         let switch = reader.raw.get("throttle").1;
         let typed = |key: &str| {
             let (text, origin) = reader.raw.get(key);

@@ -255,7 +255,7 @@ impl<'a> Reader<'a> {
         let max_connections = table.read("max-connections", |text| whole(text, 1..=1_000_000));
         let request_timeout = table.read("request-timeout", positive_duration);
         let (tokens, keys) = (table.list("tokens"), table.list("keys"));
-        // Whoever is wrongly written is somebody all the same.
+        // An invalid credential still counts: a typo must not open the API to everybody.
         let nobody = tokens.is_empty() && keys.is_empty();
         let tokens: Vec<_> = tokens.iter().filter_map(Self::token).collect();
         let keys: Vec<_> = keys.iter().filter_map(Self::access_key).collect();

@@ -1,4 +1,4 @@
-//! Whose a state file is. Looked at before anything is made or changed, so that the file of another program is left as it is,
+//! Which program a state file belongs to. Checked before anything is made or changed, so that the file of another program is left as it is,
 //! and nothing is left beside it.
 
 use std::fs::{File, OpenOptions};

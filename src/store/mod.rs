@@ -401,7 +401,7 @@ fn lock(store: &Path) -> Result<File, StoreError> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
-        // Some network file systems know no locks. Whoever keeps records there must see to it.
+        // Some network file systems know no locks. There it is up to the operator to run one process only.
         Err(TryLockError::Error(error)) => {
             tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
         }

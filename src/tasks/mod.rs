@@ -44,7 +44,7 @@ pub use recorder::Order;
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
 /// that for long holds the sweep rather than filling the memory.
 const EVENT_BUFFER: usize = 256;
-/// Orders that may wait for the recorder; whoever gives more waits.
+/// Orders that may wait for the recorder. A sender of more waits.
 const ORDER_BUFFER: usize = 16;
 
 /// Trouble with a task.
@@ -271,7 +271,7 @@ impl TaskService {
     pub async fn resumable(&self, instance_id: &str) -> Result<Option<Task>, TaskError> {
         let Some(mut task) = self.store.latest(instance_id).await? else { return Ok(None) };
         match task.state {
-            // Whoever ran it wrote no end: the process was killed.
+            // Its process wrote no end: it was killed.
             TaskState::Running => task.state = transition(task.state, Command::Interrupt)?,
             TaskState::Failed => task.state = transition(task.state, Command::Retry)?,
             _ => {}

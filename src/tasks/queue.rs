@@ -86,7 +86,7 @@ impl TaskService {
             return Err(TaskError::Closing);
         }
         while let Some(id) = self.on_hand(&spec.instance_id) {
-            // Whoever reads the records knows of its end a moment before it is gone from here.
+            // A reader of the records learns of the end a moment before the task leaves this map.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
                 return Err(Busy(id).into());
             }
@@ -98,7 +98,7 @@ impl TaskService {
         Ok(task)
     }
 
-    /// Records a due scan that cannot even begin, as failed: whoever looks at the history must see that it was due.
+    /// Records a due scan that cannot even begin, as failed, so that the history shows that it was due.
     ///
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
@@ -201,7 +201,7 @@ impl TaskService {
         let service = self.clone();
         self.queue.tracker.spawn(async move {
             job.run(gate, spec.min_backlog, &service.queue.closing).await;
-            // Whoever sees the end may submit the next one: this one must be gone by then.
+            // A client that sees the end may submit the next task, so this one has to leave the map first.
             let on_hand = {
                 let mut all = service.queue.live();
                 all.remove(&id);

@@ -219,7 +219,7 @@ impl Recorder {
     async fn answer(&mut self, asked: Asked) {
         let answer = self.obey(asked.order).await;
         self.publish();
-        // Whoever asked may have gone away meanwhile.
+        // The caller may have gone away meanwhile.
         let _ = asked.answer.send(answer);
     }
 

@@ -113,7 +113,7 @@ pub enum CannotStart {
 }
 
 impl DemoServer {
-    /// Starts one and waits until it answers. Whoever drops the future ends the server too.
+    /// Starts one and waits until it answers. Dropping the future ends the server too.
     ///
     /// # Errors
     /// [`CannotStart`].

@@ -170,7 +170,7 @@ impl ShardSweep {
                 reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
                 () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(self.session.conn()).await {
                     Ok(()) => continue,
-                    // The server is gone, and with it whoever would say that the hold is over.
+                    // The server is gone, and nothing else can tell that the hold is over.
                     Err(error) => return self.recover(error, Some(pass)).await,
                 },
             };
