@@ -1,6 +1,7 @@
 //! Clusters that not every server can form: several DBs, slots that move as a whole, host names, nodes that do not know where
 //! they are.
 
+use redis::Value;
 use serde_json::json;
 
 use crate::support::cluster::{Cluster, node_id};
@@ -41,6 +42,16 @@ fn addresses(run: &Run) -> Vec<String> {
     shards.iter().map(|shard| shard["server"]["addr"].as_str().expect("an address").to_owned()).collect()
 }
 
+fn bulk(text: &str) -> Value {
+    Value::BulkString(text.into())
+}
+
+/// What CLUSTER SLOTS of the first node says where the master of each range is.
+async fn endpoints(cluster: &Cluster) -> Vec<Value> {
+    let ranges: Vec<(u16, u16, Vec<Value>)> = cluster.nodes[0].query(&["CLUSTER", "SLOTS"]).await;
+    ranges.into_iter().map(|(_, _, mut master)| master.swap_remove(0)).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_db_of_a_cluster_with_several_is_swept_and_counted() {
     if !since_valkey(Version(9, 0, 0), "cluster with several DBs") {
@@ -72,13 +83,16 @@ async fn slots_that_move_as_a_whole_during_the_sweep_are_swept_where_they_went()
     let cluster = Cluster::start(2, false).await;
     let live = cluster.fill(2_000, 8_000).await;
     let slow = ["--max-keys-per-sec", "2000", "--max-slice", "1ms"];
-    let running = Running::scan(&cluster.url(), &slow);
+    let mut running = Running::scan(&cluster.url(), &slow);
     probe("the first is done, the second under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
     let target = node_id(&cluster.nodes[0]).await;
     cluster.nodes[1].cmd(&["CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", "15000", "16383", "NODE", &target]).await;
     probe("the slots have moved", PATIENCE, async || cluster.owners().await[15_000..].iter().all(|owner| *owner == 0))
         .await;
+    assert!(running.is_running(), "the slots moved while it swept");
     let run = running.end().await.expect(0);
+    let report = run.json().to_string();
+    assert!(report.contains("the slots 15000-16383 came to"), "{report}");
     cluster.until_agreed().await;
     let freed = cluster.freed_by(0).await + cluster.freed_by(1).await;
     assert_eq!(run.num(), freed, "{}", run.stdout);
@@ -90,17 +104,24 @@ async fn nodes_that_announce_host_names_or_no_endpoint_at_all_are_reached() {
     if Server::kind() == Kind::Redis && Server::version() < Version(7, 0, 0) {
         return skipped("this server announces no host name");
     }
-    for (endpoint, host) in [("hostname", "localhost"), ("unknown-endpoint", "127.0.0.1")] {
+    // What is announced, which of it is preferred, what CLUSTER SLOTS then says, and where the sweep goes.
+    let forms = [
+        ("localhost", "hostname", bulk("localhost"), "localhost"),
+        ("\"\"", "hostname", bulk("?"), "127.0.0.1"),
+        ("localhost", "unknown-endpoint", Value::Nil, "127.0.0.1"),
+    ];
+    for (announced, preferred, said, host) in forms {
         let options = Server::options()
-            .with_config("cluster-announce-hostname", "localhost")
-            .with_config("cluster-preferred-endpoint-type", endpoint);
+            .with_config("cluster-announce-hostname", announced)
+            .with_config("cluster-preferred-endpoint-type", preferred);
         let cluster = Cluster::start_as(2, options).await;
         let live = cluster.fill(200, 1_000).await;
+        assert_eq!(endpoints(&cluster).await, [said.clone(), said.clone()], "{preferred}");
         let run = scan(&cluster.url(), &[]).await.expect(0);
-        assert_eq!(run.num(), 1_000, "{endpoint}");
+        assert_eq!(run.num(), 1_000, "{preferred}, {said:?}");
         cluster.assert_only(&live).await;
         let expected: Vec<String> = cluster.nodes.iter().map(|node| format!("{host}:{}", node.port())).collect();
-        assert_eq!(addresses(&run), expected, "{endpoint}");
+        assert_eq!(addresses(&run), expected, "{preferred}, {said:?}");
     }
 }
 
@@ -108,6 +129,7 @@ async fn nodes_that_announce_host_names_or_no_endpoint_at_all_are_reached() {
 async fn a_single_node_that_does_not_know_its_own_address_is_swept() {
     let cluster = Cluster::start(1, false).await;
     let live = cluster.fill(200, 1_000).await;
+    assert_eq!(endpoints(&cluster).await, [bulk("")]);
     let run = scan(&cluster.url(), &[]).await.expect(0);
     assert_eq!(run.num(), 1_000);
     cluster.assert_only(&live).await;
