@@ -20,7 +20,7 @@ with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix bench impact
+.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix containers bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -34,7 +34,7 @@ test: needs setup clients fmt-check lint docs unit matrix ## format, lint, docs,
 needs: cargo ## install what the system lacks for the tests, or name it
 	$(call step,needs,scripts/needs.sh cc python)
 
-clients: ## get the real clients for the tests: SDK, fuzzer, promtool (cached outside the checkout)
+clients: ## get the real clients for the tests: SDK, fuzzer, Prometheus, Helm, Compose (cached outside the checkout)
 	$(call step,clients,scripts/clients.sh fetch)
 
 setup: cargo ## get the servers for the tests (cached outside the checkout)
@@ -76,6 +76,9 @@ matrix: setup clients ## the integration tests against each server
 	echo "== skipped, by reason:"; sed -n 's/.*SKIPPED [^ ]*: //p' "$$log" | sort | uniq -c; \
 	awk '/^test result: ok/ { passed += $$4 } /SKIPPED / { skipped++ } \
 	  END { printf "test result: ok. %d passed; 0 failed; %d skipped\n", passed, skipped }' "$$log"
+
+containers: clients ## build the image and run docker-compose.yml: a kill, the figures in Prometheus, or why that cannot be done here
+	$(call step,containers,scripts/containers.sh)
 
 bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
 	@$(with_redis) $(CARGO) bench --bench batch

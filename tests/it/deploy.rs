@@ -186,8 +186,9 @@ fn the_image_and_the_example_fit_together() {
 
     let compose = &yaml("docker-compose.yml")[0];
     let services = compose["services"].as_object().expect("services");
-    assert_eq!(services["ttlsweep"]["restart"], "unless-stopped", "a killed daemon comes back");
-    for service in services.values() {
+    for (name, service) in services {
+        assert_eq!(service["restart"], "unless-stopped", "{name}: what is killed comes back");
+        assert!(service["healthcheck"]["test"].is_array(), "{name} says whether it is well");
         for volume in service["volumes"].as_array().into_iter().flatten() {
             let volume = volume.as_str().expect("a text");
             let (source, rest) = volume.split_once(':').expect("a mount");
@@ -198,12 +199,25 @@ fn the_image_and_the_example_fit_together() {
                 assert!(image.contains(&format!("VOLUME {rest}")));
             }
         }
-        for needed in service["depends_on"].as_array().into_iter().flatten() {
-            assert!(services.contains_key(needed.as_str().expect("a name")), "{needed}");
+        for port in service["ports"].as_array().into_iter().flatten() {
+            assert!(
+                port.as_str().expect("a text").starts_with("127.0.0.1:"),
+                "{name}: {port} is for this machine only"
+            );
         }
     }
-    let scrape = &yaml("deploy/compose/prometheus.yml")[0]["scrape_configs"][0];
-    assert_eq!(scrape["static_configs"][0]["targets"][0], "ttlsweep:8080");
+    let health = words(&services["ttlsweep"]["healthcheck"]["test"]);
+    check_arguments(&health[2..]);
+    let mounted = |service: &str, target: &str| {
+        let volumes = words(&services[service]["volumes"]);
+        volumes.iter().any(|volume| volume.split(':').nth(1) == Some(target))
+    };
+    let prometheus = &yaml("deploy/compose/prometheus.yml")[0];
+    assert_eq!(prometheus["scrape_configs"][0]["static_configs"][0]["targets"][0], "ttlsweep:8080");
+    assert!(words(&prometheus["rule_files"]).iter().all(|file| mounted("prometheus", file)));
+    let folder = &yaml("deploy/compose/grafana/dashboards.yml")[0]["providers"][0]["options"]["path"];
+    assert!(mounted("grafana", &format!("{}/ttlsweep.json", folder.as_str().expect("a path"))));
+    assert_eq!(yaml("deploy/compose/grafana/datasource.yml")[0]["datasources"][0]["url"], "http://prometheus:9090");
 }
 
 #[test]

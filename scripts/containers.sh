@@ -1,0 +1,267 @@
+#!/usr/bin/env bash
+# Builds the image of the Dockerfile and runs docker-compose.yml with it: the lines at its head, the figures in Prometheus, and a
+# daemon that is killed in the middle of a sweep and comes back. Then the units of deploy/systemd under a systemd of their own: what
+# their filters kill is seen nowhere else. What cannot be done here is said: `SKIPPED what: why`.
+#
+# Base images are pulled where they can be. Elsewhere stand-ins of the same names are put together from Debian's packages and this
+# machine's Rust, in an engine of our own, which needs root: nobody else's images are touched. There is no stand-in for Grafana.
+#
+#   containers.sh            all of it; the engine and everything in it ends with the script
+#   KEEP=DIR containers.sh   keep the data of that engine there: what was built is not built again
+#   NO_BUILD=1 KEEP=DIR containers.sh   take the image of ours that is there
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PROJECT=ttlsweep-try
+# Compiling takes this much of the processors.
+CPUS=${CPUS:-1}
+work=$(mktemp -d)
+engine=
+started=
+box=
+skipped=0
+
+say() { echo "containers: $*" >&2; }
+die() {
+  [ -z "$started" ] || { compose ps --all && compose logs --tail 10; } >&2
+  echo "FAILED: containers: $*" >&2
+  exit 1
+}
+without() { echo "SKIPPED containers: $*"; skipped=$((skipped + 1)); }
+skip() { without "$@"; exit 0; }
+have() { command -v "$1" >/dev/null 2>&1; }
+# All but our own.
+images() {
+  { sed -n 's/^FROM \([^ ]*\).*/\1/p' Dockerfile; sed -n 's/^ *image: \([^ ]*\)$/\1/p' docker-compose.yml; } | grep -v '^ttlsweep:' | sort -u
+}
+compose() { "$COMPOSE" --project-name "$PROJECT" "$@"; }
+
+stop() {
+  [ -z "$box" ] || docker rm --force "$box" >/dev/null 2>&1 || true
+  [ -z "$started" ] || compose down --volumes --timeout 5 >/dev/null 2>&1 || true
+  if [ -n "$engine" ]; then
+    kill "$engine" 2>/dev/null || true
+    wait "$engine" 2>/dev/null || true
+    umount "$work/exec/netns/default" 2>/dev/null || true
+  fi
+  rm -rf "$work"
+}
+trap stop EXIT
+
+pull_all() {
+  local image
+  for image in $(images); do
+    docker image inspect "$image" >/dev/null 2>&1 || timeout 600 docker pull --quiet "$image" >/dev/null 2>&1 || return 1
+  done
+}
+
+# An engine that nobody else uses. It has no bridge of its own: compose makes networks, and builds use the machine's.
+start_engine() {
+  local data=${KEEP:-$work/engine}
+  mkdir -p "$data"
+  export DOCKER_HOST="unix://$work/docker.sock"
+  dockerd --bridge none --data-root "$data" --exec-root "$work/exec" --pidfile "$work/pid" --host "$DOCKER_HOST" \
+    >"$work/dockerd.log" 2>&1 &
+  engine=$!
+  for _ in $(seq 60); do
+    docker info >/dev/null 2>&1 && return
+    kill -0 "$engine" 2>/dev/null || break
+    sleep 0.5
+  done
+  skip "no engine can be started: $(grep -v level=info "$work/dockerd.log" | tail -n 1)"
+}
+
+# In the engine of our own with a bound on the processors, which BuildKit does not know.
+build() {
+  if [ -n "$engine" ]; then
+    DOCKER_BUILDKIT=0 docker build --network host --cpu-period 100000 --cpu-quota $((CPUS * 100000)) "$@"
+  else
+    docker build "$@"
+  fi >"$work/build.log" 2>&1 || die "docker build: $(tail -n 3 "$work/build.log")"
+}
+
+# The images that the Dockerfile and docker-compose.yml name, of Debian's packages.
+stand_ins() {
+  local image root="$work/root"
+  for image in debian:bookworm-slim $(images); do
+    docker image inspect "$image" >/dev/null 2>&1 && continue
+    rm -rf "$work/context"
+    mkdir "$work/context"
+    case "$image" in
+      debian:bookworm-slim)
+        say "a stand-in for $image"
+        debootstrap --variant=minbase bookworm "$root" >"$work/debootstrap.log" 2>&1 ||
+          skip "debootstrap: $(tail -n 1 "$work/debootstrap.log")"
+        tar -C "$root" -c . | docker import - "$image" >/dev/null
+        rm -rf "$root"
+        ;;
+      rust:*)
+        say "a stand-in for $image, with $(rustc --version)"
+        cat >"$work/context/Dockerfile" <<'EOF'
+FROM debian:bookworm-slim
+COPY toolchain /usr/local/rust
+COPY certificates /etc/ssl/certs/ca-certificates.crt
+ENV PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+EOF
+        # Whom this machine trusts, the build trusts.
+        cp /etc/ssl/certs/ca-certificates.crt "$work/context/certificates"
+        ln -s "$(rustc --print sysroot)" "$work/context/toolchain"
+        tar -C "$work/context" --dereference --exclude=share/doc -c . | build --tag "$image" -
+        ;;
+      redis:*)
+        say "a stand-in for $image"
+        cat >"$work/context/Dockerfile" <<'EOF'
+FROM debian:bookworm-slim
+RUN apt-get update && apt-get install -y --no-install-recommends redis-server
+EOF
+        build --tag "$image" "$work/context"
+        ;;
+      prom/prometheus:*)
+        say "a stand-in for $image"
+        cat >"$work/context/Dockerfile" <<'EOF'
+FROM debian:bookworm-slim
+RUN apt-get update && apt-get install -y --no-install-recommends prometheus busybox && ln -s /bin/busybox /bin/wget \
+    && mkdir /data && chown nobody /data
+USER nobody
+ENTRYPOINT ["prometheus", "--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/data"]
+EOF
+        build --tag "$image" "$work/context"
+        ;;
+      grafana/*) without "Grafana is left out: its image cannot be pulled here, and Debian has no package of it" ;;
+      *) die "no stand-in for $image" ;;
+    esac
+  done
+}
+
+api() { curl --silent --show-error --fail --max-time 20 -H 'X-Auth-Token: try-me' "$@"; }
+field() { python3 -c 'import json, sys; print(eval("d" + sys.argv[1], {"d": json.load(sys.stdin)}))' "$1"; }
+# Waits until a command says something that matches; gives up after a minute and a half.
+until_says() {
+  local pattern=$1 said=''
+  shift
+  for _ in $(seq 90); do
+    said=$("$@" 2>&1) && grep -qE "$pattern" <<<"$said" && return
+    sleep 1
+  done
+  die "waited in vain for $pattern of: $* (it says: $said)"
+}
+task() { api "localhost:8080/api/v1/tasks/$1"; }
+state_of() { task "$1" | field '["state"]'; }
+reclaimed_of() { task "$1" | field '["reclaimed"]'; }
+health_of() { docker inspect --format '{{.State.Health.Status}}' "$(compose ps --quiet "$1")"; }
+figure() { api --get localhost:9090/api/v1/query --data-urlencode "query=$1" | field '["data"]["result"]'; }
+
+for program in docker curl python3; do have "$program" || skip "no $program on this machine"; done
+COMPOSE=$(scripts/clients.sh compose)
+[ -n "$COMPOSE" ] || skip "no Compose on this machine (make clients gets it from Debian's packages)"
+COMPOSE_VERSION=$("$COMPOSE" version --short)
+
+"$COMPOSE" --profile unswept config --quiet || die "docker-compose.yml is not well formed"
+say "Compose $COMPOSE_VERSION takes docker-compose.yml"
+
+if docker info >/dev/null 2>&1 && pull_all; then
+  say "the engine $(docker info --format '{{.ServerVersion}}') that runs here, with images that were pulled"
+else
+  [ "$(id -u)" = 0 ] || skip "images cannot be pulled, and an engine of our own for stand-ins needs root"
+  for program in dockerd debootstrap iptables rustc; do
+    have "$program" || skip "images cannot be pulled, and stand-ins need $program (apt-get install docker.io iptables debootstrap)"
+  done
+  start_engine
+  say "an engine of our own, $(docker info --format '{{.ServerVersion}}')"
+  stand_ins
+fi
+[ -n "${NO_BUILD:-}" ] || build --tag ttlsweep:0.1.0 .
+say "the image: $(docker image inspect --format '{{.Size}} bytes, user {{.Config.User}}' ttlsweep:0.1.0), $(docker run --rm --network none --read-only --cap-drop ALL ttlsweep:0.1.0 --version)"
+
+services="redis workload ttlsweep prometheus"
+docker image inspect "$(images | grep grafana)" >/dev/null 2>&1 && services="$services grafana"
+started=yes
+# shellcheck disable=SC2086
+compose up --detach --no-build --quiet-pull $services >"$work/up.log" 2>&1 || die "compose up: $(tail -n 3 "$work/up.log")"
+for service in $services; do until_says '^healthy$' health_of "$service"; done
+say "healthy: $services"
+
+dead_keys() { until_says 'redis: [0-9]+ keys, .* used, about ([5-9]|[1-9][0-9])' compose logs --no-log-prefix --tail 1 workload; }
+
+# The lines that docker-compose.yml begins with.
+dead_keys
+grep -E '^#   curl ' docker-compose.yml | cut -c5- | while read -r line; do
+  bash -c "${line/curl/curl --silent --show-error --fail}" >"$work/answer" || die "$line"
+  python3 -m json.tool <"$work/answer" >/dev/null || die "$line: $(cat "$work/answer")"
+  say "$line: $(head -c 100 "$work/answer")"
+done
+history() { api localhost:8080/v2/demo/instances/cache/auto-expire/histories | field '["records"][0]'; }
+until_says "'status': 'success'" history
+say "swept: $(history)"
+
+# A slow sweep, and a kill in its middle that gives the daemon no chance to say goodbye.
+dead_keys
+id=$(api -X POST localhost:8080/api/v1/tasks -H 'Content-Type: application/json' \
+  -d '{"instance_id": "cache", "max_keys_per_sec": 50000}' | field '["id"]')
+until_says '^[1-9]' reclaimed_of "$id"
+before=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)")
+[ "$(state_of "$id")" = running ] || die "the sweep ended before it could be cut"
+kill -9 "$before"
+until_says '^healthy$' health_of ttlsweep
+after=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)")
+[ "$before" != "$after" ] || die "the daemon was not killed"
+until_says '^succeeded$' state_of "$id"
+say "killed in the middle of a sweep, the daemon came back and ended it: $(reclaimed_of "$id") keys reclaimed"
+
+until_says '[1-9]' figure 'sum(ttlsweep_keys_reclaimed_total) > 0'
+until_says 'TtlsweepDown' api localhost:9090/api/v1/rules
+say "Prometheus has the figures and the alerts"
+if [[ $services = *grafana* ]]; then
+  until_says '"uid": ?"ttlsweep"' api localhost:3000/api/dashboards/uid/ttlsweep
+  until_says '"status": ?"OK"' api localhost:3000/api/datasources/uid/prometheus/health
+  say "Grafana has the dashboard and its source"
+fi
+
+# The units. A systemd wants a hierarchy of control groups, which the container makes for itself.
+mkdir "$work/units"
+cp deploy/systemd/ttlsweep* "$work/units"
+cat >"$work/units/Dockerfile" <<'EOF'
+FROM ttlsweep:0.1.0 AS program
+FROM debian:bookworm-slim
+RUN apt-get update && apt-get install -y --no-install-recommends systemd-sysv procps redis-server
+COPY --from=program /usr/local/bin/ttlsweep /usr/local/bin/
+COPY ttlsweep* /etc/systemd/system/
+RUN mkdir /etc/ttlsweep && echo TTLSWEEP_URL=redis://127.0.0.1:6379 >/etc/ttlsweep/scan.env && printf '%s\n' \
+    '[store]' 'path = "/var/lib/ttlsweep/ttlsweep.db"' \
+    '[[instances]]' 'id = "cache"' 'project_id = "demo"' 'url = "redis://127.0.0.1:6379"' >/etc/ttlsweep/ttlsweep.toml
+EOF
+build --tag ttlsweep-units "$work/units"
+box=$(docker run --detach --cap-add ALL --cap-drop SYS_RESOURCE --security-opt seccomp=unconfined --cgroupns private --network none \
+  --tmpfs /run --tmpfs /tmp --tmpfs /sys/fs/cgroup:rw ttlsweep-units \
+  sh -c 'mkdir /sys/fs/cgroup/systemd && mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd && exec /sbin/init')
+inside() { docker exec "$box" "$@"; }
+main_process() { inside systemctl show --property MainPID --value ttlsweep; }
+said=
+for _ in $(seq 20); do
+  said=$(inside systemctl is-system-running 2>&1 || true)
+  [ "$said" = running ] && break
+  sleep 1
+done
+if [ "$said" != running ]; then
+  without "the units are left out: no systemd runs in a container here ($said)"
+else
+  journal() { inside journalctl --no-pager --output cat --lines 5 --unit "$1" >&2; }
+  inside systemctl start redis-server
+  for priority in normal low idle; do
+    inside sed -i "s/^Environment=TTLSWEEP_PRIORITY=.*/Environment=TTLSWEEP_PRIORITY=$priority/" /etc/systemd/system/ttlsweep-scan.service
+    inside systemctl daemon-reload
+    inside systemctl start ttlsweep-scan.service || { journal ttlsweep-scan; die "ttlsweep-scan.service with priority $priority"; }
+  done
+  inside systemctl start ttlsweep-scan.timer ttlsweep.service || { journal ttlsweep; die "ttlsweep.service"; }
+  until_says cache inside ttlsweep instance list
+  inside ttlsweep task create cache --watch >/dev/null || { journal ttlsweep; die "a task under ttlsweep.service"; }
+  before=$(main_process)
+  inside systemctl kill --signal KILL ttlsweep
+  until_says cache inside ttlsweep instance list
+  [ "$(main_process)" != "$before" ] || die "ttlsweep.service was not killed"
+  inside systemctl reload ttlsweep || { journal ttlsweep; die "ttlsweep.service cannot be reloaded"; }
+  inside systemctl stop ttlsweep
+  [ "$(inside systemctl show --property Result --value ttlsweep)" = success ] || { journal ttlsweep; die "ttlsweep.service does not stop in order"; }
+  say "the units work under $(inside systemctl --version | head -n 1)"
+fi
+echo "containers: all is well, $skipped skipped"
