@@ -4,13 +4,10 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::sdk::{client, root};
 use crate::support::{skipped, ttlsweep};
-
-fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
 
 fn read(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -18,11 +15,9 @@ fn read(path: &str) -> String {
 
 /// The documents of a YAML file, by the parser of the Python that `make clients` has fetched.
 fn yaml(path: &str) -> Vec<Value> {
-    let python = Command::new(root().join("scripts/clients.sh")).arg("python").output().expect("clients.sh runs");
-    let python = String::from_utf8(python.stdout).expect("a path");
     let program = "import json, sys, yaml; print(json.dumps(list(yaml.safe_load_all(open(sys.argv[1])))))";
-    let parsed = Command::new(python.trim()).args(["-c", program]).arg(root().join(path)).output();
-    let parsed = parsed.unwrap_or_else(|e| panic!("{e}: run `make clients`"));
+    let parsed = Command::new(client("python")).args(["-c", program]).arg(root().join(path)).output();
+    let parsed = parsed.expect("it runs");
     assert!(parsed.status.success(), "{path}: {}", String::from_utf8_lossy(&parsed.stderr));
     serde_json::from_slice(&parsed.stdout).expect("JSON")
 }
@@ -67,7 +62,10 @@ fn every_unit_starts_the_program_with_flags_that_exist() {
 
 #[test]
 fn the_manifests_start_the_program_with_flags_that_exist() {
-    let cron = &yaml("deploy/kubernetes/cronjob.yaml")[0];
+    let objects = yaml("deploy/kubernetes/cronjob.yaml");
+    let (cron, policy) = (&objects[0], &objects[1]);
+    let labels = &cron["spec"]["jobTemplate"]["spec"]["template"]["metadata"]["labels"];
+    assert_eq!((&policy["kind"], &policy["spec"]["podSelector"]["matchLabels"]), (&json!("NetworkPolicy"), labels));
     let pod = &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"];
     check_arguments(&words(&pod["containers"][0]["args"]));
     assert_eq!((&cron["kind"], &cron["apiVersion"]), (&"CronJob".into(), &"batch/v1".into()));
@@ -96,11 +94,25 @@ fn the_manifests_start_the_program_with_flags_that_exist() {
     assert_eq!(daemon[2]["spec"]["selector"], pod["metadata"]["labels"]);
     assert_eq!(daemon[3]["spec"]["podSelector"]["matchLabels"], pod["metadata"]["labels"]);
     for pod in [&pod["spec"], &cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]] {
-        let hardened = &pod["containers"][0]["securityContext"];
-        assert_eq!(hardened["readOnlyRootFilesystem"], true);
-        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
-        assert_eq!(pod["automountServiceAccountToken"], false);
+        check_confined(pod);
     }
+}
+
+/// Panics unless a pod may do no more than it has to, and reads its secrets from files.
+#[track_caller]
+fn check_confined(pod: &Value) {
+    let container = &pod["containers"][0];
+    assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+    assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+    assert_eq!(container["securityContext"]["capabilities"], json!({"drop": ["ALL"]}));
+    assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+    assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    for env in container["env"].as_array().into_iter().flatten() {
+        let name = env["name"].as_str().expect("a name");
+        assert!(env["valueFrom"].is_null() || name == "TTLSWEEP_URL", "{name} is a secret in the environment");
+    }
+    assert!(container["envFrom"].is_null());
 }
 
 /// What a checker said, all of it, and whether it was content; `None`, said loudly, where it is not on this machine.
