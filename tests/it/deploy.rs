@@ -167,16 +167,128 @@ fn systemd_calls_the_services_well_confined() {
 
 #[test]
 fn the_manifests_are_of_the_schemas_of_kubernetes() {
-    let python = Command::new(root().join("scripts/clients.sh")).arg("python").output().expect("clients.sh runs");
-    let python = PathBuf::from(String::from_utf8(python.stdout).expect("a path").trim());
-    // An old one that is still about, and the newest that the checker knows.
+    check_schemas(["cronjob", "deployment"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
+}
+
+/// Panics unless Kubernetes knows what stands in these files: an old one that is still about, and the newest that the checker knows.
+#[track_caller]
+fn check_schemas(files: impl IntoIterator<Item = PathBuf> + Clone) {
     for version in ["1.30", "1.37.0"] {
-        let mut validate = Command::new(python.with_file_name("kubernetes-validate"));
-        validate.args(["--strict", "--quiet", "-k", version]);
-        validate.args(["cronjob", "deployment"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
-        let Some((said, content)) = checked(validate) else { return };
-        assert!(content, "{version}: {said}");
+        let mut validate = Command::new(client("python").with_file_name("kubernetes-validate"));
+        validate.args(["--strict", "--quiet", "-k", version]).args(files.clone());
+        let (said, content) = checked(validate).expect("it lies beside python");
+        // What operators bring along is in no schema of its own.
+        let known = said.lines().all(|line| line.contains("api version monitoring.coreos.com/v1"));
+        assert!(content && known, "{version}: {said}");
     }
+}
+
+/// A program that `make clients` cannot fetch everywhere; `None`, said loudly, where it has not.
+fn optional(name: &str) -> Option<Command> {
+    let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
+    let path = String::from_utf8(output.stdout).expect("a path");
+    if path.trim().is_empty() {
+        skipped(&format!("{name} is not on this machine"));
+        return None;
+    }
+    Some(Command::new(path.trim()))
+}
+
+/// The chart, rendered by Helm with values of `deploy/helm/ttlsweep/ci`; Helm's complaint where it refuses.
+fn rendered(mut helm: Command, values: &str, more: &[&str]) -> Result<Vec<Value>, String> {
+    let chart = root().join("deploy/helm/ttlsweep");
+    helm.args(["template", "shop"]).arg(&chart).arg("--values").arg(chart.join(format!("ci/{values}.yaml"))).args(more);
+    let run = helm.output().expect("it runs");
+    if !run.status.success() {
+        return Err(String::from_utf8_lossy(&run.stderr).into_owned());
+    }
+    let file = tempfile::Builder::new().suffix(".yaml").tempfile().expect("a file");
+    std::fs::write(file.path(), &run.stdout).expect("it is written");
+    check_schemas([file.path().to_owned()]);
+    Ok(yaml(file.path().to_str().expect("a path")))
+}
+
+/// The objects of a kind.
+fn of_kind<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    objects.iter().filter(|object| object["kind"] == kind).collect()
+}
+
+#[test]
+fn the_chart_is_well_formed_and_starts_the_program_with_flags_that_exist() {
+    for values in ["full", "tls", "scans"] {
+        let Some(mut lint) = optional("helm") else { return };
+        lint.args(["lint", "--strict", "--values", &format!("ci/{values}.yaml"), "."]);
+        lint.current_dir(root().join("deploy/helm/ttlsweep"));
+        let (said, content) = checked(lint).expect("it is there");
+        assert!(content, "{said}");
+        let helm = optional("helm").expect("it is there");
+        let objects = rendered(helm, values, &[]).unwrap_or_else(|refused| panic!("{refused}"));
+        let daemons = of_kind(&objects, "Deployment");
+        let daemons = daemons.iter().map(|daemon| &daemon["spec"]["template"]);
+        let scans = of_kind(&objects, "CronJob");
+        let pods: Vec<_> =
+            daemons.chain(scans.iter().map(|scan| &scan["spec"]["jobTemplate"]["spec"]["template"])).collect();
+        assert!(!pods.is_empty());
+        for pod in pods {
+            check_confined(&pod["spec"]);
+            check_arguments(&words(&pod["spec"]["containers"][0]["args"]));
+            for policy in of_kind(&objects, "NetworkPolicy") {
+                for (label, value) in policy["spec"]["podSelector"]["matchLabels"].as_object().expect("labels") {
+                    assert_eq!(&pod["metadata"]["labels"][label], value, "the policy is of this pod");
+                }
+            }
+        }
+        assert!(of_kind(&objects, "Secret").is_empty(), "secrets are only referred to");
+    }
+}
+
+#[test]
+fn the_chart_carries_the_settings_the_alerts_and_the_dashboard() {
+    let Some(helm) = optional("helm") else { return };
+    let objects = rendered(helm, "full", &[]).unwrap_or_else(|refused| panic!("{refused}"));
+    let maps = of_kind(&objects, "ConfigMap");
+    let data = |key: &str| maps.iter().find_map(|map| map["data"][key].as_str()).expect("the key");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), data("ttlsweep.toml")).expect("it is written");
+    let run = ttlsweep().args(["settings", "check"]).arg(file.path()).output().expect("it runs");
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let dashboard: Value = serde_json::from_str(data("ttlsweep.json")).expect("JSON");
+    assert_eq!(dashboard, serde_json::from_str::<Value>(&read("deploy/grafana/ttlsweep.json")).expect("JSON"));
+    let (rules, alerts) = (of_kind(&objects, "PrometheusRule"), yaml("deploy/prometheus/alerts.yml"));
+    assert_eq!(rules[0]["spec"], alerts[0]);
+    // The alerts ask for job="ttlsweep": that is the label's value.
+    let (monitors, services) = (of_kind(&objects, "ServiceMonitor"), of_kind(&objects, "Service"));
+    let job = monitors[0]["spec"]["jobLabel"].as_str().expect("a label");
+    assert_eq!(services[0]["metadata"]["labels"][job], "ttlsweep");
+    assert!(read("deploy/prometheus/alerts.yml").contains("job=\"ttlsweep\""));
+    let daemons = of_kind(&objects, "Deployment");
+    let image = &daemons[0]["spec"]["template"]["spec"]["containers"][0]["image"];
+    assert!(image.as_str().expect("a name").starts_with("registry.example/ttlsweep@sha256:"), "{image}");
+}
+
+#[test]
+fn the_chart_refuses_values_that_cannot_work() {
+    for (values, wrong, word) in [
+        ("full", "daemon.setings=x", "setings"),
+        ("full", "daemon.settings=", "[[api.tokens]]"),
+        ("full", "image.digest=sha256:12", "digest"),
+        ("full", "metrics.serviceMonitor.tokenSecret.name=", "tokenSecret"),
+        ("scans", "scans[0].url=redis://user:secret@cache", "url"),
+        ("scans", "scans[0].timeout=4", "timeout"),
+        ("scans", "scans[0].schedule=", "schedule"),
+    ] {
+        let Some(helm) = optional("helm") else { return };
+        let refused = rendered(helm, values, &["--set", wrong]).expect_err(wrong);
+        assert!(refused.contains(word), "{wrong}: {refused}");
+    }
+}
+
+#[test]
+fn compose_itself_takes_the_example() {
+    let Some(mut compose) = optional("compose") else { return };
+    compose.args(["--profile", "unswept", "config", "--quiet"]).current_dir(root());
+    let (said, content) = checked(compose).expect("it is there");
+    assert!(content && said.is_empty(), "{said}");
 }
 
 #[test]
