@@ -355,3 +355,31 @@ fn the_settings_files_that_are_shipped_are_valid() {
     assert!(read("deploy/compose/ttlsweep.toml").contains(&known), "the token of docker-compose.yml");
     assert!(read("docker-compose.yml").contains("X-Auth-Token: try-me"));
 }
+
+#[test]
+fn the_package_holds_what_a_user_needs_and_no_more() {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["package", "--list", "--allow-dirty", "--offline"]).current_dir(root());
+    let run = cargo.output().expect("it runs");
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let files = String::from_utf8(run.stdout).expect("text");
+    for file in
+        ["README.md", "CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE", "Cargo.lock", "src/settings/default.toml"]
+    {
+        assert!(files.lines().any(|line| line == file), "{file} is lacking");
+    }
+    // What the code takes in when it is compiled; its tests need a checkout.
+    for file in files.lines().filter(|file| file.ends_with(".rs")) {
+        let text = read(file);
+        let code = text.split("#[cfg(test)]").next().expect("there is a first part");
+        for part in code.split("include_str!(\"").skip(1) {
+            let named = part.split('"').next().expect("a path");
+            let path = std::path::Path::new(file).with_file_name(named);
+            assert!(files.lines().any(|line| path == std::path::Path::new(line)), "{file} takes {named} in");
+        }
+    }
+    assert!(files.contains("src/store/migrations/0001_tasks.sql") && files.contains("src/api/assets/index.html"));
+    let known = ["README.md", "CHANGELOG.md", "LICENSE-", "Cargo.", ".cargo_vcs_info.json", "src/"];
+    let more: Vec<_> = files.lines().filter(|file| !known.iter().any(|known| file.starts_with(known))).collect();
+    assert!(more.is_empty() && !files.contains("snapshots"), "{more:?}");
+}
