@@ -1,5 +1,5 @@
 //! What is shipped to run the program: flags that really exist, paths that match, files that parse, and whatever can be
-//! checked without the engines that would run it (Docker, Kubernetes, systemd), which are not here.
+//! checked without the engines that would run it (Docker, Kubernetes, systemd). `make containers` runs two of those.
 
 use std::path::PathBuf;
 use std::process::Command;
