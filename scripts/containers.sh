@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image of the Dockerfile and runs docker-compose.yml with it: the lines at its head, the figures in Prometheus, and a
-# daemon that is killed in the middle of a sweep and comes back. Then the units of deploy/systemd under a systemd of their own: what
-# their filters kill is seen nowhere else. What cannot be done here is said: `SKIPPED what: why`.
+# daemon that is killed in the middle of a sweep and comes back. Then the units of deploy/systemd under a systemd of their own: a
+# program that their filters of system calls kill is noticed nowhere else. What cannot be done here is said: `SKIPPED what: why`.
 #
 # Base images are pulled where they can be. Elsewhere stand-ins of the same names are put together from Debian's packages and this
 # machine's Rust, in an engine of our own, which needs root: nobody else's images are touched. There is no stand-in for Grafana.
@@ -105,7 +105,7 @@ COPY toolchain /usr/local/rust
 COPY certificates /etc/ssl/certs/ca-certificates.crt
 ENV PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 EOF
-        # Whom this machine trusts, the build trusts.
+        # The certificate authorities of this machine, for crates that are fetched by way of a proxy of its own.
         cp /etc/ssl/certs/ca-certificates.crt "$work/context/certificates"
         ln -s "$(rustc --print sysroot)" "$work/context/toolchain"
         tar -C "$work/context" --dereference --exclude=share/doc -c . | build --tag "$image" -
