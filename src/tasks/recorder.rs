@@ -193,8 +193,10 @@ impl Recorder {
                     None => return,
                 },
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
-                _ = tick.tick(), if self.unpublished => {
-                    self.publish();
+                _ = tick.tick(), if self.unpublished || !self.unwritten.is_empty() => {
+                    if self.unpublished {
+                        self.publish();
+                    }
                     if self.checkpoint_due || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
                         self.checkpoint().await;
                     }
