@@ -13,7 +13,7 @@ use crate::model::task::TaskId;
 use crate::node::topology::{Master, Topology};
 use crate::settings::ScanSettings;
 use crate::store::StoredShard;
-use crate::store::tally::TallyDir;
+use crate::store::journal::JournalDir;
 
 /// One shard to be swept, and what is known of it from a checkpoint or an earlier round.
 #[derive(Debug, Clone)]
@@ -36,7 +36,7 @@ pub struct ScanPlan {
     /// The task that it belongs to.
     pub task: TaskId,
     /// Where the counts of each batch are kept against a kill.
-    pub tallies: Option<TallyDir>,
+    pub journals: Option<JournalDir>,
     /// Where the masters are, and how to connect to them.
     pub topology: Arc<Topology>,
     /// What a checkpoint knows of shards.

@@ -121,7 +121,7 @@ impl Rounds {
             let job = Job {
                 shard,
                 task: self.plan.task,
-                tallies: self.plan.tallies.clone(),
+                journals: self.plan.journals.clone(),
                 settings: self.plan.settings.clone(),
                 map: self.map.clone(),
                 permits: self.permits.clone(),

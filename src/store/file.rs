@@ -119,7 +119,7 @@ pub(super) fn hint(error: &StoreError) -> Option<&'static str> {
         StoreError::Open { source, .. } => (source.downcast_ref(), source.downcast_ref(), source.downcast_ref()),
         StoreError::Sql(error) => (Some(error), None, None),
         StoreError::Damaged(_) => return Some(DAMAGED),
-        StoreError::InUse(_) | StoreError::Tally(_) => return None,
+        StoreError::InUse(_) | StoreError::Journal(_) => return None,
     };
     let sqlx: Option<&sqlx::Error> = match migrate {
         Some(sqlx::migrate::MigrateError::VersionMissing(_) | sqlx::migrate::MigrateError::VersionMismatch(_)) => {

@@ -1,14 +1,14 @@
 //! Records that outlive the process: tasks with their checkpoints, in one SQLite file.
 //!
 //! `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
-//! writer. What the last second before a kill freed is in the [`tally`].
+//! writer. What the last second before a kill freed is in the [`journal`].
 
 mod file;
 mod lists;
 mod report;
 mod rows;
 mod schedules;
-pub mod tally;
+pub mod journal;
 pub mod undo;
 
 pub use file::Foreign;
@@ -33,7 +33,7 @@ use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::store::file::Found;
-use crate::store::tally::TallyDir;
+use crate::store::journal::JournalDir;
 
 /// How long a writer waits for another one: a person may look into the file with other tools.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -70,9 +70,9 @@ pub enum StoreError {
     /// A record holds what we never wrote.
     #[error("a record is damaged: {0}")]
     Damaged(String),
-    /// The tally cannot be written.
-    #[error("cannot write the tally: {0}")]
-    Tally(#[from] std::io::Error),
+    /// The batch journal cannot be written.
+    #[error("cannot write the batch journal: {0}")]
+    Journal(#[from] std::io::Error),
 }
 
 impl StoreError {
@@ -107,7 +107,7 @@ pub struct StoredShard {
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: SqlitePool,
-    tallies: Option<TallyDir>,
+    journals: Option<JournalDir>,
     /// Keeps other processes away for as long as this is held.
     _lock: Option<Arc<File>>,
 }
@@ -134,7 +134,7 @@ impl Store {
             .busy_timeout(BUSY_TIMEOUT);
         let pool =
             SqlitePoolOptions::new().max_connections(4).connect_with(options).await.map_err(|e| failed(Box::new(e)))?;
-        let store = Self { pool, tallies: Some(TallyDir::beside(path)), _lock: Some(lock) };
+        let store = Self { pool, journals: Some(JournalDir::beside(path)), _lock: Some(lock) };
         store.migrate().await.map_err(|e| failed(Box::new(e)))?;
         Ok(store)
     }
@@ -151,7 +151,7 @@ impl Store {
             .max_lifetime(None)
             .connect_with(SqliteConnectOptions::new().in_memory(true))
             .await?;
-        let store = Self { pool, tallies: None, _lock: None };
+        let store = Self { pool, journals: None, _lock: None };
         store.migrate().await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
         Ok(store)
     }
@@ -161,8 +161,8 @@ impl Store {
     }
 
     /// Where per-batch counts go, if the records outlive the process.
-    pub fn tallies(&self) -> Option<&TallyDir> {
-        self.tallies.as_ref()
+    pub fn journals(&self) -> Option<&JournalDir> {
+        self.journals.as_ref()
     }
 
     /// Adds a task. Where a schedule caused it, `due` is marked as dealt with in the same transaction: both or neither, so
@@ -268,8 +268,8 @@ impl Store {
     /// [`StoreError`].
     pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<usize, StoreError> {
         let gone = lists::prune(&self.pool, before, keep).await?;
-        if let Some(tallies) = &self.tallies {
-            gone.iter().for_each(|id| tallies.forget(*id));
+        if let Some(journals) = &self.journals {
+            gone.iter().for_each(|id| journals.forget(*id));
         }
         Ok(gone.len())
     }
@@ -342,7 +342,7 @@ impl Store {
         self.let_go(conn, written)
     }
 
-    /// The shards of a task as its last checkpoint left them, brought forward by the tally where that is newer. Where the
+    /// The shards of a task as its last checkpoint left them, brought forward by the batch journal where that is newer. Where the
     /// record still says running, its process was killed: the batches that were under way then are lost replies.
     ///
     /// # Errors
@@ -351,14 +351,14 @@ impl Store {
         let stored = rows::shards(&self.pool, id).await?;
         let stored = stored.into_iter().map(|(shard, view)| (shard, StoredShard { view, uncounted: Vec::new() }));
         let mut shards: BTreeMap<ShardId, StoredShard> = stored.collect();
-        if let Some(tallies) = &self.tallies {
+        if let Some(journals) = &self.journals {
             // A process that was killed before its first checkpoint has counted all the same.
-            for shard in tallies.shards(id) {
+            for shard in journals.shards(id) {
                 shards.entry(shard).or_default();
             }
             let killed = rows::task(&self.pool, id).await?.is_some_and(|task| task.state == TaskState::Running);
             for (shard, stored) in &mut shards {
-                let lines = tallies.read(id, shard);
+                let lines = journals.read(id, shard);
                 for &db in lines.keys() {
                     stored.view.passes.entry(db).or_default();
                 }
@@ -383,7 +383,7 @@ impl Store {
     /// either, and the next transaction would be one inside that one, whose commit writes nothing.
     fn let_go<T>(&self, mut conn: PoolConnection<Sqlite>, written: Result<T, StoreError>) -> Result<T, StoreError> {
         // Records in memory are in this one connection.
-        if written.is_err() && self.tallies.is_some() {
+        if written.is_err() && self.journals.is_some() {
             conn.close_on_drop();
         }
         written

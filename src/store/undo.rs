@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::model::shard::NodeAddr;
 use crate::store::report::StoredAddr;
-use crate::store::tally::TallyDir;
+use crate::store::journal::JournalDir;
 
 /// What has to be put back, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +44,7 @@ impl Undo {
     /// # Errors
     /// Of the file system, and `WouldBlock` where another sweep has changed the same setting of the same server. Nothing is
     /// noted then.
-    pub fn note(self, dir: &TallyDir) -> io::Result<UndoNote> {
+    pub fn note(self, dir: &JournalDir) -> io::Result<UndoNote> {
         let hash = Sha256::digest(self.addr.to_string().as_bytes());
         let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let file = dir.path().join(format!("undo-{short}-{}", self.parameter));
@@ -65,7 +65,7 @@ impl Undo {
 
 impl UndoNote {
     /// The notes in `dir` that were left behind by whoever wrote them, as far as `ours` says yes.
-    pub fn left(dir: &TallyDir, ours: impl Fn(&Undo) -> bool) -> Vec<Self> {
+    pub fn left(dir: &JournalDir, ours: impl Fn(&Undo) -> bool) -> Vec<Self> {
         // No directory: nothing was left.
         let Ok(entries) = std::fs::read_dir(dir.path()) else { return Vec::new() };
         let files = entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"undo-"));
@@ -110,36 +110,36 @@ mod tests {
         Undo { target: target.to_owned(), addr, parameter: "effort".to_owned(), value: "1".to_owned() }
     }
 
-    fn left(dir: &TallyDir) -> Vec<Undo> {
+    fn left(dir: &JournalDir) -> Vec<Undo> {
         UndoNote::left(dir, |undo| undo.target != "foreign").into_iter().map(|note| note.undo).collect()
     }
 
     #[test]
     fn a_note_is_left_once_its_holder_is_gone_and_until_it_is_done() {
         let dir = tempfile::tempdir().unwrap();
-        let tallies = TallyDir::beside(&dir.path().join("state.db"));
-        assert_eq!(left(&tallies), []);
-        let note = undo("a").note(&tallies).unwrap();
-        assert_eq!(left(&tallies), [], "it is held");
-        assert_eq!(undo("a").note(&tallies).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let journals = JournalDir::beside(&dir.path().join("state.db"));
+        assert_eq!(left(&journals), []);
+        let note = undo("a").note(&journals).unwrap();
+        assert_eq!(left(&journals), [], "it is held");
+        assert_eq!(undo("a").note(&journals).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         drop(note);
-        assert_eq!(left(&tallies), [undo("a")]);
-        drop(undo("foreign").note(&tallies).unwrap());
-        assert_eq!(left(&tallies), [undo("a")]);
-        for note in UndoNote::left(&tallies, |_| true) {
-            assert_eq!(left(&tallies), [], "what was taken is held");
+        assert_eq!(left(&journals), [undo("a")]);
+        drop(undo("foreign").note(&journals).unwrap());
+        assert_eq!(left(&journals), [undo("a")]);
+        for note in UndoNote::left(&journals, |_| true) {
+            assert_eq!(left(&journals), [], "what was taken is held");
             note.done();
         }
-        assert!(!tallies.path().exists());
+        assert!(!journals.path().exists());
     }
 
     #[test]
     fn a_torn_note_is_none() {
         let dir = tempfile::tempdir().unwrap();
-        let tallies = TallyDir::beside(&dir.path().join("state.db"));
-        let file = undo("a").note(&tallies).unwrap().path().to_owned();
+        let journals = JournalDir::beside(&dir.path().join("state.db"));
+        let file = undo("a").note(&journals).unwrap().path().to_owned();
         let whole = std::fs::read(&file).unwrap();
         std::fs::write(&file, &whole[..whole.len() - 1]).unwrap();
-        assert_eq!(left(&tallies), []);
+        assert_eq!(left(&journals), []);
     }
 }

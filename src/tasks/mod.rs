@@ -311,7 +311,7 @@ impl TaskService {
         }
         let plan = ScanPlan {
             task: task.id,
-            tallies: self.store.tallies().cloned(),
+            journals: self.store.journals().cloned(),
             topology: Arc::new(Topology::new(spec.target.clone(), spec.conn.clone(), spec.settings.follow)),
             known,
             settings: spec.settings.clone(),

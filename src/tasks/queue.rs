@@ -158,7 +158,7 @@ impl TaskService {
         Ok(())
     }
 
-    /// Ends a task that cannot go on, with the count that its tally holds.
+    /// Ends a task that cannot go on, with the count that its batch journal holds.
     async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
         let view = self.stored_view(task.clone()).await?;
         task.num = view.snapshot.reclaimed();
@@ -171,8 +171,8 @@ impl TaskService {
         self.store.checkpoint(&task, view.snapshot.shards.iter()).await?;
         tracing::warn!(task = %task.id, instance = task.instance_id, why, "an unfinished task cannot go on");
         self.metrics.ended(&task);
-        if let Some(tallies) = self.store.tallies() {
-            tallies.forget(task.id);
+        if let Some(journals) = self.store.journals() {
+            journals.forget(task.id);
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ macro_rules! log_of {
 /// While events come, this often the view is published and the metrics are brought up to date. All shards are summed up then, so
 /// that a shard costs the same whether there are ten of them or a thousand.
 const PUBLISH_EVERY: Duration = Duration::from_millis(100);
-/// A checkpoint is written this often. What happens between two is in the tally.
+/// A checkpoint is written this often. What happens between two is in the batch journal.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 /// How long to wait before the end of a task is written again after a full disk or the like.
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
@@ -317,9 +317,9 @@ impl Recorder {
         if self.task.state.is_final() {
             self.metrics.ended(&self.task);
             if !self.store_failed
-                && let Some(tallies) = self.store.tallies()
+                && let Some(journals) = self.store.journals()
             {
-                tallies.forget(self.task.id);
+                journals.forget(self.task.id);
             }
         }
     }

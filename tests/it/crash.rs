@@ -18,7 +18,7 @@ const KILLS: u64 = 50;
 const DEAD: u64 = 400;
 /// Batches of ten keys: the one that was under way at a kill may be uncounted, and nothing else.
 const PACE: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 20000\n";
-/// What such batches may leave uncounted in all. Kills hit a batch under way in one of ten cases; without the tally
+/// What such batches may leave uncounted in all. Kills hit a batch under way in one of ten cases; without the batch journal
 /// each kill would lose some hundred keys.
 const UNCOUNTED: u64 = 20 * 10;
 

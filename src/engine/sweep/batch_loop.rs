@@ -226,7 +226,7 @@ impl ShardSweep {
                 let names = &pass.pipeline.workers[worker].names;
                 pass.untouched |= scanned.returned > names.len().min(keys) as u64;
                 // What was freed is safe from here on; the position follows once the batch is done.
-                self.write_tally(pass).await;
+                self.write_journal(pass).await;
                 let gauge = self.gauge();
                 let names = &pass.pipeline.workers[worker].names;
                 let sent = self.session.conns[worker].send_touch(command, names, keys, gauge).await;
@@ -399,7 +399,7 @@ impl ShardSweep {
         match verdict {
             Verdict::Advance(to) => self.advance(exchange.segment, to, pass).await,
             Verdict::Finished => {
-                self.write_tally(pass).await;
+                self.write_journal(pass).await;
                 if !self.confirm(pass).await? {
                     return self.wait(BLOCKED_EVERY).await;
                 }
@@ -440,7 +440,7 @@ impl ShardSweep {
         if freed > pass.freed_at_proof {
             (pass.freed_at_proof, pass.proven) = (freed, pass.figures.position);
         }
-        self.write_tally(pass).await;
+        self.write_journal(pass).await;
     }
 
     /// Receives and counts what is under way; where the sweep goes on is another matter. Returns whether nothing went wrong; else
@@ -452,7 +452,7 @@ impl ShardSweep {
                 Err(error) => return self.lost(error, pass).await.map(|()| false),
             }
         }
-        self.write_tally(pass).await;
+        self.write_journal(pass).await;
         Ok(true)
     }
 
@@ -505,7 +505,7 @@ impl ShardSweep {
             return Ok(());
         }
         pass.go_back();
-        self.write_tally(pass).await;
+        self.write_journal(pass).await;
         pass.doubts += 1;
         pass.doubted = at;
         if pass.doubts > DOUBTS {

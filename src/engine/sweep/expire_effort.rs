@@ -34,7 +34,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 impl ShardSweep {
     /// Puts back what sweeps before this one could not, or this one on a server that did not answer.
     pub(super) async fn put_back_what_was_left(&mut self) {
-        let Some(dir) = &self.job.tallies else { return };
+        let Some(dir) = &self.job.journals else { return };
         let target = self.job.map.topology().target().to_string();
         let ours = |undo: &Undo| undo.target == target || undo.addr == *self.session.addr();
         for note in UndoNote::left(dir, ours) {
@@ -80,7 +80,7 @@ impl ShardSweep {
 
     /// The outer error is the connection's; the inner one says why the effort was not raised.
     async fn raise(&mut self) -> Result<Result<UndoNote, String>, NodeError> {
-        let Some(dir) = self.job.tallies.clone() else { return Ok(Err("there is no state file".to_owned())) };
+        let Some(dir) = self.job.journals.clone() else { return Ok(Err("there is no state file".to_owned())) };
         let Some(value) = commands::config(self.session.conn(), PARAMETER).await? else {
             return Ok(Err(format!("the server does not tell its {PARAMETER} (no right to CONFIG GET?)")));
         };

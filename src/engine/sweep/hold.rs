@@ -164,7 +164,7 @@ impl ShardSweep {
                     }
                 }
             }
-            self.write_tally(pass).await;
+            self.write_journal(pass).await;
             self.session.seen = tokio::select! {
                 next = self.session.sampler.next() => next,
                 reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),

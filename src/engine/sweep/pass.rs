@@ -15,7 +15,7 @@ use crate::model::progress::{PassFigures, ScanEventKind};
 use crate::model::shard::{DbIndex, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::node::commands;
-use crate::store::tally::Tally;
+use crate::store::journal::Journal;
 
 /// Progress is reported this often.
 pub(super) const REPORT_EVERY: Duration = Duration::from_millis(100);
@@ -48,7 +48,7 @@ pub(super) struct Pass {
     pub(super) untouched: bool,
     pub(super) cursors: CursorLoop,
     pub(super) reported: Instant,
-    pub(super) tally: Option<Tally>,
+    pub(super) journal: Option<Journal>,
 }
 
 impl Pass {
@@ -115,7 +115,7 @@ impl ShardSweep {
             met: 0,
             walked: 0.0,
             guard: ExpiryGuard::new(false, 0, None),
-            tally: self.open_tally(db).await,
+            journal: self.open_journal(db).await,
         };
         self.pacer.reset_slices();
         self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
@@ -204,28 +204,28 @@ impl ShardSweep {
         Ok(())
     }
 
-    async fn open_tally(&self, db: DbIndex) -> Option<Tally> {
-        let tallies = self.job.tallies.as_ref()?;
-        match tallies.open(self.job.task, &self.job.shard.id, db) {
-            Ok(tally) => Some(tally),
+    async fn open_journal(&self, db: DbIndex) -> Option<Journal> {
+        let journals = self.job.journals.as_ref()?;
+        match journals.open(self.job.task, &self.job.shard.id, db) {
+            Ok(journal) => Some(journal),
             Err(error) => {
-                self.warn_of_tally(&error).await;
+                self.warn_of_journal(&error).await;
                 None
             }
         }
     }
 
     /// Writes the counts down where a kill cannot reach them.
-    pub(super) async fn write_tally(&self, pass: &mut Pass) {
-        if let Some(tally) = &pass.tally
-            && let Err(error) = tally.write(&pass.figures)
+    pub(super) async fn write_journal(&self, pass: &mut Pass) {
+        if let Some(journal) = &pass.journal
+            && let Err(error) = journal.write(&pass.figures)
         {
-            pass.tally = None;
-            self.warn_of_tally(&error).await;
+            pass.journal = None;
+            self.warn_of_journal(&error).await;
         }
     }
 
-    async fn warn_of_tally(&self, error: &std::io::Error) {
+    async fn warn_of_journal(&self, error: &std::io::Error) {
         let message = format!(
             "the per-batch count cannot be kept beside the state file ({error}): a kill now may lose the count of the \
              last second; free some disk space"
@@ -242,7 +242,7 @@ impl ShardSweep {
         pass.doubted = ScanPosition::NotStarted;
         pass.go_back();
         self.cut(pass, ScanPosition::NotStarted);
-        self.write_tally(pass).await;
+        self.write_journal(pass).await;
         let figures = pass.figures.clone();
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
     }

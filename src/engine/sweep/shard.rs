@@ -25,7 +25,7 @@ use crate::node::commands;
 use crate::node::info::Info;
 use crate::node::topology::Master;
 use crate::settings::ScanSettings;
-use crate::store::tally::TallyDir;
+use crate::store::journal::JournalDir;
 
 /// Lazy frees have settled when nothing is pending at a second reading; we wait no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
@@ -50,7 +50,7 @@ impl From<Failure> for End {
 pub(in crate::engine) struct Job {
     pub(in crate::engine) shard: ShardPlan,
     pub(in crate::engine) task: TaskId,
-    pub(in crate::engine) tallies: Option<TallyDir>,
+    pub(in crate::engine) journals: Option<JournalDir>,
     pub(in crate::engine) settings: ScanSettings,
     pub(in crate::engine) map: ShardMap,
     pub(in crate::engine) permits: Permits,

@@ -29,7 +29,7 @@ const NAME: &str = "name";
 
 /// What is written after each batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TallyLine {
+pub struct JournalLine {
     position: ScanPosition,
     process: u64,
     scanned: u64,
@@ -39,7 +39,7 @@ pub struct TallyLine {
     under_way: u64,
 }
 
-impl TallyLine {
+impl JournalLine {
     /// The part of the figures that a kill must not lose.
     pub fn of(figures: &PassFigures) -> Self {
         Self {
@@ -104,11 +104,11 @@ fn checksum(fields: &[u64]) -> u64 {
         .fold(0x9E37_79B9_7F4A_7C15, |sum, field| (sum ^ field).rotate_left(23).wrapping_mul(0xFF51_AFD7_ED55_8CCD))
 }
 
-/// The directory of all tallies of one store.
+/// The directory of all journals of one store.
 #[derive(Debug, Clone)]
-pub struct TallyDir(PathBuf);
+pub struct JournalDir(PathBuf);
 
-impl TallyDir {
+impl JournalDir {
     /// The directory beside the state file: its name with `.tally` behind.
     pub fn beside(state: &Path) -> Self {
         Self(file::beside(state, ".tally"))
@@ -126,11 +126,11 @@ impl TallyDir {
         format!("{task}-{short}-")
     }
 
-    /// Opens the tally of one pass for writing.
+    /// Opens the batch journal of one pass for writing.
     ///
     /// # Errors
     /// Of the file system.
-    pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
+    pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Journal> {
         match self.open_once(task, shard, db) {
             // Another task ended just then, and took the empty folder away.
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.open_once(task, shard, db),
@@ -138,7 +138,7 @@ impl TallyDir {
         }
     }
 
-    fn open_once(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Tally> {
+    fn open_once(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Journal> {
         std::fs::create_dir_all(&self.0)?;
         let prefix = Self::prefix(task, shard);
         // The records may not have heard of the shard when the process is killed, and a hash does not tell its name.
@@ -147,10 +147,10 @@ impl TallyDir {
             std::fs::write(&name, &shard.0)?;
         }
         let path = self.0.join(format!("{prefix}{}", db.0));
-        Ok(Tally(OpenOptions::new().write(true).create(true).truncate(false).open(path)?))
+        Ok(Journal(OpenOptions::new().write(true).create(true).truncate(false).open(path)?))
     }
 
-    /// The shards of a task that have a tally. A name that is not whole is left out.
+    /// The shards of a task that have a batch journal. A name that is not whole is left out.
     pub fn shards(&self, task: TaskId) -> Vec<ShardId> {
         let Ok(entries) = std::fs::read_dir(&self.0) else { return Vec::new() };
         let shards = entries.flatten().filter_map(|entry| {
@@ -163,18 +163,18 @@ impl TallyDir {
     }
 
     /// What each pass of a shard wrote last; `None` where that is not whole. A pass that has written nothing yet is left out.
-    pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, Option<TallyLine>> {
+    pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, Option<JournalLine>> {
         let prefix = Self::prefix(task, shard);
         let Ok(entries) = std::fs::read_dir(&self.0) else { return BTreeMap::new() };
         let lines = entries.flatten().filter_map(|entry| {
             let db = entry.file_name().to_str()?.strip_prefix(&prefix)?.parse().ok()?;
             let bytes = std::fs::read(entry.path()).ok().filter(|bytes| !bytes.is_empty())?;
-            Some((DbIndex(db), bytes.as_slice().try_into().ok().and_then(TallyLine::from_bytes)))
+            Some((DbIndex(db), bytes.as_slice().try_into().ok().and_then(JournalLine::from_bytes)))
         });
         lines.collect()
     }
 
-    /// Forgets a task's tallies: its checkpoint holds everything now. What cannot be removed does no harm.
+    /// Forgets a task's journals: its checkpoint holds everything now. What cannot be removed does no harm.
     pub fn forget(&self, task: TaskId) {
         let Ok(entries) = std::fs::read_dir(&self.0) else { return };
         let prefix = task.to_string();
@@ -188,17 +188,17 @@ impl TallyDir {
     }
 }
 
-/// The tally of one pass.
+/// The batch journal of one pass.
 #[derive(Debug)]
-pub struct Tally(File);
+pub struct Journal(File);
 
-impl Tally {
+impl Journal {
     /// Overwrites the line.
     ///
     /// # Errors
     /// Of the file system; the line before is then still there, or none is whole.
     pub fn write(&self, figures: &PassFigures) -> io::Result<()> {
-        self.0.write_all_at(&TallyLine::of(figures).to_bytes(), 0)
+        self.0.write_all_at(&JournalLine::of(figures).to_bytes(), 0)
     }
 }
 
@@ -213,37 +213,37 @@ mod tests {
     #[test]
     fn the_last_line_is_read_back_and_only_moves_forward() {
         let dir = tempfile::tempdir().unwrap();
-        let tallies = TallyDir::beside(&dir.path().join("state.db"));
+        let journals = JournalDir::beside(&dir.path().join("state.db"));
         let (task, shard, db) = (TaskId::generate(), ShardId("unix:///a/b".into()), DbIndex(3));
-        assert!(tallies.read(task, &shard).is_empty());
-        let tally = tallies.open(task, &shard, db).unwrap();
+        assert!(journals.read(task, &shard).is_empty());
+        let journal = journals.open(task, &shard, db).unwrap();
         for position in [ScanPosition::NotStarted, ScanPosition::from_reply(7), ScanPosition::Finished] {
             let written = figures(position, 5, 2);
-            tally.write(&written).unwrap();
-            let line = tallies.read(task, &shard)[&db];
-            assert_eq!(line, Some(TallyLine::of(&written)));
+            journal.write(&written).unwrap();
+            let line = journals.read(task, &shard)[&db];
+            assert_eq!(line, Some(JournalLine::of(&written)));
         }
-        assert_eq!(tallies.shards(task), std::slice::from_ref(&shard));
-        assert!(tallies.shards(TaskId::generate()).is_empty());
-        let line = tallies.read(task, &shard)[&db].unwrap();
+        assert_eq!(journals.shards(task), std::slice::from_ref(&shard));
+        assert!(journals.shards(TaskId::generate()).is_empty());
+        let line = journals.read(task, &shard)[&db].unwrap();
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);
         assert!(line.bring_forward(&mut older));
         assert_eq!((older.reclaimed, older.position), (5, ScanPosition::Finished));
         let mut newer = figures(ScanPosition::from_reply(1), 8, 3);
         assert!(!line.bring_forward(&mut newer));
         assert_eq!(newer.reclaimed, 8);
-        tallies.forget(task);
-        assert!(tallies.read(task, &shard).is_empty() && tallies.shards(task).is_empty());
+        journals.forget(task);
+        assert!(journals.read(task, &shard).is_empty() && journals.shards(task).is_empty());
     }
 
     #[test]
     fn a_torn_line_is_no_line() {
-        let whole = TallyLine::of(&figures(ScanPosition::from_reply(7), 5, 2)).to_bytes();
+        let whole = JournalLine::of(&figures(ScanPosition::from_reply(7), 5, 2)).to_bytes();
         for place in 0..LINE {
             let mut torn = whole;
             torn[place] ^= 0x40;
-            assert_eq!(TallyLine::from_bytes(&torn), None, "byte {place}");
+            assert_eq!(JournalLine::from_bytes(&torn), None, "byte {place}");
         }
-        assert_eq!(TallyLine::from_bytes(&[0; LINE]), None);
+        assert_eq!(JournalLine::from_bytes(&[0; LINE]), None);
     }
 }
