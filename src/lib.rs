@@ -21,7 +21,7 @@
 //! | [`metrics`] | figures for Prometheus |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
 //! | [`check`] | the look at a server that touches nothing |
-//! | [`tasks`] | from wish to record; the only writer of task state |
+//! | [`tasks`] | from request to record; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
 //! | [`api`] | the contract, our own calls, the page |
 //! | [`shutdown`] | signals of the daemon |

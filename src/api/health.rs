@@ -88,7 +88,7 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::reload, healthz, readyz, metrics,
     ),
     components(schemas(
-        crate::api::wishes::CauseWord, crate::api::wishes::StateWord, crate::api::dcs::ContractStatus,
+        crate::api::requests::CauseWord, crate::api::requests::StateWord, crate::api::dcs::ContractStatus,
     )),
     modifiers(&Credentials),
     security(("token" = []), ("bearer" = [])),

@@ -13,10 +13,10 @@ pub mod events;
 pub mod health;
 pub mod listen;
 pub mod page;
+pub mod requests;
 pub mod signature;
 pub mod task_dto;
 pub mod tasks;
-pub mod wishes;
 
 use std::any::Any;
 use std::sync::Arc;

@@ -11,8 +11,8 @@ use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, TaskList};
-use crate::api::wishes::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check;
 use crate::model::task::{Cause, TaskId, TaskState};
@@ -145,22 +145,22 @@ pub async fn list_tasks(
 pub async fn create_task(
     State(app): State<App>,
     caller: Caller,
-    JsonBody(wish): JsonBody<CreateTask>,
+    JsonBody(request): JsonBody<CreateTask>,
 ) -> Result<Json<TaskDto>, ApiError> {
-    let instance = app.instance_of(&caller, &wish.instance_id)?;
-    if wish.timeout_s.is_some_and(|seconds| seconds > LONGEST_S) {
+    let instance = app.instance_of(&caller, &request.instance_id)?;
+    if request.timeout_s.is_some_and(|seconds| seconds > LONGEST_S) {
         return Err(ApiError::invalid("timeout_s"));
     }
     let mut texts = instance.settings.sweep_texts.clone();
-    texts.extend(tuning_texts(wish.intensity, wish.max_keys_per_sec, wish.limits));
+    texts.extend(tuning_texts(request.intensity, request.max_keys_per_sec, request.limits));
     let mut set = |key: &str, text: Option<String>| texts.extend(text.map(|text| (key.to_owned(), text)));
-    set("count", wish.count.map(|count| count.to_string()));
-    set("db", wish.db.map(|dbs| dbs.iter().map(|db| db.0.to_string()).collect::<Vec<_>>().join(",")));
-    set("touch", wish.touch.map(|touch| touch.as_str().to_owned()));
-    set("timeout", wish.timeout_s.map(|seconds| format!("{seconds}s")));
+    set("count", request.count.map(|count| count.to_string()));
+    set("db", request.db.map(|dbs| dbs.iter().map(|db| db.0.to_string()).collect::<Vec<_>>().join(",")));
+    set("touch", request.touch.map(|touch| touch.as_str().to_owned()));
+    set("timeout", request.timeout_s.map(|seconds| format!("{seconds}s")));
     let settings = serve::with_texts(&instance.settings, &texts).map_err(invalid_settings)?;
     app.must_be_scannable(&instance).await?;
-    let window = instance.window.clone().filter(|_| wish.respect_window);
+    let window = instance.window.clone().filter(|_| request.respect_window);
     let spec = TaskSpec { window, ..TaskSpec::of(&instance, &settings, Cause::Api)? };
     let task = app.service.submit(spec, None).await?;
     tracing::info!(task = %task.id, instance = instance.id, caller = caller.0.name, "task created");
@@ -230,9 +230,9 @@ pub async fn tune_task(
     State(app): State<App>,
     caller: Caller,
     At(id): At<String>,
-    JsonBody(wish): JsonBody<TuneTask>,
+    JsonBody(request): JsonBody<TuneTask>,
 ) -> Result<Json<TaskDetails>, ApiError> {
-    let texts = tuning_texts(wish.intensity, wish.max_keys_per_sec, wish.limits);
+    let texts = tuning_texts(request.intensity, request.max_keys_per_sec, request.limits);
     let tune = Tune::new(texts).map_err(invalid_settings)?;
     app.give(&caller, &id, Order::Tune(tune)).await
 }

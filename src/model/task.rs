@@ -1,4 +1,4 @@
-//! A task: one sweep of one instance, from the wish to the last figure.
+//! A task: one sweep of one instance, from the request to the last figure.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -4,11 +4,11 @@
 //! writer. What the last second before a kill freed is in the [`journal`].
 
 mod file;
+pub mod journal;
 mod lists;
 mod report;
 mod rows;
 mod schedules;
-pub mod journal;
 pub mod undo;
 
 pub use file::Foreign;

@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::model::shard::NodeAddr;
-use crate::store::report::StoredAddr;
 use crate::store::journal::JournalDir;
+use crate::store::report::StoredAddr;
 
 /// What has to be put back, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,10 +1,10 @@
-//! Tasks from wish to record. The only writer of task state; command line, API and scheduler all come here.
+//! Tasks, from request to record. The only writer of task state; command line, API and scheduler all come here.
 
-mod allowance;
 mod backlog;
 mod gate;
 mod queue;
 mod recorder;
+mod time_budget;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,10 +33,10 @@ use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{Store, StoreError, StoredShard};
-use crate::tasks::allowance::Allowance;
 use crate::tasks::gate::Gate;
 use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{Asked, Recorder};
+use crate::tasks::time_budget::TimeBudget;
 
 pub use queue::Busy;
 pub use recorder::Order;
@@ -159,7 +159,7 @@ fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
 pub struct Tune(SweepTexts);
 
 impl Tune {
-    /// Checks what is wished.
+    /// Checks the limits of a request.
     ///
     /// # Errors
     /// Every problem; the keys are named.
@@ -257,7 +257,7 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
     pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
-        let task = wish(spec);
+        let task = new_task(spec);
         // Which shards it has is known once its masters were asked; the first checkpoint names them.
         self.store.insert(&task, None).await?;
         Ok(task)
@@ -323,12 +323,12 @@ impl TaskService {
 
     fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {
         let control = Control::new(&plan.settings);
-        let allowance = Arc::new(Allowance::new(plan.settings.timeout, task.spent));
+        let budget = Arc::new(TimeBudget::new(plan.settings.timeout, task.spent));
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
         let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
         let paused = watch::Sender::new(task.state == TaskState::Paused);
         let recorder =
-            Recorder::new(self.store.clone(), self.metrics.clone(), control, allowance, paused, inbox, task, view);
+            Recorder::new(self.store.clone(), self.metrics.clone(), control, budget, paused, inbox, task, view);
         Job { recorder, plan, orders }
     }
 }
@@ -372,14 +372,14 @@ impl Job {
     async fn sweep(&mut self, persist: Option<&CancellationToken>) {
         let (sender, events) = mpsc::channel(EVENT_BUFFER);
         let control = self.recorder.control.clone();
-        let allowance = self.recorder.allowance.clone();
+        let budget = self.recorder.budget.clone();
         let plan = self.plan.clone();
         let engine = tokio::spawn(async move {
             let run = engine::run(plan, control.orders(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
-                () = allowance.used_up(control.orders()) => {
+                () = budget.used_up(control.orders()) => {
                     control.stop(StopReason::TimedOut);
                     run.await
                 }
@@ -408,7 +408,7 @@ async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<MinBacklog>) -> Op
 }
 
 /// A task as it is first recorded.
-fn wish(spec: &TaskSpec) -> Task {
+fn new_task(spec: &TaskSpec) -> Task {
     Task {
         id: TaskId::generate(),
         instance_id: spec.instance_id.clone(),

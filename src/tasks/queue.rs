@@ -21,7 +21,7 @@ use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::StoredShard;
 use crate::tasks::gate::Gate;
 use crate::tasks::recorder::{Asked, Order};
-use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, wish};
+use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
 
 /// How often a task that has ended is looked for until it is gone.
 const GONE_SOON: Duration = Duration::from_millis(1);
@@ -92,7 +92,7 @@ impl TaskService {
             }
             tokio::time::sleep(GONE_SOON).await;
         }
-        let task = wish(&spec);
+        let task = new_task(&spec);
         self.store.insert(&task, due).await.inspect_err(|_| self.metrics.store_failed())?;
         self.enqueue(task.clone(), spec, BTreeMap::new());
         Ok(task)
@@ -112,7 +112,7 @@ impl TaskService {
         // Nothing connects with this; it only describes the task.
         let settings = Settings { tls: None, ..settings.clone() };
         let spec = TaskSpec::of(instance, &settings, Cause::Schedule)?;
-        let mut task = wish(&TaskSpec { window: instance.window.clone(), ..spec });
+        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec });
         task.state = transition(task.state, Command::Fail)?;
         task.finished_at = Some(Timestamp::now());
         task.failure = Some(failure);

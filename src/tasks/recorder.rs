@@ -19,7 +19,7 @@ use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
 use crate::model::shard::ShardId;
 use crate::model::task::{Cause, Command, Task, TaskState, transition};
 use crate::store::{Store, StoreError};
-use crate::tasks::allowance::{self, Allowance};
+use crate::tasks::time_budget::{self, TimeBudget};
 use crate::tasks::{TaskError, TaskView, Tune};
 
 /// What a line of the log says of its task. A sweep from the command line is the only one there.
@@ -75,7 +75,7 @@ pub(super) struct Recorder {
     pub(super) store: Store,
     pub(super) metrics: Metrics,
     pub(super) control: Control,
-    pub(super) allowance: Arc<Allowance>,
+    pub(super) budget: Arc<TimeBudget>,
     /// Tells the gate what a person wants.
     pub(super) paused: watch::Sender<bool>,
     pub(super) inbox: mpsc::Receiver<Asked>,
@@ -99,7 +99,7 @@ impl Recorder {
         store: Store,
         metrics: Metrics,
         control: Control,
-        allowance: Arc<Allowance>,
+        budget: Arc<TimeBudget>,
         paused: watch::Sender<bool>,
         inbox: mpsc::Receiver<Asked>,
         task: Task,
@@ -112,7 +112,7 @@ impl Recorder {
             store,
             metrics,
             control,
-            allowance,
+            budget,
             paused,
             inbox,
             task,
@@ -283,7 +283,7 @@ impl Recorder {
                 (running.then_some(Command::Interrupt), running.then_some(failure))
             }
             Outcome::Stopped(StopReason::TimedOut) => {
-                (Some(Command::Fail), Some(allowance::over(self.allowance.allowed, &self.snapshot)))
+                (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
         };
@@ -335,7 +335,7 @@ impl Recorder {
         self.written = Some(Instant::now());
         self.checkpoint_due = false;
         self.task.num = self.snapshot.reclaimed();
-        self.task.spent = self.allowance.spent();
+        self.task.spent = self.budget.spent();
         // A cluster has hundreds of shards, and each event is about one.
         let shards = self.snapshot.shards.iter().filter(|(shard, _)| self.unwritten.contains(*shard));
         match self.store.checkpoint(&self.task, shards).await {

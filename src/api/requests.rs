@@ -1,4 +1,4 @@
-//! What a caller may wish of tasks: which to list, and how one is to sweep.
+//! What requests about tasks say: which to list, and how one is to sweep.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -119,9 +119,9 @@ fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserialize
     T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
 }
 
-/// The texts that a wish for other limits makes.
+/// The settings texts of a request for other limits.
 pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>, limits: LimitWishes) -> SweepTexts {
-    let wishes = [
+    let texts = [
         ("intensity", intensity.map(|share| share.to_string())),
         ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),
         ("min-intensity", limits.min_intensity.map(|share| share.to_string())),
@@ -137,10 +137,10 @@ pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>
         ("abort-latency", limits.abort_latency),
         ("abort-replica-lag", limits.abort_replica_lag),
     ];
-    wishes.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
+    texts.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
 }
 
-/// What is wrong with the settings that a caller wishes.
+/// What is wrong with the settings of a request.
 pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
     let problems: Vec<_> = problems.into_iter().map(|problem| problem.message).collect();
     ApiError::invalid(format_args!("settings ({})", problems.join("; ")))

@@ -16,14 +16,14 @@ const TICK: Duration = Duration::from_millis(500);
 
 /// How much time a task may take, and how much it has taken.
 #[derive(Debug)]
-pub(super) struct Allowance {
+pub(super) struct TimeBudget {
     /// All of it.
     pub(super) allowed: Duration,
     spent: Mutex<Duration>,
 }
 
-impl Allowance {
-    /// An allowance of which a part was spent before an interruption.
+impl TimeBudget {
+    /// An budget of which a part was spent before an interruption.
     pub(super) fn new(allowed: Duration, spent: Duration) -> Self {
         Self { allowed, spent: Mutex::new(spent) }
     }
@@ -101,7 +101,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn time_outside_a_window_does_not_count() {
         let control = Control::new(&crate::settings::resolve(&Raw::defaults(), None).unwrap().scan);
-        let allowance = Allowance::new(Duration::from_secs(10), Duration::from_secs(2));
+        let budget = TimeBudget::new(Duration::from_secs(10), Duration::from_secs(2));
         let begun = Instant::now();
         let hold = async {
             tokio::time::sleep(Duration::from_secs(3)).await;
@@ -111,11 +111,11 @@ mod tests {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            () = allowance.used_up(control.orders()) => {}
+            () = budget.used_up(control.orders()) => {}
             () = hold => {}
         }
         assert_eq!(begun.elapsed().as_secs(), 3600 + 8, "two of ten seconds were spent before");
-        assert_eq!(allowance.spent(), Duration::from_secs(10));
+        assert_eq!(budget.spent(), Duration::from_secs(10));
     }
 
     #[test]
