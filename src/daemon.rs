@@ -52,7 +52,7 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
 
     let store = Store::open(&settings.store.path).await?;
     let metrics = Metrics::default();
-    let service = TaskService::with_places(store.clone(), metrics.clone(), settings.at_once);
+    let service = TaskService::with_slots(store.clone(), metrics.clone(), settings.at_once);
     service.recover(&settings).await.context("unfinished tasks cannot be taken up")?;
     remember(&store, &settings, &metrics).await?;
 
@@ -164,7 +164,7 @@ impl Reloader {
             Ok((new, terms)) => {
                 tracing::info!(instances = new.instances.len(), "settings read again");
                 self.terms.send_replace(terms);
-                self.service.set_places(new.at_once);
+                self.service.set_slots(new.at_once);
                 new.instances.iter().for_each(|instance| self.metrics.introduce(&instance.id));
                 self.settings.send_replace(Arc::new(new));
                 Ok(())

@@ -125,11 +125,11 @@ impl Scheduler {
         let moment = Moment {
             now,
             handled,
-            busy: self.service.on_hand(&instance.id).is_some(),
+            busy: self.service.active_task_of(&instance.id).is_some(),
             waiting_for: waiting.get(&instance.id).copied(),
             window_open: instance.window.as_ref().is_none_or(|window| window.is_open(now)),
         };
-        match decide(&config.rhythm, moment) {
+        match decide(&config.recurrence, moment) {
             Decision::Sleep(next) => Ok(next.map_or(LOOK_AGAIN, |next| until(now, next))),
             Decision::Wait(due) => {
                 self.overtaken(instance, waiting.insert(instance.id.clone(), due), due);

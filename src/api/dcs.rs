@@ -16,7 +16,7 @@ use crate::api::auth::Caller;
 use crate::api::dto::{HistoryRecord, clamp, time};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::{App, AppState, At, RawBody};
-use crate::model::schedule::{AutoScan, Rhythm};
+use crate::model::schedule::{AutoScan, Recurrence};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::settings::COUNT_RANGE;
 use crate::settings::serve::{Instance, MAX_INTERVAL_S, MAX_TIMEOUT_S};
@@ -103,10 +103,10 @@ pub struct AutoScanConfig {
 
 impl AutoScanConfig {
     fn new(instance: &Instance, config: &AutoScan) -> Self {
-        let (first, interval) = match &config.rhythm {
-            Rhythm::Every { first, interval_s } => (*first, *interval_s),
+        let (first, interval) = match &config.recurrence {
+            Recurrence::Every { first, interval_s } => (*first, *interval_s),
             // The contract knows no cron: the next due time is what a client can show.
-            rhythm @ Rhythm::Cron(_) => (rhythm.next_due(Timestamp::now()), 0),
+            recurrence @ Recurrence::Cron(_) => (recurrence.next_due(Timestamp::now()), 0),
         };
         Self {
             instance_id: instance.id.clone(),
@@ -368,8 +368,8 @@ fn parse_update(body: &[u8], now: Timestamp) -> Result<Option<AutoScan>, ApiErro
     let timeout_s = small(timeout, 2, MAX_TIMEOUT_S).filter(|timeout| *timeout / 2 >= interval_s);
     let timeout_s = timeout_s.ok_or_else(ApiError::timeout)?;
     let count = small(count, *COUNT_RANGE.start(), *COUNT_RANGE.end()).ok_or_else(ApiError::scan_keys_count)?;
-    let rhythm = Rhythm::Every { first: Some(first), interval_s };
-    Ok(Some(AutoScan { enabled, rhythm, timeout_s, count, updated_at: Some(now) }))
+    let recurrence = Recurrence::Every { first: Some(first), interval_s };
+    Ok(Some(AutoScan { enabled, recurrence, timeout_s, count, updated_at: Some(now) }))
 }
 
 /// A field that is there and not null.

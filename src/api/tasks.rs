@@ -262,14 +262,14 @@ impl AppState {
 
     async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
         let now = jiff::Timestamp::now();
-        let latest = match self.service.on_hand(&instance.id) {
+        let latest = match self.service.active_task_of(&instance.id) {
             Some(id) => self.service.find(id).await?.map(|view| view.task.clone()),
             None => self.service.store().latest(&instance.id).await?,
         };
         // The id may have been another project's.
         let latest = latest.filter(|task| task.project_id == instance.project_id);
         let auto_scan = self.service.auto_scan(instance).await?;
-        let next = auto_scan.enabled.then(|| auto_scan.rhythm.next_due(now)).flatten();
+        let next = auto_scan.enabled.then(|| auto_scan.recurrence.next_due(now)).flatten();
         Ok(InstanceDto {
             id: instance.id.clone(),
             project_id: instance.project_id.clone(),

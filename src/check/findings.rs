@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::check::facts::Right;
 use crate::model::failure::Failure;
+use crate::model::format::grouped;
 use crate::model::shard::DbIndex;
-use crate::model::show::grouped;
 use crate::model::slots::SlotSet;
 use crate::model::task::words;
 use crate::node::commands::{ACL_LINE, ACL_TOUCH};

@@ -10,7 +10,7 @@ use crate::check::findings::Finding;
 use crate::check::report::{finding_text, sentence, text};
 use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
-use crate::model::show::{counted, failure_text, grouped};
+use crate::model::format::{counted, failure_text, grouped};
 use crate::node::conn::ConnOptions;
 use crate::node::topology::{Kind, Master, View};
 use crate::settings::ScanSettings;

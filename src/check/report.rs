@@ -7,7 +7,7 @@ use crate::check::estimate::{COST, Span};
 use crate::check::facts::{Facts, Right, Role};
 use crate::check::findings::{Finding, Severity};
 use crate::check::verdict::{DbLook, Expired, Known, Verdict};
-use crate::model::show::{bytes, grouped, span, table};
+use crate::model::format::{bytes, grouped, span, table};
 use crate::node::commands::Access;
 use crate::settings::{ScanSettings, show_duration};
 

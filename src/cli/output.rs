@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
+pub use crate::model::format::{bytes, counted, failure_text, grouped, span, table};
 use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram, held_by_reason};
-pub use crate::model::show::{bytes, counted, failure_text, grouped, span, table};
 use crate::model::task::TaskState;
 use crate::tasks::TaskView;
 

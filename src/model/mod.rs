@@ -4,10 +4,10 @@
 //! or a wire format; every other module may import it.
 
 pub mod failure;
+pub mod format;
 pub mod progress;
 pub mod schedule;
 pub mod shard;
-pub mod show;
 pub mod slots;
 pub mod target;
 pub mod task;

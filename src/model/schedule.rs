@@ -65,7 +65,7 @@ impl PartialEq for CronRule {
 
 /// At which instants a scan is due.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Rhythm {
+pub enum Recurrence {
     /// At `first + n * interval`; once where the interval is 0, never where `first` is not known yet.
     Every {
         /// The first time.
@@ -77,7 +77,7 @@ pub enum Rhythm {
     Cron(Box<CronRule>),
 }
 
-impl Rhythm {
+impl Recurrence {
     /// The first due time after an instant.
     pub fn next_due(&self, after: Timestamp) -> Option<Timestamp> {
         match self {
@@ -123,7 +123,7 @@ pub struct AutoScan {
     /// Whether it runs at all.
     pub enabled: bool,
     /// When.
-    pub rhythm: Rhythm,
+    pub recurrence: Recurrence,
     /// How long each scan may take, in seconds.
     pub timeout_s: u32,
     /// COUNT that each scan begins with.
@@ -135,11 +135,11 @@ pub struct AutoScan {
 impl AutoScan {
     /// When it runs, in words that are kept in records: two schedules with the same words are due at the same times.
     pub fn schedule(&self) -> String {
-        match &self.rhythm {
+        match &self.recurrence {
             _ if !self.enabled => "off".to_owned(),
-            Rhythm::Every { first: None, .. } => "never".to_owned(),
-            Rhythm::Every { first: Some(first), interval_s } => format!("every {interval_s} s from {first}"),
-            Rhythm::Cron(rule) => format!("cron {} in {}", rule.expression(), rule.zone()),
+            Recurrence::Every { first: None, .. } => "never".to_owned(),
+            Recurrence::Every { first: Some(first), interval_s } => format!("every {interval_s} s from {first}"),
+            Recurrence::Cron(rule) => format!("cron {} in {}", rule.expression(), rule.zone()),
         }
     }
 }
@@ -193,11 +193,11 @@ pub enum Decision {
 }
 
 /// Decides by one look. However many due times were missed, only the latest counts: one catch-up, never a burst.
-pub fn decide(rhythm: &Rhythm, moment: Moment) -> Decision {
+pub fn decide(recurrence: &Recurrence, moment: Moment) -> Decision {
     let Moment { now, handled, busy, waiting_for, window_open } = moment;
-    let due = match rhythm.latest_due(now) {
+    let due = match recurrence.latest_due(now) {
         Some(due) if due > handled => due,
-        _ => return Decision::Sleep(rhythm.next_due(now.max(handled))),
+        _ => return Decision::Sleep(recurrence.next_due(now.max(handled))),
     };
     let in_grace = now.duration_since(due) <= GRACE;
     match (in_grace, busy) {
@@ -322,8 +322,8 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn every(first: &str, interval_s: u32) -> Rhythm {
-        Rhythm::Every { first: Some(at(first)), interval_s }
+    fn every(first: &str, interval_s: u32) -> Recurrence {
+        Recurrence::Every { first: Some(at(first)), interval_s }
     }
 
     fn window(days: &[Weekday], start: &str, end: &str, zone: &str) -> Window {
@@ -351,54 +351,54 @@ mod tests {
 
     #[test]
     fn due_times_are_first_plus_n_intervals() {
-        let rhythm = every("2026-01-01T00:00:00.5Z", 3600);
-        assert_eq!(rhythm.latest_due(at("2026-01-01T00:00:00Z")), None);
-        assert_eq!(rhythm.next_due(at("2025-01-01T00:00:00Z")), Some(at("2026-01-01T00:00:00.5Z")));
-        assert_eq!(rhythm.latest_due(at("2026-01-01T02:00:00.5Z")), Some(at("2026-01-01T02:00:00.5Z")));
-        assert_eq!(rhythm.next_due(at("2026-01-01T02:00:00.5Z")), Some(at("2026-01-01T03:00:00.5Z")));
+        let recurrence = every("2026-01-01T00:00:00.5Z", 3600);
+        assert_eq!(recurrence.latest_due(at("2026-01-01T00:00:00Z")), None);
+        assert_eq!(recurrence.next_due(at("2025-01-01T00:00:00Z")), Some(at("2026-01-01T00:00:00.5Z")));
+        assert_eq!(recurrence.latest_due(at("2026-01-01T02:00:00.5Z")), Some(at("2026-01-01T02:00:00.5Z")));
+        assert_eq!(recurrence.next_due(at("2026-01-01T02:00:00.5Z")), Some(at("2026-01-01T03:00:00.5Z")));
     }
 
     #[test]
     fn an_interval_of_zero_is_due_once() {
-        let rhythm = every("2026-01-01T00:00:00Z", 0);
-        assert_eq!(rhythm.next_due(at("2025-12-31T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
-        assert_eq!(rhythm.next_due(at("2026-01-01T00:00:00Z")), None);
+        let recurrence = every("2026-01-01T00:00:00Z", 0);
+        assert_eq!(recurrence.next_due(at("2025-12-31T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
+        assert_eq!(recurrence.next_due(at("2026-01-01T00:00:00Z")), None);
         let after = moment("2026-01-01T00:00:01Z", "2026-01-01T00:00:00Z");
-        assert_eq!(decide(&rhythm, after), Decision::Sleep(None));
+        assert_eq!(decide(&recurrence, after), Decision::Sleep(None));
     }
 
     #[test]
     fn a_busy_instance_is_waited_for_during_the_grace_and_then_skipped() {
         let due = at("2026-01-01T12:00:00Z");
-        let rhythm = every("2026-01-01T12:00:00Z", 86_400);
+        let recurrence = every("2026-01-01T12:00:00Z", 86_400);
         let busy = |now| Moment { busy: true, ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&rhythm, busy("2026-01-01T11:59:59Z")), Decision::Sleep(Some(due)));
-        assert_eq!(decide(&rhythm, busy("2026-01-01T12:00:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&rhythm, busy("2026-01-01T12:05:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&rhythm, busy("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T11:59:59Z")), Decision::Sleep(Some(due)));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:00:00Z")), Decision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:00Z")), Decision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
         let free = |now| Moment { waiting_for: Some(due), ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&rhythm, free("2026-01-01T12:04:00Z")), Decision::Run(due));
-        assert_eq!(decide(&rhythm, free("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:04:00Z")), Decision::Run(due));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
     }
 
     #[test]
     fn a_daemon_that_was_down_catches_up_once_if_the_window_is_open() {
-        let rhythm = every("2026-01-01T00:00:00Z", 3600);
+        let recurrence = every("2026-01-01T00:00:00Z", 3600);
         let back = moment("2026-01-03T00:30:00Z", "2026-01-01T00:00:00Z");
         let due = at("2026-01-03T00:00:00Z");
-        assert_eq!(decide(&rhythm, back), Decision::Run(due));
-        assert_eq!(decide(&rhythm, Moment { window_open: false, ..back }), Decision::Skip(due, Skip::Missed));
+        assert_eq!(decide(&recurrence, back), Decision::Run(due));
+        assert_eq!(decide(&recurrence, Moment { window_open: false, ..back }), Decision::Skip(due, Skip::Missed));
         let then = Moment { handled: due, ..back };
-        assert_eq!(decide(&rhythm, then), Decision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
+        assert_eq!(decide(&recurrence, then), Decision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
     }
 
     #[test]
     fn cron_follows_the_clock_of_its_zone() {
         let rule = CronRule::parse("30 2 * * *", TimeZone::get("Europe/Berlin").unwrap()).unwrap();
-        let rhythm = Rhythm::Cron(Box::new(rule));
-        assert_eq!(rhythm.next_due(at("2026-01-10T00:00:00Z")), Some(at("2026-01-10T01:30:00Z")), "winter: +1");
-        assert_eq!(rhythm.next_due(at("2026-07-10T00:00:00Z")), Some(at("2026-07-10T00:30:00Z")), "summer: +2");
-        assert_eq!(rhythm.latest_due(at("2026-07-10T00:30:00Z")), Some(at("2026-07-10T00:30:00Z")));
+        let recurrence = Recurrence::Cron(Box::new(rule));
+        assert_eq!(recurrence.next_due(at("2026-01-10T00:00:00Z")), Some(at("2026-01-10T01:30:00Z")), "winter: +1");
+        assert_eq!(recurrence.next_due(at("2026-07-10T00:00:00Z")), Some(at("2026-07-10T00:30:00Z")), "summer: +2");
+        assert_eq!(recurrence.latest_due(at("2026-07-10T00:30:00Z")), Some(at("2026-07-10T00:30:00Z")));
         assert!(CronRule::parse("61 * * * *", TimeZone::UTC).unwrap_err().contains("0 3 * * *"));
     }
 
@@ -406,11 +406,11 @@ mod tests {
     fn a_cron_with_one_time_keeps_it_through_clock_changes_and_one_with_several_follows_the_clock() {
         let dues = |expression: &str, from: &str, until: &str| {
             let rule = CronRule::parse(expression, TimeZone::get("Europe/Berlin").unwrap()).unwrap();
-            let rhythm = Rhythm::Cron(Box::new(rule));
-            let next = |after: &Timestamp| rhythm.next_due(*after).filter(|due| *due <= at(until));
+            let recurrence = Recurrence::Cron(Box::new(rule));
+            let next = |after: &Timestamp| recurrence.next_due(*after).filter(|due| *due <= at(until));
             let dues: Vec<_> = std::iter::successors(next(&at(from)), next).collect();
             for due in &dues {
-                assert_eq!(rhythm.latest_due(*due), Some(*due), "{expression}");
+                assert_eq!(recurrence.latest_due(*due), Some(*due), "{expression}");
             }
             dues.iter().map(Timestamp::to_string).collect::<Vec<_>>()
         };
@@ -469,12 +469,12 @@ mod tests {
         (1_704_067_200_000_i64..1_893_456_000_000).prop_map(|ms| Timestamp::from_millisecond(ms).unwrap())
     }
 
-    fn rhythms() -> impl Strategy<Value = Rhythm> {
+    fn rhythms() -> impl Strategy<Value = Recurrence> {
         let every = (instants(), 0_u32..200_000)
-            .prop_map(|(first, interval_s)| Rhythm::Every { first: Some(first), interval_s });
+            .prop_map(|(first, interval_s)| Recurrence::Every { first: Some(first), interval_s });
         let cron = (0..60, 0..24, 0..ZONES.len()).prop_map(|(minute, hour, zone)| {
             let zone = TimeZone::get(ZONES[zone]).unwrap();
-            Rhythm::Cron(Box::new(CronRule::parse(&format!("{minute} {hour} * * *"), zone).unwrap()))
+            Recurrence::Cron(Box::new(CronRule::parse(&format!("{minute} {hour} * * *"), zone).unwrap()))
         });
         prop_oneof![every, cron]
     }
@@ -491,23 +491,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn between_the_latest_and_the_next_due_time_there_is_none(rhythm in rhythms(), now in instants()) {
-            let (latest, next) = (rhythm.latest_due(now), rhythm.next_due(now));
+        fn between_the_latest_and_the_next_due_time_there_is_none(recurrence in rhythms(), now in instants()) {
+            let (latest, next) = (recurrence.latest_due(now), recurrence.next_due(now));
             prop_assert!(latest.is_none_or(|due| due <= now));
             prop_assert!(next.is_none_or(|due| due > now));
             if let Some(next) = next {
                 let just_before = next - SignedDuration::from_nanos(1);
-                prop_assert_eq!(rhythm.latest_due(next), Some(next));
-                prop_assert_eq!(rhythm.latest_due(just_before), latest);
+                prop_assert_eq!(recurrence.latest_due(next), Some(next));
+                prop_assert_eq!(recurrence.latest_due(just_before), latest);
             }
         }
 
         #[test]
-        fn each_due_time_is_dealt_with_once_and_in_order(rhythm in rhythms(), begun in instants(), steps in prop::collection::vec((1_i64..100_000, any::<bool>(), any::<bool>()), 1..60)) {
+        fn each_due_time_is_dealt_with_once_and_in_order(recurrence in rhythms(), begun in instants(), steps in prop::collection::vec((1_i64..100_000, any::<bool>(), any::<bool>()), 1..60)) {
             let (mut now, mut handled, mut waiting_for) = (begun, begun, None);
             for (seconds, busy, window_open) in steps {
                 now += SignedDuration::from_secs(seconds);
-                match decide(&rhythm, Moment { now, handled, busy, waiting_for, window_open }) {
+                match decide(&recurrence, Moment { now, handled, busy, waiting_for, window_open }) {
                     Decision::Sleep(wake) => prop_assert!(wake.is_none_or(|wake| wake > now)),
                     Decision::Wait(due) => { prop_assert!(busy && due > handled); waiting_for = Some(due); }
                     Decision::Run(due) => { prop_assert!(!busy && due > handled && due <= now); handled = due; }

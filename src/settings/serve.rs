@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use jiff::civil::Time;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Rhythm, Window};
+use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Recurrence, Window};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::table::{File, Table};
@@ -424,31 +424,31 @@ impl<'a> Reader<'a> {
         let zone = table.read("zone", time_zone);
         table.no_more();
         let (enabled, interval_s, timeout_s, zone) = (enabled?, interval_s?, timeout_s?, zone?);
-        let rhythm = match cron {
+        let recurrence = match cron {
             Some(_) if table.has("first-scan-at") || table.has("interval") => {
                 table.complain("cron", "cron: goes without first-scan-at and interval");
                 return None;
             }
             Some(expression) => match CronRule::parse(&expression, zone) {
-                Ok(rule) => Rhythm::Cron(Box::new(rule)),
+                Ok(rule) => Recurrence::Cron(Box::new(rule)),
                 Err(message) => {
                     table.complain("cron", format!("cron: {message}"));
                     return None;
                 }
             },
-            None => Rhythm::Every { first, interval_s },
+            None => Recurrence::Every { first, interval_s },
         };
-        match &rhythm {
-            Rhythm::Every { first: None, .. } if enabled => {
+        match &recurrence {
+            Recurrence::Every { first: None, .. } if enabled => {
                 table.complain("enabled", "enabled: needs first-scan-at and interval, or cron");
             }
             // The contract's rule: a scan that takes longer than two intervals would never let the next one begin.
-            Rhythm::Every { interval_s, .. } if timeout_s < 2 || timeout_s / 2 < *interval_s => {
+            Recurrence::Every { interval_s, .. } if timeout_s < 2 || timeout_s / 2 < *interval_s => {
                 table.complain("timeout", "timeout: must be at least twice the interval, and at least 2s");
             }
             _ => {}
         }
-        Some(AutoScan { enabled, rhythm, timeout_s, count: count?, updated_at: None })
+        Some(AutoScan { enabled, recurrence, timeout_s, count: count?, updated_at: None })
     }
 
     fn window(table: &Table<'a>) -> Option<Option<Window>> {

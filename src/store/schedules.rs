@@ -5,7 +5,7 @@ use jiff::tz::TimeZone;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row, Sqlite, SqliteExecutor};
 
-use crate::model::schedule::{AutoScan, CronRule, Rhythm};
+use crate::model::schedule::{AutoScan, CronRule, Recurrence};
 use crate::store::StoreError;
 use crate::store::rows::{number, time};
 
@@ -25,9 +25,9 @@ pub(super) async fn set_auto_scan(
     project_id: &str,
     config: &AutoScan,
 ) -> Result<(), StoreError> {
-    let (first, interval_s, cron) = match &config.rhythm {
-        Rhythm::Every { first, interval_s } => (*first, *interval_s, None),
-        Rhythm::Cron(rule) => (None, 0, Some(rule)),
+    let (first, interval_s, cron) = match &config.recurrence {
+        Recurrence::Every { first, interval_s } => (*first, *interval_s, None),
+        Recurrence::Cron(rule) => (None, 0, Some(rule)),
     };
     sqlx::query(
         "INSERT INTO auto_scans (instance_id, project_id, enabled, first_scan_at, interval_s, cron, zone, timeout_s, \
@@ -57,21 +57,21 @@ fn auto_scan_of(row: &SqliteRow) -> Result<AutoScan, StoreError> {
             u32::try_from(n).map_err(|_| StoreError::Damaged(format!("{column} of an automatic scan is {n}")))
         })
     };
-    let rhythm = match row.try_get::<Option<String>, _>("cron")? {
+    let recurrence = match row.try_get::<Option<String>, _>("cron")? {
         Some(expression) => {
             let zone: Option<String> = row.try_get("zone")?;
             let zone = TimeZone::get(zone.as_deref().unwrap_or("UTC"))
                 .map_err(|e| StoreError::Damaged(format!("the zone of an automatic scan: {e}")))?;
-            Rhythm::Cron(Box::new(CronRule::parse(&expression, zone).map_err(StoreError::Damaged)?))
+            Recurrence::Cron(Box::new(CronRule::parse(&expression, zone).map_err(StoreError::Damaged)?))
         }
-        None => Rhythm::Every {
+        None => Recurrence::Every {
             first: row.try_get::<Option<i64>, _>("first_scan_at")?.map(time).transpose()?,
             interval_s: small("interval_s")?,
         },
     };
     Ok(AutoScan {
         enabled: row.try_get("enabled")?,
-        rhythm,
+        recurrence,
         timeout_s: small("timeout_s")?,
         count: small("count")?,
         updated_at: row.try_get::<Option<i64>, _>("updated_at")?.map(time).transpose()?,

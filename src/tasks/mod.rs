@@ -1,7 +1,7 @@
 //! Tasks, from request to record. The only writer of task state; command line, API and scheduler all come here.
 
+mod admission;
 mod backlog;
-mod gate;
 mod queue;
 mod recorder;
 mod time_budget;
@@ -33,9 +33,9 @@ use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{Store, StoreError, StoredShard};
-use crate::tasks::gate::Gate;
+use crate::tasks::admission::Admission;
 use crate::tasks::queue::Queue;
-use crate::tasks::recorder::{Asked, Recorder};
+use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
 pub use queue::Busy;
@@ -230,12 +230,12 @@ pub struct TaskService {
 impl TaskService {
     /// A service on these records.
     pub fn new(store: Store) -> Self {
-        Self::with_places(store, Metrics::default(), 1)
+        Self::with_slots(store, Metrics::default(), 1)
     }
 
     /// A service that lets so many queued tasks sweep at once.
-    pub fn with_places(store: Store, metrics: Metrics, places: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(places)) }
+    pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
+        Self { store, metrics, queue: Arc::new(Queue::new(slots)) }
     }
 
     /// The records.
@@ -337,15 +337,15 @@ impl TaskService {
 struct Job {
     recorder: Recorder,
     plan: ScanPlan,
-    orders: mpsc::Sender<Asked>,
+    orders: mpsc::Sender<OrderRequest>,
 }
 
 impl Job {
-    /// Waits for the gate to open, sweeps, and writes the end.
-    async fn run(&mut self, mut gate: Gate, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
+    /// Waits until it is admitted, sweeps, and writes the end.
+    async fn run(&mut self, mut admission: Admission, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
-        let mut place = None;
-        gate.decide(&control, &mut place);
+        let mut slot = None;
+        admission.decide(&control, &mut slot);
         let work = async {
             match self.recorder.wait_for_turn().await {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
@@ -364,7 +364,7 @@ impl Job {
         };
         tokio::select! {
             () = work => {}
-            () = gate.keep(control, place) => {}
+            () = admission.keep(control, slot) => {}
         }
     }
 

@@ -19,8 +19,8 @@ use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
 use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::StoredShard;
-use crate::tasks::gate::Gate;
-use crate::tasks::recorder::{Asked, Order};
+use crate::tasks::admission::Admission;
+use crate::tasks::recorder::{Order, OrderRequest};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
 
 /// How often a task that has ended is looked for until it is gone.
@@ -34,37 +34,37 @@ pub struct Busy(pub TaskId);
 /// What is on hand.
 #[derive(Debug)]
 pub(super) struct Queue {
-    live: Mutex<BTreeMap<TaskId, Live>>,
+    active: Mutex<BTreeMap<TaskId, ActiveTask>>,
     /// Held from the look for an unfinished task to the record of the new one.
     submitting: tokio::sync::Mutex<()>,
-    places: Arc<Semaphore>,
-    places_wanted: AtomicUsize,
+    slots: Arc<Semaphore>,
+    slots_wanted: AtomicUsize,
     tracker: TaskTracker,
     closing: CancellationToken,
 }
 
 #[derive(Debug, Clone)]
-struct Live {
+struct ActiveTask {
     instance_id: String,
     control: Control,
     view: watch::Receiver<Arc<TaskView>>,
-    orders: mpsc::Sender<Asked>,
+    orders: mpsc::Sender<OrderRequest>,
 }
 
 impl Queue {
-    pub(super) fn new(places: usize) -> Self {
+    pub(super) fn new(slots: usize) -> Self {
         Self {
-            live: Mutex::default(),
+            active: Mutex::default(),
             submitting: tokio::sync::Mutex::default(),
-            places: Arc::new(Semaphore::new(places)),
-            places_wanted: AtomicUsize::new(places),
+            slots: Arc::new(Semaphore::new(slots)),
+            slots_wanted: AtomicUsize::new(slots),
             tracker: TaskTracker::new(),
             closing: CancellationToken::new(),
         }
     }
 
-    fn live(&self) -> MutexGuard<'_, BTreeMap<TaskId, Live>> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn active(&self) -> MutexGuard<'_, BTreeMap<TaskId, ActiveTask>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -85,7 +85,7 @@ impl TaskService {
         if self.queue.closing.is_cancelled() {
             return Err(TaskError::Closing);
         }
-        while let Some(id) = self.on_hand(&spec.instance_id) {
+        while let Some(id) = self.active_task_of(&spec.instance_id) {
             // A reader of the records learns of the end a moment before the task leaves this map.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
                 return Err(Busy(id).into());
@@ -122,9 +122,9 @@ impl TaskService {
     }
 
     /// The task of an instance that has not ended.
-    pub fn on_hand(&self, instance_id: &str) -> Option<TaskId> {
-        let live = self.queue.live();
-        live.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
+    pub fn active_task_of(&self, instance_id: &str) -> Option<TaskId> {
+        let active = self.queue.active();
+        active.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
     }
 
     /// Takes up what an earlier process left unfinished. Called once, before anything is submitted.
@@ -138,7 +138,9 @@ impl TaskService {
                 .ok_or_else(|| "the instance is no longer in the settings".to_owned())
                 .and_then(|instance| spec_of(&task, instance));
             let spec = match spec {
-                Ok(_) if self.on_hand(&task.instance_id).is_some() => Err("the instance has an older task".to_owned()),
+                Ok(_) if self.active_task_of(&task.instance_id).is_some() => {
+                    Err("the instance has an older task".to_owned())
+                }
                 other => other,
             };
             match spec {
@@ -184,30 +186,30 @@ impl TaskService {
         let (plan, snapshot) = self.plan(&task, &spec, known);
         let task = Task { num: snapshot.reclaimed(), ..task };
         let mut job = self.job(task, plan, snapshot);
-        let gate =
-            Gate { window: spec.window, places: self.queue.places.clone(), paused: job.recorder.paused.subscribe() };
-        let live = Live {
+        let admission =
+            Admission { window: spec.window, slots: self.queue.slots.clone(), paused: job.recorder.paused.subscribe() };
+        let active = ActiveTask {
             instance_id,
             control: job.recorder.control.clone(),
             view: job.recorder.view.subscribe(),
             orders: job.orders.clone(),
         };
-        let on_hand = {
-            let mut all = self.queue.live();
-            all.insert(id, live);
+        let count = {
+            let mut all = self.queue.active();
+            all.insert(id, active);
             all.len()
         };
-        self.metrics.unfinished(on_hand);
+        self.metrics.unfinished(count);
         let service = self.clone();
         self.queue.tracker.spawn(async move {
-            job.run(gate, spec.min_backlog, &service.queue.closing).await;
+            job.run(admission, spec.min_backlog, &service.queue.closing).await;
             // A client that sees the end may submit the next task, so this one has to leave the map first.
-            let on_hand = {
-                let mut all = service.queue.live();
+            let count = {
+                let mut all = service.queue.active();
                 all.remove(&id);
                 all.len()
             };
-            service.metrics.unfinished(on_hand);
+            service.metrics.unfinished(count);
             job.recorder.publish();
         });
     }
@@ -235,7 +237,7 @@ impl TaskService {
 
     /// The view of a task that is on hand, as it changes.
     pub fn watch(&self, id: TaskId) -> Option<watch::Receiver<Arc<TaskView>>> {
-        self.queue.live().get(&id).map(|task| task.view.clone())
+        self.queue.active().get(&id).map(|task| task.view.clone())
     }
 
     /// Gives an order to a task, and returns its view once that is carried out. A cancelled task has ended by then.
@@ -244,12 +246,12 @@ impl TaskService {
     /// [`TaskError::Ended`] for a task that is not on hand; [`TaskError::Transition`] for an order that makes no sense
     /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out.
     pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
-        let Some(live) = self.queue.live().get(&id).cloned() else { return Err(TaskError::Ended) };
+        let Some(active) = self.queue.active().get(&id).cloned() else { return Err(TaskError::Ended) };
         let cancel = order == Order::Cancel;
         let (answer, answered) = oneshot::channel();
-        live.orders.send(Asked { order, answer }).await.map_err(|_| TaskError::Ended)?;
+        active.orders.send(OrderRequest { order, answer }).await.map_err(|_| TaskError::Ended)?;
         answered.await.map_err(|_| TaskError::Ended)??;
-        let mut view = live.view;
+        let mut view = active.view;
         if cancel {
             // The sender goes with the task, which has published its end before.
             let _ = view.wait_for(|view| view.task.state.is_final()).await;
@@ -259,17 +261,17 @@ impl TaskService {
     }
 
     /// Lets another number of tasks sweep at once. Those that sweep already are not disturbed.
-    pub fn set_places(&self, places: usize) {
-        let before = self.queue.places_wanted.swap(places, Ordering::SeqCst);
-        if places > before {
-            self.queue.places.add_permits(places - before);
+    pub fn set_slots(&self, slots: usize) {
+        let before = self.queue.slots_wanted.swap(slots, Ordering::SeqCst);
+        if slots > before {
+            self.queue.slots.add_permits(slots - before);
             return;
         }
         let queue = self.queue.clone();
         self.queue.tracker.spawn(async move {
-            let fewer = u32::try_from(before - places).unwrap_or(u32::MAX);
+            let fewer = u32::try_from(before - slots).unwrap_or(u32::MAX);
             tokio::select! {
-                taken = queue.places.acquire_many(fewer) => {
+                taken = queue.slots.acquire_many(fewer) => {
                     if let Ok(taken) = taken { taken.forget() }
                 }
                 () = queue.closing.cancelled() => {}
@@ -283,7 +285,7 @@ impl TaskService {
             let _nobody_submits = self.queue.submitting.lock().await;
             self.queue.closing.cancel();
         }
-        for task in self.queue.live().values() {
+        for task in self.queue.active().values() {
             task.control.stop(StopReason::Interrupted);
         }
         self.queue.tracker.close();

@@ -66,7 +66,7 @@ impl fmt::Display for Order {
 
 /// An order with the way back for the answer.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct OrderRequest {
     pub(super) order: Order,
     pub(super) answer: oneshot::Sender<Result<(), TaskError>>,
 }
@@ -76,9 +76,9 @@ pub(super) struct Recorder {
     pub(super) metrics: Metrics,
     pub(super) control: Control,
     pub(super) budget: Arc<TimeBudget>,
-    /// Tells the gate what a person wants.
+    /// Tells the admission whether a person paused the task.
     pub(super) paused: watch::Sender<bool>,
-    pub(super) inbox: mpsc::Receiver<Asked>,
+    pub(super) inbox: mpsc::Receiver<OrderRequest>,
     pub(super) task: Task,
     pub(super) snapshot: Snapshot,
     pub(super) view: watch::Sender<Arc<TaskView>>,
@@ -101,7 +101,7 @@ impl Recorder {
         control: Control,
         budget: Arc<TimeBudget>,
         paused: watch::Sender<bool>,
-        inbox: mpsc::Receiver<Asked>,
+        inbox: mpsc::Receiver<OrderRequest>,
         task: Task,
         view: watch::Sender<Arc<TaskView>>,
     ) -> Self {
@@ -218,7 +218,7 @@ impl Recorder {
         }
     }
 
-    async fn answer(&mut self, asked: Asked) {
+    async fn answer(&mut self, asked: OrderRequest) {
         let answer = self.obey(asked.order).await;
         self.publish();
         // The caller may have gone away meanwhile.

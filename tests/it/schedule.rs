@@ -285,24 +285,24 @@ async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
 #[tokio::test]
 async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_before() {
     let servers = two_servers().await;
-    let rhythm = |enabled: bool, first: Timestamp| {
+    let recurrence = |enabled: bool, first: Timestamp| {
         format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
     };
     let first = Timestamp::now() + SignedDuration::from_secs(2);
-    let daemon = Daemon::start(&instance("cache", &servers[0].url(), &rhythm(false, first))).await;
+    let daemon = Daemon::start(&instance("cache", &servers[0].url(), &recurrence(false, first))).await;
     // A due time passes while it is switched off.
-    looked_at_after(&daemon, &servers, &rhythm(false, first)).await;
+    looked_at_after(&daemon, &servers, &recurrence(false, first)).await;
     probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
-    looked_at_after(&daemon, &servers, &rhythm(true, first)).await;
+    looked_at_after(&daemon, &servers, &recurrence(true, first)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
-    // A rhythm that would have been due a second ago.
+    // A recurrence that would have been due a second ago.
     let earlier = Timestamp::now() - SignedDuration::from_secs(1);
-    looked_at_after(&daemon, &servers, &rhythm(true, earlier)).await;
+    looked_at_after(&daemon, &servers, &recurrence(true, earlier)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");
     let soon = soon();
-    looked_at_after(&daemon, &servers, &rhythm(true, soon)).await;
+    looked_at_after(&daemon, &servers, &recurrence(true, soon)).await;
     probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
-    looked_at_after(&daemon, &servers, &rhythm(true, soon)).await;
+    looked_at_after(&daemon, &servers, &recurrence(true, soon)).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
 }
 

@@ -1,4 +1,4 @@
-//! When a task may sweep: not while a person paused it, not outside its window, and only in one of the free places.
+//! When a task may sweep: not while a person paused it, not outside its window, and only in one of the free slots.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,43 +15,43 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// What decides whether a task may sweep.
 #[derive(Debug)]
-pub(super) struct Gate {
+pub(super) struct Admission {
     /// The window that it respects.
     pub(super) window: Option<Window>,
-    /// The places that all tasks share.
-    pub(super) places: Arc<Semaphore>,
+    /// The slots that all tasks share.
+    pub(super) slots: Arc<Semaphore>,
     /// Whether a person paused it.
     pub(super) paused: watch::Receiver<bool>,
 }
 
-impl Gate {
+impl Admission {
     /// Holds the task or lets it go on as things are now, and says why it holds.
-    pub(super) fn decide(&mut self, control: &Control, place: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
+    pub(super) fn decide(&mut self, control: &Control, slot: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
         let closed = self.window.as_ref().is_some_and(|window| !window.is_open(Timestamp::now()));
         let hold = match (*self.paused.borrow_and_update(), closed) {
             (true, _) => Some(Reason::Paused),
             (false, true) => Some(Reason::OutsideWindow),
             (false, false) => {
-                *place = place.take().or_else(|| self.places.clone().try_acquire_owned().ok());
-                place.is_none().then_some(Reason::Queued)
+                *slot = slot.take().or_else(|| self.slots.clone().try_acquire_owned().ok());
+                slot.is_none().then_some(Reason::Queued)
             }
         };
         if hold.is_some() {
-            *place = None;
+            *slot = None;
         }
         control.hold(hold);
         hold
     }
 
-    /// Holds the task and lets it go on, for as long as this runs. A place is given back while the task is held and
+    /// Holds the task and lets it go on, for as long as this runs. A slot is given back while the task is held and
     /// when this is dropped.
-    pub(super) async fn keep(mut self, control: Control, mut place: Option<OwnedSemaphorePermit>) {
+    pub(super) async fn keep(mut self, control: Control, mut slot: Option<OwnedSemaphorePermit>) {
         loop {
             let now = Timestamp::now();
-            if self.decide(&control, &mut place) == Some(Reason::Queued) {
+            if self.decide(&control, &mut slot) == Some(Reason::Queued) {
                 // The stand in the queue lasts for as long as this future.
                 tokio::select! {
-                    free = self.places.clone().acquire_owned() => place = free.ok(),
+                    free = self.slots.clone().acquire_owned() => slot = free.ok(),
                     _ = self.paused.changed() => {}
                     () = until_closed(self.window.as_ref()) => {}
                 }
@@ -99,15 +99,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_paused_task_gives_its_place_to_the_next_one() {
-        let places = Arc::new(Semaphore::new(1));
+        let slots = Arc::new(Semaphore::new(1));
         let (pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let gate = |paused| Gate { window: None, places: places.clone(), paused };
+        let admission = |paused| Admission { window: None, slots: slots.clone(), paused };
         let (_other, other_paused) = watch::channel(false);
-        let one = tokio::spawn(gate(paused).keep(first.clone(), None));
+        let one = tokio::spawn(admission(paused).keep(first.clone(), None));
         until_hold(&first, None).await;
-        until_place_is_taken(&places).await;
-        let two = tokio::spawn(gate(other_paused).keep(second.clone(), None));
+        until_slot_is_taken(&slots).await;
+        let two = tokio::spawn(admission(other_paused).keep(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         pause.send(true).unwrap();
         until_hold(&first, Some(Reason::Paused)).await;
@@ -121,15 +121,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tasks_that_wait_for_a_place_get_it_in_the_order_in_which_they_came() {
-        let places = Arc::new(Semaphore::new(1));
-        let taken = places.clone().try_acquire_owned().unwrap();
+        let slots = Arc::new(Semaphore::new(1));
+        let taken = slots.clone().try_acquire_owned().unwrap();
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let gate = || Gate { window: None, places: places.clone(), paused: paused.clone() };
-        let one = tokio::spawn(gate().keep(first.clone(), None));
+        let admission = || Admission { window: None, slots: slots.clone(), paused: paused.clone() };
+        let one = tokio::spawn(admission().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(LOOK_AGAIN / 2).await;
-        let two = tokio::spawn(gate().keep(second.clone(), None));
+        let two = tokio::spawn(admission().keep(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         // The first one looks again meanwhile.
         tokio::time::sleep(LOOK_AGAIN * 3 / 4).await;
@@ -141,8 +141,8 @@ mod tests {
         two.abort();
     }
 
-    async fn until_place_is_taken(places: &Semaphore) {
-        while places.available_permits() > 0 {
+    async fn until_slot_is_taken(slots: &Semaphore) {
+        while slots.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
     }
@@ -156,8 +156,8 @@ mod tests {
         let window = Window { days: vec![day], start: now.time(), end: now.time(), zone: TimeZone::UTC };
         assert_ne!(day, now.date().weekday());
         let control = control();
-        let gate = Gate { window: Some(window), places: Arc::new(Semaphore::new(1)), paused };
-        let keep = tokio::spawn(gate.keep(control.clone(), None));
+        let admission = Admission { window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
+        let keep = tokio::spawn(admission.keep(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
         keep.abort();
     }
