@@ -16,6 +16,9 @@ COPY benches benches
 RUN cargo build --release --locked --bin ttlsweep
 
 FROM debian:bookworm-slim
+LABEL org.opencontainers.image.title="ttlsweep" \
+      org.opencontainers.image.description="Frees the memory of expired keys that Redis and Valkey still hold" \
+      org.opencontainers.image.licenses="MIT OR Apache-2.0"
 # Time zones for windows and cron; certificates of public authorities for TLS to servers.
 RUN apt-get update && apt-get install -y --no-install-recommends tzdata ca-certificates && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --home-dir /var/lib/ttlsweep --create-home ttlsweep
