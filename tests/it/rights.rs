@@ -92,7 +92,7 @@ async fn another_server_process_is_asked_anew_what_it_allows() {
     running.signal("STOP");
     server.restart().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;
-    server.cmd(&["ACL", "SETUSER", "ttlsweep", "%R~*", "+exists"]).await;
+    server.cmd(&["ACL", "SETUSER", "ttlsweep", "~*", "+exists"]).await;
     Keyspace::of(&server, 0).dead(2_000, "second").await;
     running.signal("CONT");
     let run = running.end().await.expect(0);
