@@ -374,7 +374,7 @@ impl Drop for Spinning {
 #[tokio::test]
 async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(3_000, "dead").await;
+    Keyspace::of(&server, 0).dead(6_000, "dead").await;
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
     let cpu = allowed.split(['-', ',']).next().unwrap();
@@ -387,10 +387,11 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     let spinning = Spinning::on(cpu);
     pin(&starved);
     starved.says("no processor time to spare").await;
+    // Before others free the keys that it still has to read, and it is done.
+    starved.signal("INT");
     let low = Running::scan(&server.url(), &["--priority", "low", "--max-keys-per-sec", "1000"]);
     pin(&low);
     low.end().await.expect(0);
-    starved.signal("INT");
     drop(spinning);
     starved.end().await.expect(130);
 }
