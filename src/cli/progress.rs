@@ -1,10 +1,9 @@
 //! What people see while a sweep runs: a bar for each pass on a terminal, else a status line that thins with time.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -81,7 +80,9 @@ impl From<&TaskView> for Rows {
 
 /// Shows a task until the sender of its views is gone.
 pub async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
-    if std::io::stderr().is_terminal() { bars(view, rows).await } else { lines(view, rows).await }
+    // A terminal that cannot move its cursor (TERM=dumb) gets lines, as a pipe does.
+    let no_bars = ProgressDrawTarget::stderr().is_hidden();
+    if no_bars { lines(view, rows).await } else { bars(view, rows).await }
 }
 
 /// How fast a pass goes: by the views since it was first seen.

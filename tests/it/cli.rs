@@ -286,20 +286,36 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     let keys = Keyspace::of(&server, 0);
     keys.dead(1_000, "dead").await;
     keys.live(2_000, "live").await;
-    // `script` gives its child a terminal of its own.
-    let program = env!("CARGO_BIN_EXE_ttlsweep");
-    let line = format!("{program} scan {} --max-keys-per-sec 2000", server.url());
-    let mut command = std::process::Command::new("script");
-    without_settings(&mut command);
-    let mut command = tokio::process::Command::from(command);
-    command.args(["-q", "-e", "-c", &line, "/dev/null"]).stdin(Stdio::null()).kill_on_drop(true);
-    let output = command.output().await.expect("script of util-linux is there");
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}");
+    let text = on_a_terminal(&server, "xterm").await;
     let bar = text.find("keys/s").expect("a bar with the speed");
     let summary = text.rfind("reclaimed").expect("a summary");
     assert!(text.contains("\u{1b}[") && text.contains('%') && bar < summary, "{text:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
+}
+
+/// What a sweep of some seconds shows on a terminal of this kind.
+async fn on_a_terminal(server: &Server, kind: &str) -> String {
+    // `script` gives its child a terminal of its own.
+    let line = format!("{} scan {} --max-keys-per-sec 2000", env!("CARGO_BIN_EXE_ttlsweep"), server.url());
+    let mut command = std::process::Command::new("script");
+    without_settings(&mut command);
+    let mut command = tokio::process::Command::from(command);
+    command.args(["-q", "-e", "-c", &line, "/dev/null"]).env("TERM", kind).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.expect("script of util-linux is there");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+#[tokio::test]
+async fn a_terminal_that_cannot_move_its_cursor_gets_lines() {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.dead(1_000, "dead").await;
+    // Long enough for a line, which comes each few seconds.
+    keys.live(12_000, "live").await;
+    let text = on_a_terminal(&server, "dumb").await;
+    assert!(text.contains("keys/s") && !text.contains('\u{1b}'), "{text:?}");
 }
 
 /// Types something where the program asks for the password, and returns what the terminal has shown once it has ended.
@@ -340,6 +356,7 @@ async fn a_terminal_shows_why_a_sweep_waits_that_has_no_pass_yet() {
     let line = format!("{} task watch {id} --server {}", env!("CARGO_BIN_EXE_ttlsweep"), daemon.url());
     let mut command = tokio::process::Command::new("script");
     command.args(["-q", "-f", "-e", "-c", &line]).arg(seen.path()).stdin(Stdio::null()).stdout(Stdio::null());
+    command.env("TERM", "xterm");
     let mut watching = command.kill_on_drop(true).spawn().expect("script of util-linux is there");
     probe("the terminal says why", PATIENCE, async || {
         std::fs::read_to_string(seen.path()).is_ok_and(|text| text.contains("holding: the off-peak window is closed"))
