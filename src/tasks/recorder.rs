@@ -140,6 +140,7 @@ impl Recorder {
                     log_of!(self.task, info, %reason, "waiting: {}", reason.sentence());
                 }
                 self.snapshot.waits = now.hold;
+                self.sum_up();
                 self.publish();
             }
             if now.hold.is_none() {
@@ -178,6 +179,7 @@ impl Recorder {
         self.task.started_at = self.task.started_at.or_else(|| Some(Timestamp::now()));
         self.task.failure = None;
         self.snapshot.started_at = self.task.started_at;
+        self.sum_up();
         self.checkpoint().await;
         self.publish();
     }
@@ -195,6 +197,7 @@ impl Recorder {
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
                 _ = tick.tick(), if self.unpublished || !self.unwritten.is_empty() => {
                     if self.unpublished {
+                        self.sum_up();
                         self.publish();
                     }
                     if self.checkpoint_due || self.written.is_none_or(|at| at.elapsed() >= CHECKPOINT_EVERY) {
@@ -214,11 +217,13 @@ impl Recorder {
         self.unwritten.insert(event.shard.clone());
         self.snapshot.apply(event);
         if at_once {
+            self.sum_up();
             self.checkpoint().await;
         }
     }
 
     async fn answer(&mut self, asked: OrderRequest) {
+        self.sum_up();
         let answer = self.obey(asked.order).await;
         self.publish();
         // The caller may have gone away meanwhile.
@@ -263,7 +268,7 @@ impl Recorder {
     }
 
     async fn change(&mut self, change: impl FnOnce(&mut Task) -> Result<(), TaskError>) -> Result<(), TaskError> {
-        let mut changed = Task { num: self.snapshot.reclaimed(), ..self.task.clone() };
+        let mut changed = self.task.clone();
         change(&mut changed)?;
         self.store.update(&changed).await.inspect_err(|_| self.metrics.store_failed())?;
         self.task = changed;
@@ -334,7 +339,6 @@ impl Recorder {
     async fn checkpoint(&mut self) {
         self.written = Some(Instant::now());
         self.checkpoint_due = false;
-        self.task.num = self.snapshot.reclaimed();
         self.task.spent = self.budget.spent();
         // A cluster has hundreds of shards, and each event is about one.
         let shards = self.snapshot.shards.iter().filter(|(shard, _)| self.unwritten.contains(*shard));
@@ -358,14 +362,14 @@ impl Recorder {
         }
     }
 
-    /// Brings the sums and the metrics up to date, and shows the present.
+    /// Shows the present.
     pub(super) fn publish(&mut self) {
-        self.sum_up();
         self.unpublished = false;
         let view = TaskView { task: self.task.clone(), snapshot: self.snapshot.clone() };
         self.view.send_replace(Arc::new(view));
     }
 
+    /// Brings the task's count and the metrics up to date with the shards. Every event is summed up before it is written or shown.
     fn sum_up(&mut self) {
         self.task.num = self.snapshot.reclaimed();
         let totals = Totals::of(&self.snapshot);
