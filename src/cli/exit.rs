@@ -62,9 +62,7 @@ impl Exit {
             | FailureKind::Store => Self::Failed,
         }
     }
-}
 
-impl Exit {
     /// The code of a task that has ended, for the command that ran or followed it. `met` and `swept` as in [`Exit::of`].
     pub fn of_task(state: Option<TaskState>, failure: Option<&Failure>, met: bool, swept: bool) -> Self {
         match (failure, state) {

@@ -469,7 +469,7 @@ mod tests {
         (1_704_067_200_000_i64..1_893_456_000_000).prop_map(|ms| Timestamp::from_millisecond(ms).unwrap())
     }
 
-    fn rhythms() -> impl Strategy<Value = Recurrence> {
+    fn recurrences() -> impl Strategy<Value = Recurrence> {
         let every = (instants(), 0_u32..200_000)
             .prop_map(|(first, interval_s)| Recurrence::Every { first: Some(first), interval_s });
         let cron = (0..60, 0..24, 0..ZONES.len()).prop_map(|(minute, hour, zone)| {
@@ -491,7 +491,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn between_the_latest_and_the_next_due_time_there_is_none(recurrence in rhythms(), now in instants()) {
+        fn between_the_latest_and_the_next_due_time_there_is_none(recurrence in recurrences(), now in instants()) {
             let (latest, next) = (recurrence.latest_due(now), recurrence.next_due(now));
             prop_assert!(latest.is_none_or(|due| due <= now));
             prop_assert!(next.is_none_or(|due| due > now));
@@ -503,7 +503,7 @@ mod tests {
         }
 
         #[test]
-        fn each_due_time_is_dealt_with_once_and_in_order(recurrence in rhythms(), begun in instants(), steps in prop::collection::vec((1_i64..100_000, any::<bool>(), any::<bool>()), 1..60)) {
+        fn each_due_time_is_dealt_with_once_and_in_order(recurrence in recurrences(), begun in instants(), steps in prop::collection::vec((1_i64..100_000, any::<bool>(), any::<bool>()), 1..60)) {
             let (mut now, mut handled, mut waiting_for) = (begun, begun, None);
             for (seconds, busy, window_open) in steps {
                 now += SignedDuration::from_secs(seconds);

@@ -1,5 +1,5 @@
-//! Which program a state file belongs to. Checked before anything is made or changed, so that the file of another program is left as it is,
-//! and nothing is left beside it.
+//! Which program a state file belongs to. Checked before anything is made or changed, so that the file of another program is left
+//! as it is, and nothing is left beside it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};

@@ -23,7 +23,7 @@ pub(super) struct TimeBudget {
 }
 
 impl TimeBudget {
-    /// An budget of which a part was spent before an interruption.
+    /// A budget of which a part was spent before an interruption.
     pub(super) fn new(allowed: Duration, spent: Duration) -> Self {
         Self { allowed, spent: Mutex::new(spent) }
     }
