@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::common::Server;
+use super::seed;
 
 /// What all of them share.
 struct Cluster {
@@ -26,12 +27,7 @@ pub async fn start(masters: usize, bits: u32, real: &Server) -> String {
         listeners.push(TcpListener::bind("127.0.0.1:0").await.expect("a free port"));
     }
     let ports: Vec<u16> = listeners.iter().map(|l| l.local_addr().expect("it is bound").port()).collect();
-    let mut slots = format!("*{masters}\r\n");
-    for (place, port) in ports.iter().enumerate() {
-        let edge = |n: usize| 16_384 * n / masters;
-        slots.push_str(&format!("*3\r\n:{}\r\n:{}\r\n", edge(place), edge(place + 1) - 1));
-        slots.push_str(&format!("*3\r\n$9\r\n127.0.0.1\r\n:{port}\r\n$5\r\n{port:05}\r\n"));
-    }
+    let slots = seed::cluster_slots(&ports);
     let cluster = Arc::new(Cluster { slots, bits, real: real.addr(), answers: Mutex::default() });
     for (listener, &port) in listeners.into_iter().zip(&ports) {
         let cluster = cluster.clone();
@@ -41,7 +37,7 @@ pub async fn start(masters: usize, bits: u32, real: &Server) -> String {
             }
         });
     }
-    format!("127.0.0.1:{},127.0.0.1:{}", ports[0], ports[ports.len() - 1])
+    seed::seeds(&ports)
 }
 
 async fn serve(mut client: TcpStream, port: u16, cluster: Arc<Cluster>) {

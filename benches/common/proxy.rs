@@ -1,7 +1,8 @@
 //! A network of a given length: a proxy that holds each byte for half a round trip in each direction, and limits nothing else.
 //!
-//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread. Since every byte is held for the same time, what is due first came first: one queue and one timer serve all
-//! connections. Timers of the kernel, as tokio's tick in milliseconds.
+//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread. Since every byte is
+//! held for the same time, what is due first came first: one queue and one timer serve all connections. Timers of the kernel, as
+//! tokio's tick in milliseconds.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};

@@ -5,17 +5,12 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-/// Puts a stand-in in front of each server, on threads that end with the process. Returns the address of the first.
+/// Puts a stand-in in front of each server, on threads that end with the process. Returns the addresses of two of them.
 pub fn cluster_of(ports: &[u16]) -> String {
     let listeners: Vec<TcpListener> =
         ports.iter().map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
     let fronts: Vec<u16> = listeners.iter().map(|l| l.local_addr().expect("it is bound").port()).collect();
-    let mut slots = format!("*{}\r\n", fronts.len());
-    for (place, port) in fronts.iter().enumerate() {
-        let edge = |n: usize| 16_384 * n / fronts.len();
-        slots.push_str(&format!("*3\r\n:{}\r\n:{}\r\n", edge(place), edge(place + 1) - 1));
-        slots.push_str(&format!("*3\r\n$9\r\n127.0.0.1\r\n:{port}\r\n$5\r\n{port:05}\r\n"));
-    }
+    let slots = cluster_slots(&fronts);
     for (listener, &port) in listeners.into_iter().zip(ports) {
         let slots = slots.clone();
         std::thread::spawn(move || {
@@ -25,7 +20,23 @@ pub fn cluster_of(ports: &[u16]) -> String {
             }
         });
     }
-    format!("127.0.0.1:{},127.0.0.1:{}", fronts[0], fronts[fronts.len() - 1])
+    seeds(&fronts)
+}
+
+/// What CLUSTER SLOTS answers where masters at these ports share the slots evenly.
+pub fn cluster_slots(ports: &[u16]) -> String {
+    let mut slots = format!("*{}\r\n", ports.len());
+    for (place, port) in ports.iter().enumerate() {
+        let edge = |n: usize| 16_384 * n / ports.len();
+        slots.push_str(&format!("*3\r\n:{}\r\n:{}\r\n", edge(place), edge(place + 1) - 1));
+        slots.push_str(&format!("*3\r\n$9\r\n127.0.0.1\r\n:{port}\r\n$5\r\n{port:05}\r\n"));
+    }
+    slots
+}
+
+/// The addresses of the first and the last, for a URL.
+pub fn seeds(ports: &[u16]) -> String {
+    format!("127.0.0.1:{},127.0.0.1:{}", ports[0], ports[ports.len() - 1])
 }
 
 /// The client sends a question about the cluster alone, and waits for its answer.

@@ -15,7 +15,7 @@ use super::contender::{CLOUD, Contender, Effort, NOBODY, Pass, Sweep};
 use super::load::{OpenLoop, Waits};
 use super::plot::{Axis, Point, Scale, scatter};
 use super::proxy::Proxy;
-use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
+use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
 use super::wire::{A_DAY, AT_ONCE, Conn};
 
 /// The foreground without any sweep is measured no longer than this where it is a row of its own.
@@ -224,8 +224,8 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         "of windows",
         "p99 / COUNT 1000 at 200/s",
         "dead keys reclaimed",
-        "SCAN p99 us, server's clock",
-        "p99.9 us",
+        SCAN_TIMES[0],
+        SCAN_TIMES[1],
     ];
     let mut table = Table::new(&title, &columns);
     let cloud = rounds_of(contenders, results, CLOUD);
@@ -239,6 +239,7 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
         let windows_ratio = of(|r| r.p99_of_windows_ratio);
         let p99_to_cloud = median_ratio(rounds, cloud, |r| r.round, |r| r.foreground.p99_us as f64);
         let cleans = !matches!(sweep, Sweep::Nobody);
+        let [scan_p99, scan_p999] = scan_time_cells(rounds.iter().filter_map(|r| r.scan_times_us));
         let cells = [
             rounds.len().to_string(),
             cell(seconds.filter(|_| cleans), 2),
@@ -251,8 +252,8 @@ fn show(settings: &Settings, contenders: &[Contender], results: &[Vec<Round>], v
             cell(windows_ratio, 2),
             cell(p99_to_cloud, 2),
             cell(of(|r| r.reclaimed as f64), 0),
-            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[0])), 0),
-            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[1])), 0),
+            scan_p99,
+            scan_p999,
         ];
         table.row(name, &cells);
         medians.insert(

@@ -18,7 +18,7 @@ use super::common::Server;
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
 use super::load::comes_first;
 use super::plot::{Axis, Line, Scale, lines};
-use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
+use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
 use super::wire::Conn;
 
 /// How long a key lives.
@@ -212,8 +212,8 @@ fn show(
         "worst / no sweep at that second",
         "end / no sweep",
         "end / COUNT 1000 at 200/s",
-        "SCAN p99 us, server's clock",
-        "p99.9 us",
+        SCAN_TIMES[0],
+        SCAN_TIMES[1],
     ];
     let mut table = Table::new(&title, &columns);
     let (nobody, cloud) = (rounds_of(contenders, results, NOBODY), rounds_of(contenders, results, CLOUD));
@@ -225,6 +225,7 @@ fn show(
         let to_nobody = median_ratio(rounds, nobody, |r| r.round, |r| r.end_percent);
         let to_cloud = median_ratio(rounds, cloud, |r| r.round, |r| r.end_percent);
         let sweeps = !matches!(contender.sweep, Sweep::Nobody | Sweep::Effort10);
+        let [scan_p99, scan_p999] = scan_time_cells(rounds.iter().filter_map(|r| r.scan_times_us));
         let cells = [
             rounds.len().to_string(),
             cell(of(|r| r.passes as f64).filter(|_| sweeps), 0),
@@ -233,8 +234,8 @@ fn show(
             cell(worst_ratio, 2),
             cell(to_nobody, 2),
             cell(to_cloud, 2),
-            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[0])), 0),
-            cell(of(|r| r.scan_times_us.map_or(f64::NAN, |times| times[1])), 0),
+            scan_p99,
+            scan_p999,
         ];
         table.row(contender.name, &cells);
         // Each second is the median of the rounds too.

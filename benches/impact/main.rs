@@ -72,6 +72,7 @@ struct Settings {
     warm_up: u64,
     sweep: u64,
     busy: Duration,
+    spinners: u64,
     servers: Vec<String>,
 }
 
@@ -91,6 +92,7 @@ impl Settings {
             warm_up: number("TTLSWEEP_IMPACT_WARM_UP_S", 15),
             sweep: number("TTLSWEEP_IMPACT_SWEEP_S", 40),
             busy: Duration::from_secs(number("TTLSWEEP_IMPACT_BUSY_S", 20)),
+            spinners: number("TTLSWEEP_IMPACT_SPINNERS", 0),
             servers: list("TTLSWEEP_IMPACT_SERVERS", &server),
         }
     }
@@ -100,7 +102,7 @@ impl Settings {
             "live": self.live, "dead": self.dead, "live_ttl": self.live_ttl, "round_trip_us": self.round_trip_us, "rounds": self.rounds,
             "slow_rounds": self.slow_rounds, "rate_per_s": self.rate, "baseline_s": self.baseline.as_secs(),
             "inflow_per_s": self.inflow, "warm_up_s": self.warm_up, "sweep_s": self.sweep,
-            "busy_s": self.busy.as_secs(), "spinners": number("TTLSWEEP_IMPACT_SPINNERS", 0),
+            "busy_s": self.busy.as_secs(), "spinners": self.spinners,
         })
     }
 
@@ -153,7 +155,7 @@ fn main() {
     assert!(unknown.is_none(), "TTLSWEEP_IMPACT_SCENARIOS knows a, b and c, not {unknown:?}");
 
     let folder = std::env::var_os("TTLSWEEP_IMPACT_OUT").map_or_else(|| PathBuf::from("target/impact"), PathBuf::from);
-    let _spinners = Spinners::start(number("TTLSWEEP_IMPACT_SPINNERS", 0));
+    let _spinners = Spinners::start(settings.spinners);
     let mut output = report::Output::new(folder, settings.json(), &contenders);
     for scenario in &scenarios {
         match scenario.as_str() {

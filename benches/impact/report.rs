@@ -134,6 +134,14 @@ pub fn cell(value: Option<f64>, digits: usize) -> String {
     value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
 }
 
+/// The columns of [`scan_time_cells`].
+pub const SCAN_TIMES: [&str; 2] = ["SCAN p99 us, server's clock", "p99.9 us"];
+
+/// How long SCANs took by the server's own clock: p99 and p99.9, each the median of the rounds in which the server told.
+pub fn scan_time_cells(times_us: impl Iterator<Item = [f64; 2]> + Clone) -> [String; 2] {
+    [0, 1].map(|quantile| cell(median(times_us.clone().map(|times| times[quantile])), 0))
+}
+
 pub struct Table {
     text: String,
 }
