@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::sdk::{client, root};
+use crate::support::clients::{client, root};
 use crate::support::{skipped, ttlsweep};
 
 fn read(path: &str) -> String {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::sdk::{client, daemon, output, root};
+use crate::sdk::daemon;
+use crate::support::clients::{client, output, root};
 use crate::support::daemon::Daemon;
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;

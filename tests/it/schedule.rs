@@ -147,11 +147,20 @@ async fn two_servers() -> [Server; 2] {
     [Server::start().await, Server::start().await]
 }
 
-/// The settings of `cache`, whose first due time was then, and of `other`.
+/// An automatic scan that is due each hour from then on, if it is on.
+fn hourly(enabled: bool, first: Timestamp) -> String {
+    format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
+}
+
+/// The settings of both instances, with these of `cache`.
+fn both(servers: &[Server; 2], cache: &str) -> String {
+    let [one, other] = servers.each_ref().map(Server::url);
+    [instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat()
+}
+
+/// The same, where the first due time of `cache` was then.
 fn due_at(servers: &[Server; 2], first: Timestamp, more: &str) -> String {
-    let auto = format!("[instances.auto-scan]\nenabled = true\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n");
-    let [cache, other] = servers.each_ref().map(Server::url);
-    [instance("cache", &cache, &format!("{more}\n{auto}")), instance("other", &other, EACH_SECOND)].concat()
+    both(servers, &format!("{more}\n{}", hourly(true, first)))
 }
 
 /// Waits until the daemon has looked at the schedule of `cache` again: it has once `other` has run twice.
@@ -276,8 +285,7 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
 
 /// Gives the daemon another schedule of `cache`, and waits until it has looked at that.
 async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
-    let [one, other] = servers.each_ref().map(Server::url);
-    daemon.write_settings(&[instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat());
+    daemon.write_settings(&both(servers, cache));
     daemon.post("/api/v1/reload").await.ok();
     looked_again(daemon).await;
 }
@@ -285,33 +293,28 @@ async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
 #[tokio::test]
 async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_before() {
     let servers = two_servers().await;
-    let recurrence = |enabled: bool, first: Timestamp| {
-        format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
-    };
     let first = Timestamp::now() + SignedDuration::from_secs(2);
-    let daemon = Daemon::start(&instance("cache", &servers[0].url(), &recurrence(false, first))).await;
+    let daemon = Daemon::start(&instance("cache", &servers[0].url(), &hourly(false, first))).await;
     // A due time passes while it is switched off.
-    looked_at_after(&daemon, &servers, &recurrence(false, first)).await;
+    looked_at_after(&daemon, &servers, &hourly(false, first)).await;
     probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
-    looked_at_after(&daemon, &servers, &recurrence(true, first)).await;
+    looked_at_after(&daemon, &servers, &hourly(true, first)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
     // A recurrence that would have been due a second ago.
     let earlier = Timestamp::now() - SignedDuration::from_secs(1);
-    looked_at_after(&daemon, &servers, &recurrence(true, earlier)).await;
+    looked_at_after(&daemon, &servers, &hourly(true, earlier)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");
     let soon = soon();
-    looked_at_after(&daemon, &servers, &recurrence(true, soon)).await;
+    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
     probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
-    looked_at_after(&daemon, &servers, &recurrence(true, soon)).await;
+    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
 }
 
 #[tokio::test]
 async fn a_schedule_that_is_new_or_changed_at_a_restart_runs_nothing_for_the_time_before() {
     let servers = two_servers().await;
-    let [cache, other] = servers.each_ref().map(Server::url);
-    let unscheduled = [instance("cache", &cache, ""), instance("other", &other, EACH_SECOND)].concat();
-    let mut daemon = Daemon::start(&unscheduled).await;
+    let mut daemon = Daemon::start(&both(&servers, "")).await;
     for (what, passed) in [("new", INSIDE), ("changed", BEYOND)] {
         looked_again(&daemon).await;
         daemon.kill9();

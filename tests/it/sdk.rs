@@ -1,11 +1,11 @@
 //! Real clients: the public Python SDK runs all five calls, a fuzzer that reads the API's own description finds nothing
 //! wrong. `make clients` gets them.
 
-use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::support::clients::{client, output, root};
 use crate::support::daemon::{Daemon, PROJECT, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
@@ -34,23 +34,6 @@ projects = ["*"]
 sha256 = "dc2e3999e6b3e23f3327c0e6cb9a3d6cde4ab7cc16a46ec0fe716df8ce2717b9"
 "#;
 const TOKEN: &str = "secret";
-
-pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// The path of a client that `make clients` has fetched.
-pub fn client(name: &str) -> PathBuf {
-    let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
-    let path = PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim());
-    assert!(path.exists(), "{name} is not there: run `make clients`");
-    path
-}
-
-/// Runs a command without blocking the test's own server tasks.
-pub async fn output(mut command: Command) -> Output {
-    tokio::task::spawn_blocking(move || command.output()).await.expect("it ends").expect("it runs")
-}
 
 /// A daemon with the credentials that the clients have.
 pub async fn daemon(server: &Server) -> Daemon {

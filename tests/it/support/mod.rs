@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "a toolbox: not every test theme uses every tool")]
 
 pub mod certs;
+pub mod clients;
 pub mod cluster;
 pub mod daemon;
 pub mod keyspace;
