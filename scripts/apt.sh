@@ -1,4 +1,4 @@
-# What servers.sh and clients.sh share, to be sourced: Debian packages that are downloaded and unpacked, so that neither root's
+# What the other scripts share, to be sourced: Debian packages that are downloaded and unpacked, so that neither root's
 # rights are needed nor anything of the system is changed. $work is a temporary folder of the caller.
 # shellcheck shell=bash disable=SC2154
 

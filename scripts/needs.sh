@@ -6,7 +6,8 @@
 #   needs.sh cc python       Python with pip and venv too, for the servers that come as wheels and for the clients of the tests
 set -euo pipefail
 
-have() { command -v "$1" >/dev/null 2>&1; }
+# shellcheck source=scripts/apt.sh
+. "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; elif have sudo; then sudo "$@"; else return 1; fi; }
 
 missing=
