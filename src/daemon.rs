@@ -21,24 +21,37 @@ use tokio_util::sync::CancellationToken;
 use crate::api::listen::{self, Terms, TlsListenError};
 use crate::api::{AppState, router};
 use crate::metrics::Metrics;
-use crate::model::task::TaskState;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{ServeSettings, StoreSettings};
 use crate::shutdown::Signals;
-use crate::store::{Store, TaskFilter};
-use crate::tasks::TaskService;
+use crate::store::{DaemonId, DaemonRecord, Store};
+use crate::tasks::{Membership, TaskService};
 
 /// How often ended tasks that are kept no longer are looked for.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// File descriptors that are not for clients: the store, the instances, the log.
 const OWN_FILES: u64 = 256;
 
+/// What tells this daemon apart from others with the same settings file.
+#[derive(Debug, Default)]
+pub struct Identity {
+    /// In place of `[daemon] name`.
+    pub name: Option<String>,
+    /// In place of `[daemon] labels`.
+    pub labels: Vec<String>,
+}
+
 /// Runs until a signal. `ready` is told the address once requests are answered.
 ///
 /// # Errors
 /// Where it cannot start; running, it fails no more.
-pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(SocketAddr)) -> anyhow::Result<()> {
+pub async fn run(
+    path: PathBuf,
+    settings: ServeSettings,
+    identity: Identity,
+    ready: impl FnOnce(SocketAddr),
+) -> anyhow::Result<()> {
     // Before anything that a signal would leave half done.
     let signals = Signals::listen().context("signals cannot be listened to")?;
     let connections = connections(&settings);
@@ -50,13 +63,17 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
     let address = listener.local_addr()?;
 
-    let store = Store::open(&settings.store.path).await?;
+    let store = Store::open(&settings.store.location).await?;
     let metrics = Metrics::default();
-    let service = TaskService::with_slots(store.clone(), metrics.clone(), settings.at_once);
-    service.recover(&settings).await.context("unfinished tasks cannot be taken up")?;
-    remember(&store, &settings, &metrics).await?;
-
+    let mut service = TaskService::with_slots(store.clone(), metrics.clone(), settings.at_once);
+    settings.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
+    remember(&store, &metrics).await?;
+    let membership = membership(&settings, identity, address, &store);
+    let changed = Arc::new(Notify::new());
     let (settings, in_force) = watch::channel(Arc::new(settings));
+    service.join(membership, in_force.clone(), changed.clone()).await.context("the other daemons cannot be joined")?;
+    let begun_with = in_force.borrow().clone();
+    service.recover(&begun_with).await.context("unfinished tasks cannot be taken up")?;
     let (terms, terms_in_force) = watch::channel(terms);
     let reload = Reloader {
         path,
@@ -71,7 +88,6 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
         move || drop(reload.reload())
     }));
 
-    let changed = Arc::new(Notify::new());
     let scheduler = Scheduler {
         service: service.clone(),
         settings: in_force.clone(),
@@ -105,17 +121,25 @@ pub async fn run(path: PathBuf, settings: ServeSettings, ready: impl FnOnce(Sock
     Ok(())
 }
 
+/// On what terms this daemon joins others.
+fn membership(settings: &ServeSettings, identity: Identity, address: SocketAddr, store: &Store) -> Membership {
+    let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let record = DaemonRecord {
+        id: DaemonId::generate(),
+        name: identity.name.or_else(|| settings.daemon.name.clone()).unwrap_or_else(host),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        address: address.to_string(),
+        labels: if identity.labels.is_empty() { settings.daemon.labels.clone() } else { identity.labels },
+        settings: settings.hash.clone(),
+        started_at: store.now(),
+    };
+    Membership { record, lease: settings.daemon.lease }
+}
+
 /// Shows when each instance was last swept completely. An alert on it must survive a restart.
-async fn remember(store: &Store, settings: &ServeSettings, metrics: &Metrics) -> anyhow::Result<()> {
-    for instance in &settings.instances {
-        metrics.introduce(&instance.id);
-        let filter = TaskFilter {
-            instance_id: Some(instance.id.clone()),
-            states: vec![TaskState::Succeeded],
-            ..TaskFilter::default()
-        };
-        let page = store.page(&filter, 0, 1).await?;
-        page.tasks.first().and_then(|task| task.finished_at).inspect(|at| metrics.succeeded(&instance.id, *at));
+async fn remember(store: &Store, metrics: &Metrics) -> anyhow::Result<()> {
+    for (instance, at) in store.last_successes().await? {
+        metrics.succeeded(&instance, at);
     }
     Ok(())
 }
@@ -185,7 +209,8 @@ fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
         ("[api] listen", old.api.listen != new.api.listen),
         ("[api] TLS", old.api.tls.is_some() != new.api.tls.is_some()),
         ("[api] max-connections", old.api.max_connections != new.api.max_connections),
-        ("[store] path", old.store.path != new.store.path),
+        ("[store] url or path", !old.store.location.is(&new.store.location)),
+        ("[daemon]", old.daemon != new.daemon),
     ];
     let changed = fixed.into_iter().filter(|(_, changed)| *changed);
     changed
@@ -202,8 +227,7 @@ async fn prune(
 ) {
     loop {
         let StoreSettings { keep_for, keep_tasks, .. } = settings.borrow_and_update().store.clone();
-        let before =
-            jiff::SignedDuration::try_from(keep_for).ok().and_then(|kept| Timestamp::now().checked_sub(kept).ok());
+        let before = jiff::SignedDuration::try_from(keep_for).ok().and_then(|kept| store.now().checked_sub(kept).ok());
         loop {
             match store.prune(before.unwrap_or(Timestamp::MIN), keep_tasks).await {
                 Ok(0) => break,

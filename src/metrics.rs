@@ -81,6 +81,8 @@ struct Inner {
     unfinished: Gauge,
     dues: Family<DueLabels, Counter>,
     store_errors: Counter,
+    daemons: Gauge,
+    settings_differ: Gauge,
     answers: Family<AnswerLabels, Histogram, fn() -> Histogram>,
 }
 
@@ -138,6 +140,12 @@ impl Default for Metrics {
             unfinished: register!("tasks_unfinished", "Tasks that are waiting, running or held", Gauge::default()),
             dues: register!("due_times", "Due times of automatic scans, by what became of them", Family::default()),
             store_errors: register!("store_errors", "Records that could not be written at once", Counter::default()),
+            daemons: register!("daemons", "Daemons that share the records; 0: they are not shared", Gauge::default()),
+            settings_differ: register!(
+                "settings_differ",
+                "1 where another daemon on the same records has other settings than this one",
+                Gauge::default()
+            ),
             answers: register!(
                 "http_request_duration",
                 "Time to answer requests of the API",
@@ -299,6 +307,12 @@ impl Metrics {
     /// What became of a due time: `run`, `still_running` or `missed`.
     pub fn due(&self, instance: &str, outcome: &'static str) {
         self.0.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
+    }
+
+    /// How many daemons share the records, and whether they differ in their settings.
+    pub fn fleet(&self, daemons: usize, settings_differ: bool) {
+        self.0.daemons.set(i64::try_from(daemons).unwrap_or(i64::MAX));
+        self.0.settings_differ.set(i64::from(settings_differ));
     }
 
     /// A record could not be written.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
@@ -14,7 +14,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::schedule::{AutoScan, Decision, GRACE, Moment, Skip, decide, until};
 use crate::model::task::Cause;
 use crate::settings::serve::{self, Instance, ServeSettings};
-use crate::store::{Mark, StoreError};
+use crate::store::{Due, Mark, Schedules, StoreError};
 use crate::tasks::{TaskError, TaskService, TaskSpec};
 
 /// Longest sleep: the clock may have been set, or the machine may have slept.
@@ -40,6 +40,7 @@ impl Scheduler {
     pub async fn run(mut self, stop: CancellationToken) {
         // For which due time each busy instance is waited for.
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
+        let mut remembered = Instant::now();
         // The settings whose instances are known to be the only ones with a mark.
         let mut tidied: Option<Arc<ServeSettings>> = None;
         loop {
@@ -47,8 +48,8 @@ impl Scheduler {
             waiting.retain(|id, _| settings.instance(id).is_some());
             let mut sleep = LOOK_AGAIN;
             if tidied.as_ref().is_none_or(|tidied| !Arc::ptr_eq(tidied, &settings)) {
-                let ids = settings.instances.iter().map(|instance| instance.id.as_str());
-                match self.service.store().forget_marks_but(ids).await {
+                let ids: Vec<_> = settings.instances.iter().map(|instance| instance.id.as_str()).collect();
+                match self.service.store().forget_marks_but(&ids).await {
                     Ok(()) => tidied = Some(settings.clone()),
                     Err(error) => {
                         self.metrics.store_failed();
@@ -57,14 +58,26 @@ impl Scheduler {
                     }
                 }
             }
-            for instance in &settings.instances {
-                match self.look(instance, &mut waiting).await {
-                    Ok(next) => sleep = sleep.min(next),
-                    Err(error) => {
-                        tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
-                        sleep = sleep.min(LOOK_SOON);
+            match self.service.store().schedules().await {
+                Ok(schedules) => {
+                    for instance in &settings.instances {
+                        match self.look(instance, &schedules, &mut waiting).await {
+                            Ok(next) => sleep = sleep.min(next),
+                            Err(error) => {
+                                tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
+                                sleep = sleep.min(LOOK_SOON);
+                            }
+                        }
                     }
                 }
+                Err(error) => {
+                    tracing::error!(%error, "the schedules could not be read");
+                    sleep = LOOK_SOON;
+                }
+            }
+            if remembered.elapsed() >= LOOK_AGAIN {
+                remembered = Instant::now();
+                self.remember().await;
             }
             tokio::select! {
                 () = tokio::time::sleep(sleep) => {}
@@ -75,17 +88,30 @@ impl Scheduler {
         }
     }
 
+    /// Shows the sweeps that other daemons have completed.
+    async fn remember(&self) {
+        if self.service.store().fleet().is_none() {
+            return;
+        }
+        match self.service.store().last_successes().await {
+            Ok(successes) => successes.iter().for_each(|(instance, at)| self.metrics.succeeded(instance, *at)),
+            Err(error) => tracing::error!(%error, "what other daemons have swept could not be read"),
+        }
+    }
+
     /// Does what is to be done for one instance. Returns how long nothing will be to do.
     async fn look(
         &self,
         instance: &Arc<Instance>,
+        schedules: &Schedules,
         waiting: &mut BTreeMap<String, Timestamp>,
     ) -> Result<Duration, TaskError> {
         let store = self.service.store();
-        let config = self.service.auto_scan(instance).await?;
-        let now = Timestamp::now();
+        let set = schedules.auto_scan(&instance.id, &instance.project_id);
+        let config = set.unwrap_or(&instance.auto_scan);
+        let now = store.now();
         let schedule = config.schedule();
-        let mark = store.mark(&instance.id).await?;
+        let mark = schedules.mark(&instance.id).cloned();
         let ahead = mark.as_ref().is_some_and(|mark| mark.handled.duration_since(now) > GRACE);
         if ahead {
             tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
@@ -105,11 +131,11 @@ impl Scheduler {
             waiting.remove(&instance.id);
             return Ok(LOOK_AGAIN);
         }
-        self.act(instance, &config, handled, now, waiting).await
+        self.act(instance, config, handled, now, waiting).await
     }
 
     /// Counts what could not be written.
-    fn written(&self, result: Result<(), StoreError>) -> Result<(), StoreError> {
+    fn written<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
         result.inspect_err(|_| self.metrics.store_failed())
     }
 
@@ -122,33 +148,34 @@ impl Scheduler {
         now: Timestamp,
         waiting: &mut BTreeMap<String, Timestamp>,
     ) -> Result<Duration, TaskError> {
+        let is_due = config.recurrence.latest_due(now).is_some_and(|due| due > handled);
         let moment = Moment {
             now,
             handled,
-            busy: self.service.active_task_of(&instance.id).is_some(),
+            busy: is_due && self.service.is_busy(&instance.id).await?,
             waiting_for: waiting.get(&instance.id).copied(),
             window_open: instance.window.as_ref().is_none_or(|window| window.is_open(now)),
         };
         match decide(&config.recurrence, moment) {
             Decision::Sleep(next) => Ok(next.map_or(LOOK_AGAIN, |next| until(now, next))),
             Decision::Wait(due) => {
-                self.overtaken(instance, waiting.insert(instance.id.clone(), due), due);
+                self.overtaken(instance, waiting.insert(instance.id.clone(), due), due).await?;
                 Ok(LOOK_SOON)
             }
             Decision::Skip(due, why) => {
-                self.written(self.service.store().set_handled(&instance.id, due).await)?;
-                self.skipped(instance, due, why);
-                self.overtaken(instance, waiting.remove(&instance.id), due);
+                self.overtaken(instance, waiting.remove(&instance.id), due).await?;
+                self.skip(instance, due, why).await?;
                 Ok(Duration::ZERO)
             }
             Decision::Run(due) => match self.begin(instance, config, due).await {
-                Ok(()) => {
-                    self.overtaken(instance, waiting.remove(&instance.id), due);
+                // Another daemon was quicker: it is dealt with.
+                Ok(()) | Err(TaskError::Store(StoreError::DealtWith)) => {
+                    self.overtaken(instance, waiting.remove(&instance.id), due).await?;
                     Ok(Duration::ZERO)
                 }
                 // Somebody was quicker; the grace goes on.
                 Err(TaskError::Busy(_)) => {
-                    self.overtaken(instance, waiting.insert(instance.id.clone(), due), due);
+                    self.overtaken(instance, waiting.insert(instance.id.clone(), due), due).await?;
                     Ok(LOOK_SOON)
                 }
                 Err(TaskError::Closing) => Ok(LOOK_AGAIN),
@@ -157,19 +184,29 @@ impl Scheduler {
         }
     }
 
-    fn skipped(&self, instance: &Instance, due: Timestamp, why: Skip) {
-        tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
+    async fn skip(&self, instance: &Instance, due: Timestamp, why: Skip) -> Result<(), TaskError> {
         let outcome = match why {
             Skip::StillRunning => "still_running",
             Skip::Missed => "missed",
         };
-        self.metrics.due(&instance.id, outcome);
+        // One of several daemons says so.
+        if self.written(self.service.store().skip(&instance.id, Due { at: due, outcome }).await)? {
+            tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
+            self.metrics.due(&instance.id, outcome);
+        }
+        Ok(())
     }
 
     /// Where the next due time comes within the grace of the one before, that one is not waited for any longer.
-    fn overtaken(&self, instance: &Instance, waited_for: Option<Timestamp>, due: Timestamp) {
-        if let Some(earlier) = waited_for.filter(|earlier| *earlier < due) {
-            self.skipped(instance, earlier, Skip::StillRunning);
+    async fn overtaken(
+        &self,
+        instance: &Instance,
+        waited_for: Option<Timestamp>,
+        due: Timestamp,
+    ) -> Result<(), TaskError> {
+        match waited_for.filter(|earlier| *earlier < due) {
+            Some(earlier) => self.skip(instance, earlier, Skip::StillRunning).await,
+            None => Ok(()),
         }
     }
 

@@ -99,6 +99,16 @@ impl ApiError {
         Self { status: StatusCode::BAD_REQUEST, code: "DCS.4800", message, hint: None }
     }
 
+    /// The database that daemons share cannot be reached.
+    fn store_away() -> Self {
+        let message = "The records cannot be reached; sweeps under way go on until the lease of this daemon ends.";
+        Self { message: message.into(), ..Self::unavailable() }
+    }
+
+    fn hint(self, hint: &str) -> Self {
+        Self { hint: Some(hint.to_owned()), ..self }
+    }
+
     /// A command that makes no sense now.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into(), hint: None }
@@ -131,7 +141,13 @@ impl IntoResponse for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         tracing::error!(%error, "a request failed");
-        Self::internal()
+        match error {
+            StoreError::Silent(_) | StoreError::Connect { .. } => Self::store_away(),
+            StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => Self::store_away(),
+            // It changed hands meanwhile.
+            StoreError::Fenced(_) | StoreError::DealtWith | StoreError::Unfinished(_) => Self::unavailable(),
+            _ => Self::internal(),
+        }
     }
 }
 
@@ -154,6 +170,12 @@ impl From<TaskError> for ApiError {
                 Self { message: format!("Service unavailable: {error}."), ..Self::unavailable() }
             }
             TaskError::Closing => Self::unavailable(),
+            TaskError::OwnerSilent => {
+                let hint = "Ask again once its lease has run out; GET /api/v1/daemons shows it.";
+                Self { message: "The daemon that has the task does not answer.".into(), ..Self::unavailable() }
+                    .hint(hint)
+            }
+            TaskError::OwnerFailed(message) => Self { message, ..Self::internal() },
         }
     }
 }

@@ -50,7 +50,7 @@ pub async fn follow_task(
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
     let view = app.view(&caller, &id).await?;
     // One that has ended meanwhile has one view left, its last.
-    let views = app.service.watch(view.task.id).unwrap_or_else(|| watch::channel(view).1);
+    let views = app.service.follow(view);
     let events = events(views).take_until(until_asked_again(app));
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }

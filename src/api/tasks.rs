@@ -4,7 +4,6 @@
 
 use axum::Json;
 use axum::extract::State;
-use jiff::Timestamp;
 use std::sync::Arc;
 
 use crate::api::auth::Caller;
@@ -76,7 +75,7 @@ pub async fn reset_auto_scan(
     At(id): At<String>,
 ) -> Result<Json<InstanceDto>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
-    app.set_auto_scan(&instance, None, Timestamp::now()).await?;
+    app.set_auto_scan(&instance, None, app.service.store().now()).await?;
     tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
     Ok(Json(app.describe(&instance).await?))
 }
@@ -261,7 +260,7 @@ impl AppState {
     }
 
     async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
-        let now = jiff::Timestamp::now();
+        let now = self.service.store().now();
         let latest = match self.service.active_task_of(&instance.id) {
             Some(id) => self.service.find(id).await?.map(|view| view.task.clone()),
             None => self.service.store().latest(&instance.id).await?,

@@ -265,6 +265,9 @@ mod tests {
             spent: Duration::ZERO,
             failure: None,
             note: None,
+            owner: None,
+            fence: 0,
+            place: String::new(),
         };
         TaskView { task, snapshot }
     }

@@ -170,7 +170,7 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
             let failure = Failure::new(FailureKind::NoSuchDb, format!("there is no state file {}", path.display()));
             return Err(failure.hint("start without --resume, or with --resume=auto; the file is made then"));
         }
-        Some(path) => Store::open(path).await,
+        Some(path) => Store::open_file(path).await,
         None if resume.is_some() => {
             let failure = Failure::new(FailureKind::NoSuchDb, "--resume needs the state file of the earlier sweep");
             return Err(failure.hint("name it with --state FILE"));

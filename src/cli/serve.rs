@@ -17,6 +17,14 @@ pub struct ServeArgs {
     #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
 
+    /// What the other daemons call this one; default: [daemon] name of the settings, else the name of the host
+    #[arg(long, env = "TTLSWEEP_DAEMON_NAME", value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// What this daemon's network reaches, in place of [daemon] labels; more than one with commas or by repeating it
+    #[arg(long = "label", env = "TTLSWEEP_LABELS", value_delimiter = ',', value_name = "LABEL")]
+    pub labels: Vec<String>,
+
     /// How a line of the log on stderr looks; with json nothing is printed on stdout
     #[arg(long, env = "TTLSWEEP_LOG_FORMAT", value_enum, default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
@@ -28,6 +36,7 @@ pub struct ServeArgs {
 /// Where it cannot start.
 pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     let json = args.log_format == LogFormat::Json;
+    let identity = daemon::Identity { name: args.name, labels: args.labels };
     let settings = match daemon::load(&args.config) {
         Ok(settings) => settings,
         Err(problems) if json => {
@@ -37,7 +46,7 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
         Err(problems) => return Ok(scan::usage(&problems)),
     };
     let scheme = if settings.api.tls.is_some() { "https" } else { "http" };
-    let ended = daemon::run(args.config, settings, |address| {
+    let ended = daemon::run(args.config, settings, identity, |address| {
         let url = format!("{scheme}://{address}");
         if json {
             // What collects the log often takes stdout for a part of it.

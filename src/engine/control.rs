@@ -1,6 +1,7 @@
 //! What may be said to a running sweep: stop, pause, and other limits. One watch channel, read before each batch.
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::model::throttle::Reason;
 use crate::settings::{ScanSettings, Tuning};
@@ -14,6 +15,8 @@ pub enum StopReason {
     TimedOut,
     /// A person ended the task.
     Cancelled,
+    /// Another process has the task by now.
+    Lost,
 }
 
 /// The orders in force.
@@ -23,8 +26,18 @@ pub struct Orders {
     pub stop: Option<StopReason>,
     /// Hold before the next batch, and why.
     pub hold: Option<Reason>,
+    /// Send no batch from then on: another process may sweep then. `None`: there is no other.
+    pub until: Option<Instant>,
     /// The limits.
     pub tuning: Tuning,
+}
+
+impl Orders {
+    /// Why no batch may be sent now, if that is so.
+    pub fn holds(&self) -> Option<Reason> {
+        let over = self.until.is_some_and(|until| Instant::now() >= until);
+        if over { Some(Reason::StoreUnreachable) } else { self.hold }
+    }
 }
 
 /// The end that gives orders, held by the task.
@@ -34,7 +47,7 @@ pub struct Control(watch::Sender<Orders>);
 impl Control {
     /// A control that lets the sweep run with the given settings.
     pub fn new(settings: &ScanSettings) -> Self {
-        Self(watch::Sender::new(Orders { stop: None, hold: None, tuning: settings.tuning }))
+        Self(watch::Sender::new(Orders { stop: None, hold: None, until: None, tuning: settings.tuning }))
     }
 
     /// The receiving end, for the engine.
@@ -54,6 +67,11 @@ impl Control {
     /// Holds the sweep for a reason, or lets it go on.
     pub fn hold(&self, reason: Option<Reason>) {
         self.0.send_if_modified(|orders| std::mem::replace(&mut orders.hold, reason) != reason);
+    }
+
+    /// Lets the sweep send batches until then.
+    pub fn lend(&self, until: Instant) {
+        self.0.send_modify(|orders| orders.until = Some(until));
     }
 
     /// Changes the limits.

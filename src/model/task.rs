@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use uuid::Uuid;
+use uuid::{ContextV7, Uuid};
 
 use crate::model::failure::Failure;
 
@@ -15,9 +16,12 @@ use crate::model::failure::Failure;
 pub struct TaskId(pub Uuid);
 
 impl TaskId {
-    /// A fresh id, later than all before it.
-    pub fn generate() -> Self {
-        Self(Uuid::now_v7())
+    /// A fresh id, later than all that this process made at this time or before it.
+    pub fn at(now: Timestamp) -> Self {
+        static CONTEXT: Mutex<ContextV7> = Mutex::new(ContextV7::new());
+        let seconds = u64::try_from(now.as_second()).unwrap_or(0);
+        let nanos = u32::try_from(now.subsec_nanosecond()).unwrap_or(0);
+        Self(Uuid::new_v7(uuid::Timestamp::from_unix(&CONTEXT, seconds, nanos)))
     }
 }
 
@@ -229,6 +233,12 @@ pub struct Task {
     pub failure: Option<Failure>,
     /// What is worth knowing of its end and is no failure.
     pub note: Option<String>,
+    /// The daemon that has it, where several share the records.
+    pub owner: Option<String>,
+    /// The fencing number: raised whenever the owner changes, so that a late write of an earlier owner is void.
+    pub fence: u64,
+    /// The label that a daemon needs to reach the instance; empty: each daemon does.
+    pub place: String,
 }
 
 #[cfg(test)]
@@ -270,8 +280,9 @@ mod tests {
 
     #[test]
     fn ids_sort_by_time() {
-        let first = TaskId::generate();
-        let second = TaskId::generate();
-        assert!(first < second);
+        let now = Timestamp::now();
+        let (first, second) = (TaskId::at(now), TaskId::at(now));
+        let later = TaskId::at(now + jiff::SignedDuration::from_millis(5));
+        assert!(first < second && second < later);
     }
 }

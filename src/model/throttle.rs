@@ -52,6 +52,8 @@ pub enum Reason {
     Queued,
     /// As many masters of the instance are swept as may be at a time.
     Parallel,
+    /// The records that several daemons share cannot be reached, and another daemon may take the task over.
+    StoreUnreachable,
 }
 
 words!(
@@ -78,6 +80,7 @@ words!(
     OutsideWindow = "outside_window",
     Queued = "queued",
     Parallel = "parallel",
+    StoreUnreachable = "store_unreachable",
 );
 
 impl Reason {
@@ -106,6 +109,9 @@ impl Reason {
             Self::Paused => "paused by request",
             Self::OutsideWindow => "the off-peak window is closed; going on when it opens",
             Self::Queued => "as many tasks run as may run at once (at-once); going on when one of them ends",
+            Self::StoreUnreachable => {
+                "the records cannot be reached, and another daemon may take the task over; going on once they can"
+            }
             Self::Parallel => "another master is being swept (parallel); going on when it is this one's turn",
         }
     }

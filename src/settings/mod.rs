@@ -4,6 +4,7 @@
 
 pub mod raw;
 pub mod serve;
+pub mod store;
 mod table;
 mod values;
 

@@ -14,10 +14,12 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::civil::Time;
 use secrecy::{ExposeSecret, SecretString};
+use sha2::{Digest, Sha256};
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Recurrence, Window};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
+use crate::settings::store::StoreLocation;
 use crate::settings::table::{File, Table};
 use crate::settings::values::{
     parse_sha256, read_password, readable, seconds, some_text, time_zone, timestamp, weekday, whole,
@@ -39,12 +41,18 @@ pub struct ServeSettings {
     pub api: ApiSettings,
     /// Where records are kept.
     pub store: StoreSettings,
+    /// This daemon among others on the same records.
+    pub daemon: DaemonSettings,
     /// Sweeps at once over all instances.
     pub at_once: usize,
+    /// Sweeps at once over all daemons that share the records; `None`: no bound.
+    pub at_once_of_all: Option<usize>,
     /// The automatic scan where nobody has set anything.
     pub auto_scan: AutoScan,
     /// The instances, in the order of the file.
     pub instances: Vec<Arc<Instance>>,
+    /// A hash of the file and of those that it includes, to find daemons with other settings.
+    pub hash: String,
 }
 
 impl ServeSettings {
@@ -131,11 +139,25 @@ pub struct AccessKey {
     pub grant: Grant,
 }
 
-/// `[store]`
+/// `[daemon]`
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSettings {
+    /// What the others call it; `None`: the name of its host.
+    pub name: Option<String>,
+    /// What its network reaches.
+    pub labels: Vec<String>,
+    /// How long its tasks are its own after it was last heard of.
+    pub lease: Duration,
+}
+
+/// Shortest lease: each renewal is a round trip to a database that others use too.
+const SHORTEST_LEASE: Duration = Duration::from_secs(2);
+
+/// `[store]`
+#[derive(Debug, Clone)]
 pub struct StoreSettings {
-    /// The file.
-    pub path: PathBuf,
+    /// Where the records are.
+    pub location: StoreLocation,
     /// Ended tasks are kept for this long.
     pub keep_for: Duration,
     /// At most this many ended tasks are kept.
@@ -159,6 +181,8 @@ pub struct Instance {
     pub auto_scan: AutoScan,
     /// How large a backlog must be for a due scan to begin.
     pub min_backlog: Option<MinBacklog>,
+    /// The label that a daemon needs to reach it; empty: each daemon does.
+    pub place: String,
     /// Where the file gives those of its settings that `scan` knows too.
     pub lines: Lines,
 }
@@ -221,13 +245,51 @@ impl<'a> Reader<'a> {
     fn all(&self, root: &'a toml::de::DeTable<'a>) -> Option<ServeSettings> {
         let root = Table::new(self.file, "", 0, Some(root), None);
         let api = self.api(&root.sub("api", self.defaults("api")));
+        let daemon = Self::daemon(&root.sub("daemon", self.defaults("daemon")));
         let store = Self::store(&root.sub("store", self.defaults("store")));
         let tasks = root.sub("tasks", self.defaults("tasks"));
         let at_once = tasks.read("at-once", |text| whole(text, 1..=1024));
+        let at_once_of_all = tasks.read("at-once-of-all", |text| whole(text, 0..=1_000_000));
         tasks.no_more();
         let base = Table::new(self.file, "auto-scan", 0, None, self.defaults("auto-scan"));
         let auto_scan = Self::auto_scan(&base);
         let mut instances: Vec<Arc<Instance>> = Vec::new();
+        self.instances(&root, &mut instances);
+        let mut hash = Sha256::new_with_prefix(self.file.text());
+        for path in root.optional("include", |pattern| self.file.included(pattern)).unwrap_or_default() {
+            let included = match File::read(&path) {
+                Ok(included) => included,
+                Err(problems) => {
+                    self.file.add_problems(problems);
+                    continue;
+                }
+            };
+            hash.update(included.text());
+            if let Some(own) = included.root() {
+                let root = Table::new(&included, "", 0, Some(&own), None);
+                Reader { file: &included, defaults: self.defaults }.instances(&root, &mut instances);
+                root.no_more();
+            }
+            self.file.add_problems(included.into_problems());
+        }
+        root.no_more();
+        Some(ServeSettings {
+            api: api?,
+            store: store?,
+            daemon: daemon?,
+            at_once: at_once? as usize,
+            at_once_of_all: Some(at_once_of_all? as usize).filter(|most| *most > 0),
+            auto_scan: auto_scan?,
+            instances,
+            hash: hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
+        })
+    }
+
+    /// `[[instances]]` of one file, beside those of the files before it.
+    fn instances<'b>(&'b self, root: &Table<'b>, instances: &mut Vec<Arc<Instance>>)
+    where
+        'a: 'b,
+    {
         let tables = root.list("instances");
         for table in &tables {
             let Some(instance) = self.instance(table) else { continue };
@@ -241,8 +303,20 @@ impl<'a> Reader<'a> {
             }
             instances.push(Arc::new(instance));
         }
-        root.no_more();
-        Some(ServeSettings { api: api?, store: store?, at_once: at_once? as usize, auto_scan: auto_scan?, instances })
+    }
+
+    fn daemon(table: &Table<'a>) -> Option<DaemonSettings> {
+        let name = table.optional("name", some_text);
+        let labels = table.read("labels", |text| {
+            let labels: Vec<_> = text.split(',').map(str::trim).filter(|label| !label.is_empty()).collect();
+            Ok::<_, String>(labels.into_iter().map(str::to_owned).collect())
+        });
+        let lease = table.read("lease", |text| match positive_duration(text)? {
+            lease if lease < SHORTEST_LEASE => Err(format!("`{text}` is shorter than 2s")),
+            lease => Ok(lease),
+        });
+        table.no_more();
+        Some(DaemonSettings { name, labels: labels?, lease: lease? })
     }
 
     fn api(&self, table: &Table<'a>) -> Option<ApiSettings> {
@@ -340,13 +414,21 @@ impl<'a> Reader<'a> {
 
     fn store(table: &Table<'a>) -> Option<StoreSettings> {
         let path = table.read("path", |text| some_text(text).map(PathBuf::from));
+        let password = Self::secret(table, "password-env", "password-file");
+        let journal = table.read("journal", |text| some_text(text).map(PathBuf::from))?;
+        if table.has("path") && table.has("url") {
+            table.complain("path", "path: is short for a url of sqlite, and both stand here");
+        }
+        let location = table.optional("url", |text| StoreLocation::parse(text, password.as_ref(), &journal));
+        let path = path.filter(|_| location.is_some() || !table.has("url") || table.is_empty("url"));
         let keep_for = table.read("keep-for", |text| match text.strip_suffix('d').map(str::parse::<u64>) {
             Some(Ok(days)) if days > 0 => Ok(Duration::from_secs(days.saturating_mul(86_400))),
             _ => positive_duration(text),
         });
         let keep_tasks = table.read("keep-tasks", |text| whole(text, 1..=u32::MAX));
         table.no_more();
-        Some(StoreSettings { path: path?, keep_for: keep_for?, keep_tasks: keep_tasks? })
+        let location = location.or(path.map(StoreLocation::Sqlite));
+        Some(StoreSettings { location: location?, keep_for: keep_for?, keep_tasks: keep_tasks? })
     }
 
     fn instance(&self, table: &Table<'a>) -> Option<Instance> {
@@ -362,6 +444,7 @@ impl<'a> Reader<'a> {
         });
         let project_id = table.read("project_id", some_text);
         let name = table.optional("name", some_text);
+        let place = table.optional("where", some_text).unwrap_or_default();
         let auto_scan = Self::auto_scan(&table.sub("auto-scan", self.defaults("auto-scan")));
         let window = Self::window(&table.sub("window", self.defaults("window")));
         let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
@@ -381,6 +464,7 @@ impl<'a> Reader<'a> {
             window: window?,
             auto_scan: auto_scan?,
             min_backlog,
+            place,
         })
     }
 

@@ -28,6 +28,19 @@ impl File {
         Self { path: path.to_owned(), text, problems: RefCell::default() }
     }
 
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The files that a pattern such as `instances.d/*.toml` names, as seen from this one's folder, in the order of their names.
+    pub(super) fn included(&self, pattern: &str) -> Result<Vec<PathBuf>, String> {
+        let folder = self.path.parent().unwrap_or(Path::new(""));
+        let pattern = folder.join(pattern);
+        let pattern = pattern.to_str().ok_or("is not UTF-8")?;
+        let paths = glob::glob(pattern).map_err(|error| format!("`{pattern}` is not a pattern of files: {error}"))?;
+        paths.map(|path| path.map_err(|error| error.to_string())).collect()
+    }
+
     pub(super) fn origin(&self, offset: usize) -> Origin {
         let line = self.text[..offset.min(self.text.len())].matches('\n').count() + 1;
         Origin::File { path: self.path.clone(), line }
@@ -89,6 +102,11 @@ impl<'a> Table<'a> {
     /// Whether the file itself gives this key a value.
     pub(super) fn has(&self, key: &str) -> bool {
         self.own.is_some_and(|own| own.contains_key(key))
+    }
+
+    /// Whether the file itself gives this key an empty text.
+    pub(super) fn is_empty(&self, key: &str) -> bool {
+        self.own.and_then(|own| own.get(key)).is_some_and(|value| scalar_text(value.get_ref()).as_deref() == Some(""))
     }
 
     /// Where in the file a key stands, else where its table begins.

@@ -5,11 +5,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::migrate::Migrator;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
 use sqlx::{ConnectOptions, Connection};
 
-use crate::store::{MIGRATOR, StoreError};
+use crate::store::StoreError;
 
+/// How the schema of a file came about.
+pub(super) static SQLITE: Migrator = sqlx::migrate!("src/store/migrations/sqlite");
 /// Marks a file as ours, in the field that SQLite has for it: `TTLS`.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"TTLS");
 /// What an SQLite file begins with.
@@ -80,6 +83,15 @@ pub(super) async fn mark(path: &Path) -> Result<(), sqlx::Error> {
     conn.close().await
 }
 
+/// Puts a file into WAL mode, which stays with it. The pool would take a file that cannot be used for one that is busy.
+///
+/// # Errors
+/// Of SQLite.
+pub(super) async fn write_ahead(path: &Path) -> Result<(), sqlx::Error> {
+    let options = SqliteConnectOptions::new().filename(path).journal_mode(SqliteJournalMode::Wal);
+    options.connect().await?.close().await
+}
+
 /// The application id in the header of an SQLite file; `None`: it is none.
 fn application_id(mut file: File) -> std::io::Result<Option<i32>> {
     let mut header = Vec::new();
@@ -90,7 +102,7 @@ fn application_id(mut file: File) -> std::io::Result<Option<i32>> {
 
 /// Whether the tables of a file without a mark were made by our first migration.
 async fn began_as_ours(path: &Path) -> bool {
-    let Some(first) = MIGRATOR.iter().next() else { return false };
+    let Some(first) = SQLITE.iter().next() else { return false };
     let options = SqliteConnectOptions::new().filename(path).read_only(true);
     // Without a log beside it the file is whole, and SQLite need not make one to read it.
     let options = options.immutable(!beside(path, "-wal").exists());
@@ -120,6 +132,11 @@ pub(super) fn hint(error: &StoreError) -> Option<&'static str> {
         StoreError::Sql(error) => (Some(error), None, None),
         StoreError::Damaged(_) => return Some(DAMAGED),
         StoreError::InUse(_) | StoreError::Journal(_) => return None,
+        StoreError::Connect { .. } => {
+            return Some("is the database there, and may this user log in and make tables in it? See [store] url");
+        }
+        StoreError::Silent(_) => return Some("is the database reachable from here, or overloaded?"),
+        StoreError::Fenced(_) | StoreError::DealtWith | StoreError::Unfinished(_) => return None,
     };
     let sqlx: Option<&sqlx::Error> = match migrate {
         Some(sqlx::migrate::MigrateError::VersionMissing(_) | sqlx::migrate::MigrateError::VersionMismatch(_)) => {

@@ -114,6 +114,11 @@ impl JournalDir {
         Self(file::beside(state, ".tally"))
     }
 
+    /// A directory of its own, for records that are in no file.
+    pub fn at(path: &Path) -> Self {
+        Self(path.to_owned())
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
@@ -205,6 +210,7 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use jiff::Timestamp;
 
     fn figures(position: ScanPosition, reclaimed: u64, batches: u64) -> PassFigures {
         PassFigures { position, reclaimed, batches, scanned: 9, touched: 1, ..PassFigures::default() }
@@ -214,7 +220,7 @@ mod tests {
     fn the_last_line_is_read_back_and_only_moves_forward() {
         let dir = tempfile::tempdir().unwrap();
         let journals = JournalDir::beside(&dir.path().join("state.db"));
-        let (task, shard, db) = (TaskId::generate(), ShardId("unix:///a/b".into()), DbIndex(3));
+        let (task, shard, db) = (TaskId::at(Timestamp::now()), ShardId("unix:///a/b".into()), DbIndex(3));
         assert!(journals.read(task, &shard).is_empty());
         let journal = journals.open(task, &shard, db).unwrap();
         for position in [ScanPosition::NotStarted, ScanPosition::from_reply(7), ScanPosition::Finished] {
@@ -224,7 +230,7 @@ mod tests {
             assert_eq!(line, Some(JournalLine::of(&written)));
         }
         assert_eq!(journals.shards(task), std::slice::from_ref(&shard));
-        assert!(journals.shards(TaskId::generate()).is_empty());
+        assert!(journals.shards(TaskId::at(Timestamp::now())).is_empty());
         let line = journals.read(task, &shard)[&db].unwrap();
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);
         assert!(line.bring_forward(&mut older));

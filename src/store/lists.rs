@@ -1,11 +1,15 @@
 //! Lists of tasks: the contract's history, our own list with its filters, and what has been kept long enough.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
-use sqlx::{Connection, QueryBuilder, Row, Sqlite, SqliteConnection, SqlitePool};
+use sqlx::any::AnyArguments;
+use sqlx::query::Query;
+use sqlx::{Any, AnyConnection, AssertSqlSafe, Connection, Row};
 
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::store::StoreError;
-use crate::store::rows::{TASK_COLUMNS, number, signed, task_of};
+use crate::store::rows::{TASK_COLUMNS, number, task_id, task_of, time};
 
 /// Ended tasks that one round of [`prune`] removes at most, so that no writer waits long behind it.
 const PRUNE_AT_ONCE: u32 = 500;
@@ -36,52 +40,70 @@ pub struct TaskPage {
     pub total: u64,
 }
 
-impl TaskFilter {
-    fn push_to(&self, query: &mut QueryBuilder<Sqlite>) {
-        query.push(" WHERE TRUE");
-        if let Some(projects) = &self.projects {
-            query.push(" AND project_id IN (");
-            let mut list = query.separated(", ");
-            for project in projects {
-                list.push_bind(project.clone());
-            }
-            query.push(")");
+/// The condition of a statement, with the values of its placeholders in their order.
+#[derive(Default)]
+struct Condition {
+    sql: String,
+    values: Vec<String>,
+}
+
+impl Condition {
+    fn of(filter: &TaskFilter) -> Self {
+        let mut condition = Self { sql: "TRUE".to_owned(), values: Vec::new() };
+        if let Some(projects) = &filter.projects {
+            condition.one_of("project_id", projects.iter().map(String::as_str));
         }
-        if let Some(instance) = &self.instance_id {
-            query.push(" AND instance_id = ").push_bind(instance.clone());
+        condition.one_of_any("instance_id", filter.instance_id.as_deref());
+        condition.one_of_any("state", filter.states.iter().map(|state| state.as_str()));
+        condition.one_of_any("cause", filter.cause.map(Cause::as_str));
+        if let Some(before) = filter.before {
+            condition.values.push(before.to_string());
+            condition.sql.push_str(&format!(" AND id < ${}", condition.values.len()));
         }
-        if !self.states.is_empty() {
-            query.push(" AND state IN (");
-            let mut list = query.separated(", ");
-            for state in &self.states {
-                list.push_bind(state.as_str());
-            }
-            query.push(")");
+        condition
+    }
+
+    fn one_of<'a>(&mut self, column: &str, values: impl Iterator<Item = &'a str>) {
+        let from = self.values.len() + 1;
+        self.values.extend(values.map(str::to_owned));
+        let marks: Vec<_> = (from..=self.values.len()).map(|number| format!("${number}")).collect();
+        // An empty list lets nothing through; PostgreSQL has no way to write one.
+        let within = if marks.is_empty() { "NULL".to_owned() } else { marks.join(", ") };
+        self.sql.push_str(&format!(" AND {column} IN ({within})"));
+    }
+
+    /// As [`Self::one_of`], where no value at all lets everything through.
+    fn one_of_any<'a>(&mut self, column: &str, values: impl IntoIterator<Item = &'a str>) {
+        let mut values = values.into_iter().peekable();
+        if values.peek().is_some() {
+            self.one_of(column, values);
         }
-        if let Some(cause) = self.cause {
-            query.push(" AND cause = ").push_bind(cause.as_str());
-        }
-        if let Some(before) = self.before {
-            query.push(" AND id < ").push_bind(before.to_string());
-        }
+    }
+
+    fn bound<'q>(&self, sql: String) -> Query<'q, Any, AnyArguments> {
+        self.values.iter().fold(sqlx::query(AssertSqlSafe(sql)), |query, value| query.bind(value.clone()))
     }
 }
 
 pub(super) async fn page(
-    conn: &mut SqliteConnection,
+    conn: &mut AnyConnection,
     filter: &TaskFilter,
     offset: u32,
     limit: u32,
 ) -> Result<TaskPage, StoreError> {
+    let condition = Condition::of(filter);
     // One transaction, so that the sums and the page show the same moment.
     let mut tx = conn.begin().await?;
-    let mut sums = QueryBuilder::new("SELECT COUNT(*) AS tasks, COALESCE(SUM(num), 0) AS keys FROM tasks");
-    filter.push_to(&mut sums);
-    let sums = sums.build().fetch_one(&mut *tx).await?;
-    let mut query = QueryBuilder::new(format!("SELECT {TASK_COLUMNS} FROM tasks"));
-    filter.push_to(&mut query);
-    query.push(" ORDER BY id DESC LIMIT ").push_bind(limit).push(" OFFSET ").push_bind(offset);
-    let rows = query.build().fetch_all(&mut *tx).await?;
+    let sums = format!(
+        "SELECT COUNT(*) AS tasks, CAST(COALESCE(SUM(num), 0) AS BIGINT) AS keys FROM tasks WHERE {}",
+        condition.sql
+    );
+    let sums = condition.bound(sums).fetch_one(&mut *tx).await?;
+    let query = format!(
+        "SELECT {TASK_COLUMNS} FROM tasks WHERE {} ORDER BY id DESC LIMIT {limit} OFFSET {offset}",
+        condition.sql
+    );
+    let rows = condition.bound(query).fetch_all(&mut *tx).await?;
     tx.commit().await?;
     Ok(TaskPage {
         tasks: rows.iter().map(task_of).collect::<Result<_, _>>()?,
@@ -90,29 +112,36 @@ pub(super) async fn page(
     })
 }
 
+/// When each instance was last swept completely.
+pub(super) async fn last_successes(conn: &mut AnyConnection) -> Result<BTreeMap<String, Timestamp>, StoreError> {
+    let query =
+        sqlx::query("SELECT instance_id, MAX(finished_at) AS at FROM tasks WHERE state = $1 GROUP BY instance_id");
+    let rows = query.bind(TaskState::Succeeded.as_str()).fetch_all(conn).await?;
+    let of_row = |row| Ok((Row::try_get(row, "instance_id")?, time(Row::try_get(row, "at")?)?));
+    rows.iter().map(of_row).collect()
+}
+
 /// Removes ended tasks: those that ended before `before`, and the oldest beyond `keep`. Returns which.
 ///
 /// The newest ended task of each instance and the newest that succeeded stay, whatever their age and number: they are the answer
 /// to "when did it run last, and how did that end" and "when did it last succeed", and a busy instance must not take them away
 /// from a quiet one.
-pub(super) async fn prune(pool: &SqlitePool, before: Timestamp, keep: u32) -> Result<Vec<TaskId>, StoreError> {
+pub(super) async fn prune(conn: &mut AnyConnection, before: Timestamp, keep: u32) -> Result<Vec<TaskId>, StoreError> {
     let rows = sqlx::query(
-        "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks AS one WHERE finished_at IS NOT NULL AND (finished_at < ? \
-         OR id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT -1 OFFSET ?)) \
+        "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks AS one WHERE finished_at IS NOT NULL AND (finished_at < $1 \
+         OR id IN (SELECT id FROM tasks WHERE finished_at IS NOT NULL ORDER BY id DESC LIMIT $2 OFFSET $3)) \
          AND EXISTS (SELECT 1 FROM tasks AS newer WHERE newer.instance_id = one.instance_id AND newer.id > one.id \
-         AND newer.finished_at IS NOT NULL) AND (state <> ? OR EXISTS (SELECT 1 FROM tasks AS newer \
+         AND newer.finished_at IS NOT NULL) AND (state <> $4 OR EXISTS (SELECT 1 FROM tasks AS newer \
          WHERE newer.instance_id = one.instance_id AND newer.id > one.id AND newer.state = one.state)) \
-         ORDER BY id LIMIT ?) RETURNING id",
+         ORDER BY id LIMIT $5) RETURNING id",
     )
     .bind(before.as_millisecond())
-    .bind(signed(u64::from(keep)))
+    .bind(i64::MAX)
+    .bind(i64::from(keep))
     .bind(TaskState::Succeeded.as_str())
-    .bind(PRUNE_AT_ONCE)
-    .fetch_all(pool)
+    .bind(i64::from(PRUNE_AT_ONCE))
+    .fetch_all(&mut *conn)
     .await?;
-    let ids = rows.iter().map(|row| {
-        let id: String = row.try_get("id")?;
-        id.parse().map(TaskId).map_err(|_| StoreError::Damaged(format!("`{id}` is not a task id")))
-    });
-    ids.collect()
+    sqlx::query("DELETE FROM due_times WHERE due < $1").bind(before.as_millisecond()).execute(conn).await?;
+    rows.iter().map(|row| task_id(row.try_get("id")?)).collect()
 }

@@ -1,42 +1,42 @@
-//! Records that outlive the process: tasks with their checkpoints, in one SQLite file.
+//! Records that outlive the process: tasks with their checkpoints, in one SQLite file or in a PostgreSQL database that several daemons
+//! share.
 //!
-//! `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
+//! Callers see no SQL and no difference between the two but [`Store::fleet`], which only shared records have. Statements are written
+//! once, in what both databases take. `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
 //! writer. What the last second before a kill freed is in the [`journal`].
 
 mod file;
+mod fleet;
 pub mod journal;
 mod lists;
+mod open;
 mod report;
 mod rows;
 mod schedules;
 pub mod undo;
 
 pub use file::Foreign;
+pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentDaemon, Wake};
 pub use lists::{TaskFilter, TaskPage};
-pub use schedules::Mark;
+pub use schedules::{Due, Mark, Schedules};
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use sqlx::migrate::Migrator;
-use sqlx::pool::PoolConnection;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection, Sqlite, SqlitePool};
+use sqlx::{AnyConnection, AnyPool, Connection};
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::ShardView;
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
-use crate::store::file::Found;
+use crate::settings::store::PostgresUrl;
 use crate::store::journal::JournalDir;
-
-/// How long a writer waits for another one: a person may look into the file with other tools.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::store::open::Clock;
 
 /// Trouble with the records.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +64,30 @@ pub enum StoreError {
          daemon)"
     )]
     InUse(PathBuf),
-    /// A statement failed: a full disk, a file that was taken away.
+    /// The database of several daemons cannot be used.
+    #[error("cannot open the records in {url}: {source}")]
+    Connect {
+        /// Which one, without a password.
+        url: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A statement failed: a full disk, a file that was taken away, a database that is away.
     #[error("cannot read or write the records: {0}")]
     Sql(#[from] sqlx::Error),
+    /// The database did not answer in time.
+    #[error("the records did not answer within {0:?}")]
+    Silent(Duration),
+    /// Another owner has the task by now: what was to be written is void.
+    #[error("the task {0} was taken over by another daemon")]
+    Fenced(TaskId),
+    /// Another daemon has dealt with this due time.
+    #[error("another daemon has dealt with this due time")]
+    DealtWith,
+    /// The instance has a task that has not ended.
+    #[error("the instance {0} has a task that has not ended")]
+    Unfinished(String),
     /// A record holds what we never wrote.
     #[error("a record is damaged: {0}")]
     Damaged(String),
@@ -91,9 +112,6 @@ impl StoreError {
     }
 }
 
-/// How the schema came about.
-static MIGRATOR: Migrator = sqlx::migrate!("src/store/migrations");
-
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
@@ -103,61 +121,55 @@ pub struct StoredShard {
     pub uncounted: Vec<DbIndex>,
 }
 
-/// The records of one file, or of this process only.
+/// The records of one file, of one database, or of this process only. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Store {
-    pool: SqlitePool,
+    pool: AnyPool,
+    /// Bound on each use of the database, where it is one that may be away.
+    within: Option<Duration>,
+    /// Whether a connection on which something failed is closed. Records in memory are in their one connection.
+    renews: bool,
+    clock: Clock,
     journals: Option<JournalDir>,
+    /// The database that other daemons use too.
+    shared: Option<Arc<PostgresUrl>>,
     /// Keeps other processes away for as long as this is held.
     _lock: Option<Arc<File>>,
 }
 
 impl Store {
-    /// Opens the file, makes it where there is none, and brings its schema up to date.
-    ///
-    /// # Errors
-    /// [`StoreError::Open`], [`StoreError::InUse`], [`StoreError::NotOurs`].
-    pub async fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed =
-            |source: Box<dyn std::error::Error + Send + Sync>| StoreError::Open { path: path.to_owned(), source };
-        let found = file::look(path).await?;
-        let lock = Arc::new(lock(path)?);
-        if found == Found::Unmarked {
-            file::mark(path).await.map_err(|e| failed(Box::new(e)))?;
+    /// Does something with one connection. One on which something failed is not used again: what could not be written could perhaps not
+    /// be rolled back either, and the next transaction would be one inside that one, whose commit writes nothing.
+    async fn run<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut AnyConnection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut conn = self.pool.acquire().await?;
+        let done = match self.within {
+            None => work(&mut conn).await,
+            Some(within) => {
+                let done = tokio::time::timeout(within, work(&mut conn)).await;
+                done.unwrap_or(Err(StoreError::Silent(within)))
+            }
+        };
+        if self.renews && matches!(done, Err(StoreError::Sql(_) | StoreError::Silent(_))) {
+            conn.close_on_drop();
         }
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            // With WAL this is safe against a killed process; a power cut may lose the last checkpoints, never the file.
-            .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(BUSY_TIMEOUT);
-        let pool =
-            SqlitePoolOptions::new().max_connections(4).connect_with(options).await.map_err(|e| failed(Box::new(e)))?;
-        let store = Self { pool, journals: Some(JournalDir::beside(path)), _lock: Some(lock) };
-        store.migrate().await.map_err(|e| failed(Box::new(e)))?;
-        Ok(store)
+        done
     }
 
-    /// Records that end with the process.
-    ///
-    /// # Errors
-    /// [`StoreError::Sql`] where SQLite itself fails.
-    pub async fn in_memory() -> Result<Self, StoreError> {
-        // One connection that is never closed: each further one would see an empty database of its own.
-        let pool = SqlitePoolOptions::new()
-            .max_connections(1)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .connect_with(SqliteConnectOptions::new().in_memory(true))
-            .await?;
-        let store = Self { pool, journals: None, _lock: None };
-        store.migrate().await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
-        Ok(store)
-    }
-
-    async fn migrate(&self) -> Result<(), sqlx::migrate::MigrateError> {
-        MIGRATOR.run(&self.pool).await
+    /// As [`Self::run`], in one transaction: all of it is written, or nothing.
+    async fn transact<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut AnyConnection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.run(async |conn| {
+            let mut tx = conn.begin().await?;
+            let done = work(&mut tx).await?;
+            tx.commit().await?;
+            Ok(done)
+        })
+        .await
     }
 
     /// Where per-batch counts go, if the records outlive the process.
@@ -165,32 +177,51 @@ impl Store {
         self.journals.as_ref()
     }
 
-    /// Adds a task. Where a schedule caused it, `due` is marked as dealt with in the same transaction: both or neither, so
+    /// What daemons that share the records need of them; `None` where there is one process only.
+    pub fn fleet(&self) -> Option<Fleet> {
+        self.shared.is_some().then(|| Fleet(self.clone()))
+    }
+
+    /// The time that decides what is due: the database's, where several daemons share it.
+    pub fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Adds a task. Where a schedule caused it, its due time is marked as dealt with in the same transaction: both or neither, so
     /// that a crash neither loses nor doubles it.
     ///
     /// # Errors
-    /// [`StoreError::Sql`].
-    pub async fn insert(&self, task: &Task, due: Option<Timestamp>) -> Result<(), StoreError> {
-        let mut conn = self.pool.acquire().await?;
-        let written = async {
-            let mut tx = conn.begin().await?;
-            rows::insert_task(&mut *tx, task).await?;
-            if let Some(due) = due {
-                schedules::set_handled(&mut *tx, &task.instance_id, due).await?;
+    /// [`StoreError::DealtWith`], [`StoreError::Unfinished`] where the records are shared and another daemon was quicker;
+    /// [`StoreError::Sql`]. There is no task then.
+    pub async fn insert(&self, task: &Task, due: Option<Due<'_>>) -> Result<(), StoreError> {
+        let inserted = self
+            .transact(async |conn| {
+                rows::insert_task(&mut *conn, task).await?;
+                if let Some(due) = due
+                    && !schedules::deal_with(&mut *conn, &task.instance_id, due, Some(task.id)).await?
+                {
+                    return Err(StoreError::DealtWith);
+                }
+                if self.shared.is_some() {
+                    fleet::notify(conn, fleet::TASKS).await?;
+                }
+                Ok(())
+            })
+            .await;
+        match inserted {
+            Err(StoreError::Sql(error)) if error.as_database_error().is_some_and(|e| e.is_unique_violation()) => {
+                Err(StoreError::Unfinished(task.instance_id.clone()))
             }
-            tx.commit().await?;
-            Ok(())
-        };
-        let written = written.await;
-        self.let_go(conn, written)
+            inserted => inserted,
+        }
     }
 
-    /// What is known of the due times of an instance; `None` for one that was never looked at.
+    /// What the records hold of the schedules of all instances.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn mark(&self, instance_id: &str) -> Result<Option<Mark>, StoreError> {
-        schedules::mark(&self.pool, instance_id).await
+    pub async fn schedules(&self) -> Result<Schedules, StoreError> {
+        self.run(schedules::all).await
     }
 
     /// Sets the mark of an instance's due times, also back.
@@ -198,23 +229,27 @@ impl Store {
     /// # Errors
     /// [`StoreError::Sql`].
     pub async fn set_mark(&self, instance_id: &str, mark: &Mark) -> Result<(), StoreError> {
-        schedules::set_mark(&self.pool, instance_id, mark).await
+        self.transact(async |conn| schedules::set_mark(conn, instance_id, mark).await).await
     }
 
-    /// Marks due times up to an instant as dealt with.
+    /// Records that a due time is skipped. Returns whether nobody had dealt with it yet.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn set_handled(&self, instance_id: &str, handled: Timestamp) -> Result<(), StoreError> {
-        schedules::set_handled(&self.pool, instance_id, handled).await
+    pub async fn skip(&self, instance_id: &str, due: Due<'_>) -> Result<bool, StoreError> {
+        self.transact(async |conn| schedules::deal_with(conn, instance_id, due, None).await).await
     }
 
-    /// Forgets the marks of all other instances: one that comes back begins anew.
+    /// Forgets the marks of all other instances: one that comes back begins anew. Of shared records nothing is forgotten: another
+    /// daemon may know more instances.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn forget_marks_but<'a>(&self, instance_ids: impl Iterator<Item = &'a str>) -> Result<(), StoreError> {
-        schedules::forget_marks_but(&self.pool, instance_ids).await
+    pub async fn forget_marks_but(&self, instance_ids: &[&str]) -> Result<(), StoreError> {
+        if self.shared.is_some() {
+            return Ok(());
+        }
+        self.run(async |conn| schedules::forget_marks_but(conn, instance_ids).await).await
     }
 
     /// The automatic scan that the API set for an instance of a project.
@@ -222,7 +257,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn auto_scan(&self, instance_id: &str, project_id: &str) -> Result<Option<AutoScan>, StoreError> {
-        schedules::auto_scan(&self.pool, instance_id, project_id).await
+        self.run(async |conn| schedules::auto_scan(conn, instance_id, project_id).await).await
     }
 
     /// Sets the automatic scan of an instance, or forgets it. Due times before `now` are none of it.
@@ -236,19 +271,18 @@ impl Store {
         config: Option<&AutoScan>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let mut conn = self.pool.acquire().await?;
-        let written = async {
-            let mut tx = conn.begin().await?;
+        self.transact(async |conn| {
             match config {
-                Some(config) => schedules::set_auto_scan(&mut *tx, instance_id, project_id, config).await?,
-                None => schedules::forget_auto_scan(&mut *tx, instance_id).await?,
+                Some(config) => schedules::set_auto_scan(&mut *conn, instance_id, project_id, config).await?,
+                None => schedules::forget_auto_scan(&mut *conn, instance_id).await?,
             }
-            schedules::set_mark(&mut *tx, instance_id, &Mark { handled: now, schedule: None }).await?;
-            tx.commit().await?;
+            schedules::set_mark(&mut *conn, instance_id, &Mark { handled: now, schedule: None }).await?;
+            if self.shared.is_some() {
+                fleet::notify(conn, fleet::SCHEDULES).await?;
+            }
             Ok(())
-        };
-        let written = written.await;
-        self.let_go(conn, written)
+        })
+        .await
     }
 
     /// One page of the tasks that match, newest first, with how many there are and what they freed.
@@ -256,9 +290,15 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn page(&self, filter: &TaskFilter, offset: u32, limit: u32) -> Result<TaskPage, StoreError> {
-        let mut conn = self.pool.acquire().await?;
-        let page = lists::page(&mut conn, filter, offset, limit).await;
-        self.let_go(conn, page)
+        self.run(async |conn| lists::page(conn, filter, offset, limit).await).await
+    }
+
+    /// When each instance was last swept completely.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_successes(&self) -> Result<BTreeMap<String, Timestamp>, StoreError> {
+        self.run(lists::last_successes).await
     }
 
     /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest. The
@@ -267,7 +307,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn prune(&self, before: Timestamp, keep: u32) -> Result<usize, StoreError> {
-        let gone = lists::prune(&self.pool, before, keep).await?;
+        let gone = self.run(async |conn| lists::prune(conn, before, keep).await).await?;
         if let Some(journals) = &self.journals {
             gone.iter().for_each(|id| journals.forget(*id));
         }
@@ -279,16 +319,19 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn ping(&self) -> Result<(), StoreError> {
-        sqlx::query("SELECT 1").execute(&self.pool).await?;
-        Ok(())
+        self.run(async |conn| {
+            sqlx::query("SELECT 1").execute(conn).await?;
+            Ok(())
+        })
+        .await
     }
 
     /// Writes the task's state, times, count and failure.
     ///
     /// # Errors
-    /// [`StoreError::Sql`].
+    /// [`StoreError::Fenced`], [`StoreError::Sql`].
     pub async fn update(&self, task: &Task) -> Result<(), StoreError> {
-        rows::update_task(&self.pool, task).await
+        self.run(async |conn| rows::update_task(conn, task).await).await
     }
 
     /// One task.
@@ -296,7 +339,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn task(&self, id: TaskId) -> Result<Option<Task>, StoreError> {
-        rows::task(&self.pool, id).await
+        self.run(async |conn| rows::task(conn, id).await).await
     }
 
     /// The newest task of an instance, by time of creation.
@@ -304,7 +347,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn latest(&self, instance_id: &str) -> Result<Option<Task>, StoreError> {
-        rows::latest(&self.pool, instance_id).await
+        self.run(async |conn| rows::latest(conn, instance_id).await).await
     }
 
     /// Every task that is not in a final state.
@@ -313,33 +356,33 @@ impl Store {
     /// [`StoreError`].
     pub async fn unfinished(&self) -> Result<Vec<Task>, StoreError> {
         let words: Vec<&str> = TaskState::ALL.iter().filter(|s| !s.is_final()).map(|s| s.as_str()).collect();
-        rows::in_states(&self.pool, &words).await
+        self.run(async |conn| rows::in_states(conn, &words).await).await
     }
 
     /// Writes the task with the figures and positions of these shards, in one transaction.
     ///
     /// # Errors
-    /// [`StoreError::Sql`]; then nothing of it was written.
+    /// [`StoreError::Fenced`], [`StoreError::Sql`]; then nothing of it was written.
     pub async fn checkpoint(
         &self,
         task: &Task,
         shards: impl Iterator<Item = (&ShardId, &Arc<ShardView>)>,
     ) -> Result<(), StoreError> {
-        let mut conn = self.pool.acquire().await?;
-        let written = async {
-            let mut tx = conn.begin().await?;
-            rows::update_task(&mut *tx, task).await?;
-            for (shard, view) in shards {
-                rows::upsert_shard(&mut tx, task.id, shard, view).await?;
+        let shards: Vec<_> = shards.collect();
+        self.transact(async |conn| {
+            rows::update_task(&mut *conn, task).await?;
+            for (shard, view) in &shards {
+                rows::upsert_shard(&mut *conn, task.id, shard, view).await?;
                 for (db, figures) in &view.passes {
-                    rows::upsert_pass(&mut tx, task.id, shard, *db, figures).await?;
+                    rows::upsert_pass(&mut *conn, task.id, shard, *db, figures).await?;
                 }
             }
-            tx.commit().await?;
+            if task.state.is_final() && self.shared.is_some() {
+                fleet::notify(conn, fleet::TASKS).await?;
+            }
             Ok(())
-        };
-        let written = written.await;
-        self.let_go(conn, written)
+        })
+        .await
     }
 
     /// The shards of a task as its last checkpoint left them, brought forward by the batch journal where that is newer. Where the
@@ -348,7 +391,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
-        let stored = rows::shards(&self.pool, id).await?;
+        let stored = self.run(async |conn| rows::shards(conn, id).await).await?;
         let stored = stored.into_iter().map(|(shard, view)| (shard, StoredShard { view, uncounted: Vec::new() }));
         let mut shards: BTreeMap<ShardId, StoredShard> = stored.collect();
         if let Some(journals) = &self.journals {
@@ -356,7 +399,7 @@ impl Store {
             for shard in journals.shards(id) {
                 shards.entry(shard).or_default();
             }
-            let killed = rows::task(&self.pool, id).await?.is_some_and(|task| task.state == TaskState::Running);
+            let killed = self.task(id).await?.is_some_and(|task| task.state == TaskState::Running);
             for (shard, stored) in &mut shards {
                 let lines = journals.read(id, shard);
                 for &db in lines.keys() {
@@ -379,32 +422,8 @@ impl Store {
         Ok(shards)
     }
 
-    /// Gives a connection back, unless a write on it failed: what could not be written could perhaps not be rolled back
-    /// either, and the next transaction would be one inside that one, whose commit writes nothing.
-    fn let_go<T>(&self, mut conn: PoolConnection<Sqlite>, written: Result<T, StoreError>) -> Result<T, StoreError> {
-        // Records in memory are in this one connection.
-        if written.is_err() && self.journals.is_some() {
-            conn.close_on_drop();
-        }
-        written
-    }
-
-    /// Closes the file. A store that was dropped instead is still whole.
+    /// Closes the database. A store that was dropped instead is still whole.
     pub async fn close(&self) {
         self.pool.close().await;
     }
-}
-
-fn lock(store: &Path) -> Result<File, StoreError> {
-    let path = file::beside(store, ".lock");
-    let file = File::create(&path).map_err(|e| StoreError::Open { path: store.to_owned(), source: Box::new(e) })?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
-        // Some network file systems know no locks. There it is up to the operator to run one process only.
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
-        }
-    }
-    Ok(file)
 }

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, Sqlite, SqliteExecutor, SqlitePool, Transaction};
+use sqlx::any::AnyRow;
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
 
 use crate::model::failure::Failure;
 use crate::model::progress::{PassFigures, ShardView, SliceSummary};
@@ -17,17 +17,16 @@ use crate::model::task::{SweepTexts, Task, TaskId};
 use crate::store::{StoreError, report};
 
 pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, sweep, respect_window, cause, state, created_at, \
-                            started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note";
+                            started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note, owner, fence, place";
 
-pub(super) async fn insert_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
-    let marks = vec!["?"; TASK_COLUMNS.split(',').count()].join(", ");
-    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({marks})")))
+pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result<(), StoreError> {
+    sqlx::query(AssertSqlSafe(format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({})", marks(20))))
         .bind(task.id.to_string())
         .bind(&task.instance_id)
         .bind(&task.project_id)
         .bind(&task.target)
         .bind(texts_to_json(&task.sweep))
-        .bind(task.respect_window)
+        .bind(i64::from(task.respect_window))
         .bind(task.cause.as_str())
         .bind(task.state.as_str())
         .bind(task.created_at.as_millisecond())
@@ -36,18 +35,27 @@ pub(super) async fn insert_task(executor: impl SqliteExecutor<'_>, task: &Task) 
         .bind(signed(task.num))
         .bind(micros(task.spent))
         .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
-        .bind(task.failure.as_ref().map(|f| &f.message))
-        .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
-        .bind(&task.note)
-        .execute(executor)
+        .bind(task.failure.as_ref().map(|f| plain(&f.message)))
+        .bind(task.failure.as_ref().and_then(|f| f.hint.as_deref()).map(plain))
+        .bind(task.note.as_deref().map(plain))
+        .bind(task.owner.as_ref())
+        .bind(signed(task.fence))
+        .bind(&task.place)
+        .execute(conn)
         .await?;
     Ok(())
 }
 
-pub(super) async fn update_task(executor: impl SqliteExecutor<'_>, task: &Task) -> Result<(), StoreError> {
-    sqlx::query(
-        "UPDATE tasks SET sweep = ?, state = ?, started_at = ?, finished_at = ?, num = ?, spent_us = ?, \
-         failure_kind = ?, failure_message = ?, failure_hint = ?, note = ? WHERE id = ?",
+/// Writes what may change of a task, if it still has the fencing number that the caller knows.
+///
+/// # Errors
+/// [`StoreError::Fenced`] where another owner has it by now; nothing was written.
+pub(super) async fn update_task(conn: &mut AnyConnection, task: &Task) -> Result<(), StoreError> {
+    // A task that has ended has no owner.
+    let written = sqlx::query(
+        "UPDATE tasks SET sweep = $1, state = $2, started_at = $3, finished_at = $4, num = $5, spent_us = $6, \
+         failure_kind = $7, failure_message = $8, failure_hint = $9, note = $10, owner = $11 \
+         WHERE id = $12 AND fence = $13",
     )
     .bind(texts_to_json(&task.sweep))
     .bind(task.state.as_str())
@@ -56,74 +64,79 @@ pub(super) async fn update_task(executor: impl SqliteExecutor<'_>, task: &Task) 
     .bind(signed(task.num))
     .bind(micros(task.spent))
     .bind(task.failure.as_ref().map(|f| f.kind.as_str()))
-    .bind(task.failure.as_ref().map(|f| &f.message))
-    .bind(task.failure.as_ref().and_then(|f| f.hint.as_ref()))
-    .bind(&task.note)
+    .bind(task.failure.as_ref().map(|f| plain(&f.message)))
+    .bind(task.failure.as_ref().and_then(|f| f.hint.as_deref()).map(plain))
+    .bind(task.note.as_deref().map(plain))
+    .bind(task.owner.as_ref().filter(|_| !task.state.is_final()))
     .bind(task.id.to_string())
-    .execute(executor)
+    .bind(signed(task.fence))
+    .execute(conn)
     .await?;
-    Ok(())
+    match written.rows_affected() {
+        0 => Err(StoreError::Fenced(task.id)),
+        _ => Ok(()),
+    }
 }
 
-pub(super) async fn task(pool: &SqlitePool, id: TaskId) -> Result<Option<Task>, StoreError> {
-    let sql = sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id = ?"));
-    let row = sqlx::query(sql).bind(id.to_string()).fetch_optional(pool).await?;
+pub(super) async fn task(conn: &mut AnyConnection, id: TaskId) -> Result<Option<Task>, StoreError> {
+    let sql = AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id = $1"));
+    let row = sqlx::query(sql).bind(id.to_string()).fetch_optional(&mut *conn).await?;
     row.as_ref().map(task_of).transpose()
 }
 
-pub(super) async fn latest(pool: &SqlitePool, instance_id: &str) -> Result<Option<Task>, StoreError> {
+pub(super) async fn latest(conn: &mut AnyConnection, instance_id: &str) -> Result<Option<Task>, StoreError> {
     let sql =
-        sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE instance_id = ? ORDER BY id DESC LIMIT 1"));
-    let row = sqlx::query(sql).bind(instance_id).fetch_optional(pool).await?;
+        AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE instance_id = $1 ORDER BY id DESC LIMIT 1"));
+    let row = sqlx::query(sql).bind(instance_id).fetch_optional(&mut *conn).await?;
     row.as_ref().map(task_of).transpose()
 }
 
-pub(super) async fn in_states(pool: &SqlitePool, words: &[&str]) -> Result<Vec<Task>, StoreError> {
-    let marks = vec!["?"; words.len()].join(", ");
-    let sql = sqlx::AssertSqlSafe(format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({marks}) ORDER BY id"));
-    let mut query = sqlx::query(sql);
+pub(super) async fn in_states(conn: &mut AnyConnection, words: &[&str]) -> Result<Vec<Task>, StoreError> {
+    let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", marks(words.len()));
+    let mut query = sqlx::query(AssertSqlSafe(sql));
     for word in words {
         query = query.bind(*word);
     }
-    query.fetch_all(pool).await?.iter().map(task_of).collect()
+    query.fetch_all(&mut *conn).await?.iter().map(task_of).collect()
 }
 
 pub(super) async fn upsert_shard(
-    tx: &mut Transaction<'_, Sqlite>,
+    conn: &mut AnyConnection,
     id: TaskId,
     shard: &ShardId,
     view: &ShardView,
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO shards (task_id, shard, report) VALUES (?, ?, ?) \
+        "INSERT INTO shards (task_id, shard, report) VALUES ($1, $2, $3) \
          ON CONFLICT (task_id, shard) DO UPDATE SET report = excluded.report",
     )
     .bind(id.to_string())
     .bind(&shard.0)
     .bind(report::to_json(view))
-    .execute(&mut **tx)
+    .execute(&mut *conn)
     .await?;
     Ok(())
 }
 
 pub(super) async fn upsert_pass(
-    tx: &mut Transaction<'_, Sqlite>,
+    conn: &mut AnyConnection,
     id: TaskId,
     shard: &ShardId,
     db: DbIndex,
     figures: &PassFigures,
 ) -> Result<(), StoreError> {
-    sqlx::query(
+    sqlx::query(AssertSqlSafe(format!(
         "INSERT INTO passes (task_id, shard, db, position, keys_at_start, scanned, reclaimed, touched, found_by_touch, \
          batches, lost_replies, restarts, active_us, rested_us, slice_p50_us, slice_p99_us, slice_max_us, process) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
+         VALUES ({}) \
          ON CONFLICT (task_id, shard, db) DO UPDATE SET position = excluded.position, \
          keys_at_start = excluded.keys_at_start, scanned = excluded.scanned, reclaimed = excluded.reclaimed, \
          touched = excluded.touched, found_by_touch = excluded.found_by_touch, batches = excluded.batches, \
          lost_replies = excluded.lost_replies, restarts = excluded.restarts, active_us = excluded.active_us, \
          rested_us = excluded.rested_us, slice_p50_us = excluded.slice_p50_us, \
          slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us, process = excluded.process",
-    )
+        marks(18)
+    )))
     .bind(id.to_string())
     .bind(&shard.0)
     .bind(i64::from(db.0))
@@ -142,11 +155,11 @@ pub(super) async fn upsert_pass(
     .bind(signed(figures.slice.p99_us))
     .bind(signed(figures.slice.max_us))
     .bind(figures.process.map(u64::cast_signed))
-    .execute(&mut **tx)
+    .execute(&mut *conn)
     .await?;
     for (reason, held) in &figures.held {
         sqlx::query(
-            "INSERT INTO holds (task_id, shard, db, reason, held_us) VALUES (?, ?, ?, ?, ?) \
+            "INSERT INTO holds (task_id, shard, db, reason, held_us) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (task_id, shard, db, reason) DO UPDATE SET held_us = excluded.held_us",
         )
         .bind(id.to_string())
@@ -154,27 +167,27 @@ pub(super) async fn upsert_pass(
         .bind(i64::from(db.0))
         .bind(reason.as_str())
         .bind(micros(*held))
-        .execute(&mut **tx)
+        .execute(&mut *conn)
         .await?;
     }
     Ok(())
 }
 
-pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<ShardId, ShardView>, StoreError> {
+pub(super) async fn shards(conn: &mut AnyConnection, id: TaskId) -> Result<BTreeMap<ShardId, ShardView>, StoreError> {
     let mut shards: BTreeMap<ShardId, ShardView> = BTreeMap::new();
-    let rows = sqlx::query("SELECT * FROM passes WHERE task_id = ?").bind(id.to_string());
-    for row in rows.fetch_all(pool).await? {
+    let rows = sqlx::query("SELECT * FROM passes WHERE task_id = $1").bind(id.to_string());
+    for row in rows.fetch_all(&mut *conn).await? {
         let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
         shard.passes.insert(db_of(&row)?, figures_of(&row)?);
     }
-    let rows = sqlx::query("SELECT * FROM holds WHERE task_id = ?").bind(id.to_string());
-    for row in rows.fetch_all(pool).await? {
+    let rows = sqlx::query("SELECT * FROM holds WHERE task_id = $1").bind(id.to_string());
+    for row in rows.fetch_all(&mut *conn).await? {
         let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
         let figures = shard.passes.entry(db_of(&row)?).or_default();
         figures.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
     }
-    let rows = sqlx::query("SELECT shard, report FROM shards WHERE task_id = ?").bind(id.to_string());
-    for row in rows.fetch_all(pool).await? {
+    let rows = sqlx::query("SELECT shard, report FROM shards WHERE task_id = $1").bind(id.to_string());
+    for row in rows.fetch_all(&mut *conn).await? {
         let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
         if let Some(text) = row.try_get::<Option<String>, _>("report")? {
             report::complete(shard, &text);
@@ -183,7 +196,7 @@ pub(super) async fn shards(pool: &SqlitePool, id: TaskId) -> Result<BTreeMap<Sha
     Ok(shards)
 }
 
-fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
+fn figures_of(row: &AnyRow) -> Result<PassFigures, StoreError> {
     let number = |column| number(row, column);
     Ok(PassFigures {
         position: word(row, "position")?,
@@ -208,9 +221,7 @@ fn figures_of(row: &SqliteRow) -> Result<PassFigures, StoreError> {
     })
 }
 
-pub(super) fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
-    let id: String = row.try_get("id")?;
-    let id = id.parse().map(TaskId).map_err(|_| StoreError::Damaged(format!("`{id}` is not a task id")))?;
+pub(super) fn task_of(row: &AnyRow) -> Result<Task, StoreError> {
     let failure = match row.try_get::<Option<String>, _>("failure_kind")? {
         Some(_) => Some(Failure {
             kind: word(row, "failure_kind")?,
@@ -220,12 +231,12 @@ pub(super) fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
         None => None,
     };
     Ok(Task {
-        id,
+        id: task_id(row.try_get("id")?)?,
         instance_id: row.try_get("instance_id")?,
         project_id: row.try_get("project_id")?,
         target: row.try_get("target")?,
         sweep: texts_of_json(row.try_get("sweep")?)?,
-        respect_window: row.try_get("respect_window")?,
+        respect_window: number(row, "respect_window")? != 0,
         cause: word(row, "cause")?,
         state: word(row, "state")?,
         created_at: time(row.try_get("created_at")?)?,
@@ -235,7 +246,24 @@ pub(super) fn task_of(row: &SqliteRow) -> Result<Task, StoreError> {
         spent: span(row, "spent_us")?,
         failure,
         note: row.try_get("note")?,
+        owner: row.try_get("owner")?,
+        fence: number(row, "fence")?,
+        place: row.try_get("place")?,
     })
+}
+
+/// So many placeholders, as both databases write them.
+pub(super) fn marks(count: usize) -> String {
+    (1..=count).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ")
+}
+
+/// Text of others, such as a server's error, without the one character that PostgreSQL takes in no text.
+fn plain(text: &str) -> String {
+    text.replace('\0', "")
+}
+
+pub(super) fn task_id(text: String) -> Result<TaskId, StoreError> {
+    text.parse().map(TaskId).map_err(|_| StoreError::Damaged(format!("`{text}` is not a task id")))
 }
 
 fn texts_to_json(texts: &SweepTexts) -> String {
@@ -246,21 +274,21 @@ fn texts_of_json(json: &str) -> Result<SweepTexts, StoreError> {
     serde_json::from_str(json).map_err(|e| StoreError::Damaged(format!("the settings of a task: {e}")))
 }
 
-fn word<T: FromStr<Err: Display>>(row: &SqliteRow, column: &str) -> Result<T, StoreError> {
+fn word<T: FromStr<Err: Display>>(row: &AnyRow, column: &str) -> Result<T, StoreError> {
     let text: String = row.try_get(column)?;
     text.parse().map_err(|e: T::Err| StoreError::Damaged(e.to_string()))
 }
 
-pub(super) fn number(row: &SqliteRow, column: &str) -> Result<u64, StoreError> {
+pub(super) fn number(row: &AnyRow, column: &str) -> Result<u64, StoreError> {
     let number: i64 = row.try_get(column)?;
     u64::try_from(number).map_err(|_| StoreError::Damaged(format!("{column} is {number}")))
 }
 
-fn span(row: &SqliteRow, column: &str) -> Result<Duration, StoreError> {
+fn span(row: &AnyRow, column: &str) -> Result<Duration, StoreError> {
     number(row, column).map(Duration::from_micros)
 }
 
-fn db_of(row: &SqliteRow) -> Result<DbIndex, StoreError> {
+fn db_of(row: &AnyRow) -> Result<DbIndex, StoreError> {
     let db = number(row, "db")?;
     u32::try_from(db).map(DbIndex).map_err(|_| StoreError::Damaged(format!("db is {db}")))
 }

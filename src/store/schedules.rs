@@ -1,26 +1,29 @@
 //! Configurations of the automatic scan, and which due times were dealt with.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{QueryBuilder, Row, Sqlite, SqliteExecutor};
+use sqlx::any::AnyRow;
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
 
 use crate::model::schedule::{AutoScan, CronRule, Recurrence};
+use crate::model::task::TaskId;
 use crate::store::StoreError;
-use crate::store::rows::{number, time};
+use crate::store::rows::{marks, number, time};
 
 pub(super) async fn auto_scan(
-    executor: impl SqliteExecutor<'_>,
+    conn: &mut AnyConnection,
     instance_id: &str,
     project_id: &str,
 ) -> Result<Option<AutoScan>, StoreError> {
-    let query = sqlx::query("SELECT * FROM auto_scans WHERE instance_id = ? AND project_id IN (?, '')");
-    let row = query.bind(instance_id).bind(project_id).fetch_optional(executor).await?;
+    let query = sqlx::query("SELECT * FROM auto_scans WHERE instance_id = $1 AND project_id IN ($2, '')");
+    let row = query.bind(instance_id).bind(project_id).fetch_optional(conn).await?;
     row.as_ref().map(auto_scan_of).transpose()
 }
 
 pub(super) async fn set_auto_scan(
-    executor: impl SqliteExecutor<'_>,
+    conn: &mut AnyConnection,
     instance_id: &str,
     project_id: &str,
     config: &AutoScan,
@@ -31,27 +34,27 @@ pub(super) async fn set_auto_scan(
     };
     sqlx::query(
         "INSERT INTO auto_scans (instance_id, project_id, enabled, first_scan_at, interval_s, cron, zone, timeout_s, \
-         count, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
+         count, updated_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (instance_id) DO UPDATE SET \
          project_id = excluded.project_id, enabled = excluded.enabled, first_scan_at = excluded.first_scan_at, interval_s = excluded.interval_s, \
          cron = excluded.cron, zone = excluded.zone, timeout_s = excluded.timeout_s, count = excluded.count, \
          updated_at = excluded.updated_at",
     )
     .bind(instance_id)
     .bind(project_id)
-    .bind(config.enabled)
+    .bind(i64::from(config.enabled))
     .bind(first.map(Timestamp::as_millisecond))
-    .bind(interval_s)
+    .bind(i64::from(interval_s))
     .bind(cron.map(|rule| rule.expression()))
     .bind(cron.map(|rule| rule.zone()))
-    .bind(config.timeout_s)
-    .bind(config.count)
+    .bind(i64::from(config.timeout_s))
+    .bind(i64::from(config.count))
     .bind(config.updated_at.map(Timestamp::as_millisecond))
-    .execute(executor)
+    .execute(conn)
     .await?;
     Ok(())
 }
 
-fn auto_scan_of(row: &SqliteRow) -> Result<AutoScan, StoreError> {
+fn auto_scan_of(row: &AnyRow) -> Result<AutoScan, StoreError> {
     let small = |column| {
         number(row, column).and_then(|n| {
             u32::try_from(n).map_err(|_| StoreError::Damaged(format!("{column} of an automatic scan is {n}")))
@@ -70,7 +73,7 @@ fn auto_scan_of(row: &SqliteRow) -> Result<AutoScan, StoreError> {
         },
     };
     Ok(AutoScan {
-        enabled: row.try_get("enabled")?,
+        enabled: number(row, "enabled")? != 0,
         recurrence,
         timeout_s: small("timeout_s")?,
         count: small("count")?,
@@ -87,68 +90,107 @@ pub struct Mark {
     pub schedule: Option<String>,
 }
 
-pub(super) async fn mark(executor: impl SqliteExecutor<'_>, instance_id: &str) -> Result<Option<Mark>, StoreError> {
-    let query = sqlx::query("SELECT handled, schedule FROM dues WHERE instance_id = ?").bind(instance_id);
-    let row = query.fetch_optional(executor).await?;
-    row.map(|row| Ok(Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? })).transpose()
+/// What became of a due time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due<'a> {
+    /// When.
+    pub at: Timestamp,
+    /// `run`, or why it was skipped.
+    pub outcome: &'a str,
+}
+
+/// What the records hold of the schedules of all instances.
+#[derive(Debug, Clone, Default)]
+pub struct Schedules {
+    auto_scans: BTreeMap<String, (String, AutoScan)>,
+    marks: BTreeMap<String, Mark>,
+}
+
+impl Schedules {
+    /// The automatic scan that the API set for an instance of a project.
+    pub fn auto_scan(&self, instance_id: &str, project_id: &str) -> Option<&AutoScan> {
+        let (project, config) = self.auto_scans.get(instance_id)?;
+        (project == project_id || project.is_empty()).then_some(config)
+    }
+
+    /// The mark of an instance; `None` for one that was never looked at.
+    pub fn mark(&self, instance_id: &str) -> Option<&Mark> {
+        self.marks.get(instance_id)
+    }
+}
+
+/// The schedules of all instances, in two statements.
+pub(super) async fn all(conn: &mut AnyConnection) -> Result<Schedules, StoreError> {
+    let mut schedules = Schedules::default();
+    for row in sqlx::query("SELECT * FROM auto_scans").fetch_all(&mut *conn).await? {
+        let entry = (row.try_get("project_id")?, auto_scan_of(&row)?);
+        schedules.auto_scans.insert(row.try_get("instance_id")?, entry);
+    }
+    for row in sqlx::query("SELECT instance_id, handled, schedule FROM dues").fetch_all(conn).await? {
+        let mark = Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? };
+        schedules.marks.insert(row.try_get("instance_id")?, mark);
+    }
+    Ok(schedules)
 }
 
 /// Sets the mark, wherever it was.
-pub(super) async fn set_mark(
-    executor: impl SqliteExecutor<'_>,
-    instance_id: &str,
-    mark: &Mark,
-) -> Result<(), StoreError> {
+pub(super) async fn set_mark(conn: &mut AnyConnection, instance_id: &str, mark: &Mark) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO dues (instance_id, handled, schedule) VALUES (?, ?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
+        "INSERT INTO dues (instance_id, handled, schedule) VALUES ($1, $2, $3) ON CONFLICT (instance_id) DO UPDATE SET \
          handled = excluded.handled, schedule = excluded.schedule",
     )
     .bind(instance_id)
     .bind(mark_of(mark.handled))
     .bind(&mark.schedule)
-    .execute(executor)
+    .execute(conn)
     .await?;
     Ok(())
 }
 
-/// Moves the mark forward, within its schedule.
-pub(super) async fn set_handled(
-    executor: impl SqliteExecutor<'_>,
+/// Records what became of a due time and moves the mark forward, within its schedule. Returns whether nobody had dealt with it yet.
+pub(super) async fn deal_with(
+    conn: &mut AnyConnection,
     instance_id: &str,
-    handled: Timestamp,
-) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO dues (instance_id, handled) VALUES (?, ?) ON CONFLICT (instance_id) DO UPDATE SET \
-         handled = MAX(handled, excluded.handled)",
+    due: Due<'_>,
+    task: Option<TaskId>,
+) -> Result<bool, StoreError> {
+    let added = sqlx::query(
+        "INSERT INTO due_times (instance_id, due, outcome, task_id) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
     )
     .bind(instance_id)
-    .bind(mark_of(handled))
-    .execute(executor)
+    .bind(mark_of(due.at))
+    .bind(due.outcome)
+    .bind(task.map(|id| id.to_string()))
+    .execute(&mut *conn)
     .await?;
-    Ok(())
+    sqlx::query(
+        "INSERT INTO dues (instance_id, handled) VALUES ($1, $2) ON CONFLICT (instance_id) DO UPDATE SET \
+         handled = CASE WHEN dues.handled < excluded.handled THEN excluded.handled ELSE dues.handled END",
+    )
+    .bind(instance_id)
+    .bind(mark_of(due.at))
+    .execute(conn)
+    .await?;
+    Ok(added.rows_affected() > 0)
 }
 
 /// Forgets the marks of all other instances.
-pub(super) async fn forget_marks_but<'a>(
-    executor: impl SqliteExecutor<'_>,
-    instance_ids: impl Iterator<Item = &'a str>,
-) -> Result<(), StoreError> {
-    let mut query = QueryBuilder::<Sqlite>::new("DELETE FROM dues WHERE instance_id NOT IN (");
-    let mut list = query.separated(", ");
+pub(super) async fn forget_marks_but(conn: &mut AnyConnection, instance_ids: &[&str]) -> Result<(), StoreError> {
+    let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", marks(instance_ids.len()));
+    let mut query = sqlx::query(AssertSqlSafe(sql));
     for id in instance_ids {
-        list.push_bind(id.to_owned());
+        query = query.bind(*id);
     }
-    query.push(")");
-    query.build().execute(executor).await?;
+    query.execute(conn).await?;
     Ok(())
 }
 
-pub(super) async fn forget_auto_scan(executor: impl SqliteExecutor<'_>, instance_id: &str) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM auto_scans WHERE instance_id = ?").bind(instance_id).execute(executor).await?;
+pub(super) async fn forget_auto_scan(conn: &mut AnyConnection, instance_id: &str) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM auto_scans WHERE instance_id = $1").bind(instance_id).execute(conn).await?;
     Ok(())
 }
 
-/// The mark in whole milliseconds, and never before the time itself: a due time that seems to lie after its own mark would be due
+/// An instant in whole milliseconds, and never before the time itself: a due time that seems to lie after its own mark would be due
 /// again and again.
 fn mark_of(handled: Timestamp) -> i64 {
     handled.as_millisecond() + i64::from(handled.subsec_nanosecond() % 1_000_000 > 0)

@@ -2,6 +2,7 @@
 
 mod admission;
 mod backlog;
+mod member;
 mod queue;
 mod recorder;
 mod time_budget;
@@ -11,6 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -34,10 +36,12 @@ use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{Store, StoreError, StoredShard};
 use crate::tasks::admission::Admission;
+use crate::tasks::member::Member;
 use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
+pub use member::Membership;
 pub use queue::Busy;
 pub use recorder::Order;
 
@@ -68,6 +72,12 @@ pub enum TaskError {
     /// No task is begun any more.
     #[error("the daemon is stopping")]
     Closing,
+    /// Another daemon has the task and did not answer in time.
+    #[error("the daemon that has the task does not answer")]
+    OwnerSilent,
+    /// Another daemon has the task and could not do what was asked.
+    #[error("the daemon that has the task could not do it: {0}")]
+    OwnerFailed(String),
 }
 
 impl TaskError {
@@ -101,6 +111,8 @@ pub struct TaskSpec {
     pub window: Option<Window>,
     /// End at once, as success, where the backlog is smaller.
     pub min_backlog: Option<MinBacklog>,
+    /// The label that a daemon needs to reach it; empty: each daemon does.
+    pub place: String,
 }
 
 impl TaskSpec {
@@ -116,6 +128,7 @@ impl TaskSpec {
             conn,
             window: None,
             min_backlog: None,
+            place: String::new(),
         }
     }
 
@@ -126,7 +139,7 @@ impl TaskSpec {
     pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Result<Self, TaskError> {
         let conn = conn_options_of_file(settings).map_err(TaskError::Settings)?;
         let spec = Self::new(instance.id.clone(), settings, conn, cause);
-        Ok(Self { project_id: instance.project_id.clone(), ..spec })
+        Ok(Self { project_id: instance.project_id.clone(), place: instance.place.clone(), ..spec })
     }
 }
 
@@ -155,7 +168,7 @@ fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
 }
 
 /// Other limits for a task that runs, by the keys of [`TUNE_KEYS`]. Keys that are not named stay as they are.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Tune(SweepTexts);
 
 impl Tune {
@@ -225,6 +238,8 @@ pub struct TaskService {
     store: Store,
     metrics: Metrics,
     queue: Arc<Queue>,
+    /// Set where the records are shared.
+    member: Option<Arc<Member>>,
 }
 
 impl TaskService {
@@ -235,7 +250,7 @@ impl TaskService {
 
     /// A service that lets so many queued tasks sweep at once.
     pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(slots)) }
+        Self { store, metrics, queue: Arc::new(Queue::new(slots)), member: None }
     }
 
     /// The records.
@@ -257,7 +272,7 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
     pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
-        let task = new_task(spec);
+        let task = new_task(spec, self.store.now());
         // Which shards it has is known once its masters were asked; the first checkpoint names them.
         self.store.insert(&task, None).await?;
         Ok(task)
@@ -285,7 +300,7 @@ impl TaskService {
     /// [`TaskError`]; then nothing was started.
     pub async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
         task.state = transition(task.state, Command::Start)?;
-        task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
+        task.started_at = task.started_at.or_else(|| Some(self.store.now()));
         (task.failure, task.finished_at) = (None, None);
         task.spent = Default::default();
         let (plan, snapshot) = self.plan(&task, &spec, self.store.shards(task.id).await?);
@@ -323,6 +338,9 @@ impl TaskService {
 
     fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {
         let control = Control::new(&plan.settings);
+        if let Some(member) = &self.member {
+            control.lend(member.until());
+        }
         let budget = Arc::new(TimeBudget::new(plan.settings.timeout, task.spent));
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
         let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
@@ -408,9 +426,9 @@ async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<MinBacklog>) -> Op
 }
 
 /// A task as it is first recorded.
-fn new_task(spec: &TaskSpec) -> Task {
+fn new_task(spec: &TaskSpec, now: Timestamp) -> Task {
     Task {
-        id: TaskId::generate(),
+        id: TaskId::at(now),
         instance_id: spec.instance_id.clone(),
         project_id: spec.project_id.clone(),
         target: spec.target.to_string(),
@@ -418,13 +436,16 @@ fn new_task(spec: &TaskSpec) -> Task {
         respect_window: spec.window.is_some(),
         cause: spec.cause,
         state: TaskState::Waiting,
-        created_at: Timestamp::now(),
+        created_at: now,
         started_at: None,
         finished_at: None,
         num: 0,
         spent: Default::default(),
         failure: None,
         note: None,
+        owner: None,
+        fence: 0,
+        place: spec.place.clone(),
     }
 }
 

@@ -16,13 +16,16 @@ use crate::model::progress::Snapshot;
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
 use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
+use crate::model::throttle::Reason;
 use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
-use crate::store::StoredShard;
+use crate::store::{Due, StoreError, StoredShard};
 use crate::tasks::admission::Admission;
 use crate::tasks::recorder::{Order, OrderRequest};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
 
+/// How often a task that another daemon has is looked at, for those who follow it.
+const LOOK_AT_OTHERS: Duration = Duration::from_secs(1);
 /// How often a task that has ended is looked for until it is gone.
 const GONE_SOON: Duration = Duration::from_millis(1);
 
@@ -69,8 +72,8 @@ impl Queue {
 }
 
 impl TaskService {
-    /// Records a task and queues it, also where the caller goes away meanwhile: what is on record is on hand. `due`: the due
-    /// time that caused it, dealt with in the same write.
+    /// Records a task and queues it, also where the caller goes away meanwhile: what is on record is on hand, or waits for a daemon
+    /// with a free slot where several share the records. `due`: the due time that caused it, dealt with in the same write.
     ///
     /// # Errors
     /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
@@ -85,6 +88,12 @@ impl TaskService {
         if self.queue.closing.is_cancelled() {
             return Err(TaskError::Closing);
         }
+        if let Some(member) = &self.member {
+            let task = new_task(&spec, self.store.now());
+            self.insert(&task, due).await?;
+            member.look_for_tasks();
+            return Ok(task);
+        }
         while let Some(id) = self.active_task_of(&spec.instance_id) {
             // A reader of the records learns of the end a moment before the task leaves this map.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
@@ -92,10 +101,26 @@ impl TaskService {
             }
             tokio::time::sleep(GONE_SOON).await;
         }
-        let task = new_task(&spec);
-        self.store.insert(&task, due).await.inspect_err(|_| self.metrics.store_failed())?;
+        let task = new_task(&spec, self.store.now());
+        self.insert(&task, due).await?;
         self.enqueue(task.clone(), spec, BTreeMap::new());
         Ok(task)
+    }
+
+    async fn insert(&self, task: &Task, due: Option<Timestamp>) -> Result<(), TaskError> {
+        let due = due.map(|at| Due { at, outcome: "run" });
+        match self.store.insert(task, due).await {
+            Ok(()) => Ok(()),
+            Err(StoreError::Unfinished(instance)) => {
+                let other = self.store.latest(&instance).await?;
+                Err(Busy(other.map_or(task.id, |other| other.id)).into())
+            }
+            Err(error @ StoreError::DealtWith) => Err(error.into()),
+            Err(error) => {
+                self.metrics.store_failed();
+                Err(error.into())
+            }
+        }
     }
 
     /// Records a due scan that cannot even begin, as failed, so that the history shows that it was due.
@@ -112,27 +137,42 @@ impl TaskService {
         // Nothing connects with this; it only describes the task.
         let settings = Settings { tls: None, ..settings.clone() };
         let spec = TaskSpec::of(instance, &settings, Cause::Schedule)?;
-        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec });
+        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec }, self.store.now());
         task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(Timestamp::now());
+        task.finished_at = Some(self.store.now());
         task.failure = Some(failure);
-        self.store.insert(&task, Some(due)).await.inspect_err(|_| self.metrics.store_failed())?;
+        self.insert(&task, Some(due)).await?;
         self.metrics.ended(&task);
         Ok(task)
     }
 
-    /// The task of an instance that has not ended.
+    /// Whether an instance has a task that has not ended, here or on another daemon.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn is_busy(&self, instance_id: &str) -> Result<bool, TaskError> {
+        if self.active_task_of(instance_id).is_some() || self.member.is_none() {
+            return Ok(self.active_task_of(instance_id).is_some());
+        }
+        Ok(self.store.latest(instance_id).await?.is_some_and(|task| !task.state.is_final()))
+    }
+
+    /// The task of an instance that has not ended and that this process has.
     pub fn active_task_of(&self, instance_id: &str) -> Option<TaskId> {
         let active = self.queue.active();
         active.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
     }
 
-    /// Takes up what an earlier process left unfinished. Called once, before anything is submitted.
+    /// Takes up what an earlier process left unfinished. Called once, before anything is submitted. Where several daemons share the
+    /// records, they claim such tasks instead.
     ///
     /// # Errors
     /// [`TaskError`] where records cannot be read or written.
     pub async fn recover(&self, settings: &ServeSettings) -> Result<(), TaskError> {
-        for mut task in self.store.unfinished().await? {
+        if self.member.is_some() {
+            return Ok(());
+        }
+        for task in self.store.unfinished().await? {
             let spec = settings
                 .instance(&task.instance_id)
                 .ok_or_else(|| "the instance is no longer in the settings".to_owned())
@@ -144,28 +184,32 @@ impl TaskService {
                 other => other,
             };
             match spec {
-                Ok(spec) => {
-                    // Read first: that it still says running tells that its process was killed.
-                    let known = self.store.shards(task.id).await?;
-                    if task.state == TaskState::Running {
-                        task.state = transition(task.state, Command::Interrupt)?;
-                        self.store.update(&task).await?;
-                    }
-                    tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up again");
-                    self.enqueue(task, spec, known);
-                }
+                Ok(spec) => self.take_up(task, spec).await?,
                 Err(why) => self.give_up(task, &why).await?,
             }
         }
         Ok(())
     }
 
+    /// Goes on with a task from its record.
+    pub(super) async fn take_up(&self, mut task: Task, spec: TaskSpec) -> Result<(), TaskError> {
+        // Read first: that it still says running tells that its process was killed.
+        let known = self.store.shards(task.id).await?;
+        if task.state == TaskState::Running {
+            task.state = transition(task.state, Command::Interrupt)?;
+            self.store.update(&task).await?;
+        }
+        tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up");
+        self.enqueue(task, spec, known);
+        Ok(())
+    }
+
     /// Ends a task that cannot go on, with the count that its batch journal holds.
-    async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
+    pub(super) async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
         let view = self.stored_view(task.clone()).await?;
         task.num = view.snapshot.reclaimed();
         task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(Timestamp::now());
+        task.finished_at = Some(self.store.now());
         let message = format!("the daemon was stopped before the sweep was complete, and {why}");
         let failure = Failure::new(FailureKind::Interrupted, message);
         task.failure =
@@ -211,6 +255,9 @@ impl TaskService {
             };
             service.metrics.unfinished(count);
             job.recorder.publish();
+            if let Some(member) = &service.member {
+                member.look_for_tasks();
+            }
         });
     }
 
@@ -240,12 +287,46 @@ impl TaskService {
         self.queue.active().get(&id).map(|task| task.view.clone())
     }
 
+    /// A view as it changes, of a task that any daemon has. It ends with the task.
+    pub fn follow(&self, view: Arc<TaskView>) -> watch::Receiver<Arc<TaskView>> {
+        if let Some(views) = self.watch(view.task.id) {
+            return views;
+        }
+        let id = view.task.id;
+        let (sender, views) = watch::channel(view);
+        if self.member.is_some() {
+            let service = self.clone();
+            tokio::spawn(async move {
+                while !sender.borrow().task.state.is_final() {
+                    tokio::select! {
+                        () = sender.closed() => return,
+                        () = tokio::time::sleep(LOOK_AT_OTHERS) => {}
+                    }
+                    // While the records are away the view stays as it was.
+                    if let Ok(Some(view)) = service.find(id).await {
+                        sender.send_replace(view);
+                    }
+                }
+            });
+        }
+        views
+    }
+
     /// Gives an order to a task, and returns its view once that is carried out. A cancelled task has ended by then.
     ///
     /// # Errors
     /// [`TaskError::Ended`] for a task that is not on hand; [`TaskError::Transition`] for an order that makes no sense
-    /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out.
+    /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out; [`TaskError::OwnerSilent`] and
+    /// [`TaskError::OwnerFailed`] where another daemon has the task.
     pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
+        match &self.member {
+            Some(member) if self.watch(id).is_none() => member.order(self, id, order).await,
+            _ => self.order_here(id, order).await,
+        }
+    }
+
+    /// As [`Self::order`], for a task that this process has.
+    pub(super) async fn order_here(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
         let Some(active) = self.queue.active().get(&id).cloned() else { return Err(TaskError::Ended) };
         let cancel = order == Order::Cancel;
         let (answer, answered) = oneshot::channel();
@@ -279,6 +360,37 @@ impl TaskService {
         });
     }
 
+    /// How many more tasks this process could sweep now: those that a person or a window holds need no slot.
+    pub(super) fn free_slots(&self) -> usize {
+        let active = self.queue.active();
+        let held = |task: &&ActiveTask| {
+            let hold = task.control.orders().borrow().hold;
+            matches!(hold, Some(Reason::Paused | Reason::OutsideWindow))
+        };
+        let busy = active.len() - active.values().filter(held).count();
+        self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
+    }
+
+    /// The tasks that this process has.
+    pub(super) fn active_tasks(&self) -> Vec<TaskId> {
+        self.queue.active().keys().copied().collect()
+    }
+
+    /// Lets every task send batches until then.
+    pub(super) fn lend(&self, until: tokio::time::Instant) {
+        self.queue.active().values().for_each(|task| task.control.lend(until));
+    }
+
+    /// Tells every task that another daemon may have it by now.
+    pub(super) fn lose_all(&self) {
+        self.queue.active().values().for_each(|task| task.control.stop(StopReason::Lost));
+    }
+
+    /// Ends when the process begins to stop.
+    pub(super) fn closing(&self) -> CancellationToken {
+        self.queue.closing.clone()
+    }
+
     /// Tells every task to end after its batch and to keep its checkpoint, and waits until all have.
     pub async fn close(&self) {
         {
@@ -290,11 +402,14 @@ impl TaskService {
         }
         self.queue.tracker.close();
         self.queue.tracker.wait().await;
+        if let Some(member) = &self.member {
+            member.leave().await;
+        }
     }
 }
 
 /// How an unfinished task goes on: with the settings that it began with.
-fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
+pub(super) fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
     if instance.settings.target.to_string() != task.target {
         return Err(format!("the instance has another address now: {}", instance.settings.target));
     }

@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -41,7 +41,8 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What may be asked of a task that has not ended.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Order {
     /// Hold.
     Pause,
@@ -51,6 +52,18 @@ pub enum Order {
     Cancel,
     /// Other limits.
     Tune(Tune),
+}
+
+impl Order {
+    /// What it does to the task's state, if that is anything.
+    pub(super) fn command(&self) -> Option<Command> {
+        match self {
+            Self::Pause => Some(Command::Pause),
+            Self::Resume => Some(Command::Resume),
+            Self::Cancel => Some(Command::Cancel),
+            Self::Tune(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Order {
@@ -90,6 +103,8 @@ pub(super) struct Recorder {
     /// Something happened since the view was published.
     unpublished: bool,
     store_failed: bool,
+    /// Another daemon has the task by now.
+    is_lost: bool,
     totals: Totals,
 }
 
@@ -123,6 +138,7 @@ impl Recorder {
             checkpoint_due: false,
             unpublished: false,
             store_failed: false,
+            is_lost: false,
             totals,
         }
     }
@@ -176,7 +192,7 @@ impl Recorder {
         if let Ok(state) = transition(self.task.state, Command::Start) {
             self.task.state = state;
         }
-        self.task.started_at = self.task.started_at.or_else(|| Some(Timestamp::now()));
+        self.task.started_at = self.task.started_at.or_else(|| Some(self.store.now()));
         self.task.failure = None;
         self.snapshot.started_at = self.task.started_at;
         self.sum_up();
@@ -242,9 +258,10 @@ impl Recorder {
                 self.paused.send_replace(true);
             }
             Order::Resume => {
+                let now = self.store.now();
                 self.change(|task| {
                     task.state = transition(task.state, Command::Resume)?;
-                    task.started_at = task.started_at.or_else(|| Some(Timestamp::now()));
+                    task.started_at = task.started_at.or(Some(now));
                     Ok(())
                 })
                 .await?;
@@ -270,9 +287,16 @@ impl Recorder {
     async fn change(&mut self, change: impl FnOnce(&mut Task) -> Result<(), TaskError>) -> Result<(), TaskError> {
         let mut changed = self.task.clone();
         change(&mut changed)?;
-        self.store.update(&changed).await.inspect_err(|_| self.metrics.store_failed())?;
+        self.store.update(&changed).await.inspect_err(|error| self.not_changed(error))?;
         self.task = changed;
         Ok(())
+    }
+
+    fn not_changed(&self, error: &StoreError) {
+        match error {
+            StoreError::Fenced(_) => self.control.stop(StopReason::Lost),
+            _ => self.metrics.store_failed(),
+        }
     }
 
     /// Writes how the task ended. `persist`: try again until it is written or this is
@@ -291,7 +315,15 @@ impl Recorder {
                 (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
+            Outcome::Stopped(StopReason::Lost) => {
+                log_of!(self.task, warn, "another daemon may have the task by now; nothing more is written of it");
+                return;
+            }
         };
+        if matches!(command, None | Some(Command::Interrupt)) {
+            // Another daemon may go on with it at once.
+            self.task.owner = None;
+        }
         self.snapshot.end();
         if command == Some(Command::Succeed) && self.task.state != TaskState::Running {
             // It was paused while its last batch was under way, or never had to begin.
@@ -303,7 +335,7 @@ impl Recorder {
         }
         self.task.failure = failure;
         if self.task.state.is_final() {
-            self.task.finished_at = Some(Timestamp::now());
+            self.task.finished_at = Some(self.store.now());
         }
         self.sum_up();
         log_end(&self.task);
@@ -318,6 +350,11 @@ impl Recorder {
                     let _ = asked.answer.send(Err(TaskError::Ended));
                 }
             }
+        }
+        if self.is_lost {
+            // How it ends is not ours to say.
+            (self.task.state, self.task.finished_at) = (TaskState::Interrupted, None);
+            return;
         }
         if self.task.state.is_final() {
             self.metrics.ended(&self.task);
@@ -346,6 +383,10 @@ impl Recorder {
             Ok(()) => {
                 self.unwritten.clear();
                 self.store_failed = false;
+            }
+            Err(StoreError::Fenced(_)) => {
+                (self.store_failed, self.is_lost) = (false, true);
+                self.control.stop(StopReason::Lost);
             }
             Err(error) => self.not_written(&error),
         }

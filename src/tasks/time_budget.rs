@@ -40,7 +40,7 @@ impl TimeBudget {
     /// Counts, and returns once everything is spent.
     pub(super) async fn used_up(&self, mut orders: watch::Receiver<Orders>) {
         loop {
-            if orders.borrow_and_update().hold.is_some() {
+            if orders.borrow_and_update().holds().is_some() {
                 if orders.changed().await.is_err() {
                     return std::future::pending().await;
                 }

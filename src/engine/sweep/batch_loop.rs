@@ -127,7 +127,9 @@ impl ShardSweep {
         let gauge = self.gauge();
         let Some(exchange) = pass.pipeline.workers[worker].exchange.take() else { return Ok(()) };
         let Exchange { purpose, segment, .. } = exchange;
+        // A process that was stopped for a while may have sent for the last time.
         let free = go_on
+            && self.orders.borrow().holds().is_none()
             && purpose == Purpose::Walk
             && pass.pipeline.under_way() < depth
             && !pass.segments.is_walked_closely(segment)

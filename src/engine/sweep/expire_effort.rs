@@ -127,7 +127,7 @@ impl ShardSweep {
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
             let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
-            let is_over = begun.elapsed() >= at_most || orders.hold.is_some();
+            let is_over = begun.elapsed() >= at_most || orders.holds().is_some();
             match throttle::decide(&seen, &self.session.baseline, &orders.tuning, held) {
                 // A hold that was ordered is the sweep's own to tell, and ends this.
                 Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {

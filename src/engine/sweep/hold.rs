@@ -27,7 +27,7 @@ impl ShardSweep {
     /// Takes in what is new and changes only the pace. Returns whether the loop has to stand still, once nothing is under way.
     pub(super) async fn must_stand_still(&mut self, pass: &mut Pass) -> Result<bool, End> {
         let orders = *self.orders.borrow();
-        if orders.stop.is_some() || orders.hold.is_some() || self.ordered_hold {
+        if orders.stop.is_some() || orders.holds().is_some() || self.ordered_hold {
             return Ok(true);
         }
         if self.pacer.tune(orders.tuning) {
@@ -70,7 +70,7 @@ impl ShardSweep {
                 self.pacer.set_intensity(orders.tuning.intensity);
                 self.session.decided = false;
             }
-            let Some(reason) = orders.hold else {
+            let Some(reason) = orders.holds() else {
                 if std::mem::take(&mut self.ordered_hold) {
                     self.end_hold().await;
                 }

@@ -104,8 +104,9 @@ impl Daemon {
     /// Replaces the settings file. An `[api]` table of the caller's own takes the place of the usual one.
     pub fn write_settings(&self, settings: &str) {
         let api = if settings.contains("[api]") { "" } else { "[api]\nlisten = \"127.0.0.1:0\"\n" };
-        let store = self.store();
-        let text = format!("{api}{settings}\n[store]\npath = \"{}\"\n", store.display());
+        let path = format!("[store]\npath = \"{}\"\n", self.store().display());
+        let store = if settings.contains("[store]") { "" } else { &path };
+        let text = format!("{api}{settings}\n{store}");
         std::fs::write(self.settings_path(), text).expect("the settings file");
     }
 

@@ -9,6 +9,7 @@ pub mod clients;
 pub mod cluster;
 pub mod daemon;
 pub mod keyspace;
+pub mod postgres;
 pub mod proxy;
 pub mod run;
 pub mod server;
@@ -62,6 +63,7 @@ pub fn skipped(why: &str) {
 pub fn signal(pid: u32, name: &str) {
     let signal = match name {
         "CONT" => Signal::CONT,
+        "QUIT" => Signal::QUIT,
         "HUP" => Signal::HUP,
         "INT" => Signal::INT,
         "KILL" => Signal::KILL,

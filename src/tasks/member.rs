@@ -1,0 +1,510 @@
+//! This daemon among others that share its records: its lease, the tasks that it claims, and orders that pass between daemons.
+//!
+//! The lease is renewed three times in its length. While it holds, no other daemon has our tasks; before it runs out by our own
+//! monotonic clock, every sweep holds ([`Reason::StoreUnreachable`](crate::model::throttle::Reason)). A daemon that was away for longer
+//! finds its row gone, drops its tasks without a word about them, and joins anew.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use uuid::Uuid;
+
+use crate::metrics::Metrics;
+use crate::model::task::{Command, IllegalTransition, Task, TaskId, TaskState, transition};
+use crate::settings::serve::ServeSettings;
+use crate::store::{Claim, DaemonId, DaemonRecord, Fleet, GivenOrder, PresentDaemon, StoreError, Wake};
+use crate::tasks::queue::spec_of;
+use crate::tasks::recorder::Order;
+use crate::tasks::{TaskError, TaskService, TaskView};
+
+/// The lease is renewed this often in its length.
+const RENEWALS: u32 = 3;
+/// Sweeps hold this part of the lease before it runs out: time for the batch under way, and for clocks that run apart.
+const MARGIN: u32 = 10;
+/// After trouble with the database it is tried again this soon.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+/// How often tasks and orders are looked for where no word of them came.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// Words of other daemons that come within this time are one.
+const SETTLE: Duration = Duration::from_millis(10);
+/// How often the answer to an order is looked for where no word of it came.
+const ANSWER_EVERY: Duration = Duration::from_millis(500);
+/// How long the owner of a task may take to answer an order.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// A task of an instance that is in nobody's settings is given up after this long. Until then a daemon with newer settings may come.
+const UNKNOWN_AFTER: SignedDuration = SignedDuration::from_mins(10);
+/// How often a daemon looks whether the others have the same settings.
+const COMPARE_EVERY: Duration = Duration::from_secs(30);
+
+/// As what a daemon joins others, and on what terms.
+#[derive(Debug, Clone)]
+pub struct Membership {
+    /// What it says of itself; its id is made anew each time that it joins.
+    pub record: DaemonRecord,
+    /// How long its tasks are its own after it was last heard of.
+    pub lease: Duration,
+}
+
+/// What the owner of a task answers to an order.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Answer {
+    Done,
+    Ended,
+    NotNow { state: String },
+    Failed { message: String },
+}
+
+/// This daemon among others.
+#[derive(Debug)]
+pub(super) struct Member {
+    fleet: Fleet,
+    membership: Membership,
+    settings: watch::Receiver<Arc<ServeSettings>>,
+    present: Mutex<Presence>,
+    /// Told when there may be something to claim.
+    look: Notify,
+    /// Told when an order may have been answered.
+    answered: watch::Sender<()>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Presence {
+    id: DaemonId,
+    until: Instant,
+}
+
+impl TaskService {
+    /// Joins the other daemons on the same records, and goes on in the background: keeps the lease, claims tasks and answers orders
+    /// until the service is closed. `schedules_changed` is told when another daemon changed a schedule. Does nothing where the
+    /// records are not shared.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn join(
+        &mut self,
+        membership: Membership,
+        settings: watch::Receiver<Arc<ServeSettings>>,
+        schedules_changed: Arc<Notify>,
+    ) -> Result<(), TaskError> {
+        let Some(fleet) = self.store.fleet() else { return Ok(()) };
+        let present = Mutex::new(join(&fleet, &membership, settings_hash(&settings)).await?);
+        let (look, answered) = (Notify::new(), watch::Sender::new(()));
+        self.member = Some(Arc::new(Member { fleet, membership, settings, present, look, answered }));
+        for work in [Work::Lease, Work::Claims, Work::Ears(schedules_changed), Work::Compare] {
+            let service = self.clone();
+            tokio::spawn(async move {
+                let closing = service.closing();
+                tokio::select! {
+                    () = work.run(&service) => {}
+                    () = closing.cancelled() => {}
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// The daemons that share the records, this one among them; `None` where they are not shared.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn daemons(&self) -> Result<Option<(DaemonId, Vec<PresentDaemon>)>, TaskError> {
+        let Some(member) = &self.member else { return Ok(None) };
+        Ok(Some((member.present().id, member.fleet.daemons().await?)))
+    }
+}
+
+/// What a member does in the background.
+enum Work {
+    Lease,
+    Claims,
+    Ears(Arc<Notify>),
+    Compare,
+}
+
+impl Work {
+    async fn run(self, service: &TaskService) {
+        let Some(member) = service.member.clone() else { return };
+        match self {
+            Self::Lease => member.keep_lease(service).await,
+            Self::Claims => member.claim_and_answer(service).await,
+            Self::Ears(changed) => member.hear(service, &changed).await,
+            Self::Compare => member.compare(&service.metrics).await,
+        }
+    }
+}
+
+impl Member {
+    fn present(&self) -> Presence {
+        *self.present.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn be(&self, presence: Presence) {
+        *self.present.lock().unwrap_or_else(PoisonError::into_inner) = presence;
+    }
+
+    /// Until when tasks may send batches.
+    pub(super) fn until(&self) -> Instant {
+        self.present().until
+    }
+
+    /// Has tasks looked for soon.
+    pub(super) fn look_for_tasks(&self) {
+        self.look.notify_one();
+    }
+
+    async fn keep_lease(&self, service: &TaskService) {
+        loop {
+            let sent = Instant::now();
+            let hash = settings_hash(&self.settings);
+            let renewed = self.fleet.renew(self.present().id, &hash, self.membership.lease).await;
+            let next = match renewed {
+                Ok(true) => {
+                    self.be(Presence { until: sent + sweeping(self.membership.lease), ..self.present() });
+                    service.lend(self.until());
+                    self.reap(&service.metrics).await;
+                    sent + self.membership.lease / RENEWALS
+                }
+                Ok(false) => {
+                    tracing::warn!("the lease of this daemon ran out, and others have its tasks; joining anew");
+                    service.lose_all();
+                    match join(&self.fleet, &self.membership, hash).await {
+                        Ok(presence) => self.be(presence),
+                        Err(error) => self.failed(&service.metrics, &error),
+                    }
+                    sent + TRY_AGAIN
+                }
+                Err(error) => {
+                    self.failed(&service.metrics, &error);
+                    Instant::now() + TRY_AGAIN
+                }
+            };
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    fn failed(&self, metrics: &Metrics, error: &StoreError) {
+        metrics.store_failed();
+        tracing::error!(%error, "the lease of this daemon could not be renewed");
+    }
+
+    /// Frees the tasks of daemons that are gone.
+    async fn reap(&self, metrics: &Metrics) {
+        match self.fleet.reap().await {
+            Ok(gone) => {
+                for daemon in gone {
+                    tracing::warn!(daemon, "a daemon is gone; its tasks are free for others");
+                    self.look_for_tasks();
+                }
+            }
+            Err(error) => {
+                metrics.store_failed();
+                tracing::error!(%error, "daemons that are gone could not be looked for");
+            }
+        }
+    }
+
+    async fn claim_and_answer(&self, service: &TaskService) {
+        let mut tick = tokio::time::interval(LOOK_AGAIN);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Tasks of instances that are not in our settings.
+        let mut unknown: BTreeSet<TaskId> = BTreeSet::new();
+        let mut settings = self.settings.clone();
+        let answering = Arc::new(Mutex::new(BTreeSet::new()));
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = self.look.notified() => {}
+                changed = settings.changed() => match changed {
+                    Ok(()) => unknown.clear(),
+                    Err(_) => return,
+                },
+            }
+            let done = async {
+                self.claim(service, &mut unknown).await?;
+                self.answer_orders(service, &answering).await
+            };
+            if let Err(error) = done.await {
+                service.metrics.store_failed();
+                tracing::error!(%error, "tasks could not be claimed");
+            }
+        }
+    }
+
+    /// Claims as many tasks as there are free slots for.
+    async fn claim(&self, service: &TaskService, unknown: &mut BTreeSet<TaskId>) -> Result<(), TaskError> {
+        loop {
+            let most = service.free_slots();
+            let settings = self.settings.borrow().clone();
+            // Without a lease nothing is ours.
+            if most == 0 || Instant::now() >= self.until() || service.closing().is_cancelled() {
+                return Ok(());
+            }
+            // One that was lost may be ending still.
+            let but = unknown.iter().copied().chain(service.active_tasks()).collect();
+            let claim = Claim {
+                owner: self.present().id,
+                labels: self.membership.record.labels.clone(),
+                most,
+                most_of_all: settings.at_once_of_all,
+                but,
+            };
+            let tasks = self.fleet.claim(&claim).await?;
+            if tasks.is_empty() {
+                return Ok(());
+            }
+            for task in tasks {
+                self.begin(service, &settings, task, unknown).await?;
+            }
+        }
+    }
+
+    async fn begin(
+        &self,
+        service: &TaskService,
+        settings: &ServeSettings,
+        task: Task,
+        unknown: &mut BTreeSet<TaskId>,
+    ) -> Result<(), TaskError> {
+        let Some(instance) = settings.instance(&task.instance_id) else {
+            if service.store.now().duration_since(task.created_at) > UNKNOWN_AFTER {
+                return service.give_up(task, "the instance is no longer in the settings").await;
+            }
+            tracing::warn!(task = %task.id, instance = task.instance_id, "a task of an instance that is not in our settings");
+            unknown.insert(task.id);
+            return Ok(service.store.update(&Task { owner: None, ..task }).await?);
+        };
+        match spec_of(&task, instance) {
+            Ok(spec) => service.take_up(task, spec).await,
+            Err(why) => service.give_up(task, &why).await,
+        }
+    }
+
+    async fn answer_orders(
+        &self,
+        service: &TaskService,
+        answering: &Arc<Mutex<BTreeSet<Uuid>>>,
+    ) -> Result<(), TaskError> {
+        for given in self.fleet.orders_to(self.present().id).await? {
+            if !answering.lock().unwrap_or_else(PoisonError::into_inner).insert(given.id) {
+                continue;
+            }
+            let (service, fleet, answering) = (service.clone(), self.fleet.clone(), answering.clone());
+            tokio::spawn(async move {
+                let answer = Answer::of(carry_out(&service, &given).await);
+                let text = serde_json::to_string(&answer).unwrap_or_default();
+                if let Err(error) = fleet.answer(given.id, &text).await {
+                    tracing::error!(%error, "an order was carried out, and that could not be said");
+                }
+                answering.lock().unwrap_or_else(PoisonError::into_inner).remove(&given.id);
+            });
+        }
+        Ok(())
+    }
+
+    /// Passes on what other daemons say.
+    async fn hear(&self, service: &TaskService, schedules_changed: &Notify) {
+        loop {
+            let listened = async {
+                let mut ears = self.fleet.listen().await?;
+                // What was said before, nobody heard.
+                let mut words = BTreeMap::from([(0, Wake::Tasks), (1, Wake::Schedules), (2, Wake::Orders)]);
+                loop {
+                    for word in std::mem::take(&mut words).into_values() {
+                        match word {
+                            Wake::Tasks => self.look_for_tasks(),
+                            Wake::Schedules => schedules_changed.notify_one(),
+                            Wake::Orders => {
+                                self.answered.send_replace(());
+                                self.look_for_tasks();
+                            }
+                        }
+                    }
+                    words.insert(0, ears.next().await?);
+                    let settled = Instant::now() + SETTLE;
+                    while let Ok(word) = tokio::time::timeout_at(settled, ears.next()).await {
+                        words.insert(words.len(), word?);
+                    }
+                }
+            };
+            let ended: Result<(), StoreError> = listened.await;
+            if let Err(error) = ended {
+                tracing::warn!(%error, "other daemons cannot be heard; looking now and then");
+                service.metrics.store_failed();
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    /// Says so where other daemons have other settings.
+    async fn compare(&self, metrics: &Metrics) {
+        let mut differed = false;
+        loop {
+            if let Ok(daemons) = self.fleet.daemons().await {
+                let ours = settings_hash(&self.settings);
+                let others = daemons.iter().filter(|daemon| daemon.record.settings != ours);
+                let others: Vec<_> = others.map(|daemon| daemon.record.name.as_str()).collect();
+                metrics.fleet(daemons.len(), !others.is_empty());
+                if !others.is_empty() && !differed {
+                    let others = others.join(", ");
+                    tracing::warn!(others, "these daemons have other settings than this one");
+                }
+                differed = !others.is_empty();
+            }
+            tokio::time::sleep(COMPARE_EVERY).await;
+        }
+    }
+
+    /// Gives an order to a task that another daemon has, or that nobody has.
+    pub(super) async fn order(
+        &self,
+        service: &TaskService,
+        id: TaskId,
+        order: Order,
+    ) -> Result<Arc<TaskView>, TaskError> {
+        let given = GivenOrder {
+            id: Uuid::new_v4(),
+            task: id,
+            what: serde_json::to_string(&order).map_err(|error| TaskError::OwnerFailed(error.to_string()))?,
+        };
+        let mut answered = self.answered.subscribe();
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        let mut is_given = false;
+        loop {
+            let Some(task) = service.store.task(id).await?.filter(|task| !task.state.is_final()) else {
+                // It may have ended by this very order.
+                let answer = if is_given { self.answer_to(&given).await? } else { None };
+                return match answer {
+                    Some(answer) => self.answered_by(service, id, answer, &order).await,
+                    None => Err(TaskError::Ended),
+                };
+            };
+            if task.owner.is_none() {
+                if is_given && !self.fleet.take_back(given.id).await? {
+                    // It was answered before its owner went.
+                    return self.view(service, id).await;
+                }
+                match order_unowned(service, task, &order).await {
+                    // Somebody has claimed it just now.
+                    Err(TaskError::Store(StoreError::Fenced(_))) => {}
+                    Err(error) => return Err(error),
+                    Ok(()) => {
+                        self.look_for_tasks();
+                        return self.view(service, id).await;
+                    }
+                }
+            } else if !is_given {
+                self.fleet.give(&given).await?;
+                is_given = true;
+            }
+            if let Some(answer) = self.answer_to(&given).await? {
+                return self.answered_by(service, id, answer, &order).await;
+            }
+            if Instant::now() >= deadline {
+                self.fleet.take_back(given.id).await?;
+                return Err(TaskError::OwnerSilent);
+            }
+            let _ = tokio::time::timeout(ANSWER_EVERY, answered.changed()).await;
+        }
+    }
+
+    async fn answer_to(&self, given: &GivenOrder) -> Result<Option<Answer>, TaskError> {
+        let Some(text) = self.fleet.answer_to(given.id).await? else { return Ok(None) };
+        self.fleet.take_back(given.id).await?;
+        let unread = |error: serde_json::Error| TaskError::OwnerFailed(error.to_string());
+        serde_json::from_str(&text).map(Some).map_err(unread)
+    }
+
+    async fn answered_by(
+        &self,
+        service: &TaskService,
+        id: TaskId,
+        answer: Answer,
+        order: &Order,
+    ) -> Result<Arc<TaskView>, TaskError> {
+        answer.into_result(order)?;
+        self.view(service, id).await
+    }
+
+    async fn view(&self, service: &TaskService, id: TaskId) -> Result<Arc<TaskView>, TaskError> {
+        service.find(id).await?.ok_or(TaskError::Ended)
+    }
+
+    /// Gives up the lease at the end, so that others need not wait for it to run out.
+    pub(super) async fn leave(&self) {
+        if let Err(error) = self.fleet.leave(self.present().id).await {
+            tracing::warn!(%error, "others could not be told that this daemon ends; they will find out by its lease");
+        }
+    }
+}
+
+impl Answer {
+    fn of(done: Result<(), TaskError>) -> Self {
+        match done {
+            Ok(()) => Self::Done,
+            Err(TaskError::Ended) => Self::Ended,
+            Err(TaskError::Transition(error)) => Self::NotNow { state: error.state.to_string() },
+            Err(error) => Self::Failed { message: error.to_string() },
+        }
+    }
+
+    fn into_result(self, order: &Order) -> Result<(), TaskError> {
+        match self {
+            Self::Done => Ok(()),
+            Self::Ended => Err(TaskError::Ended),
+            Self::NotNow { state } => match (state.parse(), order.command()) {
+                (Ok(state), Some(command)) => Err(IllegalTransition { state, command }.into()),
+                _ => Err(TaskError::OwnerFailed(format!("it is {state}"))),
+            },
+            Self::Failed { message } => Err(TaskError::OwnerFailed(message)),
+        }
+    }
+}
+
+async fn carry_out(service: &TaskService, given: &GivenOrder) -> Result<(), TaskError> {
+    let order: Order = serde_json::from_str(&given.what).map_err(|error| TaskError::OwnerFailed(error.to_string()))?;
+    service.order_here(given.task, order).await.map(drop)
+}
+
+/// Carries an order out on the record of a task that nobody has.
+async fn order_unowned(service: &TaskService, mut task: Task, order: &Order) -> Result<(), TaskError> {
+    match order {
+        Order::Pause => task.state = transition(task.state, Command::Pause)?,
+        // It waits for an owner, which takes up only what was interrupted.
+        Order::Resume => task.state = transition(transition(task.state, Command::Resume)?, Command::Interrupt)?,
+        Order::Cancel => {
+            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
+            task.state = transition(task.state, Command::Cancel)?;
+            task.finished_at = Some(service.store.now());
+        }
+        Order::Tune(tune) => task.sweep = tune.over(&task.sweep)?.0,
+    }
+    service.store.update(&task).await?;
+    if task.state == TaskState::Cancelled {
+        service.metrics.ended(&task);
+    }
+    Ok(())
+}
+
+/// Joins with a fresh id.
+async fn join(fleet: &Fleet, membership: &Membership, settings: String) -> Result<Presence, StoreError> {
+    let sent = Instant::now();
+    let id = DaemonId::generate();
+    let record = DaemonRecord { id, settings, ..membership.record.clone() };
+    fleet.join(&record, membership.lease).await?;
+    Ok(Presence { id, until: sent + sweeping(membership.lease) })
+}
+
+/// For how long sweeps may go on after a renewal was sent.
+fn sweeping(lease: Duration) -> Duration {
+    lease - lease / MARGIN
+}
+
+fn settings_hash(settings: &watch::Receiver<Arc<ServeSettings>>) -> String {
+    settings.borrow().hash.clone()
+}
