@@ -325,7 +325,7 @@ pub async fn update_config(
     RawBody(body): RawBody,
 ) -> Result<Json<AutoScanConfig>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
-    let now = Timestamp::now();
+    let now = app.service.store().now();
     let wanted = parse_update(&body, now)?;
     let config = match wanted {
         Some(config) => {

@@ -85,7 +85,7 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::tasks::check_instance,
         crate::api::tasks::list_tasks, crate::api::tasks::create_task, crate::api::tasks::get_task,
         crate::api::tasks::tune_task, crate::api::tasks::pause_task, crate::api::tasks::resume_task,
-        crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::reload, healthz, readyz, metrics,
+        crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::daemons::list_daemons, crate::api::reload, healthz, readyz, metrics,
     ),
     components(schemas(
         crate::api::requests::CauseWord, crate::api::requests::StateWord, crate::api::dcs::ContractStatus,

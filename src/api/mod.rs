@@ -6,6 +6,7 @@
 
 pub mod auth;
 pub mod check_dto;
+pub mod daemons;
 pub mod dcs;
 pub mod dto;
 pub mod error;
@@ -91,6 +92,7 @@ pub fn router(app: App) -> Router {
         .route("/api/v1/tasks/{task_id}/pause", post(tasks::pause_task))
         .route("/api/v1/tasks/{task_id}/resume", post(tasks::resume_task))
         .route("/api/v1/tasks/{task_id}/cancel", post(tasks::cancel_task))
+        .route("/api/v1/daemons", get(daemons::list_daemons))
         .route("/api/v1/reload", post(reload))
         .route("/metrics", get(health::metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::require));

@@ -5,6 +5,7 @@ mod askpass;
 pub mod autoscan;
 pub mod check;
 pub mod client;
+pub mod daemons;
 pub mod demo;
 pub mod exit;
 pub mod generate;
@@ -57,6 +58,8 @@ enum Command {
     Task(task::TaskArgs),
     /// The automatic scan of an instance of a daemon
     Autoscan(autoscan::AutoscanArgs),
+    /// The daemons that share the records of a daemon
+    Daemons(daemons::DaemonsArgs),
     /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
     /// See the problem and the cure on a private server
@@ -125,6 +128,7 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Demo(args) => demo::run(args).await,
         Command::Instance(args) => instance::run(args).await,
         Command::Task(args) => task::run(args).await,
+        Command::Daemons(args) => daemons::run(args).await,
         Command::Autoscan(args) => autoscan::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
         Command::Completions(args) => generate::completions(&args),

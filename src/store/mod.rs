@@ -18,6 +18,7 @@ pub mod undo;
 pub use file::Foreign;
 pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentDaemon, Wake};
 pub use lists::{TaskFilter, TaskPage};
+pub use open::Clock;
 pub use schedules::{Due, Mark, Schedules};
 
 use std::collections::BTreeMap;
@@ -36,7 +37,6 @@ use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::{Task, TaskId, TaskState};
 use crate::settings::store::PostgresUrl;
 use crate::store::journal::JournalDir;
-use crate::store::open::Clock;
 
 /// Trouble with the records.
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +185,11 @@ impl Store {
     /// The time that decides what is due: the database's, where several daemons share it.
     pub fn now(&self) -> Timestamp {
         self.clock.now()
+    }
+
+    /// The clock of [`Self::now`].
+    pub fn clock(&self) -> Clock {
+        self.clock.clone()
     }
 
     /// Adds a task. Where a schedule caused it, its due time is marked as dealt with in the same transaction: both or neither, so

@@ -32,10 +32,11 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// The machine's own clock, or the database's as it was last heard, carried on by the monotonic clock.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Clock(Arc<Mutex<Option<(Timestamp, Instant)>>>);
+pub struct Clock(Arc<Mutex<Option<(Timestamp, Instant)>>>);
 
 impl Clock {
-    pub(super) fn now(&self) -> Timestamp {
+    /// The time now.
+    pub fn now(&self) -> Timestamp {
         let heard = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((then, at)) = heard else { return Timestamp::now() };
         let since = SignedDuration::try_from(at.elapsed()).unwrap_or(SignedDuration::MAX);

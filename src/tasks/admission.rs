@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use crate::engine::control::Control;
 use crate::model::schedule::{Window, until};
 use crate::model::throttle::Reason;
+use crate::store::Clock;
 
 /// The window is looked at again this often, whatever it said: the clock may have been set.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -16,6 +17,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// What decides whether a task may sweep.
 #[derive(Debug)]
 pub(super) struct Admission {
+    /// The clock by which the window opens and closes.
+    pub(super) clock: Clock,
     /// The window that it respects.
     pub(super) window: Option<Window>,
     /// The slots that all tasks share.
@@ -27,7 +30,7 @@ pub(super) struct Admission {
 impl Admission {
     /// Holds the task or lets it go on as things are now, and says why it holds.
     pub(super) fn decide(&mut self, control: &Control, slot: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
-        let closed = self.window.as_ref().is_some_and(|window| !window.is_open(Timestamp::now()));
+        let closed = self.window.as_ref().is_some_and(|window| !window.is_open(self.clock.now()));
         let hold = match (*self.paused.borrow_and_update(), closed) {
             (true, _) => Some(Reason::Paused),
             (false, true) => Some(Reason::OutsideWindow),
@@ -47,13 +50,13 @@ impl Admission {
     /// when this is dropped.
     pub(super) async fn keep(mut self, control: Control, mut slot: Option<OwnedSemaphorePermit>) {
         loop {
-            let now = Timestamp::now();
+            let now = self.clock.now();
             if self.decide(&control, &mut slot) == Some(Reason::Queued) {
                 // The stand in the queue lasts for as long as this future.
                 tokio::select! {
                     free = self.slots.clone().acquire_owned() => slot = free.ok(),
                     _ = self.paused.changed() => {}
-                    () = until_closed(self.window.as_ref()) => {}
+                    () = until_closed(self.window.as_ref(), &self.clock) => {}
                 }
                 continue;
             }
@@ -66,10 +69,10 @@ impl Admission {
 }
 
 /// Ends when the window is closed.
-async fn until_closed(window: Option<&Window>) {
+async fn until_closed(window: Option<&Window>, clock: &Clock) {
     let Some(window) = window else { return std::future::pending().await };
-    while window.is_open(Timestamp::now()) {
-        tokio::time::sleep(look_again(Some(window), Timestamp::now())).await;
+    while window.is_open(clock.now()) {
+        tokio::time::sleep(look_again(Some(window), clock.now())).await;
     }
 }
 
@@ -102,7 +105,7 @@ mod tests {
         let slots = Arc::new(Semaphore::new(1));
         let (pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let admission = |paused| Admission { window: None, slots: slots.clone(), paused };
+        let admission = |paused| Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused };
         let (_other, other_paused) = watch::channel(false);
         let one = tokio::spawn(admission(paused).keep(first.clone(), None));
         until_hold(&first, None).await;
@@ -125,7 +128,7 @@ mod tests {
         let taken = slots.clone().try_acquire_owned().unwrap();
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let admission = || Admission { window: None, slots: slots.clone(), paused: paused.clone() };
+        let admission = || Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused: paused.clone() };
         let one = tokio::spawn(admission().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(LOOK_AGAIN / 2).await;
@@ -156,7 +159,7 @@ mod tests {
         let window = Window { days: vec![day], start: now.time(), end: now.time(), zone: TimeZone::UTC };
         assert_ne!(day, now.date().weekday());
         let control = control();
-        let admission = Admission { window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
+        let admission = Admission { clock: Clock::default(), window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
         let keep = tokio::spawn(admission.keep(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
         keep.abort();

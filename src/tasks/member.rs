@@ -92,6 +92,7 @@ impl TaskService {
         settings: watch::Receiver<Arc<ServeSettings>>,
         schedules_changed: Arc<Notify>,
     ) -> Result<(), TaskError> {
+        self.identity = Some(Arc::new(membership.record.clone()));
         let Some(fleet) = self.store.fleet() else { return Ok(()) };
         let present = Mutex::new(join(&fleet, &membership, settings_hash(&settings)).await?);
         let (look, answered) = (Notify::new(), watch::Sender::new(()));
@@ -109,13 +110,19 @@ impl TaskService {
         Ok(())
     }
 
-    /// The daemons that share the records, this one among them; `None` where they are not shared.
+    /// Which of the daemons this one is, and the daemons that share the records: itself only, where they are not shared.
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn daemons(&self) -> Result<Option<(DaemonId, Vec<PresentDaemon>)>, TaskError> {
-        let Some(member) = &self.member else { return Ok(None) };
-        Ok(Some((member.present().id, member.fleet.daemons().await?)))
+    pub async fn daemons(&self) -> Result<(Option<DaemonId>, Vec<PresentDaemon>), TaskError> {
+        if let Some(member) = &self.member {
+            return Ok((Some(member.present().id), member.fleet.daemons().await?));
+        }
+        let Some(identity) = &self.identity else { return Ok((None, Vec::new())) };
+        let now = self.store.now();
+        let record = DaemonRecord::clone(identity);
+        let alone = PresentDaemon { record, heartbeat_at: now, lease_until: now, tasks: self.active_tasks() };
+        Ok((Some(identity.id), vec![alone]))
     }
 }
 
@@ -246,7 +253,7 @@ impl Member {
                 return Ok(());
             }
             // One that was lost may be ending still.
-            let but = unknown.iter().copied().chain(service.active_tasks()).collect();
+            let but = unknown.iter().copied().chain(service.active_tasks().into_iter().map(|(id, _)| id)).collect();
             let claim = Claim {
                 owner: self.present().id,
                 labels: self.membership.record.labels.clone(),

@@ -34,7 +34,7 @@ use crate::node::topology::{Topology, View};
 use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
-use crate::store::{Store, StoreError, StoredShard};
+use crate::store::{DaemonRecord, Store, StoreError, StoredShard};
 use crate::tasks::admission::Admission;
 use crate::tasks::member::Member;
 use crate::tasks::queue::Queue;
@@ -238,6 +238,8 @@ pub struct TaskService {
     store: Store,
     metrics: Metrics,
     queue: Arc<Queue>,
+    /// What this daemon says of itself.
+    identity: Option<Arc<DaemonRecord>>,
     /// Set where the records are shared.
     member: Option<Arc<Member>>,
 }
@@ -250,7 +252,7 @@ impl TaskService {
 
     /// A service that lets so many queued tasks sweep at once.
     pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(slots)), member: None }
+        Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None }
     }
 
     /// The records.

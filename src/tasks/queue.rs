@@ -230,8 +230,12 @@ impl TaskService {
         let (plan, snapshot) = self.plan(&task, &spec, known);
         let task = Task { num: snapshot.reclaimed(), ..task };
         let mut job = self.job(task, plan, snapshot);
-        let admission =
-            Admission { window: spec.window, slots: self.queue.slots.clone(), paused: job.recorder.paused.subscribe() };
+        let admission = Admission {
+            clock: self.store.clock(),
+            window: spec.window,
+            slots: self.queue.slots.clone(),
+            paused: job.recorder.paused.subscribe(),
+        };
         let active = ActiveTask {
             instance_id,
             control: job.recorder.control.clone(),
@@ -371,9 +375,9 @@ impl TaskService {
         self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
     }
 
-    /// The tasks that this process has.
-    pub(super) fn active_tasks(&self) -> Vec<TaskId> {
-        self.queue.active().keys().copied().collect()
+    /// The tasks that this process has, with their instances.
+    pub(super) fn active_tasks(&self) -> Vec<(TaskId, String)> {
+        self.queue.active().iter().map(|(id, task)| (*id, task.instance_id.clone())).collect()
     }
 
     /// Lets every task send batches until then.

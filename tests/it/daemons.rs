@@ -1,1 +1,329 @@
-//! Several daemons on one PostgreSQL database.
+//! Several daemons on one PostgreSQL database: whoever is killed, stopped, cut off or ends in order, each task comes to one end, and no
+//! two daemons sweep one instance.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use sqlx::Row;
+
+use crate::support::daemon::{Daemon, EACH_SECOND, instance};
+use crate::support::keyspace::Keyspace;
+use crate::support::postgres::Postgres;
+use crate::support::proxy::{Mode, Proxy};
+use crate::support::server::Server;
+use crate::support::{PATIENCE, probe};
+
+/// A lease that a test can wait for, renewed each second.
+const LEASE: Duration = Duration::from_secs(3);
+/// Slow enough to be met while it runs.
+const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 400\n";
+const DEAD: u64 = 3_000;
+
+/// The settings that all daemons have: the records, and these instances.
+fn settings(url: &str, journal: &str, instances: &str) -> String {
+    format!("[daemon]\nlease = \"3s\"\n{instances}\n[store]\nurl = \"{url}\"\njournal = \"{journal}\"\n")
+}
+
+/// Daemons with one folder for their batch journals, as on shared storage.
+struct Fleet {
+    daemons: Vec<Daemon>,
+    postgres: Postgres,
+    _journal: tempfile::TempDir,
+}
+
+impl Fleet {
+    async fn start(count: usize, instances: &str) -> Option<Self> {
+        let postgres = Postgres::start().await?;
+        let journal = tempfile::tempdir().expect("a temporary folder");
+        let settings = settings(&postgres.url(), &journal.path().display().to_string(), instances);
+        let mut daemons = Vec::new();
+        for number in 0..count {
+            let name = format!("d{number}");
+            daemons.push(Daemon::prepare(&settings).launched(|command| named(command, &name)).await);
+        }
+        Some(Self { daemons, postgres, _journal: journal })
+    }
+
+    /// The place of the daemon that has a task, once one has.
+    async fn owner_of(&self, id: &str, asked: usize) -> usize {
+        let mut owner = None;
+        probe("a daemon has the task", PATIENCE, async || {
+            owner = owner_in(&daemons(&self.daemons[asked]).await, id);
+            owner.is_some()
+        })
+        .await;
+        owner.expect("found")
+    }
+
+    /// Asks each daemon in turn for a scan until one begins it, and gives its id with the place of its owner.
+    async fn scan(&self, instance: &str, asked: usize) -> (String, usize) {
+        let id = self.daemons[asked].scan(instance).await;
+        let owner = self.owner_of(&id, asked).await;
+        (id, owner)
+    }
+}
+
+fn named(mut command: std::process::Command, name: &str) -> std::process::Command {
+    command.env("TTLSWEEP_DAEMON_NAME", name);
+    command
+}
+
+async fn daemons(daemon: &Daemon) -> Vec<Value> {
+    let mut answer = daemon.get("/api/v1/daemons").await.ok();
+    answer["daemons"].as_array_mut().map(std::mem::take).unwrap_or_default()
+}
+
+fn owner_in(daemons: &[Value], id: &str) -> Option<usize> {
+    let has = |daemon: &&Value| daemon["tasks"].as_array().is_some_and(|tasks| tasks.iter().any(|t| t["task_id"] == id));
+    let name = daemons.iter().find(has)?["name"].as_str()?;
+    name.trim_start_matches('d').parse().ok()
+}
+
+async fn dead(dead: u64) -> Server {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(dead, "dead:").await;
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server
+}
+
+fn lost(task: &Value) -> u64 {
+    let dbs = task["shards"].as_array().into_iter().flatten().flat_map(|shard| shard["dbs"].as_array().cloned());
+    dbs.flatten().filter_map(|db| db["lost_replies"].as_u64()).sum()
+}
+
+#[tokio::test]
+async fn any_daemon_answers_for_a_task_that_another_has() {
+    let server = dead(DEAD).await;
+    let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
+    let (id, owner) = fleet.scan("cache", 0).await;
+    let other = &fleet.daemons[1 - owner];
+    let seen = other.until(&id, "running").await;
+    assert_eq!(seen["instance_id"], "cache");
+    assert_eq!(other.post(&Daemon::path("cache", "scan-expire-keys-task")).await.code(), (400, "DCS.4017"));
+    let order = async |what: &str| other.post(&format!("/api/v1/tasks/{id}/{what}")).await;
+    assert_eq!(order("pause").await.ok()["state"], "paused");
+    assert_eq!(fleet.daemons[owner].task(&id).await["state"], "paused");
+    assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
+    assert_eq!(order("resume").await.ok()["state"], "running");
+    let mut events = other.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
+    let first = events.chunk().await.expect("an event").expect("an event");
+    assert!(String::from_utf8_lossy(&first).contains(&id));
+    other.hurry(&id).await;
+    let done = other.until(&id, "succeeded").await;
+    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(DEAD), &json!("0")));
+    let mut rest = String::new();
+    while let Ok(Some(chunk)) = events.chunk().await {
+        rest.push_str(&String::from_utf8_lossy(&chunk));
+    }
+    assert!(rest.contains("\"state\":\"succeeded\""), "the stream ends with the task: {rest}");
+    assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
+    assert_eq!(other.history("cache").await["records"][0]["num"], DEAD);
+    let next = fleet.daemons[owner].create(json!({"instance_id": "cache", "max_keys_per_sec": 1})).await;
+    let owner = fleet.owner_of(&next, owner).await;
+    let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
+    assert_eq!(cancelled["state"], "cancelled");
+}
+
+#[tokio::test]
+async fn a_task_goes_on_elsewhere_within_two_leases_of_a_kill_and_counts_exactly() {
+    let server = dead(DEAD).await;
+    let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), SLOW)).await else { return };
+    let (id, owner) = fleet.scan("cache", 0).await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    fleet.daemons[owner].kill9();
+    let killed = Instant::now();
+    let before = server.expired_keys().await;
+    probe("another goes on", PATIENCE, async || server.expired_keys().await > before).await;
+    let took = killed.elapsed();
+    let asked = (owner + 1) % 3;
+    assert_ne!(fleet.owner_of(&id, asked).await, owner);
+    fleet.daemons[asked].hurry(&id).await;
+    let task = fleet.daemons[asked].until(&id, "succeeded").await;
+    let reclaimed = task["reclaimed"].as_u64().expect("a number");
+    // Batches of ten keys that were under way at the kill may be uncounted; then the record says so.
+    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
+    assert_eq!(server.expired_keys().await, DEAD);
+    assert!(took < 3 * LEASE, "{took:?}: two leases, and a machine that others use");
+}
+
+#[tokio::test]
+async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is_a_lower_bound() {
+    let server = dead(DEAD).await;
+    let Some(postgres) = Postgres::start().await else { return };
+    let cache = instance("cache", &server.url(), SLOW);
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let settings = |dir: &tempfile::TempDir| settings(&postgres.url(), &dir.path().display().to_string(), &cache);
+    let mut first = Daemon::prepare(&settings(&one)).launched(|command| named(command, "d0")).await;
+    let id = first.scan("cache").await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 500).await;
+    first.kill9();
+    let second = Daemon::prepare(&settings(&two)).launched(|command| named(command, "d1")).await;
+    probe("the other has it", PATIENCE, async || owner_in(&daemons(&second).await, &id).is_some()).await;
+    second.hurry(&id).await;
+    let task = second.until(&id, "succeeded").await;
+    assert_eq!(server.expired_keys().await, DEAD);
+    assert!(lost(&task) > 0, "{task:#}");
+    let reclaimed = task["reclaimed"].as_u64().expect("a number");
+    let warnings = task["shards"][0]["warnings"].to_string();
+    assert!(warnings.contains("at least"), "{warnings}");
+    assert!(reclaimed <= DEAD && reclaimed > 0);
+}
+
+#[tokio::test]
+async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_nothing_more() {
+    let server = dead(DEAD).await;
+    let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
+    let (id, owner) = fleet.scan("cache", 0).await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    fleet.daemons[owner].signal("STOP");
+    let other = &fleet.daemons[1 - owner];
+    probe("the other has it", PATIENCE, async || owner_in(&daemons(other).await, &id) == Some(1 - owner)).await;
+    fleet.daemons[owner].signal("CONT");
+    probe("it learns of it", PATIENCE, async || fleet.daemons[owner].log().contains("joining anew")).await;
+    assert_eq!(other.task(&id).await["state"], "running", "the late one has not touched the record");
+    // It has no task by now, and serves those of the other.
+    fleet.daemons[owner].hurry(&id).await;
+    let task = fleet.daemons[owner].until(&id, "succeeded").await;
+    assert_eq!(server.expired_keys().await, DEAD);
+    let reclaimed = task["reclaimed"].as_u64().expect("a number");
+    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
+    assert_eq!(daemons(other).await.len(), 2, "it has joined anew");
+}
+
+#[tokio::test]
+async fn a_daemon_that_stops_in_order_hands_its_tasks_over_at_once() {
+    let server = dead(DEAD).await;
+    let Some(mut fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
+    let (id, owner) = fleet.scan("cache", 0).await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    assert_eq!(fleet.daemons[owner].stop().await, Some(0));
+    let stopped = Instant::now();
+    let other = &fleet.daemons[1 - owner];
+    probe("the other has it", PATIENCE, async || owner_in(&daemons(other).await, &id) == Some(1 - owner)).await;
+    assert!(stopped.elapsed() < LEASE, "it need not wait for the lease: {:?}", stopped.elapsed());
+    other.hurry(&id).await;
+    let task = other.until(&id, "succeeded").await;
+    assert_eq!((&task["reclaimed"], lost(&task)), (&json!(DEAD), 0));
+    assert_eq!(daemons(other).await.len(), 1);
+}
+
+#[tokio::test]
+async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_then_holds() {
+    let server = dead(6_000).await;
+    let Some(mut postgres) = Postgres::start().await else { return };
+    let proxy = Proxy::start(([127, 0, 0, 1], postgres.port()).into()).await;
+    let journal = tempfile::tempdir().unwrap();
+    let url = postgres.url_at(proxy.addr().port());
+    let cache = instance("cache", &server.url(), SLOW);
+    let daemon = Daemon::start(&settings(&url, &journal.path().display().to_string(), &cache)).await;
+    let id = daemon.scan("cache").await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    proxy.set(Mode::Stall);
+    let stalled = Instant::now();
+    let before = server.expired_keys().await;
+    probe("it goes on", PATIENCE, async || server.expired_keys().await > before + 50).await;
+    let mut last = (server.expired_keys().await, Instant::now());
+    probe("it holds", PATIENCE, async || {
+        let now = server.expired_keys().await;
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        last.1.elapsed() > Duration::from_millis(500)
+    })
+    .await;
+    assert!(last.1 - stalled < LEASE, "the last key was freed within the lease: {:?}", last.1 - stalled);
+    let answer = daemon.get("/api/v1/daemons").await;
+    assert_eq!(answer.code(), (503, "DCS.5000"), "{}", answer.body);
+    assert!(answer.body["error_msg"].to_string().contains("records"), "{}", answer.body);
+    assert_eq!(daemon.get("/readyz").await.status, 503);
+    // It stays alive: whoever restarts it would help nobody.
+    assert_eq!(daemon.get("/healthz").await.status, 200);
+    proxy.set(Mode::Pass);
+    probe("it goes on", PATIENCE, async || server.expired_keys().await > last.0).await;
+    postgres.restart().await;
+    let freed = server.expired_keys().await;
+    probe("a restart of PostgreSQL is survived", PATIENCE, async || server.expired_keys().await > freed + 100).await;
+    probe("it answers again", PATIENCE, async || daemon.get("/readyz").await.status == 200).await;
+    daemon.hurry(&id).await;
+    let task = daemon.until(&id, "succeeded").await;
+    assert_eq!(task["reclaimed"], 6_000, "{task:#}");
+    let held = &task["shards"][0]["dbs"][0]["held_s"];
+    assert!(held["store_unreachable"].as_f64().is_some_and(|s| s > 0.0), "{task:#}");
+}
+
+#[tokio::test]
+async fn a_due_time_runs_once_however_many_daemons_look() {
+    let server = dead(10).await;
+    let Some(fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
+    probe("some were due", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() >= Some(5)).await;
+    let mut conn = fleet.postgres.conn().await;
+    let rows = sqlx::query("SELECT due, outcome, task_id FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
+    let dues: Vec<i64> = rows.iter().map(|row| row.get("due")).collect();
+    // One second after another, none left out.
+    assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == 1_000), "{dues:?}");
+    let ran: BTreeSet<String> = rows.iter().filter_map(|row| row.get::<Option<String>, _>("task_id")).collect();
+    let tasks = sqlx::query("SELECT id FROM tasks WHERE created_at < $1").bind(dues[dues.len() - 1] + 900);
+    let tasks: BTreeSet<String> = tasks.fetch_all(&mut conn).await.unwrap().iter().map(|row| row.get("id")).collect();
+    assert!(tasks.is_subset(&ran), "a task for each due time and a due time for each task: {tasks:?} {ran:?}");
+    assert_eq!(ran.len(), rows.iter().filter(|row| row.get::<String, _>("outcome") == "run").count());
+}
+
+#[tokio::test]
+async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
+    let server = dead(100).await;
+    let Some(postgres) = Postgres::start().await else { return };
+    let journal = tempfile::tempdir().unwrap();
+    let far = instance("far", &server.url(), "where = \"net=far\"\n");
+    let settings = settings(&postgres.url(), &journal.path().display().to_string(), &far);
+    let near = Daemon::prepare(&settings).launched(|command| named(command, "d0")).await;
+    let id = near.scan("far").await;
+    let started = Instant::now();
+    probe("it is not claimed", PATIENCE, async || {
+        assert_eq!(near.task(&id).await["state"], "waiting");
+        started.elapsed() > Duration::from_secs(1)
+    })
+    .await;
+    let reaches = |command| {
+        let mut command = named(command, "d1");
+        command.env("TTLSWEEP_LABELS", "net=far,net=other");
+        command
+    };
+    let reaching = Daemon::prepare(&settings).launched(reaches).await;
+    assert_eq!(near.until(&id, "succeeded").await["reclaimed"], 100);
+    assert_eq!(daemons(&reaching).await[1]["labels"], json!(["net=far", "net=other"]));
+}
+
+#[tokio::test]
+async fn daemons_with_other_settings_are_named() {
+    let server = dead(1).await;
+    let Some(postgres) = Postgres::start().await else { return };
+    let journal = tempfile::tempdir().unwrap();
+    let journal = journal.path().display().to_string();
+    let one = settings(&postgres.url(), &journal, &instance("cache", &server.url(), ""));
+    let first = Daemon::prepare(&one).launched(|command| named(command, "d0")).await;
+    let other = Daemon::prepare(&format!("# other\n{one}")).launched(|command| named(command, "d1")).await;
+    let same = |daemons: &[Value]| daemons.iter().map(|d| d["same_settings"] == true).collect::<Vec<_>>();
+    assert_eq!(same(&daemons(&first).await), [true, false]);
+    probe("it warns", PATIENCE, async || other.log().contains("other settings")).await;
+    probe("a figure says so", PATIENCE, async || other.figures().await.contains("ttlsweep_settings_differ 1")).await;
+    assert!(other.figures().await.contains("ttlsweep_daemons 2"));
+}
+
+#[tokio::test]
+async fn a_paused_task_of_a_lost_daemon_waits_for_a_person_and_goes_on_elsewhere() {
+    let server = dead(DEAD).await;
+    let Some(mut fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
+    let (id, owner) = fleet.scan("cache", 0).await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    fleet.daemons[owner].post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
+    fleet.daemons[owner].kill9();
+    let other = &fleet.daemons[1 - owner];
+    probe("the lease runs out", PATIENCE, async || daemons(other).await.len() == 1).await;
+    assert_eq!(other.task(&id).await["state"], "paused");
+    other.hurry(&id).await;
+    assert_ne!(other.post(&format!("/api/v1/tasks/{id}/resume")).await.ok()["state"], "paused");
+    let task = other.until(&id, "succeeded").await;
+    assert_eq!(task["reclaimed"], DEAD, "{task:#}");
+}

@@ -1,0 +1,95 @@
+//! The daemons that share the records.
+
+#![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::api::App;
+use crate::api::auth::Caller;
+use crate::api::dto::time;
+use crate::api::error::{ApiError, ErrorBody};
+
+/// A daemon.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DaemonDto {
+    /// Names this run of it.
+    pub id: String,
+    /// What people call it.
+    pub name: String,
+    /// Whether it is the one that answers.
+    pub answers: bool,
+    /// The version of its program.
+    pub version: String,
+    /// Where its API listens, as it sees that itself.
+    pub address: String,
+    /// What its network reaches; it sweeps only instances whose `where` is one of these, and those without one.
+    pub labels: Vec<String>,
+    /// When it began.
+    pub started_at: String,
+    /// When it last renewed its lease.
+    pub heartbeat_at: String,
+    /// How long ago that is, in seconds.
+    pub heartbeat_age_s: f64,
+    /// Until when its tasks are its own.
+    pub lease_until: String,
+    /// A hash of its settings.
+    pub settings: String,
+    /// Whether these are the settings of the one that answers.
+    pub same_settings: bool,
+    /// The unfinished tasks that it has, as far as the caller may see them.
+    pub tasks: Vec<DaemonTaskDto>,
+}
+
+/// A task that a daemon has.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DaemonTaskDto {
+    /// Its id.
+    pub task_id: String,
+    /// The instance that it sweeps.
+    pub instance_id: String,
+}
+
+/// All daemons.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DaemonList {
+    /// The daemons, the oldest first.
+    pub daemons: Vec<DaemonDto>,
+}
+
+/// Lists the daemons that share the records, and what each sweeps. With SQLite there is one.
+#[utoipa::path(
+    get, path = "/api/v1/daemons", tag = "daemons", operation_id = "list_daemons",
+    responses(
+        (status = 200, body = DaemonList), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn list_daemons(State(app): State<App>, caller: Caller) -> Result<Json<DaemonList>, ApiError> {
+    let (own, daemons) = app.service.daemons().await?;
+    let now = app.service.store().now();
+    let settings = app.settings.borrow().clone();
+    let may_see = |id: &str| settings.instance(id).is_none_or(|instance| caller.0.allows(&instance.project_id));
+    let daemons = daemons.into_iter().map(|daemon| {
+        let record = daemon.record;
+        let tasks = daemon.tasks.into_iter().filter(|(_, instance_id)| may_see(instance_id));
+        DaemonDto {
+            id: record.id.to_string(),
+            name: record.name,
+            answers: Some(record.id) == own,
+            version: record.version,
+            address: record.address,
+            labels: record.labels,
+            started_at: time(record.started_at),
+            heartbeat_at: time(daemon.heartbeat_at),
+            heartbeat_age_s: now.duration_since(daemon.heartbeat_at).as_secs_f64().max(0.0),
+            lease_until: time(daemon.lease_until),
+            same_settings: record.settings == settings.hash,
+            settings: record.settings,
+            tasks: tasks.map(|(id, instance_id)| DaemonTaskDto { task_id: id.to_string(), instance_id }).collect(),
+        }
+    });
+    Ok(Json(DaemonList { daemons: daemons.collect() }))
+}
