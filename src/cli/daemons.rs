@@ -43,7 +43,8 @@ pub async fn run(args: DaemonsArgs) -> anyhow::Result<Exit> {
     }
     let daemons = answer["daemons"].as_array_mut().map(std::mem::take).unwrap_or_default();
     let rows = daemons.into_iter().map(|mut daemon| {
-        let instances = daemon["tasks"].as_array().into_iter().flatten().filter_map(|task| task["instance_id"].as_str());
+        let instances =
+            daemon["tasks"].as_array().into_iter().flatten().filter_map(|task| task["instance_id"].as_str());
         let instances = instances.collect::<Vec<_>>().join(" ");
         daemon["sweeps"] = json!(instances);
         daemon

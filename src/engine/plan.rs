@@ -26,8 +26,19 @@ pub(super) struct ShardPlan {
     pub(super) seen: Instant,
     /// Figures of DBs that were begun earlier.
     pub(super) passes: BTreeMap<DbIndex, PassFigures>,
+    /// DBs whose passes were cut off, and nothing tells what their last second freed.
+    pub(super) uncounted: Vec<DbIndex>,
     /// Why it is swept again, where an earlier round has swept it.
     pub(super) again: Option<String>,
+}
+
+/// What is said of a pass of which something may be uncounted; with the bound that the server's own count gives, if it gives one.
+pub(super) fn uncounted(db: DbIndex, at_most: Option<u64>) -> String {
+    let bound = at_most.map(|keys| format!(", and by the server's own count at most {keys} more")).unwrap_or_default();
+    format!(
+        "{db}: its process was killed or lost, and the batch journal that it wrote is not here or damaged, so what was freed in its last \
+         second is not counted: the number of keys freed is at least the one shown{bound}"
+    )
 }
 
 /// What to sweep and how.

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::engine::control::{Orders, StopReason, stop_ordered};
-use crate::engine::plan::{Outcome, ScanPlan, ShardPlan};
+use crate::engine::plan::{Outcome, ScanPlan, ShardPlan, uncounted};
 use crate::engine::shards::permits::Permits;
 use crate::engine::shards::shard_map::ShardMap;
 use crate::engine::sweep::{self, Ended, Job};
@@ -27,6 +27,7 @@ use crate::model::shard::ShardId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
 use crate::node::topology::{Kind, Master};
+use crate::store::StoredShard;
 
 /// How often shards are swept again because masters or slots moved during the sweep.
 pub const ROUNDS: u32 = 4;
@@ -71,18 +72,15 @@ impl Rounds {
             let message = "its slots have gone to other shards since the checkpoint, which are swept for it".to_owned();
             self.say(id, ScanEventKind::Warned { message }).await;
         }
-        for (id, known) in &self.plan.known {
+        for (id, known) in self.plan.known.iter().filter(|(id, _)| !shards.iter().any(|(found, _)| found == *id)) {
             for db in &known.uncounted {
-                let message = format!(
-                    "{db}: the batch journal beside the state file is missing or damaged, so what was freed in the last second before \
-                     the process was killed is not counted: the number of keys freed is at least the one shown"
-                );
-                self.say(id, ScanEventKind::Warned { message }).await;
+                self.say(id, ScanEventKind::Warned { message: uncounted(*db, None) }).await;
             }
         }
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
-            ShardPlan { id, master, seen: Instant::now(), passes: known.view.passes, again: None }
+            let StoredShard { view, uncounted } = known;
+            ShardPlan { id, master, seen: Instant::now(), passes: view.passes, uncounted, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -231,7 +229,7 @@ impl Rounds {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, seen: Instant::now(), passes, again: Some(why) })
+        Some(ShardPlan { id, master, seen: Instant::now(), passes, uncounted: Vec::new(), again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

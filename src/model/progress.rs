@@ -126,6 +126,9 @@ pub struct PassFigures {
     pub intensity: f64,
     /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
     pub server_us_per_scan: Option<f64>,
+    /// `expired_keys` of the server when it was last looked at: what it freed since, whoever asked for it, is at most what a lost process
+    /// left uncounted.
+    pub server_expired: Option<u64>,
     /// Remaining TTLs, with `touch` `ttl`.
     pub ttl: TtlHistogram,
 }

@@ -87,6 +87,8 @@ struct Pass {
     count: u32,
     intensity: f64,
     server_us_per_scan: Option<f64>,
+    #[serde(default)]
+    server_expired: Option<u64>,
     /// The slots that its cursors go through; `None`: one table.
     slots: Option<Vec<(u16, u16)>>,
     #[serde(with = "StoredTtl")]
@@ -176,6 +178,7 @@ impl Pass {
             count: figures.count,
             intensity: figures.intensity,
             server_us_per_scan: figures.server_us_per_scan,
+            server_expired: figures.server_expired,
             slots: match &figures.space {
                 CursorSpace::OneTable => None,
                 CursorSpace::BySlot(slots) => Some(slots.ranges().map(|r| (*r.start(), *r.end())).collect()),
@@ -190,6 +193,7 @@ impl Pass {
         figures.count = self.count;
         figures.intensity = self.intensity;
         figures.server_us_per_scan = self.server_us_per_scan;
+        figures.server_expired = self.server_expired;
         figures.space = match self.slots {
             None => CursorSpace::OneTable,
             Some(ranges) => CursorSpace::BySlot(SlotSet::new(ranges.into_iter().map(|(from, to)| from..=to))),
@@ -209,6 +213,7 @@ mod tests {
             count: 45,
             intensity: 0.25,
             server_us_per_scan: Some(17.5),
+            server_expired: Some(11),
             space: CursorSpace::BySlot(SlotSet::new([0..=100, 16_383..=16_383])),
             ttl: TtlHistogram { within: [1, 2, 3, 4, 5, 6], later: 7, never: 8 },
             ..PassFigures::default()

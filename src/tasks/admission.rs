@@ -128,7 +128,8 @@ mod tests {
         let taken = slots.clone().try_acquire_owned().unwrap();
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let admission = || Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused: paused.clone() };
+        let admission =
+            || Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused: paused.clone() };
         let one = tokio::spawn(admission().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(LOOK_AGAIN / 2).await;
@@ -159,7 +160,8 @@ mod tests {
         let window = Window { days: vec![day], start: now.time(), end: now.time(), zone: TimeZone::UTC };
         assert_ne!(day, now.date().weekday());
         let control = control();
-        let admission = Admission { clock: Clock::default(), window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
+        let admission =
+            Admission { clock: Clock::default(), window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
         let keep = tokio::spawn(admission.keep(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
         keep.abort();

@@ -76,7 +76,8 @@ async fn daemons(daemon: &Daemon) -> Vec<Value> {
 }
 
 fn owner_in(daemons: &[Value], id: &str) -> Option<usize> {
-    let has = |daemon: &&Value| daemon["tasks"].as_array().is_some_and(|tasks| tasks.iter().any(|t| t["task_id"] == id));
+    let has =
+        |daemon: &&Value| daemon["tasks"].as_array().is_some_and(|tasks| tasks.iter().any(|t| t["task_id"] == id));
     let name = daemons.iter().find(has)?["name"].as_str()?;
     name.trim_start_matches('d').parse().ok()
 }
@@ -167,8 +168,11 @@ async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is
     assert!(lost(&task) > 0, "{task:#}");
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
     let warnings = task["shards"][0]["warnings"].to_string();
-    assert!(warnings.contains("at least"), "{warnings}");
-    assert!(reclaimed <= DEAD && reclaimed > 0);
+    let bound = warnings.split("at most ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+    let bound = bound.unwrap_or_else(|| panic!("no bound: {warnings}"));
+    assert!((DEAD - bound..=DEAD).contains(&reclaimed), "{reclaimed} and at most {bound} more");
+    // The last checkpoint was written within a second or two before the kill, at 400 keys a second.
+    assert!(bound < 1_500, "{bound}");
 }
 
 #[tokio::test]
@@ -257,9 +261,11 @@ async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_t
 async fn a_due_time_runs_once_however_many_daemons_look() {
     let server = dead(10).await;
     let Some(fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
-    probe("some were due", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() >= Some(5)).await;
+    probe("some were due", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() >= Some(5))
+        .await;
     let mut conn = fleet.postgres.conn().await;
-    let rows = sqlx::query("SELECT due, outcome, task_id FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
+    let rows =
+        sqlx::query("SELECT due, outcome, task_id FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
     let dues: Vec<i64> = rows.iter().map(|row| row.get("due")).collect();
     // One second after another, none left out.
     assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == 1_000), "{dues:?}");

@@ -254,6 +254,7 @@ impl ShardSweep {
         figures.count = self.pacer.count();
         figures.intensity = self.pacer.intensity();
         figures.server_us_per_scan = self.pacer.server_us_per_scan();
+        figures.server_expired = self.session.seen.expired_keys;
     }
 
     pub(super) async fn report(&mut self, pass: &mut Pass) {

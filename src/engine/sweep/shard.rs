@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::engine::control::{Orders, StopReason};
-use crate::engine::plan::{Outcome, ShardPlan};
+use crate::engine::plan::{Outcome, ShardPlan, uncounted};
 use crate::engine::policy::ledger::Ledger;
 use crate::engine::policy::observation::Observation;
 use crate::engine::policy::pacer::Pacer;
@@ -147,6 +147,7 @@ impl ShardSweep {
         self.reporter.say(ScanEventKind::ShardStarted { server, memory, dbs: dbs.clone() }).await;
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.session.touch.outcome() }).await;
         self.say_skipped().await;
+        self.say_uncounted(&info).await;
         self.check_checkpoint().await;
         self.put_back_what_was_left().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
@@ -178,6 +179,16 @@ impl ShardSweep {
                 skipped.join(", ")
             );
             self.reporter.warn(message).await;
+        }
+    }
+
+    /// What the last second before a kill may have freed uncounted: at most what the server freed since the checkpoint.
+    async fn say_uncounted(&self, info: &Info) {
+        for &db in &self.job.shard.uncounted {
+            let figures = self.job.shard.passes.get(&db).filter(|figures| self.session.owns(figures));
+            let since = figures.and_then(|figures| figures.server_expired);
+            let at_most = info.parsed::<u64>("expired_keys").zip(since).and_then(|(now, then)| now.checked_sub(then));
+            self.reporter.warn(uncounted(db, at_most)).await;
         }
     }
 
