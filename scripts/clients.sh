@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
 # SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and what reads the files that are
-# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose.
+# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose; and libfaketime, by which a
+# daemon sees another time than the rest.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
@@ -11,6 +12,7 @@
 #   clients.sh prometheus   the same of Prometheus
 #   clients.sh helm         the same of Helm
 #   clients.sh compose      the same of Compose
+#   clients.sh faketime     the same of libfaketime, to be preloaded
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
@@ -109,10 +111,24 @@ fetch_compose() {
   rm -rf "$work"
 }
 
+fetch_faketime() {
+  local work
+  [ -f "$CACHE/faketime" ] && return
+  have apt-get || { say "no libfaketime: no daemon's clock is off in the tests"; return; }
+  say "fetching libfaketime"
+  work=$(mktemp -d)
+  # shellcheck disable=SC2119
+  copy_sources
+  unpack_debs libfaketime
+  cp "$(find "$work/root" -name libfaketime.so.1)" "$CACHE/faketime"
+  chmod 755 "$CACHE/faketime"
+  rm -rf "$work"
+}
+
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose; fetch_faketime ;;
   python) echo "$VENV/bin/python" ;;
-  promtool | prometheus | helm | compose) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
-  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose" ;;
+  promtool | prometheus | helm | compose | faketime) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
+  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose|faketime" ;;
 esac

@@ -22,6 +22,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How often a busy instance is looked at while its due scan waits, and after trouble with the store.
 const LOOK_SOON: Duration = Duration::from_millis(500);
 
+/// Missed due times of an instance that are recorded one by one after a long absence.
+const MISSED_AT_MOST: usize = 100;
+
 /// What the scheduler works with.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -156,26 +159,31 @@ impl Scheduler {
             waiting_for: waiting.get(&instance.id).copied(),
             window_open: instance.window.as_ref().is_none_or(|window| window.is_open(now)),
         };
-        match decide(&config.recurrence, moment) {
+        let decision = decide(&config.recurrence, moment);
+        if let Decision::Wait(due) | Decision::Skip(due, _) | Decision::Run(due) = decision {
+            self.overtaken(instance, moment.waiting_for, due).await?;
+            self.missed(instance, config, handled, due).await?;
+        }
+        match decision {
             Decision::Sleep(next) => Ok(next.map_or(LOOK_AGAIN, |next| until(now, next))),
             Decision::Wait(due) => {
-                self.overtaken(instance, waiting.insert(instance.id.clone(), due), due).await?;
+                waiting.insert(instance.id.clone(), due);
                 Ok(LOOK_SOON)
             }
             Decision::Skip(due, why) => {
-                self.overtaken(instance, waiting.remove(&instance.id), due).await?;
-                self.skip(instance, due, why).await?;
+                self.skip(instance, &[due], why).await?;
+                waiting.remove(&instance.id);
                 Ok(Duration::ZERO)
             }
             Decision::Run(due) => match self.begin(instance, config, due).await {
                 // Another daemon was quicker: it is dealt with.
                 Ok(()) | Err(TaskError::Store(StoreError::DealtWith)) => {
-                    self.overtaken(instance, waiting.remove(&instance.id), due).await?;
+                    waiting.remove(&instance.id);
                     Ok(Duration::ZERO)
                 }
                 // Somebody was quicker; the grace goes on.
                 Err(TaskError::Busy(_)) => {
-                    self.overtaken(instance, waiting.insert(instance.id.clone(), due), due).await?;
+                    waiting.insert(instance.id.clone(), due);
                     Ok(LOOK_SOON)
                 }
                 Err(TaskError::Closing) => Ok(LOOK_AGAIN),
@@ -184,14 +192,28 @@ impl Scheduler {
         }
     }
 
-    async fn skip(&self, instance: &Instance, due: Timestamp, why: Skip) -> Result<(), TaskError> {
+    /// Records the due times before `due` that nobody looked at in time, as far as they are not ages ago.
+    async fn missed(
+        &self,
+        instance: &Instance,
+        config: &AutoScan,
+        handled: Timestamp,
+        due: Timestamp,
+    ) -> Result<(), TaskError> {
+        let earlier = |at: &Timestamp| config.recurrence.next_due(*at).filter(|next| *next < due);
+        let missed: Vec<_> = std::iter::successors(earlier(&handled), earlier).take(MISSED_AT_MOST).collect();
+        if missed.is_empty() { Ok(()) } else { self.skip(instance, &missed, Skip::Missed).await }
+    }
+
+    async fn skip(&self, instance: &Instance, dues: &[Timestamp], why: Skip) -> Result<(), TaskError> {
         let outcome = match why {
             Skip::StillRunning => "still_running",
             Skip::Missed => "missed",
         };
+        let dues: Vec<_> = dues.iter().map(|at| Due { at: *at, outcome }).collect();
         // One of several daemons says so.
-        if self.written(self.service.store().skip(&instance.id, Due { at: due, outcome }).await)? {
-            tracing::warn!(instance = instance.id, %due, "a due scan is skipped: {why}");
+        for due in self.written(self.service.store().skip(&instance.id, &dues).await)? {
+            tracing::warn!(instance = instance.id, due = %due.at, "a due scan is skipped: {why}");
             self.metrics.due(&instance.id, outcome);
         }
         Ok(())
@@ -205,7 +227,7 @@ impl Scheduler {
         due: Timestamp,
     ) -> Result<(), TaskError> {
         match waited_for.filter(|earlier| *earlier < due) {
-            Some(earlier) => self.skip(instance, earlier, Skip::StillRunning).await,
+            Some(earlier) => self.skip(instance, &[earlier], Skip::StillRunning).await,
             None => Ok(()),
         }
     }

@@ -36,11 +36,16 @@ pub struct ConnOptions {
     pub tls: Option<Tls>,
     /// Where to reach nodes that announce other addresses.
     pub node_map: NodeMap,
+    /// Our name in CLIENT LIST; without spaces.
+    pub client_name: String,
     /// Bound on making a connection, handshake included.
     pub connect_timeout: Duration,
     /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
     pub response_timeout: Duration,
 }
+
+/// The name in CLIENT LIST, where nobody gives another.
+pub const CLIENT_NAME: &str = "ttlsweep";
 
 impl ConnOptions {
     /// Options for plain connections that lead where they say.
@@ -50,6 +55,7 @@ impl ConnOptions {
             sentinel_credentials: Credentials::default(),
             tls: None,
             node_map: NodeMap::default(),
+            client_name: CLIENT_NAME.to_owned(),
             connect_timeout,
             response_timeout,
         }
@@ -142,14 +148,14 @@ impl Conn {
             waited_for: false,
         };
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
-        let handshake = timeout_at(deadline, conn.handshake(&options.credentials));
+        let handshake = timeout_at(deadline, conn.handshake(&options.credentials, &options.client_name));
         match handshake.await.map_err(silent(Greeting::Command))? {
             Err(error) if plain => Err(conn.recognise_tls(error)),
             other => other.map(|()| conn),
         }
     }
 
-    async fn handshake(&mut self, credentials: &Credentials) -> Result<(), NodeError> {
+    async fn handshake(&mut self, credentials: &Credentials, client_name: &str) -> Result<(), NodeError> {
         if credentials.user.is_some() || credentials.password.is_some() {
             let mut auth = redis::cmd("AUTH");
             if let Some(user) = &credentials.user {
@@ -160,7 +166,7 @@ impl Conn {
             self.call::<()>("AUTH", &auth).await?;
         }
         // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.
-        let name = redis::cmd("CLIENT").arg("SETNAME").arg("ttlsweep").to_owned();
+        let name = redis::cmd("CLIENT").arg("SETNAME").arg(client_name).to_owned();
         match self.call::<()>("CLIENT SETNAME", &name).await {
             // Unless it is how a server without free connections refuses a new one.
             Err(error) if matches!(error.class(), Class::Transient) => Err(error),

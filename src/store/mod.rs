@@ -237,12 +237,21 @@ impl Store {
         self.transact(async |conn| schedules::set_mark(conn, instance_id, mark).await).await
     }
 
-    /// Records that a due time is skipped. Returns whether nobody had dealt with it yet.
+    /// Records that due times are skipped. Returns those that nobody had dealt with yet.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn skip(&self, instance_id: &str, due: Due<'_>) -> Result<bool, StoreError> {
-        self.transact(async |conn| schedules::deal_with(conn, instance_id, due, None).await).await
+    pub async fn skip<'a>(&self, instance_id: &str, dues: &[Due<'a>]) -> Result<Vec<Due<'a>>, StoreError> {
+        self.transact(async |conn| {
+            let mut new = Vec::new();
+            for due in dues {
+                if schedules::deal_with(&mut *conn, instance_id, *due, None).await? {
+                    new.push(*due);
+                }
+            }
+            Ok(new)
+        })
+        .await
     }
 
     /// Forgets the marks of all other instances: one that comes back begins anew. Of shared records nothing is forgotten: another

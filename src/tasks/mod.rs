@@ -27,7 +27,7 @@ use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
 use crate::node::commands;
-use crate::node::conn::{Conn, ConnOptions};
+use crate::node::conn::{CLIENT_NAME, Conn, ConnOptions};
 use crate::node::error::NodeError;
 use crate::node::tls::Tls;
 use crate::node::topology::{Topology, View};
@@ -154,6 +154,7 @@ pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
         sentinel_credentials: settings.sentinel_credentials.clone(),
         tls: tls.map_err(|error| Problem { origin: None, message: error.to_string() })?,
         node_map: settings.node_map.clone(),
+        client_name: CLIENT_NAME.to_owned(),
         connect_timeout: settings.connect_timeout,
         response_timeout: settings.response_timeout,
     })
@@ -329,13 +330,21 @@ impl TaskService {
         let plan = ScanPlan {
             task: task.id,
             journals: self.store.journals().cloned(),
-            topology: Arc::new(Topology::new(spec.target.clone(), spec.conn.clone(), spec.settings.follow)),
+            topology: Arc::new(Topology::new(spec.target.clone(), self.named(&spec.conn), spec.settings.follow)),
             known,
             settings: spec.settings.clone(),
             // Nobody waits for these: a due scan, and one that goes on after a restart, perhaps of the whole machine.
             patient: task.cause == Cause::Schedule || task.cause == Cause::Api && task.started_at.is_some(),
         };
         (plan, snapshot)
+    }
+
+    /// With the name of this daemon in the instance's CLIENT LIST, where there are several.
+    fn named(&self, conn: &ConnOptions) -> ConnOptions {
+        let names = self.identity.as_ref().filter(|_| self.member.is_some());
+        let name = names
+            .map(|identity| format!("{CLIENT_NAME}:{}", identity.name.replace(|c: char| !c.is_ascii_graphic(), "-")));
+        ConnOptions { client_name: name.unwrap_or_else(|| CLIENT_NAME.to_owned()), ..conn.clone() }
     }
 
     fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {

@@ -7,6 +7,7 @@
 
 mod support;
 
+mod chaos;
 mod check;
 mod cli;
 mod client;

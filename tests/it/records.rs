@@ -146,9 +146,9 @@ async fn a_due_time_is_dealt_with_once() {
         let again = ended(&task(&store, "a"), TaskState::Succeeded);
         assert!(matches!(store.insert(&again, Some(due)).await, Err(StoreError::DealtWith)));
         assert_eq!(store.task(again.id).await.unwrap(), None, "both or neither");
-        assert!(!store.skip("a", Due { at, outcome: "missed" }).await.unwrap());
+        assert_eq!(store.skip("a", &[Due { at, outcome: "missed" }]).await.unwrap(), []);
         let earlier = Due { at: at - SignedDuration::from_secs(5), outcome: "missed" };
-        assert!(store.skip("a", earlier).await.unwrap());
+        assert_eq!(store.skip("a", &[earlier, earlier]).await.unwrap(), [earlier]);
         let schedules = store.schedules().await.unwrap();
         assert_eq!(schedules.mark("a"), Some(&Mark { handled: at, schedule: None }), "the mark never goes back");
         assert_eq!(schedules.mark("b"), None);
