@@ -213,7 +213,8 @@ impl Fleet {
             .await
     }
 
-    /// Takes tasks that have no owner, the oldest first, and those of others never.
+    /// Takes tasks that have no owner, the oldest first, and those of others never. One that the owner has already, and is not told to
+    /// leave, was claimed by an answer that was lost on its way: it is given again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -225,7 +226,7 @@ impl Fleet {
         let but: Vec<_> = std::iter::once("''").chain(names).collect();
         let sql = format!(
             "UPDATE tasks SET owner = $1, fence = fence + 1 WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NULL \
-             AND owner IS NULL AND state <> '{}' AND place IN ({}) AND id NOT IN ({}) ORDER BY id LIMIT $2 \
+             AND (owner IS NULL OR owner = $1) AND state <> '{}' AND place IN ({}) AND id NOT IN ({}) ORDER BY id LIMIT $2 \
              FOR UPDATE SKIP LOCKED) RETURNING {TASK_COLUMNS}",
             TaskState::Paused,
             places.join(", "),

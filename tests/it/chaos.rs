@@ -215,7 +215,8 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
         daemon.signal("HUP");
     }
     let mut conn = fleet.postgres.conn().await;
-    probe("every task has ended", Duration::from_secs(90), async || unfinished(&mut conn).await == 0).await;
+    let ended = async || unfinished(&mut conn).await == 0;
+    probe("every task has ended", Duration::from_secs(90), ended).await;
     for (place, server) in servers.iter().enumerate() {
         let id = format!("i{place}");
         let mut task = String::new();
@@ -230,6 +231,7 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
         assert_eq!(server.expired_keys().await, written[place], "seed {seed}: all that was written is gone");
     }
 
+    summary(&mut conn, &accepted).await;
     tasks_ended_once(&mut conn, &accepted, seed).await;
     dues_were_dealt_with(&mut conn, seed).await;
     for (place, server) in servers.iter().enumerate() {
@@ -254,6 +256,19 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
 async fn unfinished(conn: &mut PgConnection) -> i64 {
     let sql = "SELECT COUNT(*) AS tasks FROM tasks WHERE finished_at IS NULL";
     sqlx::query(sql).fetch_one(conn).await.map_or(-1, |row| row.get("tasks"))
+}
+
+/// What there was, for whoever reads the output.
+async fn summary(conn: &mut PgConnection, accepted: &BTreeSet<String>) {
+    for sql in [
+        "SELECT outcome AS what, COUNT(*) AS number FROM due_times GROUP BY outcome",
+        "SELECT 'owners of a task: ' || fence AS what, COUNT(*) AS number FROM tasks GROUP BY fence ORDER BY fence",
+    ] {
+        for row in sqlx::query(sql).fetch_all(&mut *conn).await.unwrap() {
+            println!("{}: {}", row.get::<String, _>("what"), row.get::<i64, _>("number"));
+        }
+    }
+    println!("accepted by hand: {}", accepted.len());
 }
 
 async fn tasks_ended_once(conn: &mut PgConnection, accepted: &BTreeSet<String>, seed: u64) {

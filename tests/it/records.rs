@@ -223,11 +223,14 @@ async fn tasks_are_claimed_once_the_oldest_first_and_by_who_reaches_them() {
     assert_eq!(got(fleet.claim(&claim(one, 1)).await), [tasks[0]]);
     let but = Claim { but: vec![tasks[1]], labels: vec!["net=a".into(), "net=b".into()], ..claim(two, 1) };
     assert_eq!(got(fleet.claim(&but).await), [tasks[2]], "not what it is told to leave");
-    let capped = |most_of_all| Claim { most_of_all: Some(most_of_all), ..claim(one, 9) };
+    let capped = |most_of_all| Claim { most_of_all: Some(most_of_all), but: vec![tasks[0]], ..claim(one, 9) };
     assert_eq!(got(fleet.claim(&capped(2)).await), []);
     assert_eq!(got(fleet.claim(&capped(3)).await), [tasks[1]]);
     assert_eq!(got(fleet.claim(&claim(two, 9)).await), [tasks[4]], "and nothing that its network does not reach");
-    assert_eq!(got(fleet.claim(&claim(one, 9)).await), []);
+    let has = Claim { but: vec![tasks[0], tasks[1]], ..claim(one, 9) };
+    assert_eq!(got(fleet.claim(&has).await), []);
+    let lost = Claim { but: vec![tasks[0]], ..claim(one, 9) };
+    assert_eq!(got(fleet.claim(&lost).await), [tasks[1]], "an answer that was lost on its way is given again");
     let daemons = fleet.daemons().await.unwrap();
     let held: Vec<usize> = daemons.iter().map(|daemon| daemon.tasks.len()).collect();
     assert_eq!(held.iter().sum::<usize>(), 4, "{held:?}");
@@ -285,7 +288,7 @@ async fn many_claims_at_once_give_each_task_to_one_daemon() {
         claims.spawn(async move {
             let mut got = Vec::new();
             loop {
-                match fleet.claim(&claim(id, 3)).await.unwrap() {
+                match fleet.claim(&Claim { but: got.clone(), ..claim(id, 3) }).await.unwrap() {
                     tasks if tasks.is_empty() => return got,
                     tasks => got.extend(tasks.into_iter().map(|task| task.id)),
                 }
