@@ -18,6 +18,7 @@ pub mod serve;
 pub mod settings;
 #[cfg(target_os = "linux")]
 mod starved;
+pub mod store;
 pub mod task;
 
 use std::ffi::OsString;
@@ -66,6 +67,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Show what is in force and where it came from
     Settings(settings::SettingsArgs),
+    /// The records of a daemon, while it does not run: copy them elsewhere
+    Store(store::StoreArgs),
     /// Print the completions of a shell: bash, zsh, fish, elvish, powershell
     Completions(generate::CompletionsArgs),
     /// Write the man pages into a folder
@@ -131,6 +134,7 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Daemons(args) => daemons::run(args).await,
         Command::Autoscan(args) => autoscan::run(args).await,
         Command::Settings(args) => settings::run(args, matches),
+        Command::Store(args) => store::run(args).await,
         Command::Completions(args) => generate::completions(&args),
         Command::Man(args) => generate::man(&args),
     }

@@ -5,6 +5,7 @@
 //! once, in what both databases take. `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
 //! writer. What the last second before a kill freed is in the [`journal`].
 
+mod copy;
 mod file;
 mod fleet;
 pub mod journal;
@@ -15,6 +16,7 @@ mod rows;
 mod schedules;
 pub mod undo;
 
+pub use copy::Amount;
 pub use file::Foreign;
 pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentDaemon, Wake};
 pub use lists::{TaskFilter, TaskPage};

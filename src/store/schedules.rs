@@ -113,6 +113,16 @@ impl Schedules {
         (project == project_id || project.is_empty()).then_some(config)
     }
 
+    /// All automatic scans that the API set: instance, project, scan.
+    pub(super) fn auto_scans(&self) -> impl Iterator<Item = (&str, &str, &AutoScan)> {
+        self.auto_scans.iter().map(|(instance, (project, config))| (instance.as_str(), project.as_str(), config))
+    }
+
+    /// All marks, by instance.
+    pub(super) fn marks(&self) -> impl Iterator<Item = (&str, &Mark)> {
+        self.marks.iter().map(|(instance, mark)| (instance.as_str(), mark))
+    }
+
     /// The mark of an instance; `None` for one that was never looked at.
     pub fn mark(&self, instance_id: &str) -> Option<&Mark> {
         self.marks.get(instance_id)

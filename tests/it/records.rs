@@ -16,7 +16,9 @@ use ttlsweep::model::throttle::Reason;
 use ttlsweep::settings::store::StoreLocation;
 use ttlsweep::store::{Claim, DaemonId, DaemonRecord, Due, Fleet, Mark, Store, StoreError, TaskFilter};
 
+use crate::support::clients::output;
 use crate::support::postgres::Postgres;
+use crate::support::ttlsweep;
 
 /// A store of each kind, with what keeps it.
 async fn stores() -> Vec<(Store, TempDir, Option<Postgres>)> {
@@ -309,4 +311,58 @@ async fn a_database_that_is_not_there_is_named_without_its_password() {
     let text = error.to_string();
     assert!(text.contains("postgres://me@127.0.0.1:1/records") && !text.contains("s3cret"), "{text}");
     assert!(error.hint().is_some());
+}
+
+#[tokio::test]
+async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
+    let Some(postgres) = Postgres::start().await else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s.db");
+    let source = Store::open_file(&path).await.unwrap();
+    let at = Timestamp::from_second(1_800_000_000).unwrap();
+    let shard = ShardId("s".to_owned());
+    let figures = PassFigures { reclaimed: 7, scanned: 9, batches: 1, ..PassFigures::default() };
+    let view = Arc::new(ShardView { passes: BTreeMap::from([(DbIndex(0), figures)]), ..ShardView::default() });
+    let mut tasks = Vec::new();
+    for number in 0..250_i64 {
+        let one = task(&source, &format!("i{number}"));
+        let one = if number == 0 { one } else { Task { num: 7, ..ended(&one, TaskState::Succeeded) } };
+        source.insert(&one, Some(Due { at: at + SignedDuration::from_secs(number), outcome: "run" })).await.unwrap();
+        source.checkpoint(&one, [(&shard, &view)].into_iter()).await.unwrap();
+        tasks.push(one);
+    }
+    let recurrence = Recurrence::Every { first: Some(at), interval_s: 60 };
+    let config = AutoScan { enabled: true, recurrence, timeout_s: 120, count: 10, updated_at: Some(at) };
+    source.set_auto_scan("i1", "p", Some(&config), at).await.unwrap();
+    let (target, _journal) = shared(&postgres).await;
+    // A part of it is there already.
+    target.insert(&tasks[3], None).await.unwrap();
+    source.close().await;
+    drop(source);
+    let url = postgres.url();
+    let copy = async |from: String, to: String| {
+        let mut command = ttlsweep();
+        command.args(["store", "copy", "--json", "--from", &from, "--to", &to]);
+        output(command).await
+    };
+    let file = format!("sqlite:{}", path.display());
+    let back = format!("sqlite:{}", folder.path().join("back.db").display());
+    for (from, to) in [(&file, &url), (&file, &url), (&url, &back)] {
+        let run = copy(from.clone(), to.clone()).await;
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let seen: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+        assert_eq!(seen["from"], seen["to"], "{seen:#}");
+        assert_eq!((&seen["to"]["tasks"], &seen["to"]["reclaimed"]), (&250.into(), &(249 * 7).into()));
+        assert_eq!((&seen["to"]["auto_scans"], &seen["to"]["due_times"]), (&1.into(), &250.into()));
+    }
+    let back = Store::open_file(&folder.path().join("back.db")).await.unwrap();
+    for task in &tasks {
+        assert_eq!(back.task(task.id).await.unwrap().as_ref(), Some(task));
+    }
+    assert_eq!(back.shards(tasks[9].id).await.unwrap()[&shard].view, *view);
+    assert_eq!(back.auto_scan("i1", "p").await.unwrap(), Some(config));
+    let fleet = target.fleet().expect("shared records");
+    member(&fleet, LONG).await;
+    let refused = copy(url, file).await;
+    assert!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("stop them"), "{refused:?}");
 }
