@@ -1,9 +1,13 @@
 //! Stand-ins for the masters of one cluster, so many that real servers would be the limit of what is measured. Each holds keys that
 //! live for ever, one in each bucket of a hash table, and walks it by cursors as a server does. What a stand-in does not know it
-//! asks a real server, once.
+//! asks a real server, once. [`everywhere`] are masters of their own instead, one at each address of this machine.
+
+#![allow(dead_code, reason = "not every benchmark uses all of it")]
 
 use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -18,6 +22,37 @@ struct Cluster {
     bits: u32,
     real: String,
     answers: Mutex<HashMap<Vec<u8>, Vec<u8>>>,
+    /// When each master was last scanned, by its number.
+    scanned: Mutex<HashMap<u128, Instant>>,
+}
+
+/// Masters without a cluster, one at each address 127.x.x.x, all at one port.
+pub struct Everywhere {
+    /// The port.
+    pub port: u16,
+    shared: Arc<Cluster>,
+}
+
+impl Everywhere {
+    /// When the master at an address was last scanned.
+    pub fn scanned(&self, at: Ipv4Addr) -> Option<Instant> {
+        self.shared.scanned.lock().expect("nobody panics").get(&u128::from(u32::from(at))).copied()
+    }
+}
+
+/// Starts them on the runtime that this is called on.
+pub async fn everywhere(bits: u32, real: &Server) -> Everywhere {
+    let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
+    let port = listener.local_addr().expect("it is bound").port();
+    let shared = Arc::new(Cluster::new(String::new(), bits, real));
+    let cluster = shared.clone();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let Ok(SocketAddr::V4(own)) = client.local_addr() else { continue };
+            tokio::spawn(serve(client, u128::from(u32::from(*own.ip())), cluster.clone()));
+        }
+    });
+    Everywhere { port, shared }
 }
 
 /// Starts so many masters on the runtime that this is called on. Returns the addresses of two of them.
@@ -28,25 +63,26 @@ pub async fn start(masters: usize, bits: u32, real: &Server) -> String {
     }
     let ports: Vec<u16> = listeners.iter().map(|l| l.local_addr().expect("it is bound").port()).collect();
     let slots = seed::cluster_slots(&ports);
-    let cluster = Arc::new(Cluster { slots, bits, real: real.addr(), answers: Mutex::default() });
+    let cluster = Arc::new(Cluster::new(slots, bits, real));
     for (listener, &port) in listeners.into_iter().zip(&ports) {
         let cluster = cluster.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(serve(client, port, cluster.clone()));
+                tokio::spawn(serve(client, u128::from(port), cluster.clone()));
             }
         });
     }
     seed::seeds(&ports)
 }
 
-async fn serve(mut client: TcpStream, port: u16, cluster: Arc<Cluster>) {
+/// `number` tells the masters apart.
+async fn serve(mut client: TcpStream, number: u128, cluster: Arc<Cluster>) {
     let _ = client.set_nodelay(true);
     let (mut input, mut output) = (Vec::new(), Vec::new());
     loop {
         let mut done = 0;
         while let Some((words, length)) = command(&input[done..]) {
-            cluster.answer(&words, &input[done..done + length], port, &mut output).await;
+            cluster.answer(&words, &input[done..done + length], number, &mut output).await;
             done += length;
         }
         input.drain(..done);
@@ -82,9 +118,14 @@ fn command(text: &[u8]) -> Option<(Vec<&str>, usize)> {
 }
 
 impl Cluster {
-    async fn answer(&self, words: &[&str], raw: &[u8], port: u16, output: &mut Vec<u8>) {
+    fn new(slots: String, bits: u32, real: &Server) -> Self {
+        Self { slots, bits, real: real.addr(), answers: Mutex::default(), scanned: Mutex::default() }
+    }
+
+    async fn answer(&self, words: &[&str], raw: &[u8], number: u128, output: &mut Vec<u8>) {
         match words {
             ["SCAN", cursor, ..] => {
+                self.scanned.lock().expect("nobody panics").insert(number, Instant::now());
                 let count = words.iter().position(|word| *word == "COUNT").and_then(|place| words.get(place + 1));
                 let count = count.and_then(|count| count.parse().ok()).unwrap_or(10);
                 self.scan(cursor.parse().unwrap_or(0), count, output);
@@ -100,7 +141,7 @@ impl Cluster {
                 let (before, id) = info.split_once("run_id:").unwrap_or((&info, ""));
                 output.extend(before.bytes());
                 if id.len() >= 40 {
-                    output.extend(format!("run_id:{port:040}{}", &id[40..]).bytes());
+                    output.extend(format!("run_id:{number:040}{}", &id[40..]).bytes());
                 }
             }
             _ => output.extend(self.ask(raw).await),

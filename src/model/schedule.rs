@@ -174,7 +174,7 @@ impl fmt::Display for Skip {
             Self::StillRunning => {
                 "the scan before it still ran five minutes after the due time, or when the next one came"
             }
-            Self::Missed => "the daemon was not running at the due time, and the off-peak window is closed now",
+            Self::Missed => "no daemon was there at the due time, and the next one or the end of the window came first",
         })
     }
 }

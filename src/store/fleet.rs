@@ -2,7 +2,7 @@
 //!
 //! A daemon has a row with a lease that it renews. Whoever finds a lease that has run out removes the row and frees the daemon's tasks,
 //! under a lock of that row: a daemon that renews late either comes before that and loses nothing, or finds its row gone and knows that
-//! all its tasks are others'. Whenever a task changes hands its fencing number is raised, and a write that names an older one changes
+//! all its tasks are others'. A task refers to its owner's row, so that a claim of a daemon that is gone fails. Whenever a task changes hands its fencing number is raised, and a write that names an older one changes
 //! nothing. All times are the database's.
 
 use std::fmt;

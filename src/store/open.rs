@@ -100,7 +100,13 @@ impl Store {
 
     async fn open_shared(url: &PostgresUrl, journal: &Path) -> Result<Self, StoreError> {
         let failed = |source: Cause| StoreError::Connect { url: url.to_string(), source };
-        let options = AnyPoolOptions::new().max_connections(SHARED_CONNECTIONS).acquire_timeout(SHARED_WITHIN);
+        // A daemon whose machine is gone must not keep rows locked until the network finds out.
+        let options = AnyPoolOptions::new()
+            .max_connections(SHARED_CONNECTIONS)
+            .acquire_timeout(SHARED_WITHIN)
+            .after_connect(|conn, _| {
+                Box::pin(async move { conn.execute("SET idle_in_transaction_session_timeout = '10s'").await.map(drop) })
+            });
         let pool = connect(options, url.expose()).await.map_err(|e| failed(Box::new(e)))?;
         // Daemons that start together wait for each other here: the migrator holds a lock in the database.
         POSTGRES.run(&pool).await.map_err(|e| failed(Box::new(e)))?;

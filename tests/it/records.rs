@@ -250,6 +250,7 @@ async fn a_late_write_of_an_earlier_owner_changes_nothing() {
     assert!(!fleet.renew(gone, "hash", LONG).await.unwrap(), "it learns that it is gone");
     let late = Task { num: 99, ..old.clone() };
     assert!(matches!(store.update(&late).await, Err(StoreError::Fenced(_))));
+    assert!(fleet.claim(&claim(gone, 1)).await.is_err(), "and can claim nothing");
     let new = fleet.claim(&claim(next, 1)).await.unwrap().remove(0);
     assert!(new.fence > old.fence);
     let shard = ShardId("s".to_owned());

@@ -77,6 +77,11 @@ impl Postgres {
         signal(self.child.as_ref().expect("it runs").id(), name);
     }
 
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }

@@ -33,7 +33,7 @@ CREATE TABLE tasks (
     failure_message TEXT,
     failure_hint    TEXT,
     note            TEXT,                       -- why it ended as it did, where that is no failure
-    owner           TEXT COLLATE "C",           -- the daemon that sweeps it
+    owner           TEXT COLLATE "C" REFERENCES daemons (id),   -- who sweeps it; a daemon that is gone can claim nothing
     fence           BIGINT NOT NULL DEFAULT 0,  -- raised whenever the owner changes: a late write names an older one
     place           TEXT NOT NULL DEFAULT ''    -- the label that a daemon needs to reach the instance
 );
