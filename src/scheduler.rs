@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How often a busy instance is looked at while its due scan waits, and after trouble with the store.
 const LOOK_SOON: Duration = Duration::from_millis(500);
 
+/// Instances that are looked at at a time: each look at a due one is a few round trips to the records.
+const AT_A_TIME: usize = 4;
 /// Missed due times of an instance that are recorded one by one after a long absence.
 const MISSED_AT_MOST: usize = 100;
 
@@ -38,12 +41,24 @@ pub struct Scheduler {
     pub metrics: Metrics,
 }
 
+/// What a look at an instance found.
+#[derive(Debug)]
+struct Looked {
+    /// How long nothing will be to do.
+    sleep: Duration,
+    /// The due time that waits for the scan before it.
+    waiting_for: Option<Timestamp>,
+    /// The mark, where it is another one now.
+    mark: Option<Mark>,
+}
+
 impl Scheduler {
     /// Starts due scans until told to stop.
     pub async fn run(mut self, stop: CancellationToken) {
         // For which due time each busy instance is waited for.
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
-        let mut remembered = Instant::now();
+        // The schedules as they were last read, with the marks that were set since.
+        let mut known: Option<(Schedules, Instant)> = None;
         // The settings whose instances are known to be the only ones with a mark.
         let mut tidied: Option<Arc<ServeSettings>> = None;
         loop {
@@ -52,89 +67,117 @@ impl Scheduler {
             let mut sleep = LOOK_AGAIN;
             if tidied.as_ref().is_none_or(|tidied| !Arc::ptr_eq(tidied, &settings)) {
                 let ids: Vec<_> = settings.instances.iter().map(|instance| instance.id.as_str()).collect();
-                match self.service.store().forget_marks_but(&ids).await {
-                    Ok(()) => tidied = Some(settings.clone()),
+                match self.written(self.service.store().forget_marks_but(&ids).await) {
+                    Ok(()) => (tidied, known) = (Some(settings.clone()), None),
                     Err(error) => {
-                        self.metrics.store_failed();
                         tracing::error!(%error, "the marks of instances that are gone cannot be forgotten");
                         sleep = LOOK_SOON;
                     }
                 }
             }
-            match self.service.store().schedules().await {
-                Ok(schedules) => {
-                    for instance in &settings.instances {
-                        match self.look(instance, &schedules, &mut waiting).await {
-                            Ok(next) => sleep = sleep.min(next),
-                            Err(error) => {
-                                tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
-                                sleep = sleep.min(LOOK_SOON);
-                            }
-                        }
+            if known.as_ref().is_none_or(|(_, read)| read.elapsed() >= LOOK_AGAIN) {
+                match self.read().await {
+                    Ok(schedules) => known = Some((schedules, Instant::now())),
+                    Err(error) => {
+                        tracing::error!(%error, "the schedules could not be read");
+                        sleep = LOOK_SOON;
                     }
                 }
-                Err(error) => {
-                    tracing::error!(%error, "the schedules could not be read");
-                    sleep = LOOK_SOON;
-                }
             }
-            if remembered.elapsed() >= LOOK_AGAIN {
-                remembered = Instant::now();
-                self.remember().await;
+            if let Some((schedules, _)) = &mut known {
+                sleep = sleep.min(self.look_at_all(&settings, schedules, &mut waiting).await);
             }
             tokio::select! {
                 () = tokio::time::sleep(sleep) => {}
-                () = self.changed.notified() => {}
-                changed = self.settings.changed() => if changed.is_err() { return },
+                () = self.changed.notified() => known = None,
+                changed = self.settings.changed() => match changed {
+                    Ok(()) => known = None,
+                    Err(_) => return,
+                },
                 () = stop.cancelled() => return,
             }
         }
     }
 
-    /// Shows the sweeps that other daemons have completed.
-    async fn remember(&self) {
-        if self.service.store().fleet().is_none() {
-            return;
+    /// Reads the schedules, and shows the sweeps that other daemons have completed.
+    async fn read(&self) -> Result<Schedules, StoreError> {
+        let store = self.service.store();
+        if store.fleet().is_some() {
+            store.last_successes().await?.iter().for_each(|(instance, at)| self.metrics.succeeded(instance, *at));
         }
-        match self.service.store().last_successes().await {
-            Ok(successes) => successes.iter().for_each(|(instance, at)| self.metrics.succeeded(instance, *at)),
-            Err(error) => tracing::error!(%error, "what other daemons have swept could not be read"),
-        }
+        store.schedules().await
     }
 
-    /// Does what is to be done for one instance. Returns how long nothing will be to do.
+    /// Looks at each instance, some at a time. Returns how long nothing will be to do.
+    async fn look_at_all(
+        &self,
+        settings: &ServeSettings,
+        schedules: &mut Schedules,
+        waiting: &mut BTreeMap<String, Timestamp>,
+    ) -> Duration {
+        // Daemons that look at the same moment begin at different places.
+        let random = usize::try_from(Timestamp::now().subsec_nanosecond()).unwrap_or(0);
+        let (before, after) = settings.instances.split_at(random % settings.instances.len().max(1));
+        let in_turn = after.iter().chain(before).map(|instance| (instance.clone(), waiting.get(&instance.id).copied()));
+        let in_turn: Vec<_> = in_turn.collect();
+        let known: &Schedules = schedules;
+        let looks = futures_util::stream::iter(in_turn)
+            .map(|(instance, waits)| async move { (self.look(&instance, known, waits).await, instance) });
+        let looked: Vec<_> = looks.buffer_unordered(AT_A_TIME).collect().await;
+        let mut sleep = LOOK_AGAIN;
+        for (looked, instance) in looked {
+            let looked = match looked {
+                Ok(looked) => looked,
+                Err(error) => {
+                    tracing::error!(instance = instance.id, %error, "a schedule could not be looked at");
+                    sleep = sleep.min(LOOK_SOON);
+                    continue;
+                }
+            };
+            sleep = sleep.min(looked.sleep);
+            match looked.waiting_for {
+                Some(due) => drop(waiting.insert(instance.id.clone(), due)),
+                None => drop(waiting.remove(&instance.id)),
+            }
+            if let Some(mark) = looked.mark {
+                schedules.set_mark(&instance.id, mark);
+            }
+        }
+        sleep
+    }
+
+    /// Does what is to be done for one instance.
     async fn look(
         &self,
         instance: &Arc<Instance>,
         schedules: &Schedules,
-        waiting: &mut BTreeMap<String, Timestamp>,
-    ) -> Result<Duration, TaskError> {
+        waiting_for: Option<Timestamp>,
+    ) -> Result<Looked, TaskError> {
         let store = self.service.store();
         let set = schedules.auto_scan(&instance.id, &instance.project_id);
         let config = set.unwrap_or(&instance.auto_scan);
         let now = store.now();
         let schedule = config.schedule();
-        let mark = schedules.mark(&instance.id).cloned();
-        let ahead = mark.as_ref().is_some_and(|mark| mark.handled.duration_since(now) > GRACE);
+        let mark = schedules.mark(&instance.id);
+        let ahead = mark.is_some_and(|mark| mark.handled.duration_since(now) > GRACE);
         if ahead {
             tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
         }
-        let good = |mark: &Mark| !ahead && mark.schedule.as_ref().is_none_or(|of| *of == schedule);
-        let Some(mark) = mark.filter(good) else {
-            // Due times before a schedule was put in force were nobody's to keep.
-            let mark = Mark { handled: now, schedule: Some(schedule) };
-            self.written(store.set_mark(&instance.id, &mark).await)?;
-            return Ok(Duration::ZERO);
+        let good = |mark: &&Mark| !ahead && mark.schedule.as_ref().is_none_or(|of| *of == schedule);
+        // Due times before a schedule was put in force were nobody's to keep.
+        let handled = mark.filter(good).map_or(now, |mark| mark.handled);
+        let mark = match mark.filter(good) {
+            Some(mark) if mark.schedule.is_some() => None,
+            _ => Some(Mark { handled, schedule: Some(schedule) }),
         };
-        let handled = mark.handled;
-        if mark.schedule.is_none() {
-            self.written(store.set_mark(&instance.id, &Mark { handled, schedule: Some(schedule) }).await)?;
+        if let Some(mark) = &mark {
+            self.written(store.set_mark(&instance.id, mark).await)?;
         }
         if !config.enabled {
-            waiting.remove(&instance.id);
-            return Ok(LOOK_AGAIN);
+            return Ok(Looked { sleep: LOOK_AGAIN, waiting_for: None, mark });
         }
-        self.act(instance, config, handled, now, waiting).await
+        let looked = self.act(instance, config, handled, now, waiting_for).await?;
+        Ok(Looked { mark: looked.mark.or(mark), ..looked })
     }
 
     /// Counts what could not be written.
@@ -149,44 +192,42 @@ impl Scheduler {
         config: &AutoScan,
         handled: Timestamp,
         now: Timestamp,
-        waiting: &mut BTreeMap<String, Timestamp>,
-    ) -> Result<Duration, TaskError> {
+        waiting_for: Option<Timestamp>,
+    ) -> Result<Looked, TaskError> {
         let is_due = config.recurrence.latest_due(now).is_some_and(|due| due > handled);
         let moment = Moment {
             now,
             handled,
             busy: is_due && self.service.is_busy(&instance.id).await?,
-            waiting_for: waiting.get(&instance.id).copied(),
+            waiting_for,
             window_open: instance.window.as_ref().is_none_or(|window| window.is_open(now)),
         };
         let decision = decide(&config.recurrence, moment);
         if let Decision::Wait(due) | Decision::Skip(due, _) | Decision::Run(due) = decision {
-            self.overtaken(instance, moment.waiting_for, due).await?;
+            self.overtaken(instance, waiting_for, due).await?;
             self.missed(instance, config, handled, due).await?;
         }
+        let dealt_with = |due| {
+            let mark = Mark { handled: due, schedule: Some(config.schedule()) };
+            Looked { sleep: Duration::ZERO, waiting_for: None, mark: Some(mark) }
+        };
+        let waits = |due| Looked { sleep: LOOK_SOON, waiting_for: Some(due), mark: None };
         match decision {
-            Decision::Sleep(next) => Ok(next.map_or(LOOK_AGAIN, |next| until(now, next))),
-            Decision::Wait(due) => {
-                waiting.insert(instance.id.clone(), due);
-                Ok(LOOK_SOON)
+            Decision::Sleep(next) => {
+                let sleep = next.map_or(LOOK_AGAIN, |next| until(now, next));
+                Ok(Looked { sleep, waiting_for, mark: None })
             }
+            Decision::Wait(due) => Ok(waits(due)),
             Decision::Skip(due, why) => {
                 self.skip(instance, &[due], why).await?;
-                waiting.remove(&instance.id);
-                Ok(Duration::ZERO)
+                Ok(dealt_with(due))
             }
             Decision::Run(due) => match self.begin(instance, config, due).await {
-                // Another daemon was quicker: it is dealt with.
-                Ok(()) | Err(TaskError::Store(StoreError::DealtWith)) => {
-                    waiting.remove(&instance.id);
-                    Ok(Duration::ZERO)
-                }
+                // Or another daemon was quicker.
+                Ok(()) | Err(TaskError::Store(StoreError::DealtWith)) => Ok(dealt_with(due)),
                 // Somebody was quicker; the grace goes on.
-                Err(TaskError::Busy(_)) => {
-                    waiting.insert(instance.id.clone(), due);
-                    Ok(LOOK_SOON)
-                }
-                Err(TaskError::Closing) => Ok(LOOK_AGAIN),
+                Err(TaskError::Busy(_)) => Ok(waits(due)),
+                Err(TaskError::Closing) => Ok(Looked { sleep: LOOK_AGAIN, waiting_for, mark: None }),
                 Err(error) => Err(error),
             },
         }

@@ -113,6 +113,11 @@ impl Schedules {
         (project == project_id || project.is_empty()).then_some(config)
     }
 
+    /// Takes over a mark that was set since these were read.
+    pub fn set_mark(&mut self, instance_id: &str, mark: Mark) {
+        self.marks.insert(instance_id.to_owned(), mark);
+    }
+
     /// All automatic scans that the API set: instance, project, scan.
     pub(super) fn auto_scans(&self) -> impl Iterator<Item = (&str, &str, &AutoScan)> {
         self.auto_scans.iter().map(|(instance, (project, config))| (instance.as_str(), project.as_str(), config))
