@@ -34,11 +34,11 @@ pub async fn healthz() -> Json<Health> {
     Json(OK)
 }
 
-/// Whether it can do its work: the records can be read, and it is not about to stop.
+/// Whether it can do its work: the records can be read, it has its lease where several daemons share them, and it is not about to stop.
 #[utoipa::path(get, path = "/readyz", tag = "health", operation_id = "readyz", security(()),
     responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
 pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
-    if app.stopping.is_cancelled() {
+    if app.stopping.is_cancelled() || !app.service.has_lease() {
         return Err(ApiError::unavailable());
     }
     match tokio::time::timeout(STORE_WITHIN, app.service.store().ping()).await {

@@ -110,6 +110,11 @@ impl TaskService {
         Ok(())
     }
 
+    /// Whether no other daemon may have the tasks of this one.
+    pub fn has_lease(&self) -> bool {
+        self.member.as_ref().is_none_or(|member| Instant::now() < member.until())
+    }
+
     /// Which of the daemons this one is, and the daemons that share the records: itself only, where they are not shared.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// A connection that sent SCAN: who it was, and its first and last one.
+/// SCANs that came by one connection without a pause: who sent them, and when the first and the last one came, in seconds.
 #[derive(Debug, Clone)]
 struct Span {
     name: String,
@@ -41,8 +41,11 @@ struct Span {
     last: f64,
 }
 
-/// What a server saw: the span of SCANs of each connection, by its address.
-type Seen = Arc<Mutex<BTreeMap<String, Span>>>;
+/// What a server saw, by the address of the connection. Addresses come again.
+type Seen = Arc<Mutex<BTreeMap<String, Vec<Span>>>>;
+
+/// After this many seconds without a SCAN a span is over.
+const PAUSE: f64 = 1.0;
 
 /// Watches a server until it is aborted. The stream begins before anything is swept.
 async fn watch(server: &Server) -> (Seen, Vec<tokio::task::JoinHandle<()>>) {
@@ -61,8 +64,11 @@ async fn watch(server: &Server) -> (Seen, Vec<tokio::task::JoinHandle<()>>) {
             };
             let addr = addr.trim_end_matches(']').to_owned();
             let mut spans = spans.lock().expect("no panic");
-            let span = spans.entry(addr).or_insert(Span { name: String::new(), first: at, last: at });
-            span.last = at;
+            let spans = spans.entry(addr).or_default();
+            match spans.last_mut().filter(|span| at - span.last < PAUSE) {
+                Some(span) => span.last = at,
+                None => spans.push(Span { name: String::new(), first: at, last: at }),
+            }
         }
     });
     let mut conn = server.conn().await;
@@ -73,7 +79,8 @@ async fn watch(server: &Server) -> (Seen, Vec<tokio::task::JoinHandle<()>>) {
             for line in list.lines() {
                 let field = |key: &str| line.split(' ').find_map(|word| word.strip_prefix(key)).unwrap_or_default();
                 let name = field("name=").strip_prefix("ttlsweep:").unwrap_or_default();
-                if let Some(span) = named.lock().expect("no panic").get_mut(field("addr="))
+                if let Some(span) =
+                    named.lock().expect("no panic").get_mut(field("addr=")).and_then(|spans| spans.last_mut())
                     && !name.is_empty()
                 {
                     name.clone_into(&mut span.name);
@@ -310,8 +317,9 @@ async fn dues_were_dealt_with(conn: &mut PgConnection, seed: u64) {
 }
 
 /// The spans in which two daemons sent SCANs to one server do not overlap.
-fn one_at_a_time(seen: &BTreeMap<String, Span>, place: usize, seed: u64) {
-    let known: Vec<&Span> = seen.values().filter(|span| !span.name.is_empty()).collect();
+fn one_at_a_time(seen: &BTreeMap<String, Vec<Span>>, place: usize, seed: u64) {
+    let seen: Vec<&Span> = seen.values().flatten().collect();
+    let known: Vec<&Span> = seen.iter().filter(|span| !span.name.is_empty()).copied().collect();
     assert!(
         known.len() * 2 > seen.len(),
         "seed {seed}: i{place}: {} of {} connections are known",

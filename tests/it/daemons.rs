@@ -2,13 +2,17 @@
 //! two daemons sweep one instance.
 
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::Row;
+use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::daemon::{Daemon, EACH_SECOND, instance};
+use crate::sdk;
+use crate::support::clients::{client, output, root};
+use crate::support::daemon::{Daemon, EACH_SECOND, PROJECT, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
@@ -65,7 +69,7 @@ impl Fleet {
     }
 }
 
-fn named(mut command: std::process::Command, name: &str) -> std::process::Command {
+fn named(mut command: Command, name: &str) -> Command {
     command.env("TTLSWEEP_DAEMON_NAME", name);
     command
 }
@@ -121,6 +125,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert!(rest.contains("\"state\":\"succeeded\""), "the stream ends with the task: {rest}");
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
     assert_eq!(other.history("cache").await["records"][0]["num"], DEAD);
+    Keyspace::of(&server, 0).dead(DEAD, "more:").await;
     let next = fleet.daemons[owner].create(json!({"instance_id": "cache", "max_keys_per_sec": 1})).await;
     let owner = fleet.owner_of(&next, owner).await;
     let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
@@ -332,4 +337,100 @@ async fn a_paused_task_of_a_lost_daemon_waits_for_a_person_and_goes_on_elsewhere
     assert_ne!(other.post(&format!("/api/v1/tasks/{id}/resume")).await.ok()["state"], "paused");
     let task = other.until(&id, "succeeded").await;
     assert_eq!(task["reclaimed"], DEAD, "{task:#}");
+}
+
+/// Hands each connection to the next of several addresses, as the service of an orchestrator does.
+async fn balancer(upstreams: Vec<String>) -> (String, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("its address"));
+    let serving = tokio::spawn(async move {
+        for upstream in upstreams.iter().cycle() {
+            let Ok((mut client, _)) = listener.accept().await else { return };
+            let Ok(mut server) = TcpStream::connect(upstream).await else { continue };
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut client, &mut server).await });
+        }
+    });
+    (url, serving)
+}
+
+#[tokio::test]
+async fn the_public_sdk_runs_all_five_calls_against_several_daemons_behind_one_address() {
+    let server = Server::start().await;
+    Keyspace::of(&server, 0).dead(sdk::DEAD, "dead:").await;
+    let Some(postgres) = Postgres::start().await else { return };
+    let journal = tempfile::tempdir().unwrap();
+    let instances = format!("{}{}", sdk::CREDENTIALS, instance("cache", &server.url(), ""));
+    let settings = settings(&postgres.url(), &journal.path().display().to_string(), &instances);
+    let mut fleet = Vec::new();
+    for number in 0..3 {
+        let secret = |command| {
+            let mut command = named(command, &format!("d{number}"));
+            command.env("SK_OF_THE_TEST", "SKEXAMPLE");
+            command
+        };
+        fleet.push(Daemon::prepare(&settings).launched(secret).await);
+    }
+    let (url, serving) = balancer(fleet.iter().map(|daemon| daemon.authority().to_owned()).collect()).await;
+    let mut client_of_sdk = Command::new(client("python"));
+    client_of_sdk.arg(root().join("tests/it/sdk.py")).args([&url, "cache", PROJECT, "AKEXAMPLE", "SKEXAMPLE"]);
+    let run = output(client_of_sdk).await;
+    serving.abort();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    sdk::check(&serde_json::from_slice(&run.stdout).expect("one object"));
+}
+
+#[tokio::test]
+async fn a_rolling_update_loses_and_doubles_no_task() {
+    let server = dead(10).await;
+    let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
+    let settings = std::fs::read_to_string(fleet.daemons[0].settings_path()).expect("its settings");
+    for number in 3..6 {
+        // As an orchestrator does it: a new one, once it is ready an old one ends.
+        let new = Daemon::prepare(&settings).launched(|command| named(command, &format!("d{number}"))).await;
+        probe("it is ready", PATIENCE, async || new.get("/readyz").await.status == 200).await;
+        fleet.daemons.push(new);
+        let mut old = fleet.daemons.remove(0);
+        assert_eq!(old.stop().await, Some(0));
+        let before = fleet.daemons[0].history("cache").await["count"].as_u64();
+        probe("scans go on", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() > before)
+            .await;
+    }
+    let mut conn = fleet.postgres.conn().await;
+    let rows = sqlx::query("SELECT due FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
+    let dues: Vec<i64> = rows.iter().map(|row| row.get("due")).collect();
+    assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == 1_000), "{dues:?}");
+    let failed = sqlx::query("SELECT id FROM tasks WHERE state = 'failed'").fetch_all(&mut conn).await.unwrap();
+    assert!(failed.is_empty(), "{} failed", failed.len());
+    let now = daemons(&fleet.daemons[0]).await;
+    assert_eq!(now.iter().map(|daemon| daemon["name"].as_str().unwrap()).collect::<Vec<_>>(), ["d3", "d4", "d5"]);
+}
+
+#[tokio::test]
+async fn instances_come_from_a_folder_of_files_too() {
+    let (one, two) = (dead(5).await, dead(7).await);
+    let listen = "[api]\nlisten = \"127.0.0.1:0\"\n";
+    let settings = format!("include = \"instances.d/*.toml\"\n{listen}{}", instance("one", &one.url(), ""));
+    let daemon = Daemon::prepare(&settings);
+    let folder = daemon.settings_path().with_file_name("instances.d");
+    std::fs::create_dir(&folder).expect("a folder");
+    std::fs::write(folder.join("b.toml"), instance("two", &two.url(), "")).expect("a file");
+    let daemon = daemon.launched(|command| command).await;
+    let id = daemon.scan("two").await;
+    assert_eq!(daemon.until(&id, "succeeded").await["reclaimed"], 7);
+    // What is wrong in one of them is named with its own line, and nothing is put in force.
+    std::fs::write(
+        folder.join("c.toml"),
+        format!("\n{}\n[api]\nlisten = \"127.0.0.1:1\"\n", instance("two", "redis://x", "")),
+    )
+    .unwrap();
+    let refused = daemon.post("/api/v1/reload").await;
+    let message = refused.body["error_msg"].as_str().unwrap_or_default();
+    assert_eq!(refused.status, 400, "{message}");
+    assert!(
+        message.contains("c.toml:3: id: `two` is taken") && message.contains("`api` is not a setting"),
+        "{message}"
+    );
+    std::fs::remove_file(folder.join("c.toml")).expect("a file");
+    std::fs::remove_file(folder.join("b.toml")).expect("a file");
+    assert_eq!(daemon.post("/api/v1/reload").await.ok()["instances"], 1);
 }

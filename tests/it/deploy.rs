@@ -98,6 +98,31 @@ fn the_manifests_start_the_program_with_flags_that_exist() {
     }
 }
 
+#[test]
+fn several_daemons_are_spread_out_and_wait_for_a_lease_to_be_ready() {
+    let objects = yaml("deploy/kubernetes/fleet.yaml");
+    let kinds: Vec<_> = objects.iter().map(|object| object["kind"].as_str().expect("a kind")).collect();
+    assert_eq!(kinds, ["Deployment", "PodDisruptionBudget", "Service", "NetworkPolicy"]);
+    let helm = optional("helm").map(|helm| rendered(helm, "fleet", &[]).unwrap_or_else(|refused| panic!("{refused}")));
+    let mut daemons = vec![&objects[0]];
+    daemons.extend(helm.iter().flat_map(|objects| of_kind(objects, "Deployment")));
+    for daemon in daemons {
+        assert_eq!(daemon["spec"]["replicas"], 3);
+        let strategy = &daemon["spec"]["strategy"];
+        assert_eq!((&strategy["type"], &strategy["rollingUpdate"]["maxUnavailable"]), (&Value::Null, &json!(1)));
+        let pod = &daemon["spec"]["template"]["spec"];
+        check_confined(pod);
+        assert!(pod["affinity"]["podAntiAffinity"].is_object());
+        let container = &pod["containers"][0];
+        check_arguments(&words(&container["args"]));
+        for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
+            assert_eq!(container[probe]["httpGet"]["path"], path);
+        }
+        // A claim of one node would keep the others from starting.
+        assert!(pod["volumes"].as_array().expect("a list").iter().any(|volume| volume["emptyDir"].is_object()));
+    }
+}
+
 /// Panics unless a pod may do no more than it has to, and reads its secrets from files.
 #[track_caller]
 fn check_confined(pod: &Value) {
@@ -167,7 +192,7 @@ fn systemd_calls_the_services_well_confined() {
 
 #[test]
 fn the_manifests_are_of_the_schemas_of_kubernetes() {
-    check_schemas(["cronjob", "deployment"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
+    check_schemas(["cronjob", "deployment", "fleet"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
 }
 
 /// Panics unless Kubernetes knows what stands in these files: an old one that is still about, and the newest that the checker knows.
@@ -215,7 +240,7 @@ fn of_kind<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
 
 #[test]
 fn the_chart_is_well_formed_and_starts_the_program_with_flags_that_exist() {
-    for values in ["full", "tls", "scans"] {
+    for values in ["full", "tls", "scans", "fleet"] {
         let Some(mut lint) = optional("helm") else { return };
         lint.args(["lint", "--strict", "--values", &format!("ci/{values}.yaml"), "."]);
         lint.current_dir(root().join("deploy/helm/ttlsweep"));
@@ -271,6 +296,8 @@ fn the_chart_refuses_values_that_cannot_work() {
     for (values, wrong, word) in [
         ("full", "daemon.setings=x", "setings"),
         ("full", "daemon.settings=", "[[api.tokens]]"),
+        ("full", "daemon.replicas=2", "postgres"),
+        ("fleet", "daemon.postgres.url=postgres://me:secret@db/x", "url"),
         ("full", "image.digest=sha256:12", "digest"),
         ("full", "metrics.serviceMonitor.tokenSecret.name=", "tokenSecret"),
         ("scans", "scans[0].url=redis://user:secret@cache", "url"),
@@ -378,7 +405,9 @@ fn the_package_holds_what_a_user_needs_and_no_more() {
             assert!(files.lines().any(|line| path == std::path::Path::new(line)), "{file} takes {named} in");
         }
     }
-    assert!(files.contains("src/store/migrations/0001_tasks.sql") && files.contains("src/api/assets/index.html"));
+    assert!(
+        files.contains("src/store/migrations/sqlite/0001_tasks.sql") && files.contains("src/api/assets/index.html")
+    );
     let known = ["README.md", "CHANGELOG.md", "LICENSE-", "Cargo.", ".cargo_vcs_info.json", "src/"];
     let more: Vec<_> = files.lines().filter(|file| !known.iter().any(|known| file.starts_with(known))).collect();
     assert!(more.is_empty() && !files.contains("snapshots"), "{more:?}");

@@ -10,10 +10,10 @@ use crate::support::daemon::{Daemon, PROJECT, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 
-const DEAD: u64 = 1_500;
+pub const DEAD: u64 = 1_500;
 
 /// A key pair whose secret is in the environment, and tokens of the SHA-256 of `secret` and of `figures`.
-const CREDENTIALS: &str = r#"
+pub const CREDENTIALS: &str = r#"
 [api]
 listen = "127.0.0.1:0"
 [[api.keys]]
@@ -57,7 +57,7 @@ async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) 
     (serde_json::from_slice(&run.stdout).expect("one object"), daemon, server)
 }
 
-fn check(seen: &Value) {
+pub fn check(seen: &Value) {
     assert_eq!(seen["created"]["status"], "waiting");
     assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(DEAD), &json!(1)));
     assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(DEAD), &json!(2)));

@@ -81,7 +81,15 @@ tls-key = "/run/secrets/tls/tls.key"
 {{- end }}
 
 [store]
+{{- if .Values.daemon.postgres.url }}
+url = {{ .Values.daemon.postgres.url | quote }}
+{{- with .Values.daemon.postgres.passwordKey }}
+password-file = "/run/secrets/ttlsweep/{{ . }}"
+{{- end }}
+journal = "/var/lib/ttlsweep/tally"
+{{- else }}
 path = "/var/lib/ttlsweep/ttlsweep.db"
+{{- end }}
 
 {{ .Values.daemon.settings }}
 {{- end -}}
