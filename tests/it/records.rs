@@ -18,7 +18,7 @@ use ttlsweep::store::{Claim, DaemonId, DaemonRecord, Due, Fleet, Mark, Store, St
 
 use crate::support::clients::output;
 use crate::support::postgres::Postgres;
-use crate::support::ttlsweep;
+use crate::support::{PATIENCE, probe, ttlsweep};
 
 /// A store of each kind, with what keeps it.
 async fn stores() -> Vec<(Store, TempDir, Option<Postgres>)> {
@@ -251,7 +251,14 @@ async fn a_late_write_of_an_earlier_owner_changes_nothing() {
     let late = Task { num: 99, ..old.clone() };
     assert!(matches!(store.update(&late).await, Err(StoreError::Fenced(_))));
     assert!(fleet.claim(&claim(gone, 1)).await.is_err(), "and can claim nothing");
-    let new = fleet.claim(&claim(next, 1)).await.unwrap().remove(0);
+    let mut claimed = Vec::new();
+    // The rows stay locked until the server has seen the end of that attempt.
+    probe("another claims it", PATIENCE, async || {
+        claimed = fleet.claim(&claim(next, 1)).await.unwrap();
+        !claimed.is_empty()
+    })
+    .await;
+    let new = claimed.remove(0);
     assert!(new.fence > old.fence);
     let shard = ShardId("s".to_owned());
     let view = Arc::new(ShardView::default());

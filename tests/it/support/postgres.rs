@@ -1,7 +1,7 @@
 //! A real PostgreSQL of a test's own, on 127.0.0.1, killed and its folder removed on drop.
 
 use std::fs;
-use std::os::unix::fs::{chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -132,13 +132,16 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// The folder of its programs. As root, a copy that `nobody` can read: the cache lies in root's home.
+/// The folder of its programs. As root, a copy that `nobody` can read where the cache lies in root's home.
 fn installed(bin: &Path, dir: &Path) -> PathBuf {
     let install = dir.join("install");
     let from = bin.parent().expect("a folder above it");
+    let is_open = |folder: &Path| fs::metadata(folder).is_ok_and(|data| data.permissions().mode() & 0o001 != 0);
     if is_root() {
-        copy(from, &install);
         let _ = chown(dir, Some(NOBODY), Some(NOBODY));
+    }
+    if is_root() && !from.ancestors().all(is_open) {
+        copy(from, &install);
     } else {
         symlink(from, &install).expect("a link");
     }
