@@ -7,6 +7,8 @@ SERVERS ?= redis-6.2 redis-7.0 redis-8.2 valkey-8.0
 # `make test` runs a part of the tests against these too: what depends on the server most. None for make matrix by itself.
 PART_SERVERS ?=
 PART ?= exact:: touch:: walks:: rights:: check:: cluster:: cluster_forms::
+# What asks little of the server runs against the first one only.
+ONCE ?= records:: chaos::
 # The small test crates beside tests/it, which need no server.
 QUICK := $(patsubst tests/%.rs,--test %,$(wildcard tests/*.rs))
 
@@ -72,7 +74,7 @@ matrix: setup clients ## the integration tests against each server
 	  binary=$$(scripts/servers.sh path $$server) && \
 	  { $(with_redis) $(with_postgres) TTLSWEEP_TEST_SERVER=$$binary $(CARGO) test --test it -- "$$@" 2>&1 | tee -a "$$log"; } || failed="$$failed $$server"; \
 	}; \
-	for server in $(SERVERS); do against $$server; done; \
+	skip=; for server in $(SERVERS); do against $$server $$skip; skip="$(ONCE:%=--skip %)"; done; \
 	for server in $(PART_SERVERS); do against $$server $(PART); done; \
 	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi; \
 	echo "== skipped, by reason:"; sed -n 's/.*SKIPPED [^ ]*: //p' "$$log" | sort | uniq -c; \
