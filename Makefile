@@ -88,6 +88,7 @@ bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
 	@$(with_redis) $(CARGO) bench --bench batch
 	@$(with_redis) $(CARGO) bench --bench scan_loop
 	@$(with_redis) $(CARGO) bench --bench shards
+	@$(with_redis) $(with_postgres) $(CARGO) bench --bench fleet
 	@$(with_redis) $(CARGO) bench --bench round_trip
 
 # The server of scenarios a and c is redis-7.0; b runs on each of these. See benches/impact/main.rs for what can be set.

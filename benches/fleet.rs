@@ -22,8 +22,10 @@ use sqlx::{PgConnection, Row};
 mod common;
 #[path = "common/masters.rs"]
 mod masters;
+#[allow(dead_code, reason = "the tests use more of it")]
 #[path = "../tests/it/support/postgres.rs"]
 mod postgres;
+#[allow(dead_code, reason = "other benchmarks use the rest")]
 #[path = "common/seed.rs"]
 mod seed;
 use common::Server;

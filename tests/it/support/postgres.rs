@@ -72,11 +72,6 @@ impl Postgres {
         }
     }
 
-    /// Stops or continues its first process and thus new connections; see [`super::proxy`] for a stall of all of them.
-    pub fn signal(&self, name: &str) {
-        signal(self.child.as_ref().expect("it runs").id(), name);
-    }
-
     /// What it has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
