@@ -85,6 +85,7 @@ containers: clients ## build the image and run docker-compose.yml: a kill, the f
 	$(call step,containers,scripts/containers.sh)
 
 bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli
+	$(call step,setup: PostgreSQL,scripts/servers.sh fetch postgres-16)
 	@$(with_redis) $(CARGO) bench --bench batch
 	@$(with_redis) $(CARGO) bench --bench scan_loop
 	@$(with_redis) $(CARGO) bench --bench shards
