@@ -52,8 +52,9 @@ cargo:
 fmt-check: ## is the code formatted?
 	$(call step,fmt-check,$(CARGO) fmt --all --check)
 
-lint: ## clippy, warnings denied
+lint: ## clippy, warnings denied; licences, duplicates and use of the crates, where `make clients` has got what looks
 	$(call step,lint,$(CARGO) clippy --all-targets --quiet -- -D warnings)
+	$(call step,supply,scripts/supply.sh)
 
 docs: ## rustdoc, warnings denied
 	$(call step,docs,RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items --quiet)
