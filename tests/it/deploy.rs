@@ -279,6 +279,11 @@ fn the_chart_carries_the_settings_the_alerts_and_the_dashboard() {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let dashboard: Value = serde_json::from_str(data("ttlsweep.json")).expect("JSON");
     assert_eq!(dashboard, serde_json::from_str::<Value>(&read("deploy/grafana/ttlsweep.json")).expect("JSON"));
+    let out = of_kind(&objects, "NetworkPolicy")[0]["spec"]["egress"].as_array().expect("rules").clone();
+    assert!(
+        out.iter().any(|rule| rule["ports"] == json!([{"protocol": "TCP", "port": 443}])),
+        "the webhook's: {out:?}"
+    );
     let (rules, alerts) = (of_kind(&objects, "PrometheusRule"), yaml("deploy/prometheus/alerts.yml"));
     assert_eq!(rules[0]["spec"], alerts[0]);
     // The alerts ask for job="ttlsweep": that is the label's value.

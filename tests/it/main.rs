@@ -25,6 +25,7 @@ mod load;
 mod logs;
 mod monitoring;
 mod network;
+mod notify;
 mod records;
 mod resume;
 mod retention;

@@ -8,6 +8,7 @@ pub mod certs;
 pub mod clients;
 pub mod cluster;
 pub mod daemon;
+pub mod hook;
 pub mod keyspace;
 pub mod postgres;
 pub mod proxy;
