@@ -101,6 +101,7 @@ pub fn main() -> Exit {
         Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
+    let _traces = telemetry::trace();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Command::Scan(scan) = &cli.command {
         scan.priority.apply(scan.quiet);

@@ -6,6 +6,7 @@ mod member;
 mod queue;
 mod recorder;
 mod time_budget;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::fmt;

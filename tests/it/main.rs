@@ -38,5 +38,6 @@ mod service;
 mod support_test;
 mod tls;
 mod touch;
+mod traces;
 mod trouble;
 mod walks;
