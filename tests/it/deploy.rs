@@ -377,8 +377,27 @@ fn the_image_and_the_example_fit_together() {
 }
 
 #[test]
+fn everything_that_is_shipped_is_of_one_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (path, line) in [
+        ("Dockerfile", format!("#   docker build -t ttlsweep:{version} .")),
+        ("docker-compose.yml", format!("    image: ttlsweep:{version}")),
+        ("deploy/kubernetes/deployment.yaml", format!("          image: ttlsweep:{version}")),
+        ("deploy/kubernetes/cronjob.yaml", format!("              image: ttlsweep:{version}")),
+        ("deploy/helm/ttlsweep/Chart.yaml", format!("appVersion: {version}")),
+        ("deploy/helm/ttlsweep/Chart.yaml", format!("version: {version}")),
+    ] {
+        assert!(read(path).lines().any(|found| found == line), "{path} has no line `{line}`");
+    }
+    let changes = read("CHANGELOG.md");
+    let mut headings = changes.lines().filter_map(|line| line.strip_prefix("## ")).filter(|of| *of != "Unreleased");
+    let newest = headings.next().expect("a version");
+    assert!(newest.starts_with(&format!("{version} - ")), "the newest version of CHANGELOG.md is {newest}");
+}
+
+#[test]
 fn the_settings_files_that_are_shipped_are_valid() {
-    for path in ["deploy/ttlsweep.toml", "deploy/compose/ttlsweep.toml"] {
+    for path in ["deploy/ttlsweep.toml", "deploy/compose/ttlsweep.toml", "deploy/deb/ttlsweep.toml"] {
         let run = ttlsweep().args(["settings", "check"]).arg(root().join(path)).output().expect("it runs");
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     }
