@@ -27,7 +27,7 @@ trap 'rm -rf "$work"' EXIT
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-compile() { "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" && cp "target/$1/dist/ttlsweep" "$work/ttlsweep-$1"; }
+compile() { "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" && cp "${CARGO_TARGET_DIR:-target}/$1/dist/ttlsweep" "$work/ttlsweep-$1"; }
 has_std() { [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]; }
 
 if [ -n "${1:-}" ]; then
