@@ -9,7 +9,7 @@ use crate::support::keyspace::Keyspace;
 use crate::support::proxy::Proxy;
 use crate::support::run::{Run, Running, run};
 use crate::support::server::Server;
-use crate::support::{PATIENCE, free_port, probe};
+use crate::support::{PATIENCE, free_port, probe, ttlsweep};
 
 async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
     run(args.iter().copied().chain(["--server", daemon.url()])).await
@@ -144,6 +144,17 @@ async fn health_tells_a_daemon_that_is_well_from_one_that_is_not_and_from_none()
     assert!(unwell.stderr.contains("answered 404"), "{}", unwell.stderr);
     let gone = run(["health", "--server", &format!("127.0.0.1:{}", free_port())]).await.expect(3);
     assert!(gone.stderr.contains("Connection refused"), "{}", gone.stderr);
+}
+
+#[tokio::test]
+async fn a_system_without_certificates_of_authorities_asks_a_daemon_without_tls() {
+    let daemon = Daemon::start("").await;
+    for what in [&["instance", "list"][..], &["health"]] {
+        let mut command = ttlsweep();
+        command.args(what).args(["--server", daemon.url()]).env("SSL_CERT_FILE", "/dev/null");
+        let run = tokio::task::spawn_blocking(move || command.output().expect("it runs")).await.expect("no panic");
+        assert!(run.status.success(), "{what:?}: {}", String::from_utf8_lossy(&run.stderr));
+    }
 }
 
 #[tokio::test]

@@ -377,6 +377,28 @@ fn the_image_and_the_example_fit_together() {
 }
 
 #[test]
+fn the_release_workflow_runs_what_is_there() {
+    let workflow = &yaml(".github/workflows/release.yml")[0];
+    let jobs = workflow["jobs"].as_object().expect("jobs");
+    let steps = jobs.values().flat_map(|job| job["steps"].as_array().expect("steps"));
+    let commands: Vec<_> = steps.filter_map(|step| step["run"].as_str()).collect();
+    let words: Vec<_> = commands.iter().flat_map(|command| command.split([' ', '(', ')', '"'])).collect();
+    let (make, mut found) = (read("Makefile"), 0);
+    for script in words.iter().filter(|word| word.starts_with("scripts/")) {
+        assert!(root().join(script).is_file(), "{script}");
+        found += 1;
+    }
+    for targets in commands.iter().filter_map(|command| command.strip_prefix("make ")) {
+        for target in targets.split(' ') {
+            assert!(make.contains(&format!("\n{target}: ")), "make {target}");
+            found += 1;
+        }
+    }
+    assert!(found >= 7, "{commands:?}");
+    assert!(commands.iter().any(|command| command.contains("-unknown-linux-musl")), "an archive for any Linux");
+}
+
+#[test]
 fn everything_that_is_shipped_is_of_one_version() {
     let version = env!("CARGO_PKG_VERSION");
     for (path, line) in [
