@@ -405,6 +405,7 @@ fn everything_that_is_shipped_is_of_one_version() {
         ("Dockerfile", format!("#   docker build -t ttlsweep:{version} .")),
         ("docker-compose.yml", format!("    image: ttlsweep:{version}")),
         ("deploy/kubernetes/deployment.yaml", format!("          image: ttlsweep:{version}")),
+        ("deploy/kubernetes/fleet.yaml", format!("          image: ttlsweep:{version}")),
         ("deploy/kubernetes/cronjob.yaml", format!("              image: ttlsweep:{version}")),
         ("deploy/helm/ttlsweep/Chart.yaml", format!("appVersion: {version}")),
         ("deploy/helm/ttlsweep/Chart.yaml", format!("version: {version}")),
