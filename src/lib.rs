@@ -19,10 +19,12 @@
 //! | [`node`] | everything that speaks RESP |
 //! | [`store`] | records that outlive the process |
 //! | [`metrics`] | figures for Prometheus |
+//! | [`notify`] | tells a webhook what went wrong |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
 //! | [`check`] | the look at a server that touches nothing |
 //! | [`tasks`] | from request to record; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
+//! | [`overdue`] | notices an instance that has not been swept for too long |
 //! | [`api`] | the contract, our own calls, the page |
 //! | [`shutdown`] | signals of the daemon |
 //! | [`telemetry`] | the log |
@@ -39,6 +41,8 @@ pub mod engine;
 pub mod metrics;
 pub mod model;
 pub mod node;
+pub mod notify;
+pub mod overdue;
 pub mod scheduler;
 pub mod settings;
 pub mod shutdown;

@@ -16,12 +16,15 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::model::event::EventKind;
 use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;
 
 /// What may become of a due time.
 const DUE_OUTCOMES: [&str; 3] = ["run", "still_running", "missed"];
+/// What may become of a notification.
+const NOTIFICATION_OUTCOMES: [&str; 4] = ["delivered", "retried", "given_up", "dropped"];
 /// Bounds of the answer times in seconds: a look into memory to a look into a busy store.
 const ANSWER_BOUNDS: [f64; 7] = [0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0];
 
@@ -57,6 +60,12 @@ struct AnswerLabels {
     status: u16,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NotificationLabels {
+    event: &'static str,
+    outcome: &'static str,
+}
+
 type Seconds = Counter<f64, AtomicU64>;
 
 /// All figures. Cloning is cheap and shares them.
@@ -83,6 +92,7 @@ struct Inner {
     store_errors: Counter,
     daemons: Gauge,
     settings_differ: Gauge,
+    notifications: Family<NotificationLabels, Counter>,
     answers: Family<AnswerLabels, Histogram, fn() -> Histogram>,
 }
 
@@ -146,6 +156,11 @@ impl Default for Metrics {
                 "1 where another daemon on the same records has other settings than this one",
                 Gauge::default()
             ),
+            notifications: register!(
+                "notifications",
+                "Requests to the webhook, and notifications that were not even tried, by outcome",
+                Family::default()
+            ),
             answers: register!(
                 "http_request_duration",
                 "Time to answer requests of the API",
@@ -154,6 +169,11 @@ impl Default for Metrics {
             ),
             registry,
         };
+        for event in EventKind::ALL {
+            for outcome in NOTIFICATION_OUTCOMES {
+                drop(inner.notifications.get_or_create(&NotificationLabels { event: event.as_str(), outcome }));
+            }
+        }
         Self(Arc::new(inner))
     }
 }
@@ -318,6 +338,11 @@ impl Metrics {
     /// A record could not be written.
     pub fn store_failed(&self) {
         self.0.store_errors.inc();
+    }
+
+    /// What became of a notification or of one try to send it: `delivered`, `retried`, `given_up` or `dropped`.
+    pub fn notified(&self, event: EventKind, outcome: &'static str) {
+        self.0.notifications.get_or_create(&NotificationLabels { event: event.as_str(), outcome }).inc();
     }
 
     /// A request was answered. `route` is the pattern, never the path that was asked for.

@@ -9,10 +9,10 @@ const LAYERS: &[&[&str]] = &[
     &["model"],
     &["settings"],
     &["node", "store", "metrics"],
-    &["engine"],
+    &["engine", "notify"],
     &["check"],
     &["tasks"],
-    &["scheduler", "api", "shutdown", "telemetry"],
+    &["scheduler", "overdue", "api", "shutdown", "telemetry"],
     &["daemon"],
     &["cli"],
 ];

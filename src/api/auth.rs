@@ -115,7 +115,7 @@ fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
     let found = settings
         .tokens
         .iter()
-        .fold(None, |found, known| if bool::from(known.sha256.ct_eq(hash.as_slice())) { Some(known) } else { found });
+        .fold(None, |found, known| if bool::from(known.sha256.ct_eq(&hash[..])) { Some(known) } else { found });
     let known = found.ok_or_else(ApiError::invalid_token)?;
     match known.expires {
         Some(expires) if expires <= Timestamp::now() => Err(ApiError::token_expired()),

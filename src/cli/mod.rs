@@ -9,6 +9,7 @@ pub mod daemons;
 pub mod demo;
 pub mod exit;
 pub mod generate;
+pub mod health;
 pub mod instance;
 pub mod output;
 pub mod priority;
@@ -61,6 +62,8 @@ enum Command {
     Autoscan(autoscan::AutoscanArgs),
     /// The daemons that share the records of a daemon
     Daemons(daemons::DaemonsArgs),
+    /// Ask whether a daemon is well
+    Health(health::HealthArgs),
     /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
     /// See the problem and the cure on a private server
@@ -101,6 +104,7 @@ pub fn main() -> Exit {
         Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
+    let _traces = telemetry::trace();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Command::Scan(scan) = &cli.command {
         scan.priority.apply(scan.quiet);
@@ -133,6 +137,7 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Task(args) => task::run(args).await,
         Command::Daemons(args) => daemons::run(args).await,
         Command::Autoscan(args) => autoscan::run(args).await,
+        Command::Health(args) => health::run(&args).await,
         Command::Settings(args) => settings::run(args, matches),
         Command::Store(args) => store::run(args).await,
         Command::Completions(args) => generate::completions(&args),

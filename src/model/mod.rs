@@ -3,6 +3,7 @@
 //! Everything here is plain data and pure functions. Nothing in this module knows a socket, a clock, a file
 //! or a wire format; every other module may import it.
 
+pub mod event;
 pub mod failure;
 pub mod format;
 pub mod progress;

@@ -2,6 +2,7 @@
 //!
 //! Defaults live in `default.toml` and nowhere else. All problems are reported at once.
 
+pub mod notify;
 pub mod raw;
 pub mod serve;
 pub mod store;

@@ -13,17 +13,16 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use jiff::civil::Time;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
 use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Recurrence, Window};
 use crate::model::task::{SweepTexts, words};
+use crate::settings::notify::{self, NotifySettings};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::store::StoreLocation;
 use crate::settings::table::{File, Table};
-use crate::settings::values::{
-    parse_sha256, read_password, readable, seconds, some_text, time_zone, timestamp, weekday, whole,
-};
+use crate::settings::values::{parse_sha256, readable, seconds, some_text, time_zone, timestamp, weekday, whole};
 use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, password_in_env, positive_duration};
 
 /// The defaults, as text that people read.
@@ -47,6 +46,8 @@ pub struct ServeSettings {
     pub at_once: usize,
     /// Sweeps at once over all daemons that share the records; `None`: no bound.
     pub at_once_of_all: Option<usize>,
+    /// Who is told of what went wrong, if anybody.
+    pub notify: Option<NotifySettings>,
     /// The automatic scan where nobody has set anything.
     pub auto_scan: AutoScan,
     /// The instances, in the order of the file.
@@ -183,6 +184,8 @@ pub struct Instance {
     pub min_backlog: Option<MinBacklog>,
     /// The label that a daemon needs to reach it; empty: each daemon does.
     pub place: String,
+    /// How long it may be without a complete sweep before somebody is told, where it is not as long as for the others.
+    pub not_swept_for: Option<Duration>,
     /// Where the file gives those of its settings that `scan` knows too.
     pub lines: Lines,
 }
@@ -251,6 +254,7 @@ impl<'a> Reader<'a> {
         let at_once = tasks.read("at-once", |text| whole(text, 1..=1024));
         let at_once_of_all = tasks.read("at-once-of-all", |text| whole(text, 0..=1_000_000));
         tasks.no_more();
+        let notify = notify::read(&root.sub("notify", self.defaults("notify")));
         let base = Table::new(self.file, "auto-scan", 0, None, self.defaults("auto-scan"));
         let auto_scan = Self::auto_scan(&base);
         let mut instances: Vec<Arc<Instance>> = Vec::new();
@@ -279,6 +283,7 @@ impl<'a> Reader<'a> {
             daemon: daemon?,
             at_once: at_once? as usize,
             at_once_of_all: Some(at_once_of_all? as usize).filter(|most| *most > 0),
+            notify: notify?,
             auto_scan: auto_scan?,
             instances,
             hash: hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
@@ -389,7 +394,7 @@ impl<'a> Reader<'a> {
     fn access_key(table: &Table<'a>) -> Option<AccessKey> {
         let grant = Self::grant(table);
         let access = table.read("access", some_text);
-        let secret = Self::secret(table, "secret-env", "secret-file");
+        let secret = table.secret("secret-env", "secret-file", |_| Ok(()));
         if secret.is_none() && !table.has("secret-env") && !table.has("secret-file") {
             table.complain("access", "a key needs its secret by `secret-env` or `secret-file`");
         }
@@ -397,24 +402,9 @@ impl<'a> Reader<'a> {
         Some(AccessKey { access: access?, secret: secret?, grant: grant? })
     }
 
-    /// A secret by the name of an environment variable or of a file; never in the settings file itself.
-    fn secret(table: &Table<'a>, env: &'static str, file: &'static str) -> Option<SecretString> {
-        let from_env = table.optional(env, |name| match std::env::var(name) {
-            Ok(secret) if !secret.is_empty() => Ok(SecretString::from(secret)),
-            Err(std::env::VarError::NotUnicode(_)) => Err(format!("the environment variable {name} is not UTF-8")),
-            _ => Err(format!("the environment variable {name} is not set")),
-        });
-        let from_file = table.optional(file, |path| {
-            let bytes = read_password(path)?;
-            let text = std::str::from_utf8(bytes.expose_secret()).map_err(|_| format!("{path} is not UTF-8"))?;
-            Ok::<_, String>(SecretString::from(text))
-        });
-        from_env.or(from_file)
-    }
-
     fn store(table: &Table<'a>) -> Option<StoreSettings> {
         let path = table.read("path", |text| some_text(text).map(PathBuf::from));
-        let password = Self::secret(table, "password-env", "password-file");
+        let password = table.secret("password-env", "password-file", |_| Ok(()));
         let journal = table.read("journal", |text| some_text(text).map(PathBuf::from))?;
         if table.has("path") && table.has("url") {
             table.complain("path", "path: is short for a url of sqlite, and both stand here");
@@ -448,6 +438,7 @@ impl<'a> Reader<'a> {
         let auto_scan = Self::auto_scan(&table.sub("auto-scan", self.defaults("auto-scan")));
         let window = Self::window(&table.sub("window", self.defaults("window")));
         let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
+        let not_swept_for = table.optional("not-swept-for", positive_duration);
         let password = table.optional("password-env", |name| {
             password_in_env(name).ok_or_else(|| format!("the environment variable {name} is not set"))
         });
@@ -465,6 +456,7 @@ impl<'a> Reader<'a> {
             auto_scan: auto_scan?,
             min_backlog,
             place,
+            not_swept_for,
         })
     }
 
@@ -584,6 +576,12 @@ mod tests {
     #[test]
     fn the_example_file_is_valid_and_says_what_it_shows() {
         let settings = parse(include_str!("../../deploy/ttlsweep.toml")).unwrap();
+        let told = include_str!("../../deploy/ttlsweep.toml").split_once("# [notify]").unwrap().1;
+        let told = told.lines().take_while(|line| line.starts_with("# ") || line.is_empty());
+        let told: Vec<_> =
+            told.filter_map(|line| line.strip_prefix("# ")).filter(|line| !line.contains("-file")).collect();
+        let told = parse(&format!("[notify]\nurl = \"http://h/\"\n{}", told.join("\n"))).unwrap().notify.unwrap();
+        assert_eq!((told.not_swept_for, told.events.len()), (Duration::from_secs(172_800), 2));
         let cache = settings.instance("session-cache").unwrap();
         assert!(cache.auto_scan.enabled && cache.window.is_some());
         assert_eq!(cache.settings.scan.max_slice, Duration::from_micros(30));

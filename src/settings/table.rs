@@ -4,9 +4,11 @@ use std::cell::RefCell;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use secrecy::{ExposeSecret, SecretString};
 use toml::de::{DeTable, DeValue};
 
 use crate::settings::raw::{KEYS, Origin, Problem, scalar_text};
+use crate::settings::values::read_password;
 
 /// One file while it is read: collects what is wrong with it.
 #[derive(Debug)]
@@ -149,6 +151,26 @@ impl<'a> Table<'a> {
         self.asked.borrow_mut().push(key);
         let value = self.own.and_then(|own| own.get(key)).or_else(|| self.defaults.and_then(|d| d.get(key)))?;
         if scalar_text(value.get_ref()).is_some_and(|text| text.is_empty()) { None } else { self.read(key, parse) }
+    }
+
+    /// A secret by the name of an environment variable or of a file, whose first line it is; never in the settings file itself.
+    pub(super) fn secret(
+        &self,
+        env: &'static str,
+        file: &'static str,
+        check: impl Fn(&str) -> Result<(), String>,
+    ) -> Option<SecretString> {
+        let from_env = self.optional(env, |name| match std::env::var(name) {
+            Ok(secret) if !secret.is_empty() => check(&secret).map(|()| SecretString::from(secret)),
+            Err(std::env::VarError::NotUnicode(_)) => Err(format!("the environment variable {name} is not UTF-8")),
+            _ => Err(format!("the environment variable {name} is not set")),
+        });
+        let from_file = self.optional(file, |path| {
+            let bytes = read_password(path)?;
+            let text = std::str::from_utf8(bytes.expose_secret()).map_err(|_| format!("{path} is not UTF-8"))?;
+            check(text).map(|()| SecretString::from(text))
+        });
+        from_env.or(from_file)
     }
 
     /// A table inside this one.

@@ -6,6 +6,7 @@ mod member;
 mod queue;
 mod recorder;
 mod time_budget;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -31,6 +32,7 @@ use crate::node::conn::{CLIENT_NAME, Conn, ConnOptions};
 use crate::node::error::NodeError;
 use crate::node::tls::Tls;
 use crate::node::topology::{Topology, View};
+use crate::notify::Notifier;
 use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
@@ -243,6 +245,7 @@ pub struct TaskService {
     identity: Option<Arc<DaemonRecord>>,
     /// Set where the records are shared.
     member: Option<Arc<Member>>,
+    notifier: Option<Notifier>,
 }
 
 impl TaskService {
@@ -253,7 +256,13 @@ impl TaskService {
 
     /// A service that lets so many queued tasks sweep at once.
     pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None }
+        Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None, notifier: None }
+    }
+
+    /// The same, which reports tasks that fail.
+    #[must_use]
+    pub fn telling(self, notifier: Notifier) -> Self {
+        Self { notifier: Some(notifier), ..self }
     }
 
     /// The records.

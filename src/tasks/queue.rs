@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::engine::control::{Control, StopReason};
+use crate::model::event::Event;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::Snapshot;
 use crate::model::schedule::Window;
@@ -143,7 +144,15 @@ impl TaskService {
         task.failure = Some(failure);
         self.insert(&task, Some(due)).await?;
         self.metrics.ended(&task);
+        self.tell(&task);
         Ok(task)
+    }
+
+    /// Reports a task that failed to whoever wants to know.
+    fn tell(&self, task: &Task) {
+        if let (TaskState::Failed, Some(notifier)) = (task.state, &self.notifier) {
+            notifier.tell(Event::task_failed(task, self.store.now()));
+        }
     }
 
     /// Whether an instance has a task that has not ended, here or on another daemon.
@@ -217,6 +226,7 @@ impl TaskService {
         self.store.checkpoint(&task, view.snapshot.shards.iter()).await?;
         tracing::warn!(task = %task.id, instance = task.instance_id, why, "an unfinished task cannot go on");
         self.metrics.ended(&task);
+        self.tell(&task);
         if let Some(journals) = self.store.journals() {
             journals.forget(task.id);
         }
@@ -258,6 +268,7 @@ impl TaskService {
                 all.len()
             };
             service.metrics.unfinished(count);
+            service.tell(&job.recorder.task);
             job.recorder.publish();
             if let Some(member) = &service.member {
                 member.look_for_tasks();

@@ -20,6 +20,7 @@ use crate::model::shard::ShardId;
 use crate::model::task::{Cause, Command, Task, TaskState, transition};
 use crate::store::{Store, StoreError};
 use crate::tasks::time_budget::{self, TimeBudget};
+use crate::tasks::trace::TaskTrace;
 use crate::tasks::{TaskError, TaskView, Tune};
 
 /// What a line of the log says of its task. A sweep from the command line is the only one there.
@@ -106,6 +107,7 @@ pub(super) struct Recorder {
     /// Another daemon has the task by now.
     is_lost: bool,
     totals: Totals,
+    trace: TaskTrace,
 }
 
 impl Recorder {
@@ -124,6 +126,7 @@ impl Recorder {
         // What an earlier process counted is not counted again.
         let totals = Totals::of(&snapshot);
         Self {
+            trace: TaskTrace::new(&task),
             store,
             metrics,
             control,
@@ -195,6 +198,7 @@ impl Recorder {
         self.task.started_at = self.task.started_at.or_else(|| Some(self.store.now()));
         self.task.failure = None;
         self.snapshot.started_at = self.task.started_at;
+        self.trace.begun();
         self.sum_up();
         self.checkpoint().await;
         self.publish();
@@ -226,6 +230,7 @@ impl Recorder {
 
     async fn take(&mut self, event: ScanEvent) {
         log(&event, &self.task);
+        self.trace.take(&event);
         // The batch journal tells of batches and of the end of a pass, and not that one has to begin again.
         let at_once = matches!(event.what, ScanEventKind::PassRestarted { .. });
         self.checkpoint_due |= !matches!(event.what, ScanEventKind::Progressed { .. });
@@ -339,6 +344,7 @@ impl Recorder {
         }
         self.sum_up();
         log_end(&self.task);
+        self.trace.end(&self.task);
         self.checkpoint().await;
         while self.store_failed
             && let Some(closing) = persist

@@ -9,7 +9,7 @@ use crate::support::keyspace::Keyspace;
 use crate::support::proxy::Proxy;
 use crate::support::run::{Run, Running, run};
 use crate::support::server::Server;
-use crate::support::{PATIENCE, free_port, probe};
+use crate::support::{PATIENCE, free_port, probe, ttlsweep};
 
 async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
     run(args.iter().copied().chain(["--server", daemon.url()])).await
@@ -134,6 +134,30 @@ async fn a_daemon_that_is_not_there_is_said_in_one_line() {
 }
 
 #[tokio::test]
+async fn health_tells_a_daemon_that_is_well_from_one_that_is_not_and_from_none() {
+    let other = axum::Router::new().route("/healthz", axum::routing::get(async || "I am well"));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, other).await });
+    assert_eq!(run(["health", "--server", &url]).await.expect(0).stdout, "ok\n");
+    let unwell = run(["health", "--ready", "--server", &url]).await.expect(1);
+    assert!(unwell.stderr.contains("answered 404"), "{}", unwell.stderr);
+    let gone = run(["health", "--server", &format!("127.0.0.1:{}", free_port())]).await.expect(3);
+    assert!(gone.stderr.contains("Connection refused"), "{}", gone.stderr);
+}
+
+#[tokio::test]
+async fn a_system_without_certificates_of_authorities_asks_a_daemon_without_tls() {
+    let daemon = Daemon::start("").await;
+    for what in [&["instance", "list"][..], &["health"]] {
+        let mut command = ttlsweep();
+        command.args(what).args(["--server", daemon.url()]).env("SSL_CERT_FILE", "/dev/null");
+        let run = tokio::task::spawn_blocking(move || command.output().expect("it runs")).await.expect("no panic");
+        assert!(run.status.success(), "{what:?}: {}", String::from_utf8_lossy(&run.stderr));
+    }
+}
+
+#[tokio::test]
 async fn a_server_of_something_else_is_no_daemon() {
     let other = axum::Router::new().route("/api/v1/instances", axum::routing::get(async || "<html>hello</html>"));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -176,6 +200,8 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
     let ca = authority.cacert();
     let ca = ca.to_str().expect("a path");
     ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(0);
+    // It tells nobody a secret, and its certificate may be for another name.
+    ask(&daemon, &["health", "--ready"]).await.expect(0);
     let stranger = ask(&daemon, &["instance", "list"]).await.expect(3);
     assert!(stranger.stderr.contains("invalid peer certificate"), "{}", stranger.stderr);
     assert!(stranger.stderr.contains("hint: name the authority"), "{}", stranger.stderr);

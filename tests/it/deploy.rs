@@ -279,6 +279,11 @@ fn the_chart_carries_the_settings_the_alerts_and_the_dashboard() {
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     let dashboard: Value = serde_json::from_str(data("ttlsweep.json")).expect("JSON");
     assert_eq!(dashboard, serde_json::from_str::<Value>(&read("deploy/grafana/ttlsweep.json")).expect("JSON"));
+    let out = of_kind(&objects, "NetworkPolicy")[0]["spec"]["egress"].as_array().expect("rules").clone();
+    assert!(
+        out.iter().any(|rule| rule["ports"] == json!([{"protocol": "TCP", "port": 443}])),
+        "the webhook's: {out:?}"
+    );
     let (rules, alerts) = (of_kind(&objects, "PrometheusRule"), yaml("deploy/prometheus/alerts.yml"));
     assert_eq!(rules[0]["spec"], alerts[0]);
     // The alerts ask for job="ttlsweep": that is the label's value.
@@ -372,8 +377,50 @@ fn the_image_and_the_example_fit_together() {
 }
 
 #[test]
+fn the_release_workflow_runs_what_is_there() {
+    let workflow = &yaml(".github/workflows/release.yml")[0];
+    let jobs = workflow["jobs"].as_object().expect("jobs");
+    let steps = jobs.values().flat_map(|job| job["steps"].as_array().expect("steps"));
+    let commands: Vec<_> = steps.filter_map(|step| step["run"].as_str()).collect();
+    let words: Vec<_> = commands.iter().flat_map(|command| command.split([' ', '(', ')', '"'])).collect();
+    let (make, mut found) = (read("Makefile"), 0);
+    for script in words.iter().filter(|word| word.starts_with("scripts/")) {
+        assert!(root().join(script).is_file(), "{script}");
+        found += 1;
+    }
+    for targets in commands.iter().filter_map(|command| command.strip_prefix("make ")) {
+        for target in targets.split(' ') {
+            assert!(make.contains(&format!("\n{target}: ")), "make {target}");
+            found += 1;
+        }
+    }
+    assert!(found >= 7, "{commands:?}");
+    assert!(commands.iter().any(|command| command.contains("-unknown-linux-musl")), "an archive for any Linux");
+}
+
+#[test]
+fn everything_that_is_shipped_is_of_one_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (path, line) in [
+        ("Dockerfile", format!("#   docker build -t ttlsweep:{version} .")),
+        ("docker-compose.yml", format!("    image: ttlsweep:{version}")),
+        ("deploy/kubernetes/deployment.yaml", format!("          image: ttlsweep:{version}")),
+        ("deploy/kubernetes/fleet.yaml", format!("          image: ttlsweep:{version}")),
+        ("deploy/kubernetes/cronjob.yaml", format!("              image: ttlsweep:{version}")),
+        ("deploy/helm/ttlsweep/Chart.yaml", format!("appVersion: {version}")),
+        ("deploy/helm/ttlsweep/Chart.yaml", format!("version: {version}")),
+    ] {
+        assert!(read(path).lines().any(|found| found == line), "{path} has no line `{line}`");
+    }
+    let changes = read("CHANGELOG.md");
+    let mut headings = changes.lines().filter_map(|line| line.strip_prefix("## ")).filter(|of| *of != "Unreleased");
+    let newest = headings.next().expect("a version");
+    assert!(newest.starts_with(&format!("{version} - ")), "the newest version of CHANGELOG.md is {newest}");
+}
+
+#[test]
 fn the_settings_files_that_are_shipped_are_valid() {
-    for path in ["deploy/ttlsweep.toml", "deploy/compose/ttlsweep.toml"] {
+    for path in ["deploy/ttlsweep.toml", "deploy/compose/ttlsweep.toml", "deploy/deb/ttlsweep.toml"] {
         let run = ttlsweep().args(["settings", "check"]).arg(root().join(path)).output().expect("it runs");
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     }

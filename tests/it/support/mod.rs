@@ -8,6 +8,7 @@ pub mod certs;
 pub mod clients;
 pub mod cluster;
 pub mod daemon;
+pub mod hook;
 pub mod keyspace;
 pub mod postgres;
 pub mod proxy;
@@ -103,7 +104,8 @@ pub fn by(starters: &[&str]) -> Command {
 pub fn without_settings(command: &mut Command) {
     command.env_remove("REDISCLI_AUTH");
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("TTLSWEEP_") {
+        let name_text = name.to_string_lossy();
+        if name_text.starts_with("TTLSWEEP_") || name_text.starts_with("OTEL_") {
             command.env_remove(name);
         }
     }

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Makes what is given away, below target/packages: a Debian package, an archive, and their SHA-256. `make containers` installs, upgrades
+# and purges the Debian package under a systemd.
+#
+# The program is compiled here (profile `dist`). Where this toolchain has the standard library for it, the archive's is linked to musl
+# and so runs on any Linux; else it is linked to this system's C library, as the one in the Debian package, and the name of the archive says
+# so.
+#
+#   packages.sh            for this machine's architecture
+#   packages.sh BINARY     with a program that is there already
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=target/packages
+CARGO=${CARGO:-cargo}
+say() { echo "packages: $*" >&2; }
+die() { echo "FAILED: packages: $*" >&2; exit 1; }
+
+VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+HOST=$(rustc -vV | sed -n 's/^host: //p')
+MUSL=${HOST/-gnu/-musl}
+# The same input makes the same files.
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
+export SOURCE_DATE_EPOCH
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+rm -rf "$OUT"
+mkdir -p "$OUT"
+
+compile() { "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" && cp "${CARGO_TARGET_DIR:-target}/$1/dist/ttlsweep" "$work/ttlsweep-$1"; }
+has_std() { [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]; }
+
+if [ -n "${1:-}" ]; then
+  cp "$1" "$work/ttlsweep-$HOST"
+else
+  say "compiling for $HOST"
+  compile "$HOST"
+fi
+program="$work/ttlsweep-$HOST"
+
+# What goes beside the program, made by it.
+"$program" man "$work/man"
+for shell in bash zsh fish; do "$program" completions "$shell" >"$work/completions.$shell"; done
+
+archive() {
+  local name="ttlsweep-$VERSION-$1" binary=$2 root="$work/$1"
+  root="$root/$name"
+  mkdir -p "$root/completions"
+  install -m 755 "$binary" "$root/ttlsweep"
+  cp -r README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT docs "$root/"
+  cp -r deploy/systemd "$root/systemd"
+  cp deploy/ttlsweep.toml "$root/ttlsweep.toml"
+  cp -r "$work/man" "$root/man"
+  for shell in bash zsh fish; do cp "$work/completions.$shell" "$root/completions/ttlsweep.$shell"; done
+  tar --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner -C "$work/$1" -c "$name" |
+    gzip -9n >"$OUT/$name.tar.gz"
+  say "$OUT/$name.tar.gz: $(stat -c %s "$OUT/$name.tar.gz") bytes"
+}
+
+debian_package() {
+  local root="$work/deb" architecture libc file
+  case "$HOST" in
+    x86_64-*) architecture=amd64 ;;
+    aarch64-*) architecture=arm64 ;;
+    *) die "no Debian architecture for $HOST" ;;
+  esac
+  # The newest version of a symbol that the program asks for.
+  libc=$(objdump -T "$program" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -n 1)
+  [ -n "$libc" ] || die "the program asks for no version of libc: it is linked statically"
+  install -D -m 755 "$program" "$root/usr/bin/ttlsweep"
+  for file in deploy/systemd/*; do
+    # Debian's own places, and a user that is there, so that files can be given to it.
+    install -D -m 644 "$file" "$root/usr/lib/systemd/system/$(basename "$file")"
+    sed -i -e 's|/usr/local/bin/|/usr/bin/|' -e 's|^DynamicUser=yes$|User=ttlsweep|' \
+      -e '/^# The daemon\. Copy to/,/systemctl enable/c # The daemon.' -e '/^# The program: /d' "$root/usr/lib/systemd/system/$(basename "$file")"
+  done
+  install -D -m 644 deploy/deb/ttlsweep.toml "$root/etc/ttlsweep/ttlsweep.toml"
+  install -D -m 644 "$work/completions.bash" "$root/usr/share/bash-completion/completions/ttlsweep"
+  install -D -m 644 "$work/completions.zsh" "$root/usr/share/zsh/vendor-completions/_ttlsweep"
+  install -D -m 644 "$work/completions.fish" "$root/usr/share/fish/vendor_completions.d/ttlsweep.fish"
+  for file in "$work"/man/*; do
+    install -D -m 644 "$file" "$root/usr/share/man/man1/$(basename "$file")"
+    gzip -9n "$root/usr/share/man/man1/$(basename "$file")"
+  done
+  install -D -m 644 deploy/ttlsweep.toml "$root/usr/share/doc/ttlsweep/examples/ttlsweep.toml"
+  cp README.md docs/operations.md docs/reference.md "$root/usr/share/doc/ttlsweep/"
+  gzip -9n <CHANGELOG.md >"$root/usr/share/doc/ttlsweep/changelog.gz"
+  {
+    printf 'Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n\nFiles: *\n'
+    printf 'Copyright: %s\nLicense: Apache-2.0 or Expat\n\nLicense: Apache-2.0\n' "$(sed -n 's/^Copyright (c) //p' LICENSE-MIT)"
+    printf ' On Debian systems the text is in /usr/share/common-licenses/Apache-2.0.\n\nLicense: Expat\n'
+    sed -n '/^Permission/,$p' LICENSE-MIT | sed -e 's/^$/./' -e 's/^/ /'
+  } >"$root/usr/share/doc/ttlsweep/copyright"
+  chmod -R u=rwX,go=rX "$root"
+  mkdir "$root/DEBIAN"
+  install -m 755 deploy/deb/postinst deploy/deb/prerm deploy/deb/postrm "$root/DEBIAN/"
+  (cd "$root" && find etc -type f -printf '/%p\n' | sort) >"$root/DEBIAN/conffiles"
+  (cd "$root" && find usr -type f -print0 | sort -z | xargs -0 md5sum) >"$root/DEBIAN/md5sums"
+  sed -e "s/@VERSION@/$VERSION-1/" -e "s/@ARCHITECTURE@/$architecture/" -e "s/@LIBC@/${libc#GLIBC_}/" \
+    -e "s/@SIZE@/$(du -sk --apparent-size "$root" | cut -f 1)/" deploy/deb/control >"$root/DEBIAN/control"
+  dpkg-deb --root-owner-group -Zxz --build "$root" "$OUT/ttlsweep_$VERSION-1_$architecture.deb" >/dev/null
+  say "$OUT/ttlsweep_$VERSION-1_$architecture.deb: $(stat -c %s "$OUT"/*.deb) bytes, needs libc ${libc#GLIBC_}"
+}
+
+if has_std "$MUSL"; then
+  say "compiling for $MUSL"
+  compile "$MUSL"
+  archive "$MUSL" "$work/ttlsweep-$MUSL"
+else
+  echo "SKIPPED packages: no archive that runs on any Linux: this toolchain has no standard library for $MUSL (rustup target add $MUSL)"
+  archive "$HOST" "$program"
+fi
+if command -v dpkg-deb >/dev/null && command -v objdump >/dev/null; then
+  debian_package
+else
+  echo "SKIPPED packages: no Debian package: dpkg-deb or objdump is not on this machine"
+fi
+sums=$(cd "$OUT" && find . -type f -printf '%P\0' | sort -z | xargs -0 sha256sum)
+echo "$sums" | tee "$OUT/SHA256SUMS"

@@ -1,0 +1,90 @@
+//! What somebody who does not look should be told of.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::model::task::{Task, words};
+
+/// The kind of an [`Event`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum EventKind {
+    /// A task failed.
+    TaskFailed,
+    /// An instance that is swept by schedule has not been swept completely for too long.
+    NotSwept,
+}
+
+words!(EventKind, "event", TaskFailed = "task_failed", NotSwept = "not_swept");
+
+/// What happened, and to which instance.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// The same for the same fact, also after a restart, so that who is told twice can tell.
+    pub id: Uuid,
+    /// When it was noticed.
+    pub at: Timestamp,
+    /// The instance.
+    pub instance_id: String,
+    /// Its project.
+    pub project_id: String,
+    /// What happened.
+    pub what: Happened,
+}
+
+/// What is told of each kind.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Happened {
+    /// The task as it ended.
+    TaskFailed(Box<Task>),
+    /// No complete sweep for too long.
+    NotSwept {
+        /// When the last one ended; `None` where there never was one.
+        last_success: Option<Timestamp>,
+        /// How long may be between two.
+        allowed: Duration,
+    },
+}
+
+impl Event {
+    /// A task that has failed.
+    pub fn task_failed(task: &Task, now: Timestamp) -> Self {
+        Self {
+            id: Uuid::new_v5(&task.id.0, EventKind::TaskFailed.as_str().as_bytes()),
+            at: now,
+            instance_id: task.instance_id.clone(),
+            project_id: task.project_id.clone(),
+            what: Happened::TaskFailed(Box::new(task.clone())),
+        }
+    }
+
+    /// An instance that has not been swept completely for longer than allowed.
+    pub fn not_swept(
+        instance_id: &str,
+        project_id: &str,
+        last_success: Option<Timestamp>,
+        allowed: Duration,
+        now: Timestamp,
+    ) -> Self {
+        let since = last_success.map_or_else(|| "never".to_owned(), |at| at.to_string());
+        let fact = format!("ttlsweep:{}:{project_id}:{instance_id}:{since}", EventKind::NotSwept);
+        Self {
+            id: Uuid::new_v5(&Uuid::NAMESPACE_URL, fact.as_bytes()),
+            at: now,
+            instance_id: instance_id.to_owned(),
+            project_id: project_id.to_owned(),
+            what: Happened::NotSwept { last_success, allowed },
+        }
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> EventKind {
+        match self.what {
+            Happened::TaskFailed(_) => EventKind::TaskFailed,
+            Happened::NotSwept { .. } => EventKind::NotSwept,
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Tells a webhook what went wrong, and never holds anybody who reports it.
+//!
+//! [`Notifier::tell`] puts an event into a bounded queue and returns; one [`Delivery`] takes them out in order and posts each until it is
+//! taken, refused for good, or too old. What is in the queue when the process is killed is lost: the alerts on the metrics are what to
+//! rely on then.
+
+mod message;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use reqwest::{Client, StatusCode, redirect};
+use secrecy::ExposeSecret;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::Metrics;
+use crate::model::event::Event;
+use crate::settings::notify::NotifySettings;
+use crate::settings::serve::ServeSettings;
+
+/// Events that may wait. Whoever reports one more goes on without it.
+const QUEUE: usize = 256;
+/// How long the webhook may take to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// Before the second try. Each further wait is twice as long as the one before, up to the longest.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
+/// An event is tried for this long: longer than a restart of what listens, and not so long that the ones behind it are old news.
+const TRY_FOR: Duration = Duration::from_secs(1800);
+/// How long a daemon that stops waits for what is still to be sent.
+const LAST_CHANCE: Duration = Duration::from_secs(3);
+
+/// Where events are reported. Cloning is cheap.
+#[derive(Debug, Clone)]
+pub struct Notifier {
+    queue: mpsc::Sender<Event>,
+    metrics: Metrics,
+}
+
+impl Notifier {
+    /// Reports an event. Never waits.
+    pub fn tell(&self, event: Event) {
+        if let Err(error) = self.queue.try_send(event) {
+            let (mpsc::error::TrySendError::Full(event) | mpsc::error::TrySendError::Closed(event)) = error;
+            tracing::error!(event = %event.kind(), instance = event.instance_id, "nobody is told: too many events wait");
+            self.metrics.notified(event.kind(), "dropped");
+        }
+    }
+}
+
+/// The other end of the queue.
+#[derive(Debug)]
+pub struct Delivery {
+    queue: mpsc::Receiver<Event>,
+    settings: watch::Receiver<Arc<ServeSettings>>,
+    metrics: Metrics,
+}
+
+/// A queue for events that are told as the settings in force say.
+pub fn channel(settings: watch::Receiver<Arc<ServeSettings>>, metrics: Metrics) -> (Notifier, Delivery) {
+    let (sender, queue) = mpsc::channel(QUEUE);
+    (Notifier { queue: sender, metrics: metrics.clone() }, Delivery { queue, settings, metrics })
+}
+
+/// Why a request was not taken.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("it cannot be reached: {0}")]
+    Unreachable(String),
+    #[error("it answered {status}")]
+    Status { status: StatusCode, again_in: Option<Duration> },
+}
+
+impl Refusal {
+    /// An error of reqwest with its causes, and without the address, which may be a secret.
+    fn unreachable(error: reqwest::Error) -> Self {
+        let error = error.without_url();
+        let mut text = error.to_string();
+        let mut inner = std::error::Error::source(&error);
+        while let Some(cause) = inner {
+            text = format!("{text}: {cause}");
+            inner = cause.source();
+        }
+        Self::Unreachable(text)
+    }
+
+    /// Whether the same request may be taken later.
+    fn is_worth_a_retry(&self) -> bool {
+        match self {
+            Self::Unreachable(_) => true,
+            Self::Status { status, .. } => {
+                status.is_server_error()
+                    || matches!(*status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS)
+            }
+        }
+    }
+}
+
+impl Delivery {
+    /// Sends what is reported until told to stop, and what is left then once more, for a short time.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let work = async {
+            while let Some(event) = self.next(&stop).await {
+                self.deliver(&event, &stop).await;
+            }
+        };
+        let late = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LAST_CHANCE).await;
+        };
+        tokio::select! {
+            () = work => return,
+            () = late => {}
+        }
+        tracing::warn!(events = self.queue.len() + 1, "the webhook was not told before the daemon stopped");
+    }
+
+    /// The next event; `None` once told to stop and nothing is left.
+    async fn next(&mut self, stop: &CancellationToken) -> Option<Event> {
+        tokio::select! {
+            biased;
+            event = self.queue.recv() => event,
+            () = stop.cancelled() => None,
+        }
+    }
+
+    async fn deliver(&self, event: &Event, stop: &CancellationToken) {
+        let (kind, instance) = (event.kind(), &event.instance_id);
+        let began = Instant::now();
+        let mut wait = FIRST_WAIT;
+        loop {
+            // At each try as the settings are then: whoever puts an address right is told what waits.
+            let settings = self.settings.borrow().notify.clone();
+            let Some(settings) = settings.filter(|settings| settings.events.contains(&kind)) else { return };
+            let refusal = match post(&settings, event).await {
+                Ok(()) => {
+                    self.metrics.notified(kind, "delivered");
+                    tracing::debug!(event = %kind, instance, "the webhook was told");
+                    return;
+                }
+                Err(refusal) => refusal,
+            };
+            if let Refusal::Status { again_in: Some(again_in), .. } = &refusal {
+                wait = wait.max(*again_in).min(LONGEST_WAIT);
+            }
+            if !refusal.is_worth_a_retry() || stop.is_cancelled() || began.elapsed() + wait > TRY_FOR {
+                self.metrics.notified(kind, "given_up");
+                tracing::error!(event = %kind, instance, "the webhook is not told: {refusal}");
+                return;
+            }
+            self.metrics.notified(kind, "retried");
+            tracing::warn!(event = %kind, instance, again_in = ?wait, "the webhook was not told yet: {refusal}");
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = stop.cancelled() => {}
+            }
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
+    }
+}
+
+/// One request. A client for each: they are rare, and certificates of authorities may have been renewed.
+async fn post(settings: &NotifySettings, event: &Event) -> Result<(), Refusal> {
+    let mut client = Client::builder()
+        .timeout(ANSWER_WITHIN)
+        // A redirect would drop the body, or take it to where nobody meant it to go.
+        .redirect(redirect::Policy::none())
+        .user_agent(concat!("ttlsweep/", env!("CARGO_PKG_VERSION")));
+    if settings.url.expose_secret().starts_with("http://") {
+        // Where nothing is encrypted a system without certificates will do.
+        client = client.tls_certs_only([]);
+    }
+    let client = client.build().map_err(Refusal::unreachable)?;
+    let body = message::body(event, settings.format).to_string();
+    let second = Timestamp::now().as_second();
+    let mut request = client
+        .post(settings.url.expose_secret())
+        .header(CONTENT_TYPE, "application/json")
+        .header("webhook-id", event.id.to_string())
+        .header("webhook-timestamp", second.to_string());
+    let secret = settings.secret.as_ref().map(ExposeSecret::expose_secret);
+    if let Some(signature) = secret.and_then(|secret| message::signature(event.id, second, body.as_bytes(), secret)) {
+        request = request.header("webhook-signature", signature);
+    }
+    let response = request.body(body).send().await.map_err(Refusal::unreachable)?;
+    let status = response.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let again_in = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+    Err(Refusal::Status { status, again_in: again_in.map(Duration::from_secs) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::event::EventKind;
+    use crate::settings::serve;
+
+    fn settings(text: &str) -> watch::Receiver<Arc<ServeSettings>> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        watch::Sender::new(Arc::new(serve::load(file.path(), |_| Vec::new()).unwrap())).subscribe()
+    }
+
+    fn event() -> Event {
+        Event::not_swept("cache", "shop", None, Duration::from_secs(1), Timestamp::now())
+    }
+
+    fn counted(metrics: &Metrics, outcome: &str) -> u64 {
+        let series = format!("notifications_total{{event=\"{}\",outcome=\"{outcome}\"}} ", EventKind::NotSwept);
+        let text = metrics.encode();
+        text.lines().find_map(|line| line.strip_prefix("ttlsweep_")?.strip_prefix(&series)?.parse().ok()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn who_reports_more_than_can_wait_goes_on_and_the_rest_is_counted() {
+        let metrics = Metrics::default();
+        let (notifier, _delivery) = channel(settings(""), metrics.clone());
+        (0..QUEUE + 7).for_each(|_| notifier.tell(event()));
+        assert_eq!(counted(&metrics, "dropped"), 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_webhook_that_stays_away_is_given_up_after_half_an_hour_and_not_before() {
+        crate::node::tls::install_provider();
+        let metrics = Metrics::default();
+        let (notifier, delivery) = channel(settings("[notify]\nurl = \"http://127.0.0.1:1/\""), metrics.clone());
+        let began = Instant::now();
+        notifier.tell(event());
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(delivery.run(stop.clone()));
+        while counted(&metrics, "given_up") == 0 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let tried_for = began.elapsed();
+        assert!(tried_for > TRY_FOR - LONGEST_WAIT && tried_for <= TRY_FOR + ANSWER_WITHIN, "{tried_for:?}");
+        assert!(counted(&metrics, "retried") > 8);
+        stop.cancel();
+        running.await.unwrap();
+    }
+}

@@ -1,0 +1,94 @@
+//! `[notify]`: who is told of what went wrong.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use secrecy::SecretString;
+
+use crate::model::event::EventKind;
+use crate::model::task::words;
+use crate::settings::table::Table;
+use crate::settings::values::positive_duration;
+
+/// What the body of a request looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Everything that is known, as an object of our own.
+    Json,
+    /// `{"text": ...}`, which Slack, Mattermost, Rocket.Chat and Google Chat take.
+    Slack,
+    /// `{"content": ...}`.
+    Discord,
+    /// A card, which a workflow of Microsoft Teams takes.
+    Teams,
+}
+
+words!(Format, "format", Json = "json", Slack = "slack", Discord = "discord", Teams = "teams");
+
+/// Where to, in which form, and of what.
+#[derive(Debug, Clone)]
+pub struct NotifySettings {
+    /// Where to post. Who knows the address of a chat's webhook may post there too.
+    pub url: SecretString,
+    /// The form of the body.
+    pub format: Format,
+    /// With what a request is signed, if it is.
+    pub secret: Option<SecretString>,
+    /// What is told.
+    pub events: Vec<EventKind>,
+    /// How long an instance may be without a complete sweep, where it says nothing else.
+    pub not_swept_for: Duration,
+}
+
+/// Reads the table. `Some(None)`: nobody is told anything.
+pub(super) fn read(table: &Table<'_>) -> Option<Option<NotifySettings>> {
+    let named = ["url", "url-env", "url-file"].into_iter().filter(|key| table.has(key)).collect::<Vec<_>>();
+    if let [_, second, ..] = named[..] {
+        table.complain(second, format!("{second}: give one of url, url-env and url-file"));
+    }
+    let url = table.optional("url", |text| is_url(text).map(|()| SecretString::from(text)));
+    let url = url.or(table.secret("url-env", "url-file", is_url));
+    let format = table.read("format", |text| {
+        Format::from_str(text).map_err(|_| format!("`{text}` is none of {}", listed(Format::ALL)))
+    });
+    let secret = table.secret("secret-env", "secret-file", is_key);
+    let events = table.read("events", |text| {
+        let words = text.split(',').filter(|word| !word.is_empty());
+        let known = |word: &str| {
+            EventKind::from_str(word).map_err(|_| format!("`{word}` is none of {}", listed(EventKind::ALL)))
+        };
+        words.map(known).collect::<Result<Vec<_>, _>>()
+    });
+    let not_swept_for = table.read("not-swept-for", positive_duration);
+    table.no_more();
+    let (format, events, not_swept_for) = (format?, events?, not_swept_for?);
+    Some(url.map(|url| NotifySettings { url, format, secret, events, not_swept_for }))
+}
+
+fn is_url(text: &str) -> Result<(), String> {
+    match url::Url::parse(text) {
+        Ok(url) if matches!(url.scheme(), "http" | "https") => Ok(()),
+        _ => Err("is not a URL such as https://chat.example/hooks/1".to_owned()),
+    }
+}
+
+/// What a secret with this in front is, the rest of it says in base64, as other webhooks have it.
+pub const KEY_PREFIX: &str = "whsec_";
+
+/// The bytes to sign with; `None` where the text says that it is base64 and is not.
+pub fn signing_key(secret: &str) -> Option<Vec<u8>> {
+    use base64::Engine as _;
+    match secret.strip_prefix(KEY_PREFIX) {
+        Some(encoded) => base64::engine::general_purpose::STANDARD.decode(encoded).ok(),
+        None => Some(secret.as_bytes().to_vec()),
+    }
+}
+
+fn is_key(secret: &str) -> Result<(), String> {
+    signing_key(secret).map(drop).ok_or_else(|| format!("what stands behind {KEY_PREFIX} is not base64"))
+}
+
+fn listed(words: &[impl fmt::Display]) -> String {
+    words.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
