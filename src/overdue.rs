@@ -67,8 +67,10 @@ impl Overdue {
         let Some(notify) = notify else { return Ok(LOOK_AGAIN) };
         let now = self.service.store().now();
         let mut awaited = BTreeMap::new();
+        let schedules = self.service.store().schedules().await?;
         for instance in &settings.instances {
-            if self.service.auto_scan(instance).await?.enabled {
+            let set = schedules.auto_scan(&instance.id, &instance.project_id);
+            if set.unwrap_or(&instance.auto_scan).enabled {
                 awaited.insert(&instance.id, (instance, instance.not_swept_for.unwrap_or(notify.not_swept_for)));
             }
         }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::schedule::{AutoScan, Decision, GRACE, Moment, Skip, decide, until};
-use crate::model::task::Cause;
+use crate::model::task::{Cause, SweepTexts};
 use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::{Due, Mark, Schedules, StoreError};
 use crate::tasks::{TaskError, TaskService, TaskSpec};
@@ -50,6 +50,8 @@ struct Looked {
     waiting_for: Option<Timestamp>,
     /// The mark, where it is another one now.
     mark: Option<Mark>,
+    /// Whether the records do not have that mark yet.
+    is_new: bool,
 }
 
 impl Scheduler {
@@ -125,6 +127,16 @@ impl Scheduler {
             .map(|(instance, waits)| async move { (self.look(&instance, known, waits).await, instance) });
         let looked: Vec<_> = looks.buffer_unordered(AT_A_TIME).collect().await;
         let mut sleep = LOOK_AGAIN;
+        let new = looked.iter().filter_map(|(looked, instance)| {
+            let mark = looked.as_ref().ok().filter(|looked| looked.is_new)?.mark.as_ref()?;
+            Some((instance.id.as_str(), mark))
+        });
+        let new: Vec<_> = new.collect();
+        let written = self.written(self.service.store().set_marks(&new).await);
+        if let Err(error) = &written {
+            tracing::error!(%error, "the marks of schedules could not be written");
+            sleep = LOOK_SOON;
+        }
         for (looked, instance) in looked {
             let looked = match looked {
                 Ok(looked) => looked,
@@ -139,7 +151,7 @@ impl Scheduler {
                 Some(due) => drop(waiting.insert(instance.id.clone(), due)),
                 None => drop(waiting.remove(&instance.id)),
             }
-            if let Some(mark) = looked.mark {
+            if let Some(mark) = looked.mark.filter(|_| !looked.is_new || written.is_ok()) {
                 schedules.set_mark(&instance.id, mark);
             }
         }
@@ -170,14 +182,12 @@ impl Scheduler {
             Some(mark) if mark.schedule.is_some() => None,
             _ => Some(Mark { handled, schedule: Some(schedule) }),
         };
-        if let Some(mark) = &mark {
-            self.written(store.set_mark(&instance.id, mark).await)?;
-        }
+        let is_new = mark.is_some();
         if !config.enabled {
-            return Ok(Looked { sleep: LOOK_AGAIN, waiting_for: None, mark });
+            return Ok(Looked { sleep: LOOK_AGAIN, waiting_for: None, mark, is_new });
         }
         let looked = self.act(instance, config, handled, now, waiting_for).await?;
-        Ok(Looked { mark: looked.mark.or(mark), ..looked })
+        Ok(Looked { mark: looked.mark.or(mark), is_new, ..looked })
     }
 
     /// Counts what could not be written.
@@ -209,13 +219,13 @@ impl Scheduler {
         }
         let dealt_with = |due| {
             let mark = Mark { handled: due, schedule: Some(config.schedule()) };
-            Looked { sleep: Duration::ZERO, waiting_for: None, mark: Some(mark) }
+            Looked { sleep: Duration::ZERO, waiting_for: None, mark: Some(mark), is_new: false }
         };
-        let waits = |due| Looked { sleep: LOOK_SOON, waiting_for: Some(due), mark: None };
+        let waits = |due| Looked { sleep: LOOK_SOON, waiting_for: Some(due), mark: None, is_new: false };
         match decision {
             Decision::Sleep(next) => {
                 let sleep = next.map_or(LOOK_AGAIN, |next| until(now, next));
-                Ok(Looked { sleep, waiting_for, mark: None })
+                Ok(Looked { sleep, waiting_for, mark: None, is_new: false })
             }
             Decision::Wait(due) => Ok(waits(due)),
             Decision::Skip(due, why) => {
@@ -227,7 +237,7 @@ impl Scheduler {
                 Ok(()) | Err(TaskError::Store(StoreError::DealtWith)) => Ok(dealt_with(due)),
                 // Somebody was quicker; the grace goes on.
                 Err(TaskError::Busy(_)) => Ok(waits(due)),
-                Err(TaskError::Closing) => Ok(Looked { sleep: LOOK_AGAIN, waiting_for, mark: None }),
+                Err(TaskError::Closing) => Ok(Looked { sleep: LOOK_AGAIN, waiting_for, mark: None, is_new: false }),
                 Err(error) => Err(error),
             },
         }
@@ -274,7 +284,7 @@ impl Scheduler {
     }
 
     async fn begin(&self, instance: &Instance, config: &AutoScan, due: Timestamp) -> Result<(), TaskError> {
-        let mut texts = instance.settings.sweep_texts.clone();
+        let mut texts = SweepTexts::clone(&instance.settings.sweep_texts);
         texts.insert("count".to_owned(), config.count.to_string());
         texts.insert("timeout".to_owned(), format!("{}s", config.timeout_s));
         // Both were checked when they were set; if a stored one is wrong all the same, the instance's own will do.

@@ -14,7 +14,7 @@ use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_s
 use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, TaskList};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check;
-use crate::model::task::{Cause, TaskId, TaskState};
+use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
 use crate::tasks::{Order, TaskSpec, TaskView, Tune};
@@ -150,7 +150,7 @@ pub async fn create_task(
     if request.timeout_s.is_some_and(|seconds| seconds > LONGEST_S) {
         return Err(ApiError::invalid("timeout_s"));
     }
-    let mut texts = instance.settings.sweep_texts.clone();
+    let mut texts = SweepTexts::clone(&instance.settings.sweep_texts);
     texts.extend(tuning_texts(request.intensity, request.max_keys_per_sec, request.limits));
     let mut set = |key: &str, text: Option<String>| texts.extend(text.map(|text| (key.to_owned(), text)));
     set("count", request.count.map(|count| count.to_string()));

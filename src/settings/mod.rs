@@ -15,6 +15,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::ExposeSecret;
@@ -139,7 +140,7 @@ pub struct Settings {
     /// Where the task and its checkpoint are kept; `None`: nowhere.
     pub state: Option<PathBuf>,
     /// What `scan` was made of, as text by key: kept with a task's record, and enough to make it again.
-    pub sweep_texts: SweepTexts,
+    pub sweep_texts: Arc<SweepTexts>,
 }
 
 /// A password that came by another way than a key: `REDISCLI_AUTH`, `--askpass`, `password-env` of the daemon's file.
@@ -251,7 +252,7 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
                 follow: follow?,
             },
             state: state?,
-            sweep_texts,
+            sweep_texts: Arc::new(sweep_texts),
         })
     })();
     match resolved {

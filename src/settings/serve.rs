@@ -297,7 +297,7 @@ impl<'a> Reader<'a> {
     {
         let tables = root.list("instances");
         for table in &tables {
-            let Some(instance) = self.instance(table) else { continue };
+            let Some(mut instance) = self.instance(table) else { continue };
             if instances.iter().any(|other| other.id == instance.id) {
                 table.complain("id", format!("id: `{}` is taken by an instance above", instance.id));
                 continue;
@@ -305,6 +305,11 @@ impl<'a> Reader<'a> {
             if let Some(other) = instances.iter().find(|other| other.settings.target == instance.settings.target) {
                 let message = format!("url: the instance `{}` is at the same address: two sweeps at once", other.id);
                 table.complain("url", message);
+            }
+            // Most are swept alike: ten thousand copies of the same texts would be most of what a daemon holds.
+            let texts = instances.last().map(|other: &Arc<Instance>| &other.settings.sweep_texts);
+            if let Some(texts) = texts.filter(|texts| **texts == instance.settings.sweep_texts) {
+                instance.settings.sweep_texts = texts.clone();
             }
             instances.push(Arc::new(instance));
         }

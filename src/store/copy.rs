@@ -108,10 +108,7 @@ impl Store {
                 for (instance, project, config) in schedules.auto_scans() {
                     schedules::set_auto_scan(&mut *conn, instance, project, config).await?;
                 }
-                for (instance, mark) in schedules.marks() {
-                    schedules::set_mark(&mut *conn, instance, mark).await?;
-                }
-                Ok(())
+                schedules::set_marks(conn, &schedules.marks().collect::<Vec<_>>()).await
             })
             .await
     }

@@ -231,12 +231,15 @@ impl Store {
         self.run(schedules::all).await
     }
 
-    /// Sets the mark of an instance's due times, also back.
+    /// Sets the marks of the due times of instances, also back.
     ///
     /// # Errors
-    /// [`StoreError::Sql`].
-    pub async fn set_mark(&self, instance_id: &str, mark: &Mark) -> Result<(), StoreError> {
-        self.transact(async |conn| schedules::set_mark(conn, instance_id, mark).await).await
+    /// [`StoreError::Sql`]; then none of them was set.
+    pub async fn set_marks(&self, marks: &[(&str, &Mark)]) -> Result<(), StoreError> {
+        if marks.is_empty() {
+            return Ok(());
+        }
+        self.transact(async |conn| schedules::set_marks(conn, marks).await).await
     }
 
     /// Records that due times are skipped. Returns those that nobody had dealt with yet.
@@ -292,7 +295,7 @@ impl Store {
                 Some(config) => schedules::set_auto_scan(&mut *conn, instance_id, project_id, config).await?,
                 None => schedules::forget_auto_scan(&mut *conn, instance_id).await?,
             }
-            schedules::set_mark(&mut *conn, instance_id, &Mark { handled: now, schedule: None }).await?;
+            schedules::set_marks(&mut *conn, &[(instance_id, &Mark { handled: now, schedule: None })]).await?;
             if self.shared.is_some() {
                 fleet::notify(conn, fleet::SCHEDULES).await?;
             }

@@ -81,6 +81,9 @@ fn auto_scan_of(row: &AnyRow) -> Result<AutoScan, StoreError> {
     })
 }
 
+/// Marks that one statement sets.
+const MARKS_AT_ONCE: usize = 500;
+
 /// What is known of the due times of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
@@ -148,17 +151,22 @@ pub(super) async fn all(conn: &mut AnyConnection) -> Result<Schedules, StoreErro
     Ok(schedules)
 }
 
-/// Sets the mark, wherever it was.
-pub(super) async fn set_mark(conn: &mut AnyConnection, instance_id: &str, mark: &Mark) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO dues (instance_id, handled, schedule) VALUES ($1, $2, $3) ON CONFLICT (instance_id) DO UPDATE SET \
-         handled = excluded.handled, schedule = excluded.schedule",
-    )
-    .bind(instance_id)
-    .bind(mark_of(mark.handled))
-    .bind(&mark.schedule)
-    .execute(conn)
-    .await?;
+/// Sets marks, wherever they were.
+pub(super) async fn set_marks(conn: &mut AnyConnection, marks: &[(&str, &Mark)]) -> Result<(), StoreError> {
+    for some in marks.chunks(MARKS_AT_ONCE) {
+        let rows: Vec<_> =
+            (0..some.len()).map(|row| format!("(${}, ${}, ${})", 3 * row + 1, 3 * row + 2, 3 * row + 3)).collect();
+        let sql = format!(
+            "INSERT INTO dues (instance_id, handled, schedule) VALUES {} ON CONFLICT (instance_id) DO UPDATE SET \
+             handled = excluded.handled, schedule = excluded.schedule",
+            rows.join(", ")
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for (instance_id, mark) in some {
+            query = query.bind((*instance_id).to_owned()).bind(mark_of(mark.handled)).bind(mark.schedule.clone());
+        }
+        query.execute(&mut *conn).await?;
+    }
     Ok(())
 }
 

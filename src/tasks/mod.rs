@@ -126,7 +126,7 @@ impl TaskSpec {
             target: settings.target.clone(),
             cause,
             settings: settings.scan.clone(),
-            sweep: settings.sweep_texts.clone(),
+            sweep: SweepTexts::clone(&settings.sweep_texts),
             conn,
             window: None,
             min_backlog: None,
