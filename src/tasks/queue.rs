@@ -334,9 +334,12 @@ impl TaskService {
     /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out; [`TaskError::OwnerSilent`] and
     /// [`TaskError::OwnerFailed`] where another daemon has the task.
     pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
-        match &self.member {
-            Some(member) if self.watch(id).is_none() => member.order(self, id, order).await,
-            _ => self.order_here(id, order).await,
+        match (self.order_here(id, order.clone()).await, &self.member) {
+            // It is not here, or was until a moment ago.
+            (Err(TaskError::Ended | TaskError::Store(StoreError::Fenced(_))), Some(member)) => {
+                member.order(self, id, order).await
+            }
+            (done, _) => done,
         }
     }
 
