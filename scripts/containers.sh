@@ -103,7 +103,8 @@ stand_ins() {
         cat >"$work/context/Dockerfile" <<'EOF'
 FROM debian:bookworm-slim
 COPY toolchain /usr/local/rust
-COPY certificates /etc/ssl/certs/ca-certificates.crt
+COPY certificates /usr/local/rust/certificates.crt
+ENV CARGO_HTTP_CAINFO=/usr/local/rust/certificates.crt
 ENV PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 EOF
         # The certificate authorities of this machine, for crates that are fetched by way of a proxy of its own.
