@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::sdk;
 use crate::support::clients::{client, output, root};
 use crate::support::daemon::{Daemon, EACH_SECOND, PROJECT, instance};
+use crate::support::hook::Hook;
 use crate::support::keyspace::Keyspace;
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
@@ -434,4 +435,35 @@ async fn instances_come_from_a_folder_of_files_too() {
     std::fs::remove_file(folder.join("c.toml")).expect("a file");
     std::fs::remove_file(folder.join("b.toml")).expect("a file");
     assert_eq!(daemon.post("/api/v1/reload").await.ok()["instances"], 1);
+}
+
+#[tokio::test]
+async fn one_of_several_daemons_tells_what_is_not_swept_and_another_does_once_that_is_gone() {
+    let (hook, server) = (Hook::start(&[]).await, Server::start().await);
+    let far = "not-swept-for = \"1s\"\n[instances.auto-scan]\nenabled = true\ncron = \"0 0 1 1 *\"\n";
+    let settings = format!("[notify]\nurl = \"{}\"\n{}", hook.url(), instance("late", &server.url(), far));
+    let Some(mut fleet) = Fleet::start(2, &settings).await else { return };
+    let id = hook.wait_for(1).await[0].json()["id"].clone();
+    // A reload has it look at once.
+    let reload = async |daemon: &Daemon| {
+        let before = daemon.log().matches("settings read again").count();
+        daemon.signal("HUP");
+        probe("it reads its settings again", PATIENCE, async || {
+            daemon.log().matches("settings read again").count() > before
+        })
+        .await;
+    };
+    for _ in 0..3 {
+        reload(&fleet.daemons[0]).await;
+        reload(&fleet.daemons[1]).await;
+    }
+    assert_eq!(hook.calls().len(), 1);
+    assert_eq!(fleet.daemons[0].stop().await, Some(0));
+    probe("the other one tells", PATIENCE, async || {
+        reload(&fleet.daemons[1]).await;
+        hook.calls().len() > 1
+    })
+    .await;
+    let again = hook.calls()[1].json();
+    assert_eq!((&again["type"], &again["id"]), (&"not_swept".into(), &id));
 }
