@@ -23,6 +23,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// How often a busy instance is looked at while its due scan waits, and after trouble with the store.
 const LOOK_SOON: Duration = Duration::from_millis(500);
 
+/// How often it is looked what other daemons have dealt with.
+const REFRESH_EVERY: Duration = Duration::from_secs(1);
 /// Instances that are looked at at a time: each look at a due one is a few round trips to the records.
 const AT_A_TIME: usize = 4;
 /// Missed due times of an instance that are recorded one by one after a long absence.
@@ -61,6 +63,8 @@ impl Scheduler {
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
         // The schedules as they were last read, with the marks that were set since.
         let mut known: Option<(Schedules, Instant)> = None;
+        // When it was last seen what other daemons have dealt with.
+        let mut refreshed = Instant::now();
         // The settings whose instances are known to be the only ones with a mark.
         let mut tidied: Option<Arc<ServeSettings>> = None;
         loop {
@@ -87,6 +91,7 @@ impl Scheduler {
                 }
             }
             if let Some((schedules, _)) = &mut known {
+                refreshed = self.refresh(schedules, refreshed).await;
                 sleep = sleep.min(self.look_at_all(&settings, schedules, &mut waiting).await);
             }
             tokio::select! {
@@ -108,6 +113,22 @@ impl Scheduler {
             store.last_successes().await?.iter().for_each(|(instance, at)| self.metrics.succeeded(instance, *at));
         }
         store.schedules().await
+    }
+
+    /// Takes over what other daemons have dealt with, so that nothing is tried in vain; not more often than each second. Returns when
+    /// that was.
+    async fn refresh(&self, schedules: &mut Schedules, last: Instant) -> Instant {
+        let store = self.service.store();
+        if store.fleet().is_none() || last.elapsed() < REFRESH_EVERY {
+            return last;
+        }
+        let after = store.now().checked_sub(GRACE + GRACE).unwrap_or(Timestamp::MIN);
+        match store.marks_after(after).await {
+            Ok(marks) => marks.into_iter().for_each(|(instance, mark)| schedules.set_mark(&instance, mark)),
+            // Then it is tried in vain, which is as right.
+            Err(error) => tracing::warn!(%error, "what other daemons have dealt with could not be read"),
+        }
+        Instant::now()
     }
 
     /// Looks at each instance, some at a time. Returns how long nothing will be to do.

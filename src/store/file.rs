@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use sqlx::migrate::Migrator;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteError, SqliteJournalMode};
 use sqlx::{ConnectOptions, Connection};
 
 use crate::store::StoreError;
@@ -147,7 +147,9 @@ pub(super) fn hint(error: &StoreError) -> Option<&'static str> {
         }
         _ => sqlx,
     };
-    let code = sqlx.and_then(sqlx::Error::as_database_error).and_then(|error| error.code()?.parse::<u32>().ok());
+    let of_sqlite = sqlx.and_then(sqlx::Error::as_database_error);
+    let of_sqlite = of_sqlite.filter(|error| error.try_downcast_ref::<SqliteError>().is_some());
+    let code = of_sqlite.and_then(|error| error.code()?.parse::<u32>().ok());
     // The low byte is the error, and what is above tells its kinds apart.
     match (code.map(|code| code & 0xFF), io.map(std::io::Error::kind)) {
         (Some(SQLITE_CORRUPT | SQLITE_NOTADB), _) => Some(DAMAGED),

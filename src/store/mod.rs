@@ -117,7 +117,7 @@ impl StoreError {
 /// What is stored of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
-    /// The shard as its task showed it last. What it held for is not kept.
+    /// The shard as its task showed it last.
     pub view: ShardView,
     /// The process was killed in the middle of these passes, and the batch journal does not tell what they had counted then.
     pub uncounted: Vec<DbIndex>,
@@ -201,26 +201,21 @@ impl Store {
     /// [`StoreError::DealtWith`], [`StoreError::Unfinished`] where the records are shared and another daemon was quicker;
     /// [`StoreError::Sql`]. There is no task then.
     pub async fn insert(&self, task: &Task, due: Option<Due<'_>>) -> Result<(), StoreError> {
-        let inserted = self
-            .transact(async |conn| {
-                rows::insert_task(&mut *conn, task).await?;
-                if let Some(due) = due
-                    && !schedules::deal_with(&mut *conn, &task.instance_id, due, Some(task.id)).await?
-                {
-                    return Err(StoreError::DealtWith);
-                }
-                if self.shared.is_some() {
-                    fleet::notify(conn, fleet::TASKS).await?;
-                }
-                Ok(())
-            })
-            .await;
-        match inserted {
-            Err(StoreError::Sql(error)) if error.as_database_error().is_some_and(|e| e.is_unique_violation()) => {
-                Err(StoreError::Unfinished(task.instance_id.clone()))
+        self.transact(async |conn| {
+            if let Some(due) = due
+                && !schedules::deal_with(&mut *conn, &task.instance_id, due, Some(task.id)).await?
+            {
+                return Err(StoreError::DealtWith);
             }
-            inserted => inserted,
-        }
+            if !rows::insert_task(&mut *conn, task).await? {
+                return Err(StoreError::Unfinished(task.instance_id.clone()));
+            }
+            if self.shared.is_some() {
+                fleet::notify(conn, fleet::TASKS).await?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// What the records hold of the schedules of all instances.
@@ -229,6 +224,14 @@ impl Store {
     /// [`StoreError`].
     pub async fn schedules(&self) -> Result<Schedules, StoreError> {
         self.run(schedules::all).await
+    }
+
+    /// The marks that lie after an instant, by instance: what other daemons have dealt with since.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn marks_after(&self, after: Timestamp) -> Result<Vec<(String, Mark)>, StoreError> {
+        self.run(async |conn| schedules::marks_after(conn, after).await).await
     }
 
     /// Sets the marks of the due times of instances, also back.

@@ -32,6 +32,11 @@ struct Report {
     settling: Duration,
     finished: bool,
     failure: Option<StoredFailure>,
+    /// Why it held when this was written, and the facts beside it: for those who follow a task that another daemon has.
+    #[serde(default)]
+    hold: Option<String>,
+    #[serde(default)]
+    hold_detail: Option<String>,
     passes: BTreeMap<u32, Pass>,
 }
 
@@ -125,6 +130,8 @@ pub(super) fn to_json(view: &ShardView) -> String {
             message: failure.message.clone(),
             hint: failure.hint.clone(),
         }),
+        hold: view.hold.map(|reason| reason.to_string()),
+        hold_detail: view.hold_detail.clone(),
         passes: view.passes.iter().map(|(db, figures)| (db.0, Pass::of(figures))).collect(),
     };
     serde_json::to_string(&report).unwrap_or_default()
@@ -163,6 +170,8 @@ pub(super) fn complete(view: &mut ShardView, json: &str) {
         let kind: FailureKind = failure.kind.parse().ok()?;
         Some(Failure { kind, message: failure.message, hint: failure.hint })
     });
+    view.hold = report.hold.and_then(|reason| reason.parse().ok());
+    view.hold_detail = report.hold_detail;
     for (db, pass) in report.passes {
         if let Some(figures) = view.passes.get_mut(&DbIndex(db)) {
             pass.complete(figures);
@@ -205,6 +214,7 @@ impl Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::throttle::Reason;
 
     fn view() -> ShardView {
         let figures = PassFigures {
@@ -234,6 +244,8 @@ mod tests {
             settling: Duration::from_millis(100),
             finished: true,
             failure: Some(Failure::new(FailureKind::TooSlow, "slow").hint("faster")),
+            hold: Some(Reason::Latency),
+            hold_detail: Some("9 ms".into()),
             ..ShardView::default()
         }
     }

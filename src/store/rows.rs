@@ -19,8 +19,10 @@ use crate::store::{StoreError, report};
 pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, sweep, respect_window, cause, state, created_at, \
                             started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note, owner, fence, place";
 
-pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result<(), StoreError> {
-    sqlx::query(AssertSqlSafe(format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({})", marks(20))))
+/// Adds a task. Returns false where the instance has an unfinished one, as far as the database itself sees to that.
+pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result<bool, StoreError> {
+    let sql = format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({}) ON CONFLICT DO NOTHING", marks(20));
+    let added = sqlx::query(AssertSqlSafe(sql))
         .bind(task.id.to_string())
         .bind(&task.instance_id)
         .bind(&task.project_id)
@@ -43,7 +45,7 @@ pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result
         .bind(&task.place)
         .execute(conn)
         .await?;
-    Ok(())
+    Ok(added.rows_affected() > 0)
 }
 
 /// Writes what may change of a task, if it still has the fencing number that the caller knows.

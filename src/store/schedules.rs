@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::TryStreamExt;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use sqlx::any::AnyRow;
@@ -140,15 +141,30 @@ impl Schedules {
 /// The schedules of all instances, in two statements.
 pub(super) async fn all(conn: &mut AnyConnection) -> Result<Schedules, StoreError> {
     let mut schedules = Schedules::default();
-    for row in sqlx::query("SELECT * FROM auto_scans").fetch_all(&mut *conn).await? {
+    // Row by row: there may be ten thousand of them.
+    let mut rows = sqlx::query("SELECT * FROM auto_scans").fetch(&mut *conn);
+    while let Some(row) = rows.try_next().await? {
         let entry = (row.try_get("project_id")?, auto_scan_of(&row)?);
         schedules.auto_scans.insert(row.try_get("instance_id")?, entry);
     }
-    for row in sqlx::query("SELECT instance_id, handled, schedule FROM dues").fetch_all(conn).await? {
-        let mark = Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? };
-        schedules.marks.insert(row.try_get("instance_id")?, mark);
+    drop(rows);
+    let mut rows = sqlx::query("SELECT instance_id, handled, schedule FROM dues").fetch(conn);
+    while let Some(row) = rows.try_next().await? {
+        let (instance_id, mark) = mark_in(&row)?;
+        schedules.marks.insert(instance_id, mark);
     }
     Ok(schedules)
+}
+
+/// The marks that lie after an instant.
+pub(super) async fn marks_after(conn: &mut AnyConnection, after: Timestamp) -> Result<Vec<(String, Mark)>, StoreError> {
+    let query = sqlx::query("SELECT instance_id, handled, schedule FROM dues WHERE handled > $1");
+    query.bind(mark_of(after)).fetch_all(conn).await?.iter().map(mark_in).collect()
+}
+
+fn mark_in(row: &AnyRow) -> Result<(String, Mark), StoreError> {
+    let mark = Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? };
+    Ok((row.try_get("instance_id")?, mark))
 }
 
 /// Sets marks, wherever they were.
@@ -186,6 +202,10 @@ pub(super) async fn deal_with(
     .bind(task.map(|id| id.to_string()))
     .execute(&mut *conn)
     .await?;
+    if added.rows_affected() == 0 {
+        // Whoever did has moved the mark with it.
+        return Ok(false);
+    }
     sqlx::query(
         "INSERT INTO dues (instance_id, handled) VALUES ($1, $2) ON CONFLICT (instance_id) DO UPDATE SET \
          handled = CASE WHEN dues.handled < excluded.handled THEN excluded.handled ELSE dues.handled END",
@@ -194,7 +214,7 @@ pub(super) async fn deal_with(
     .bind(mark_of(due.at))
     .execute(conn)
     .await?;
-    Ok(added.rows_affected() > 0)
+    Ok(true)
 }
 
 /// Forgets the marks of all other instances.

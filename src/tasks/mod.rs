@@ -333,7 +333,8 @@ impl TaskService {
         for (id, shard) in &known {
             // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
             // where its slots have gone to other shards since.
-            let view = ShardView { failure: None, finished: false, ..shard.view.clone() };
+            let view =
+                ShardView { failure: None, finished: false, hold: None, hold_detail: None, ..shard.view.clone() };
             snapshot.shards.insert(id.clone(), Arc::new(view));
         }
         let plan = ScanPlan {

@@ -13,7 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::engine::control::{Control, StopReason};
 use crate::model::event::Event;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::Snapshot;
+use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
 use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
@@ -292,8 +292,14 @@ impl TaskService {
 
     async fn stored_view(&self, task: Task) -> Result<TaskView, TaskError> {
         let stored = self.store.shards(task.id).await?;
-        let shards = stored.into_iter().map(|(id, shard)| (id, Arc::new(shard.view))).collect();
-        let snapshot = Snapshot { started_at: task.started_at, shards, waits: None };
+        // Why a shard held is of the present only while somebody sweeps it.
+        let present = |view: ShardView| match &task.owner {
+            Some(_) => view,
+            None => ShardView { hold: None, hold_detail: None, ..view },
+        };
+        let shards = stored.into_iter().map(|(id, shard)| (id, Arc::new(present(shard.view)))).collect();
+        let is_queued = self.member.is_some() && task.owner.is_none() && task.state == TaskState::Waiting;
+        let snapshot = Snapshot { started_at: task.started_at, shards, waits: is_queued.then_some(Reason::Queued) };
         Ok(TaskView { task, snapshot })
     }
 

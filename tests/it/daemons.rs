@@ -111,6 +111,8 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     let order = async |what: &str| other.post(&format!("/api/v1/tasks/{id}/{what}")).await;
     assert_eq!(order("pause").await.ok()["state"], "paused");
     assert_eq!(fleet.daemons[owner].task(&id).await["state"], "paused");
+    // Why it stands still is said by the other one too.
+    probe("the reason is said", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
     assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
     assert_eq!(order("resume").await.ok()["state"], "running");
     let mut events = other.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
@@ -294,7 +296,8 @@ async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
     let id = near.scan("far").await;
     let started = Instant::now();
     probe("it is not claimed", PATIENCE, async || {
-        assert_eq!(near.task(&id).await["state"], "waiting");
+        let task = near.task(&id).await;
+        assert_eq!((&task["state"], &task["holds"][0]["reason"]), (&json!("waiting"), &json!("queued")));
         started.elapsed() > Duration::from_secs(1)
     })
     .await;

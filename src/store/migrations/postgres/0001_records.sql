@@ -109,6 +109,8 @@ CREATE TABLE dues (
     schedule        TEXT
 );
 
+CREATE INDEX dues_by_mark ON dues (handled);
+
 -- What became of each due time: it was run, or skipped, and why. Whoever adds the row has dealt with it; there is one row for each.
 CREATE TABLE due_times (
     instance_id     TEXT COLLATE "C" NOT NULL,
