@@ -237,7 +237,8 @@ async fn table(standins: &Everywhere, instances: usize, daemons: usize, burst: u
 async fn kills(standins: &Everywhere, kills: usize) -> Vec<i64> {
     let Some(postgres) = Postgres::start().await else { return Vec::new() };
     let mut conn = postgres.conn().await;
-    let slow = "count = 10\nmax-keys-per-sec = 5\n";
+    // A batch each second, and four minutes in all.
+    let slow = "count = 1\nmax-slice = \"0s\"\nmax-keys-per-sec = 1\n";
     let file = settings(1, standins.port, &postgres, slow, |_| Some(Timestamp::now() + SignedDuration::from_secs(5)));
     let mut daemons = [Daemon::start(file.path(), "d0"), Daemon::start(file.path(), "d1")];
     let mut times = Vec::new();
