@@ -232,6 +232,14 @@ pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, V
     Ok(Settings { scan: made.scan, sweep_texts: made.sweep_texts, ..instance.clone() })
 }
 
+/// What was met in the files so far, to find what is named twice.
+#[derive(Default)]
+struct Known {
+    ids: BTreeSet<String>,
+    /// The instance at each address.
+    targets: BTreeMap<String, String>,
+}
+
 struct Reader<'a> {
     file: &'a File,
     defaults: &'a toml::de::DeTable<'a>,
@@ -258,7 +266,8 @@ impl<'a> Reader<'a> {
         let base = Table::new(self.file, "auto-scan", 0, None, self.defaults("auto-scan"));
         let auto_scan = Self::auto_scan(&base);
         let mut instances: Vec<Arc<Instance>> = Vec::new();
-        self.instances(&root, &mut instances);
+        let mut known = Known::default();
+        self.instances(&root, &mut instances, &mut known);
         let mut hash = Sha256::new_with_prefix(self.file.text());
         for path in root.optional("include", |pattern| self.file.included(pattern)).unwrap_or_default() {
             let included = match File::read(&path) {
@@ -271,7 +280,7 @@ impl<'a> Reader<'a> {
             hash.update(included.text());
             if let Some(own) = included.root() {
                 let root = Table::new(&included, "", 0, Some(&own), None);
-                Reader { file: &included, defaults: self.defaults }.instances(&root, &mut instances);
+                Reader { file: &included, defaults: self.defaults }.instances(&root, &mut instances, &mut known);
                 root.no_more();
             }
             self.file.add_problems(included.into_problems());
@@ -291,19 +300,20 @@ impl<'a> Reader<'a> {
     }
 
     /// `[[instances]]` of one file, beside those of the files before it.
-    fn instances<'b>(&'b self, root: &Table<'b>, instances: &mut Vec<Arc<Instance>>)
+    fn instances<'b>(&'b self, root: &Table<'b>, instances: &mut Vec<Arc<Instance>>, known: &mut Known)
     where
         'a: 'b,
     {
         let tables = root.list("instances");
         for table in &tables {
             let Some(mut instance) = self.instance(table) else { continue };
-            if instances.iter().any(|other| other.id == instance.id) {
+            if !known.ids.insert(instance.id.clone()) {
                 table.complain("id", format!("id: `{}` is taken by an instance above", instance.id));
                 continue;
             }
-            if let Some(other) = instances.iter().find(|other| other.settings.target == instance.settings.target) {
-                let message = format!("url: the instance `{}` is at the same address: two sweeps at once", other.id);
+            let other = known.targets.insert(instance.settings.target.to_string(), instance.id.clone());
+            if let Some(other) = other {
+                let message = format!("url: the instance `{other}` is at the same address: two sweeps at once");
                 table.complain("url", message);
             }
             // Most are swept alike: ten thousand copies of the same texts would be most of what a daemon holds.

@@ -15,6 +15,8 @@ use crate::settings::values::read_password;
 pub(super) struct File {
     path: PathBuf,
     text: String,
+    /// Where each line ends.
+    ends: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
 }
 
@@ -27,7 +29,8 @@ impl File {
     }
 
     pub(super) fn new(path: &Path, text: String) -> Self {
-        Self { path: path.to_owned(), text, problems: RefCell::default() }
+        let ends = text.match_indices('\n').map(|(at, _)| at).collect();
+        Self { path: path.to_owned(), text, ends, problems: RefCell::default() }
     }
 
     pub(super) fn text(&self) -> &str {
@@ -44,7 +47,7 @@ impl File {
     }
 
     pub(super) fn origin(&self, offset: usize) -> Origin {
-        let line = self.text[..offset.min(self.text.len())].matches('\n').count() + 1;
+        let line = self.ends.partition_point(|end| *end < offset) + 1;
         Origin::File { path: self.path.clone(), line }
     }
 
