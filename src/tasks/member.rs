@@ -30,6 +30,8 @@ const MARGIN: u32 = 10;
 const TRY_AGAIN: Duration = Duration::from_millis(500);
 /// How often tasks and orders are looked for where no word of them came.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// A daemon claims this part of what it has slots for, and then looks again.
+const SHARES: usize = 4;
 /// Words of other daemons that come within this time are one.
 const SETTLE: Duration = Duration::from_millis(10);
 /// How often the answer to an order is looked for where no word of it came.
@@ -248,10 +250,11 @@ impl Member {
         }
     }
 
-    /// Claims as many tasks as there are free slots for.
+    /// Claims tasks as long as there are any and slots are free.
     async fn claim(&self, service: &TaskService, unknown: &mut BTreeSet<TaskId>) -> Result<(), TaskError> {
         loop {
-            let most = service.free_slots();
+            // Not all at once: daemons that wake together share what there is.
+            let most = service.free_slots().div_ceil(SHARES);
             let settings = self.settings.borrow().clone();
             // Without a lease nothing is ours.
             if most == 0 || Instant::now() >= self.until() || service.closing().is_cancelled() {
