@@ -40,6 +40,8 @@ const ANSWER_EVERY: Duration = Duration::from_millis(500);
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// A task of an instance that is in nobody's settings is given up after this long. Until then a daemon with newer settings may come.
 const UNKNOWN_AFTER: SignedDuration = SignedDuration::from_mins(10);
+/// How often such a task is looked at again.
+const UNKNOWN_AGAIN: Duration = Duration::from_secs(60);
 /// How often a daemon looks whether the others have the same settings.
 const COMPARE_EVERY: Duration = Duration::from_secs(30);
 
@@ -226,8 +228,8 @@ impl Member {
     async fn claim_and_answer(&self, service: &TaskService) {
         let mut tick = tokio::time::interval(LOOK_AGAIN);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Tasks of instances that are not in our settings.
-        let mut unknown: BTreeSet<TaskId> = BTreeSet::new();
+        // Tasks of instances that are not in our settings, and when that was seen.
+        let mut unknown: BTreeMap<TaskId, Instant> = BTreeMap::new();
         let mut settings = self.settings.clone();
         let answering = Arc::new(Mutex::new(BTreeSet::new()));
         loop {
@@ -239,6 +241,7 @@ impl Member {
                     Err(_) => return,
                 },
             }
+            unknown.retain(|_, seen| seen.elapsed() < UNKNOWN_AGAIN);
             let done = async {
                 self.claim(service, &mut unknown).await?;
                 self.answer_orders(service, &answering).await
@@ -251,7 +254,7 @@ impl Member {
     }
 
     /// Claims tasks as long as there are any and slots are free.
-    async fn claim(&self, service: &TaskService, unknown: &mut BTreeSet<TaskId>) -> Result<(), TaskError> {
+    async fn claim(&self, service: &TaskService, unknown: &mut BTreeMap<TaskId, Instant>) -> Result<(), TaskError> {
         loop {
             // Not all at once: daemons that wake together share what there is.
             let most = service.free_slots().div_ceil(SHARES);
@@ -261,7 +264,7 @@ impl Member {
                 return Ok(());
             }
             // One that was lost may be ending still.
-            let but = unknown.iter().copied().chain(service.active_tasks().into_iter().map(|(id, _)| id)).collect();
+            let but = unknown.keys().copied().chain(service.active_tasks().into_iter().map(|(id, _)| id)).collect();
             let claim = Claim {
                 owner: self.present().id,
                 labels: self.membership.record.labels.clone(),
@@ -284,14 +287,14 @@ impl Member {
         service: &TaskService,
         settings: &ServeSettings,
         task: Task,
-        unknown: &mut BTreeSet<TaskId>,
+        unknown: &mut BTreeMap<TaskId, Instant>,
     ) -> Result<(), TaskError> {
         let Some(instance) = settings.instance(&task.instance_id) else {
             if service.store.now().duration_since(task.created_at) > UNKNOWN_AFTER {
                 return service.give_up(task, "the instance is no longer in the settings").await;
             }
             tracing::warn!(task = %task.id, instance = task.instance_id, "a task of an instance that is not in our settings");
-            unknown.insert(task.id);
+            unknown.insert(task.id, Instant::now());
             return Ok(service.store.update(&Task { owner: None, ..task }).await?);
         };
         match spec_of(&task, instance) {
