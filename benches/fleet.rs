@@ -34,6 +34,8 @@ use postgres::Postgres;
 
 /// Keys of a stand-in, as a power of two.
 const BITS: u32 = 8;
+/// The same of the one that is swept while daemons are killed: half an hour at its pace.
+const SLOW_BITS: u32 = 14;
 /// How long each quiet stretch is measured.
 const STRETCH: Duration = Duration::from_secs(30);
 /// What a daemon takes to start, at most: ten thousand instances are read and their schedules recorded.
@@ -237,8 +239,8 @@ async fn table(standins: &Everywhere, instances: usize, daemons: usize, burst: u
 async fn kills(standins: &Everywhere, kills: usize) -> Vec<i64> {
     let Some(postgres) = Postgres::start().await else { return Vec::new() };
     let mut conn = postgres.conn().await;
-    // A batch each second, and four minutes in all.
-    let slow = "count = 1\nmax-slice = \"0s\"\nmax-keys-per-sec = 1\n";
+    // A batch each second.
+    let slow = "count = 10\nmax-slice = \"0s\"\nmax-keys-per-sec = 10\n";
     let file = settings(1, standins.port, &postgres, slow, |_| Some(Timestamp::now() + SignedDuration::from_secs(5)));
     let mut daemons = [Daemon::start(file.path(), "d0"), Daemon::start(file.path(), "d1")];
     let mut times = Vec::new();
@@ -283,11 +285,13 @@ fn main() {
              due to begun, burst, p50 / p99 ms | in that hour |"
         );
         println!("|---|---|---|---|---|---|---|---|---|");
-        for daemons in std::env::var("TTLSWEEP_BENCH_DAEMONS").unwrap_or_else(|_| "1,2,4".to_owned()).split(',') {
+        let daemons = std::env::var("TTLSWEEP_BENCH_DAEMONS").unwrap_or_else(|_| "1,2,4".to_owned());
+        for daemons in daemons.split(',').filter(|number| !number.is_empty()) {
             if !table(&standins, instances, daemons.parse().expect("a number"), burst).await {
                 return;
             }
         }
+        let standins = masters::everywhere(SLOW_BITS, &real).await;
         let times = kills(&standins, number("TTLSWEEP_BENCH_KILLS", 8)).await;
         println!("\nkill -9 to the next batch of another daemon, lease 15 s, {} kills", times.len());
         println!("| median s | p99 s |\n|---|---|");
