@@ -5,6 +5,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use sha2::Sha256;
 use uuid::Uuid;
@@ -23,7 +24,7 @@ pub(super) fn body(event: &Event, format: Format) -> Value {
         Format::Json => json!({
             "type": event.kind().as_str(),
             "id": event.id.to_string(),
-            "timestamp": event.at.to_string(),
+            "timestamp": time(event.at),
             "text": text,
             "data": data(event),
         }),
@@ -77,13 +78,12 @@ fn data(event: &Event) -> Value {
     let mut data = json!({"instance_id": event.instance_id, "project_id": event.project_id});
     match &event.what {
         Happened::TaskFailed(task) => {
-            let time = |at: Option<jiff::Timestamp>| at.map(|at| at.to_string());
             data["task"] = json!({
                 "id": task.id.to_string(),
                 "cause": task.cause.as_str(),
-                "created_at": task.created_at.to_string(),
-                "started_at": time(task.started_at),
-                "finished_at": time(task.finished_at),
+                "created_at": time(task.created_at),
+                "started_at": task.started_at.map(time),
+                "finished_at": task.finished_at.map(time),
                 "reclaimed": task.num,
                 "failure": task.failure.as_ref().map(|failure| json!({
                     "kind": failure.kind.as_str(), "message": failure.message, "hint": failure.hint,
@@ -91,7 +91,7 @@ fn data(event: &Event) -> Value {
             });
         }
         Happened::NotSwept { last_success, allowed } => {
-            data["last_success_at"] = json!(last_success.map(|at| at.to_string()));
+            data["last_success_at"] = json!(last_success.map(time));
             data["allowed_s"] = json!(allowed.as_secs_f64());
         }
     }
@@ -104,6 +104,11 @@ pub(super) fn signature(id: Uuid, second: i64, body: &[u8], secret: &str) -> Opt
     mac.update(format!("{id}.{second}.").as_bytes());
     mac.update(body);
     Some(format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes())))
+}
+
+/// A time as the API writes it: UTC with milliseconds.
+fn time(at: Timestamp) -> String {
+    format!("{at:.3}")
 }
 
 #[cfg(test)]
@@ -158,7 +163,7 @@ mod tests {
     fn the_same_fact_has_the_same_id_and_another_has_another() {
         assert_eq!(failed().id, failed().id);
         let allowed = Duration::from_secs(1);
-        let late = |id, last: &str| Event::not_swept(id, "p", last.parse().ok(), allowed, jiff::Timestamp::now()).id;
+        let late = |id, last: &str| Event::not_swept(id, "p", last.parse().ok(), allowed, Timestamp::now()).id;
         assert_eq!(late("a", "2026-01-31T02:00:00Z"), late("a", "2026-01-31T02:00:00Z"));
         assert_ne!(late("a", "2026-01-31T02:00:00Z"), late("b", "2026-01-31T02:00:00Z"));
         assert_ne!(late("a", "2026-01-31T02:00:00Z"), late("a", "2026-02-01T02:00:00Z"));
