@@ -86,10 +86,10 @@ debian_package() {
   cp README.md docs/operations.md docs/reference.md "$root/usr/share/doc/ttlsweep/"
   gzip -9n <CHANGELOG.md >"$root/usr/share/doc/ttlsweep/changelog.gz"
   {
-    printf 'Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n\nFiles: *\n'
-    printf 'Copyright: %s\nLicense: Apache-2.0 or Expat\n\nLicense: Apache-2.0\n' "$(sed -n 's/^Copyright (c) //p' LICENSE-MIT)"
-    printf ' On Debian systems the text is in /usr/share/common-licenses/Apache-2.0.\n\nLicense: Expat\n'
-    sed -n '/^Permission/,$p' LICENSE-MIT | sed -e 's/^$/./' -e 's/^/ /'
+    printf 'ttlsweep\n\nCopyright %s\n\n' "$(sed -n 's/^Copyright (c) //p' LICENSE-MIT)"
+    printf 'Licence: Apache-2.0 or Expat, as you choose. On Debian systems the text of the first is in\n'
+    printf '/usr/share/common-licenses/Apache-2.0. The second:\n\n'
+    sed -n '/^Permission/,$p' LICENSE-MIT
   } >"$root/usr/share/doc/ttlsweep/copyright"
   chmod -R u=rwX,go=rX "$root"
   mkdir "$root/DEBIAN"
