@@ -70,6 +70,23 @@ impl Fleet {
     }
 }
 
+/// Daemons of which one sweeps a server slowly, and has freed something.
+struct Sweeping {
+    server: Server,
+    fleet: Fleet,
+    id: String,
+    /// The place of the daemon that sweeps.
+    owner: usize,
+}
+
+async fn sweeping(daemons: usize) -> Option<Sweeping> {
+    let server = dead(DEAD).await;
+    let fleet = Fleet::start(daemons, &instance("cache", &server.url(), SLOW)).await?;
+    let (id, owner) = fleet.scan("cache", 0).await;
+    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    Some(Sweeping { server, fleet, id, owner })
+}
+
 fn named(mut command: Command, name: &str) -> Command {
     command.env("TTLSWEEP_DAEMON_NAME", name);
     command
@@ -129,18 +146,15 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
     assert_eq!(other.history("cache").await["records"][0]["num"], DEAD);
     Keyspace::of(&server, 0).dead(DEAD, "more:").await;
-    let next = fleet.daemons[owner].create(json!({"instance_id": "cache", "max_keys_per_sec": 1})).await;
-    let owner = fleet.owner_of(&next, owner).await;
+    // At the pace of the instance: one that is much slower may be refused as slower than keys expire.
+    let (next, owner) = fleet.scan("cache", owner).await;
     let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
     assert_eq!(cancelled["state"], "cancelled");
 }
 
 #[tokio::test]
 async fn a_task_goes_on_elsewhere_within_two_leases_of_a_kill_and_counts_exactly() {
-    let server = dead(DEAD).await;
-    let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), SLOW)).await else { return };
-    let (id, owner) = fleet.scan("cache", 0).await;
-    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    let Some(Sweeping { server, mut fleet, id, owner }) = sweeping(3).await else { return };
     fleet.daemons[owner].kill9();
     let killed = Instant::now();
     let before = server.expired_keys().await;
@@ -185,10 +199,7 @@ async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is
 
 #[tokio::test]
 async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_nothing_more() {
-    let server = dead(DEAD).await;
-    let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
-    let (id, owner) = fleet.scan("cache", 0).await;
-    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    let Some(Sweeping { server, fleet, id, owner }) = sweeping(2).await else { return };
     fleet.daemons[owner].signal("STOP");
     let other = &fleet.daemons[1 - owner];
     probe("the other has it", PATIENCE, async || owner_in(&daemons(other).await, &id) == Some(1 - owner)).await;
@@ -207,10 +218,7 @@ async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_no
 
 #[tokio::test]
 async fn a_daemon_that_stops_in_order_hands_its_tasks_over_at_once() {
-    let server = dead(DEAD).await;
-    let Some(mut fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
-    let (id, owner) = fleet.scan("cache", 0).await;
-    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    let Some(Sweeping { server: _server, mut fleet, id, owner }) = sweeping(2).await else { return };
     assert_eq!(fleet.daemons[owner].stop().await, Some(0));
     let stopped = Instant::now();
     let other = &fleet.daemons[1 - owner];
@@ -329,10 +337,7 @@ async fn daemons_with_other_settings_are_named() {
 
 #[tokio::test]
 async fn a_paused_task_of_a_lost_daemon_waits_for_a_person_and_goes_on_elsewhere() {
-    let server = dead(DEAD).await;
-    let Some(mut fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
-    let (id, owner) = fleet.scan("cache", 0).await;
-    probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
+    let Some(Sweeping { server: _server, mut fleet, id, owner }) = sweeping(2).await else { return };
     fleet.daemons[owner].post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
     fleet.daemons[owner].kill9();
     let other = &fleet.daemons[1 - owner];
