@@ -28,7 +28,7 @@ mod postgres;
 #[allow(dead_code, reason = "other benchmarks use the rest")]
 #[path = "common/seed.rs"]
 mod seed;
-use common::Server;
+use common::{Server, cpu_s};
 use masters::Everywhere;
 use postgres::Postgres;
 
@@ -72,7 +72,6 @@ fn number(name: &str, default: usize) -> usize {
 /// A daemon, killed on drop.
 struct Daemon {
     child: Child,
-    before: f64,
 }
 
 impl Daemon {
@@ -87,17 +86,11 @@ impl Daemon {
         let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let line = lines.next().expect("it says where it listens").expect("text");
         assert!(line.starts_with("listening on "), "{line}");
-        let mut daemon = Self { child, before: 0.0 };
-        daemon.before = daemon.cpu_s();
-        daemon
+        Self { child }
     }
 
-    /// CPU time used, in seconds.
     fn cpu_s(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |place: usize| fields.get(place).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-        (ticks(11) + ticks(12)) / 100.0
+        cpu_s(self.child.id())
     }
 
     fn memory_mib(&self) -> f64 {

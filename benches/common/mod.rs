@@ -118,7 +118,8 @@ impl Drop for Server {
 /// Clock ticks per second in /proc/PID/stat, on every Linux that Rust runs on.
 const TICKS: f64 = 100.0;
 
-fn cpu_s(pid: u32) -> f64 {
+/// CPU time that a process has used, in seconds.
+pub fn cpu_s(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Behind the name in parentheses: state is field 3, utime 14, stime 15.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();

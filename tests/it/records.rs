@@ -37,6 +37,23 @@ async fn shared(postgres: &Postgres) -> (Store, TempDir) {
     (Store::open(&location).await.unwrap(), journal)
 }
 
+/// Shared records with what they are for, and what keeps them.
+struct Shared {
+    store: Store,
+    fleet: Fleet,
+    _postgres: Postgres,
+    _journal: TempDir,
+}
+
+impl Shared {
+    async fn start() -> Option<Self> {
+        let postgres = Postgres::start().await?;
+        let (store, journal) = shared(&postgres).await;
+        let fleet = store.fleet().expect("shared records");
+        Some(Self { store, fleet, _postgres: postgres, _journal: journal })
+    }
+}
+
 fn task(store: &Store, instance: &str) -> Task {
     let now = store.now();
     Task {
@@ -210,9 +227,8 @@ async fn there_is_never_a_second_unfinished_task_of_an_instance() {
 
 #[tokio::test]
 async fn tasks_are_claimed_once_the_oldest_first_and_by_who_reaches_them() {
-    let Some(postgres) = Postgres::start().await else { return };
-    let (store, _journal) = shared(&postgres).await;
-    let fleet = store.fleet().expect("shared records");
+    let Some(shared) = Shared::start().await else { return };
+    let (store, fleet) = (shared.store.clone(), shared.fleet.clone());
     let (one, two) = (member(&fleet, LONG).await, member(&fleet, LONG).await);
     let mut tasks = Vec::new();
     for (number, place) in ["", "", "net=b", "net=z", ""].into_iter().enumerate() {
@@ -240,9 +256,8 @@ async fn tasks_are_claimed_once_the_oldest_first_and_by_who_reaches_them() {
 
 #[tokio::test]
 async fn a_late_write_of_an_earlier_owner_changes_nothing() {
-    let Some(postgres) = Postgres::start().await else { return };
-    let (store, _journal) = shared(&postgres).await;
-    let fleet = store.fleet().expect("shared records");
+    let Some(shared) = Shared::start().await else { return };
+    let (store, fleet) = (shared.store.clone(), shared.fleet.clone());
     store.insert(&task(&store, "a"), None).await.unwrap();
     let (gone, next) = (member(&fleet, NONE).await, member(&fleet, LONG).await);
     let old = fleet.claim(&claim(gone, 1)).await.unwrap().remove(0);
@@ -270,9 +285,8 @@ async fn a_late_write_of_an_earlier_owner_changes_nothing() {
 
 #[tokio::test]
 async fn a_daemon_that_renews_in_time_keeps_its_tasks_and_one_that_leaves_frees_them() {
-    let Some(postgres) = Postgres::start().await else { return };
-    let (store, _journal) = shared(&postgres).await;
-    let fleet = store.fleet().expect("shared records");
+    let Some(shared) = Shared::start().await else { return };
+    let (store, fleet) = (shared.store.clone(), shared.fleet.clone());
     store.insert(&task(&store, "a"), None).await.unwrap();
     let one = member(&fleet, NONE).await;
     let taken = fleet.claim(&claim(one, 1)).await.unwrap().remove(0);
@@ -286,9 +300,8 @@ async fn a_daemon_that_renews_in_time_keeps_its_tasks_and_one_that_leaves_frees_
 
 #[tokio::test]
 async fn many_claims_at_once_give_each_task_to_one_daemon() {
-    let Some(postgres) = Postgres::start().await else { return };
-    let (store, _journal) = shared(&postgres).await;
-    let fleet = store.fleet().expect("shared records");
+    let Some(shared) = Shared::start().await else { return };
+    let (store, fleet) = (shared.store.clone(), shared.fleet.clone());
     for number in 0..60 {
         store.insert(&task(&store, &format!("i{number}")), None).await.unwrap();
     }
