@@ -73,7 +73,7 @@ pub async fn run(
     let (notifier, delivery) = notify::channel(in_force.clone(), metrics.clone());
     let mut service = TaskService::with_slots(store.clone(), metrics.clone(), at_once).telling(notifier.clone());
     begun_with.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
-    remember(&store, &metrics).await?;
+    service.show_successes().await?;
     let membership = membership(&begun_with, identity, address, &store);
     let changed = Arc::new(Notify::new());
     service.join(membership, in_force.clone(), changed.clone()).await.context("the other daemons cannot be joined")?;
@@ -145,14 +145,6 @@ fn membership(settings: &ServeSettings, identity: Identity, address: SocketAddr,
         started_at: store.now(),
     };
     Membership { record, lease: settings.daemon.lease }
-}
-
-/// Shows when each instance was last swept completely. An alert on it must survive a restart.
-async fn remember(store: &Store, metrics: &Metrics) -> anyhow::Result<()> {
-    for (instance, at) in store.last_successes().await? {
-        metrics.succeeded(&instance, at);
-    }
-    Ok(())
 }
 
 /// As many connections as the settings say and the limit of open files allows, after raising that as far as it goes.

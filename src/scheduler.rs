@@ -83,7 +83,10 @@ impl Scheduler {
             }
             if known.as_ref().is_none_or(|(_, read)| read.elapsed() >= LOOK_AGAIN) {
                 match self.read().await {
-                    Ok(schedules) => known = Some((schedules, Instant::now())),
+                    Ok(schedules) => {
+                        refreshed = Instant::now();
+                        known = Some((schedules, refreshed));
+                    }
                     Err(error) => {
                         tracing::error!(%error, "the schedules could not be read");
                         sleep = LOOK_SOON;
@@ -110,7 +113,7 @@ impl Scheduler {
     async fn read(&self) -> Result<Schedules, StoreError> {
         let store = self.service.store();
         if store.fleet().is_some() {
-            store.last_successes().await?.iter().for_each(|(instance, at)| self.metrics.succeeded(instance, *at));
+            self.service.show_successes().await?;
         }
         store.schedules().await
     }

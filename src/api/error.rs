@@ -105,10 +105,6 @@ impl ApiError {
         Self { message: message.into(), ..Self::unavailable() }
     }
 
-    fn hint(self, hint: &str) -> Self {
-        Self { hint: Some(hint.to_owned()), ..self }
-    }
-
     /// A command that makes no sense now.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into(), hint: None }
@@ -171,9 +167,9 @@ impl From<TaskError> for ApiError {
             }
             TaskError::Closing => Self::unavailable(),
             TaskError::OwnerSilent => {
-                let hint = "Ask again once its lease has run out; GET /api/v1/daemons shows it.";
-                Self { message: "The daemon that has the task does not answer.".into(), ..Self::unavailable() }
-                    .hint(hint)
+                let message = "The daemon that has the task does not answer.".to_owned();
+                let hint = "Ask again once its lease has run out; GET /api/v1/daemons shows it.".to_owned();
+                Self { message, hint: Some(hint), ..Self::unavailable() }
             }
             TaskError::OwnerFailed(message) => Self { message, ..Self::internal() },
         }

@@ -425,7 +425,6 @@ impl<'a> Reader<'a> {
             table.complain("path", "path: is short for a url of sqlite, and both stand here");
         }
         let location = table.optional("url", |text| StoreLocation::parse(text, password.as_ref(), &journal));
-        let path = path.filter(|_| location.is_some() || !table.has("url") || table.is_empty("url"));
         let keep_for = table.read("keep-for", |text| match text.strip_suffix('d').map(str::parse::<u64>) {
             Some(Ok(days)) if days > 0 => Ok(Duration::from_secs(days.saturating_mul(86_400))),
             _ => positive_duration(text),

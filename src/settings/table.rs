@@ -109,11 +109,6 @@ impl<'a> Table<'a> {
         self.own.is_some_and(|own| own.contains_key(key))
     }
 
-    /// Whether the file itself gives this key an empty text.
-    pub(super) fn is_empty(&self, key: &str) -> bool {
-        self.own.and_then(|own| own.get(key)).is_some_and(|value| scalar_text(value.get_ref()).as_deref() == Some(""))
-    }
-
     /// Where in the file a key stands, else where its table begins.
     pub(super) fn offset_of(&self, key: &str) -> usize {
         self.own.and_then(|own| own.get_key_value(key)).map_or(self.offset, |(key, _)| key.span().start)

@@ -109,7 +109,7 @@ pub struct Claim {
 }
 
 /// Why a daemon is woken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wake {
     /// Tasks may wait for an owner, or have ended.
     Tasks,
@@ -219,18 +219,17 @@ impl Fleet {
     /// # Errors
     /// [`StoreError`].
     pub async fn claim(&self, claim: &Claim) -> Result<Vec<Task>, StoreError> {
-        let (labels, but) = (claim.labels.len(), claim.but.len());
-        let all = marks(2 + labels + but);
-        let mut names = all.split(", ").skip(2);
-        let places: Vec<_> = std::iter::once("''").chain(names.by_ref().take(labels)).collect();
-        let but: Vec<_> = std::iter::once("''").chain(names).collect();
+        // The empty text in front stands for "anywhere", and for no task at all.
+        let places: Vec<_> = std::iter::once(String::new()).chain(claim.labels.iter().cloned()).collect();
+        let but: Vec<_> = std::iter::once(String::new()).chain(claim.but.iter().map(TaskId::to_string)).collect();
+        let behind_places = 3 + places.len();
         let sql = format!(
             "UPDATE tasks SET owner = $1, fence = fence + 1 WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NULL \
              AND (owner IS NULL OR owner = $1) AND state <> '{}' AND place IN ({}) AND id NOT IN ({}) ORDER BY id LIMIT $2 \
              FOR UPDATE SKIP LOCKED) RETURNING {TASK_COLUMNS}",
             TaskState::Paused,
-            places.join(", "),
-            but.join(", "),
+            marks(3..behind_places),
+            marks(behind_places..behind_places + but.len()),
         );
         let mut tasks = self
             .0
@@ -244,11 +243,8 @@ impl Fleet {
                 }
                 let mut query = sqlx::query(AssertSqlSafe(sql));
                 query = query.bind(claim.owner.to_string()).bind(i64::try_from(most).unwrap_or(i64::MAX));
-                for label in &claim.labels {
-                    query = query.bind(label.clone());
-                }
-                for id in &claim.but {
-                    query = query.bind(id.to_string());
+                for text in places.into_iter().chain(but) {
+                    query = query.bind(text);
                 }
                 query.fetch_all(conn).await?.iter().map(task_of).collect::<Result<Vec<_>, _>>()
             })
@@ -320,7 +316,7 @@ impl Fleet {
         orders.into_iter().collect()
     }
 
-    /// Answers an order: empty where it was carried out.
+    /// Answers an order, in the tasks' own JSON.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -354,11 +350,11 @@ impl Fleet {
         let old = format!("DELETE FROM orders WHERE given_at < {NOW} - $1");
         self.0
             .transact(async |conn| {
-                let gone = sqlx::query("DELETE FROM orders WHERE id = $1 AND answer IS NULL");
-                let gone = gone.bind(order.to_string()).execute(&mut *conn).await?;
-                sqlx::query("DELETE FROM orders WHERE id = $1").bind(order.to_string()).execute(&mut *conn).await?;
+                let gone = sqlx::query("DELETE FROM orders WHERE id = $1 RETURNING answer").bind(order.to_string());
+                let gone = gone.fetch_optional(&mut *conn).await?;
                 sqlx::query(AssertSqlSafe(old)).bind(millis(ORDERS_KEPT)).execute(conn).await?;
-                Ok(gone.rows_affected() > 0)
+                let answer: Option<Option<String>> = gone.map(|row| row.try_get("answer")).transpose()?;
+                Ok(answer == Some(None))
             })
             .await
     }

@@ -9,7 +9,7 @@ use sqlx::{Any, AnyConnection, AssertSqlSafe, Connection, Row};
 
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::store::StoreError;
-use crate::store::rows::{TASK_COLUMNS, number, task_id, task_of, time};
+use crate::store::rows::{TASK_COLUMNS, marks, number, task_id, task_of, time};
 
 /// Ended tasks that one round of [`prune`] removes at most, so that no writer waits long behind it.
 const PRUNE_AT_ONCE: u32 = 500;
@@ -66,9 +66,9 @@ impl Condition {
     fn one_of<'a>(&mut self, column: &str, values: impl Iterator<Item = &'a str>) {
         let from = self.values.len() + 1;
         self.values.extend(values.map(str::to_owned));
-        let marks: Vec<_> = (from..=self.values.len()).map(|number| format!("${number}")).collect();
+        let marks = marks(from..self.values.len() + 1);
         // An empty list lets nothing through; PostgreSQL has no way to write one.
-        let within = if marks.is_empty() { "NULL".to_owned() } else { marks.join(", ") };
+        let within = if marks.is_empty() { "NULL" } else { &marks };
         self.sql.push_str(&format!(" AND {column} IN ({within})"));
     }
 

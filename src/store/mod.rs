@@ -21,6 +21,7 @@ pub use file::Foreign;
 pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentDaemon, Wake};
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
+use open::SHARED_WITHIN;
 pub use schedules::{Due, Mark, Schedules};
 
 use std::collections::BTreeMap;
@@ -127,10 +128,6 @@ pub struct StoredShard {
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: AnyPool,
-    /// Bound on each use of the database, where it is one that may be away.
-    within: Option<Duration>,
-    /// Whether a connection on which something failed is closed. Records in memory are in their one connection.
-    renews: bool,
     clock: Clock,
     journals: Option<JournalDir>,
     /// The database that other daemons use too.
@@ -147,14 +144,15 @@ impl Store {
         work: impl AsyncFnOnce(&mut AnyConnection) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let mut conn = self.pool.acquire().await?;
-        let done = match self.within {
+        let done = match self.shared {
             None => work(&mut conn).await,
-            Some(within) => {
-                let done = tokio::time::timeout(within, work(&mut conn)).await;
-                done.unwrap_or(Err(StoreError::Silent(within)))
+            Some(_) => {
+                let done = tokio::time::timeout(SHARED_WITHIN, work(&mut conn)).await;
+                done.unwrap_or(Err(StoreError::Silent(SHARED_WITHIN)))
             }
         };
-        if self.renews && matches!(done, Err(StoreError::Sql(_) | StoreError::Silent(_))) {
+        // Records in memory have no journal, and are in their one connection.
+        if self.journals.is_some() && matches!(done, Err(StoreError::Sql(_) | StoreError::Silent(_))) {
             conn.close_on_drop();
         }
         done

@@ -24,7 +24,7 @@ const FILE_CONNECTIONS: u32 = 4;
 /// Connections of a daemon to a shared database at once.
 const SHARED_CONNECTIONS: u32 = 8;
 /// Bound on each use of a shared database: a quarter of the shortest lease in use, so that a lease can be tried again in time.
-const SHARED_WITHIN: Duration = Duration::from_secs(4);
+pub(super) const SHARED_WITHIN: Duration = Duration::from_secs(4);
 /// What may stand in the path of a URL as it is.
 const PATH: AsciiSet = NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_').remove(b'~');
 
@@ -82,7 +82,7 @@ impl Store {
         SQLITE.run(&pool).await.map_err(|e| failed(Box::new(e)))?;
         let journals = Some(JournalDir::beside(path));
         let clock = Clock::default();
-        Ok(Self { pool, within: None, renews: true, clock, journals, shared: None, _lock: Some(lock) })
+        Ok(Self { pool, clock, journals, shared: None, _lock: Some(lock) })
     }
 
     /// Records that end with the process.
@@ -95,7 +95,7 @@ impl Store {
         let pool = connect(options, "sqlite::memory:").await?;
         SQLITE.run(&pool).await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
         let clock = Clock::default();
-        Ok(Self { pool, within: None, renews: false, clock, journals: None, shared: None, _lock: None })
+        Ok(Self { pool, clock, journals: None, shared: None, _lock: None })
     }
 
     async fn open_shared(url: &PostgresUrl, journal: &Path) -> Result<Self, StoreError> {
@@ -112,8 +112,6 @@ impl Store {
         POSTGRES.run(&pool).await.map_err(|e| failed(Box::new(e)))?;
         let store = Self {
             pool,
-            within: Some(SHARED_WITHIN),
-            renews: true,
             clock: Clock::default(),
             journals: Some(JournalDir::at(journal)),
             shared: Some(Arc::new(url.clone())),

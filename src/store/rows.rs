@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::Range;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, swee
 
 /// Adds a task. Returns false where the instance has an unfinished one, as far as the database itself sees to that.
 pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result<bool, StoreError> {
-    let sql = format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({}) ON CONFLICT DO NOTHING", marks(20));
+    let sql = format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({}) ON CONFLICT DO NOTHING", marks(1..21));
     let added = sqlx::query(AssertSqlSafe(sql))
         .bind(task.id.to_string())
         .bind(&task.instance_id)
@@ -94,7 +95,7 @@ pub(super) async fn latest(conn: &mut AnyConnection, instance_id: &str) -> Resul
 }
 
 pub(super) async fn in_states(conn: &mut AnyConnection, words: &[&str]) -> Result<Vec<Task>, StoreError> {
-    let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", marks(words.len()));
+    let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", marks(1..words.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for word in words {
         query = query.bind(*word);
@@ -137,7 +138,7 @@ pub(super) async fn upsert_pass(
          lost_replies = excluded.lost_replies, restarts = excluded.restarts, active_us = excluded.active_us, \
          rested_us = excluded.rested_us, slice_p50_us = excluded.slice_p50_us, \
          slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us, process = excluded.process",
-        marks(18)
+        marks(1..19)
     )))
     .bind(id.to_string())
     .bind(&shard.0)
@@ -254,9 +255,9 @@ pub(super) fn task_of(row: &AnyRow) -> Result<Task, StoreError> {
     })
 }
 
-/// So many placeholders, as both databases write them.
-pub(super) fn marks(count: usize) -> String {
-    (1..=count).map(|number| format!("${number}")).collect::<Vec<_>>().join(", ")
+/// Placeholders of these numbers, the first of which is 1, as both databases write them.
+pub(super) fn marks(numbers: Range<usize>) -> String {
+    numbers.map(|number| format!("${number}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Text of others, such as a server's error, without the one character that PostgreSQL takes in no text.

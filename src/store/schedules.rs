@@ -11,7 +11,7 @@ use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use crate::model::schedule::{AutoScan, CronRule, Recurrence};
 use crate::model::task::TaskId;
 use crate::store::StoreError;
-use crate::store::rows::{marks, number, time};
+use crate::store::rows::{self, marks, number, time};
 
 pub(super) async fn auto_scan(
     conn: &mut AnyConnection,
@@ -170,8 +170,7 @@ fn mark_in(row: &AnyRow) -> Result<(String, Mark), StoreError> {
 /// Sets marks, wherever they were.
 pub(super) async fn set_marks(conn: &mut AnyConnection, marks: &[(&str, &Mark)]) -> Result<(), StoreError> {
     for some in marks.chunks(MARKS_AT_ONCE) {
-        let rows: Vec<_> =
-            (0..some.len()).map(|row| format!("(${}, ${}, ${})", 3 * row + 1, 3 * row + 2, 3 * row + 3)).collect();
+        let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", rows::marks(3 * row + 1..3 * row + 4))).collect();
         let sql = format!(
             "INSERT INTO dues (instance_id, handled, schedule) VALUES {} ON CONFLICT (instance_id) DO UPDATE SET \
              handled = excluded.handled, schedule = excluded.schedule",
@@ -219,7 +218,7 @@ pub(super) async fn deal_with(
 
 /// Forgets the marks of all other instances.
 pub(super) async fn forget_marks_but(conn: &mut AnyConnection, instance_ids: &[&str]) -> Result<(), StoreError> {
-    let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", marks(instance_ids.len()));
+    let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", marks(1..instance_ids.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for id in instance_ids {
         query = query.bind(*id);

@@ -331,9 +331,9 @@ impl Member {
             let listened = async {
                 let mut ears = self.fleet.listen().await?;
                 // What was said before, nobody heard.
-                let mut words = BTreeMap::from([(0, Wake::Tasks), (1, Wake::Schedules), (2, Wake::Orders)]);
+                let mut words = BTreeSet::from([Wake::Tasks, Wake::Schedules, Wake::Orders]);
                 loop {
-                    for word in std::mem::take(&mut words).into_values() {
+                    for word in std::mem::take(&mut words) {
                         match word {
                             Wake::Tasks => self.look_for_tasks(),
                             Wake::Schedules => schedules_changed.notify_one(),
@@ -343,10 +343,10 @@ impl Member {
                             }
                         }
                     }
-                    words.insert(0, ears.next().await?);
+                    words.insert(ears.next().await?);
                     let settled = Instant::now() + SETTLE;
                     while let Ok(word) = tokio::time::timeout_at(settled, ears.next()).await {
-                        words.insert(words.len(), word?);
+                        words.insert(word?);
                     }
                 }
             };

@@ -270,6 +270,17 @@ impl TaskService {
         &self.store
     }
 
+    /// Shows when each instance was last swept completely, by whichever process: an alert on it must survive a restart.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn show_successes(&self) -> Result<(), StoreError> {
+        for (instance, at) in self.store.last_successes().await? {
+            self.metrics.succeeded(&instance, at);
+        }
+        Ok(())
+    }
+
     /// The automatic scan in force: what the API set, else what the settings say.
     ///
     /// # Errors

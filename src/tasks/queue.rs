@@ -160,8 +160,9 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn is_busy(&self, instance_id: &str) -> Result<bool, TaskError> {
-        if self.active_task_of(instance_id).is_some() || self.member.is_none() {
-            return Ok(self.active_task_of(instance_id).is_some());
+        let is_here = self.active_task_of(instance_id).is_some();
+        if is_here || self.member.is_none() {
+            return Ok(is_here);
         }
         Ok(self.store.latest(instance_id).await?.is_some_and(|task| !task.state.is_final()))
     }

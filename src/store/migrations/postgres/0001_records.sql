@@ -126,7 +126,7 @@ CREATE TABLE orders (
     task_id         TEXT COLLATE "C" NOT NULL REFERENCES tasks (id) ON DELETE CASCADE,
     what            TEXT NOT NULL,              -- JSON
     given_at        BIGINT NOT NULL,
-    answer          TEXT                        -- empty: carried out; else why not
+    answer          TEXT                        -- JSON
 );
 
 CREATE INDEX orders_of_task ON orders (task_id);
