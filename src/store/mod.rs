@@ -11,6 +11,7 @@ mod fleet;
 pub mod journal;
 mod lists;
 mod open;
+mod overview;
 mod report;
 mod rows;
 mod schedules;
@@ -22,6 +23,7 @@ pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentD
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
 use open::SHARED_WITHIN;
+pub use overview::Standing;
 pub use schedules::{Due, Mark, Schedules};
 
 use std::collections::BTreeMap;
@@ -411,7 +413,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub async fn shards(&self, id: TaskId) -> Result<BTreeMap<ShardId, StoredShard>, StoreError> {
-        let stored = self.run(async |conn| rows::shards(conn, id).await).await?;
+        let stored = self.shards_of(&[id]).await?.remove(&id).unwrap_or_default();
         let stored = stored.into_iter().map(|(shard, view)| (shard, StoredShard { view, uncounted: Vec::new() }));
         let mut shards: BTreeMap<ShardId, StoredShard> = stored.collect();
         if let Some(journals) = &self.journals {
@@ -440,6 +442,45 @@ impl Store {
             }
         }
         Ok(shards)
+    }
+
+    /// The shards of each of these tasks as its last checkpoint left them, without what a batch journal holds; a task without any is
+    /// left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn shards_of(
+        &self,
+        ids: &[TaskId],
+    ) -> Result<BTreeMap<TaskId, BTreeMap<ShardId, ShardView>>, StoreError> {
+        if ids.is_empty() {
+            return Ok(BTreeMap::new());
+        }
+        self.run(async |conn| rows::shards(conn, ids).await).await
+    }
+
+    /// How each of these instances stands by its records; one without a task is left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn standings(&self, instances: &[&str]) -> Result<BTreeMap<String, Standing>, StoreError> {
+        self.run(async |conn| overview::standings(conn, instances).await).await
+    }
+
+    /// These tasks, as far as there are records of them.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn tasks(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Task>, StoreError> {
+        self.run(async |conn| overview::tasks(conn, ids).await).await
+    }
+
+    /// `used_memory` of all masters of each of these tasks together, in bytes, as it was seen last; a task that saw none is left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn memory(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, u64>, StoreError> {
+        self.run(async |conn| overview::memory(conn, ids).await).await
     }
 
     /// Closes the database. A store that was dropped instead is still whole.

@@ -137,6 +137,20 @@ pub(super) fn to_json(view: &ShardView) -> String {
     serde_json::to_string(&report).unwrap_or_default()
 }
 
+/// `used_memory` in bytes, as a stored text has it: after the sweep, else before it.
+pub(super) fn used_memory(json: &str) -> Option<u64> {
+    #[derive(Deserialize)]
+    struct Seen {
+        version: u32,
+        #[serde(with = "StoredMemory")]
+        memory_before: Memory,
+        #[serde(with = "StoredMemory")]
+        memory_after: Memory,
+    }
+    let seen: Seen = serde_json::from_str(json).ok()?;
+    (seen.version == VERSION).then_some(seen.memory_after.used.or(seen.memory_before.used))?
+}
+
 /// Completes a view, whose passes hold what their columns hold, by a stored text. One that cannot be read changes nothing.
 pub(super) fn complete(view: &mut ShardView, json: &str) {
     #[derive(Deserialize)]

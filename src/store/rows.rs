@@ -176,27 +176,47 @@ pub(super) async fn upsert_pass(
     Ok(())
 }
 
-pub(super) async fn shards(conn: &mut AnyConnection, id: TaskId) -> Result<BTreeMap<ShardId, ShardView>, StoreError> {
-    let mut shards: BTreeMap<ShardId, ShardView> = BTreeMap::new();
-    let rows = sqlx::query("SELECT * FROM passes WHERE task_id = $1").bind(id.to_string());
-    for row in rows.fetch_all(&mut *conn).await? {
-        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+/// The shards of each of these tasks; one without any is left out.
+pub(super) async fn shards(
+    conn: &mut AnyConnection,
+    ids: &[TaskId],
+) -> Result<BTreeMap<TaskId, BTreeMap<ShardId, ShardView>>, StoreError> {
+    let mut tasks: BTreeMap<TaskId, BTreeMap<ShardId, ShardView>> = BTreeMap::new();
+    for row in of_tasks(conn, "passes", ids).await? {
+        let shard = shard_in(&mut tasks, &row)?;
         shard.passes.insert(db_of(&row)?, figures_of(&row)?);
     }
-    let rows = sqlx::query("SELECT * FROM holds WHERE task_id = $1").bind(id.to_string());
-    for row in rows.fetch_all(&mut *conn).await? {
-        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+    for row in of_tasks(conn, "holds", ids).await? {
+        let shard = shard_in(&mut tasks, &row)?;
         let figures = shard.passes.entry(db_of(&row)?).or_default();
         figures.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
     }
-    let rows = sqlx::query("SELECT shard, report FROM shards WHERE task_id = $1").bind(id.to_string());
-    for row in rows.fetch_all(&mut *conn).await? {
-        let shard = shards.entry(ShardId(row.try_get("shard")?)).or_default();
+    for row in of_tasks(conn, "shards", ids).await? {
+        let shard = shard_in(&mut tasks, &row)?;
         if let Some(text) = row.try_get::<Option<String>, _>("report")? {
             report::complete(shard, &text);
         }
     }
-    Ok(shards)
+    Ok(tasks)
+}
+
+/// The rows of a table that belong to these tasks.
+async fn of_tasks(conn: &mut AnyConnection, table: &str, ids: &[TaskId]) -> Result<Vec<AnyRow>, StoreError> {
+    let sql = format!("SELECT * FROM {table} WHERE task_id IN ({})", marks(1..ids.len() + 1));
+    let mut query = sqlx::query(AssertSqlSafe(sql));
+    for id in ids {
+        query = query.bind(id.to_string());
+    }
+    Ok(query.fetch_all(conn).await?)
+}
+
+/// The shard that a row is about.
+fn shard_in<'a>(
+    tasks: &'a mut BTreeMap<TaskId, BTreeMap<ShardId, ShardView>>,
+    row: &AnyRow,
+) -> Result<&'a mut ShardView, StoreError> {
+    let shards = tasks.entry(task_id(row.try_get("task_id")?)?).or_default();
+    Ok(shards.entry(ShardId(row.try_get("shard")?)).or_default())
 }
 
 fn figures_of(row: &AnyRow) -> Result<PassFigures, StoreError> {
@@ -277,7 +297,7 @@ fn texts_of_json(json: &str) -> Result<SweepTexts, StoreError> {
     serde_json::from_str(json).map_err(|e| StoreError::Damaged(format!("the settings of a task: {e}")))
 }
 
-fn word<T: FromStr<Err: Display>>(row: &AnyRow, column: &str) -> Result<T, StoreError> {
+pub(super) fn word<T: FromStr<Err: Display>>(row: &AnyRow, column: &str) -> Result<T, StoreError> {
     let text: String = row.try_get(column)?;
     text.parse().map_err(|e: T::Err| StoreError::Damaged(e.to_string()))
 }

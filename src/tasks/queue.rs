@@ -39,6 +39,8 @@ pub struct Busy(pub TaskId);
 #[derive(Debug)]
 pub(super) struct Queue {
     active: Mutex<BTreeMap<TaskId, ActiveTask>>,
+    /// Tells that there is one more.
+    arrived: watch::Sender<()>,
     /// Held from the look for an unfinished task to the record of the new one.
     submitting: tokio::sync::Mutex<()>,
     slots: Arc<Semaphore>,
@@ -59,6 +61,7 @@ impl Queue {
     pub(super) fn new(slots: usize) -> Self {
         Self {
             active: Mutex::default(),
+            arrived: watch::Sender::new(()),
             submitting: tokio::sync::Mutex::default(),
             slots: Arc::new(Semaphore::new(slots)),
             slots_wanted: AtomicUsize::new(slots),
@@ -259,6 +262,7 @@ impl TaskService {
             all.len()
         };
         self.metrics.unfinished(count);
+        self.queue.arrived.send_replace(());
         let service = self.clone();
         self.queue.tracker.spawn(async move {
             job.run(admission, spec.min_backlog, &service.queue.closing).await;
@@ -293,15 +297,61 @@ impl TaskService {
 
     async fn stored_view(&self, task: Task) -> Result<TaskView, TaskError> {
         let stored = self.store.shards(task.id).await?;
+        Ok(self.view_of(task, stored.into_iter().map(|(id, shard)| (id, shard.view))))
+    }
+
+    fn view_of(&self, task: Task, shards: impl Iterator<Item = (ShardId, ShardView)>) -> TaskView {
         // Why a shard held is of the present only while somebody sweeps it.
         let present = |view: ShardView| match &task.owner {
             Some(_) => view,
             None => ShardView { hold: None, hold_detail: None, ..view },
         };
-        let shards = stored.into_iter().map(|(id, shard)| (id, Arc::new(present(shard.view)))).collect();
+        let shards = shards.map(|(id, view)| (id, Arc::new(present(view)))).collect();
         let is_queued = self.member.is_some() && task.owner.is_none() && task.state == TaskState::Waiting;
         let snapshot = Snapshot { started_at: task.started_at, shards, waits: is_queued.then_some(Reason::Queued) };
-        Ok(TaskView { task, snapshot })
+        TaskView { task, snapshot }
+    }
+
+    /// As [`Self::find`], of many tasks whose records were just read, in a number of statements that does not grow with them.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn views(&self, tasks: Vec<Task>) -> Result<Vec<Arc<TaskView>>, TaskError> {
+        let here = self.on_hand();
+        let away: Vec<_> = tasks.iter().map(|task| task.id).filter(|id| !here.contains_key(id)).collect();
+        let mut shards = self.store.shards_of(&away).await?;
+        let views = tasks.into_iter().map(|task| match here.get(&task.id) {
+            Some(view) => view.borrow().clone(),
+            None => {
+                let shards = shards.remove(&task.id).unwrap_or_default();
+                Arc::new(self.view_of(task, shards.into_iter()))
+            }
+        });
+        Ok(views.collect())
+    }
+
+    /// The views of all tasks that this process has, as they change. Each ends with its task.
+    pub fn on_hand(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
+        self.queue.active().iter().map(|(id, task)| (*id, task.view.clone())).collect()
+    }
+
+    /// Changes whenever a task comes on hand.
+    pub fn arrivals(&self) -> watch::Receiver<()> {
+        self.queue.arrived.subscribe()
+    }
+
+    /// The unfinished tasks that other daemons on the same records have, or nobody yet.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn elsewhere(&self) -> Result<Vec<Arc<TaskView>>, TaskError> {
+        if self.member.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut tasks = self.store.unfinished().await?;
+        let here = self.on_hand();
+        tasks.retain(|task| !here.contains_key(&task.id));
+        self.views(tasks).await
     }
 
     /// The view of a task that is on hand, as it changes.

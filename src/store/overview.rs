@@ -1,0 +1,101 @@
+//! Many instances at a glance, in a number of statements that does not grow with them: how each stands, and what its newest task saw.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use sqlx::{AnyConnection, AssertSqlSafe, Row};
+
+use crate::model::task::{Task, TaskId, TaskState};
+use crate::store::rows::{TASK_COLUMNS, marks, number, task_id, task_of, time, word};
+use crate::store::{StoreError, report};
+
+/// Values of one statement. Both databases take many more, and a fleet of a thousand instances needs one statement.
+pub(super) const AT_ONCE: usize = 1_000;
+
+/// How an instance stands by its records.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Standing {
+    /// Its newest task.
+    pub latest: TaskId,
+    /// The project that the instance had then.
+    pub project_id: String,
+    /// That task's state.
+    pub state: TaskState,
+    /// Expired keys that it freed.
+    pub reclaimed: u64,
+    /// When a task of the instance succeeded last.
+    pub last_success: Option<Timestamp>,
+}
+
+/// How each of these instances stands; one without a task is left out. Two look-ups in the index of each instance, however many tasks
+/// there are: a state that is not compared as it stands keeps SQLite from the index by state, which holds nearly all of them.
+pub(super) async fn standings(
+    conn: &mut AnyConnection,
+    instances: &[&str],
+) -> Result<BTreeMap<String, Standing>, StoreError> {
+    let mut standings = BTreeMap::new();
+    for some in instances.chunks(AT_ONCE) {
+        let wanted: Vec<_> = (1..=some.len()).map(|place| format!("(${place})")).collect();
+        let sql = format!(
+            "WITH wanted (instance_id) AS (VALUES {}) \
+             SELECT newest.id, newest.instance_id, newest.project_id, newest.state, newest.num, \
+             (SELECT finished_at FROM tasks AS good WHERE good.instance_id = wanted.instance_id AND COALESCE(good.state, '') = ${} \
+             ORDER BY good.id DESC LIMIT 1) AS succeeded_at \
+             FROM wanted JOIN tasks AS newest ON newest.id = \
+             (SELECT own.id FROM tasks AS own WHERE own.instance_id = wanted.instance_id ORDER BY own.id DESC LIMIT 1)",
+            wanted.join(", "),
+            some.len() + 1
+        );
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for instance in some {
+            query = query.bind((*instance).to_owned());
+        }
+        for row in query.bind(TaskState::Succeeded.as_str()).fetch_all(&mut *conn).await? {
+            let standing = Standing {
+                latest: task_id(row.try_get("id")?)?,
+                project_id: row.try_get("project_id")?,
+                state: word(&row, "state")?,
+                reclaimed: number(&row, "num")?,
+                last_success: row.try_get::<Option<i64>, _>("succeeded_at")?.map(time).transpose()?,
+            };
+            standings.insert(row.try_get("instance_id")?, standing);
+        }
+    }
+    Ok(standings)
+}
+
+/// These tasks, as far as there are records of them.
+pub(super) async fn tasks(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Task>, StoreError> {
+    let mut tasks = BTreeMap::new();
+    for some in ids.chunks(AT_ONCE) {
+        let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id IN ({})", marks(1..some.len() + 1));
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for id in some {
+            query = query.bind(id.to_string());
+        }
+        for row in query.fetch_all(&mut *conn).await? {
+            let task = task_of(&row)?;
+            tasks.insert(task.id, task);
+        }
+    }
+    Ok(tasks)
+}
+
+/// `used_memory` of all masters of these tasks together, in bytes, as each was seen last. A task that saw none is left out.
+pub(super) async fn memory(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, u64>, StoreError> {
+    let mut memory = BTreeMap::new();
+    for some in ids.chunks(AT_ONCE) {
+        let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", marks(1..some.len() + 1));
+        let mut query = sqlx::query(AssertSqlSafe(sql));
+        for id in some {
+            query = query.bind(id.to_string());
+        }
+        for row in query.fetch_all(&mut *conn).await? {
+            let text: Option<String> = row.try_get("report")?;
+            if let Some(used) = text.as_deref().and_then(report::used_memory) {
+                *memory.entry(task_id(row.try_get("task_id")?)?).or_default() += used;
+            }
+        }
+    }
+    Ok(memory)
+}
