@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
@@ -10,10 +11,12 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+use utoipa::ToSchema;
 
-use crate::api::error::ApiError;
+use crate::api::error::{ApiError, ErrorBody};
 use crate::api::signature::{SCHEME, Signed};
 use crate::api::{App, AppState};
 use crate::settings::serve::{AccessKey, ApiSettings, Grant, Role};
@@ -41,6 +44,32 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         parts.extensions.get::<Self>().cloned().ok_or_else(ApiError::no_token)
     }
+}
+
+/// Who the caller is, as the daemon knows it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct CallerDto {
+    /// The name of the credentials.
+    pub name: String,
+    /// `reader` or `operator`.
+    pub role: &'static str,
+    /// The projects that it may see; left out: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub projects: Option<Vec<String>>,
+}
+
+/// Tells the caller who it is and what it may do.
+#[utoipa::path(
+    get, path = "/api/v1/caller", tag = "settings", operation_id = "show_caller",
+    responses(
+        (status = 200, body = CallerDto), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn show_caller(caller: Caller) -> Json<CallerDto> {
+    let grant = &caller.0;
+    let projects = grant.projects.as_ref().map(|projects| projects.iter().cloned().collect());
+    Json(CallerDto { name: grant.name.clone(), role: grant.role.as_str(), projects })
 }
 
 /// Lets a request through with its [`Caller`], or answers why not. Whatever changes something needs an operator.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
+use crate::model::progress::{self, PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
 use crate::model::task::{Cause, Task};
 use crate::settings::{ScanSettings, show_duration, show_limits};
 
@@ -383,28 +383,41 @@ impl ShardDto {
     }
 }
 
-impl Report {
-    /// The report of a task.
-    pub fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
+/// Time that the passes of a task were held, by reason, in seconds.
+pub(super) fn held_by_reason(snapshot: &Snapshot) -> BTreeMap<&'static str, f64> {
+    let held = progress::held_by_reason(snapshot.passes());
+    held.into_iter().map(|(reason, time)| (reason.as_str(), seconds(time))).collect()
+}
+
+impl Totals {
+    /// The sums of a task.
+    pub fn new(task: &Task, snapshot: &Snapshot) -> Self {
         let sum = |field: fn(&PassFigures) -> u64| snapshot.passes().map(field).sum();
         let time = |field: fn(&PassFigures) -> Duration| seconds(snapshot.passes().map(field).sum());
         let elapsed = task.started_at.zip(task.finished_at).map(|(start, end)| end.duration_since(start));
         Self {
+            scanned: snapshot.scanned(),
+            reclaimed: snapshot.reclaimed(),
+            touched: sum(|p| p.touched),
+            batches: sum(|p| p.batches),
+            lost_replies: snapshot.lost_replies(),
+            elapsed_s: elapsed.map(|span| span.as_millis() as f64 / 1000.0),
+            active_s: time(|p| p.active),
+            waited_s: time(|p| p.waited) + seconds(snapshot.shards.values().map(|shard| shard.settling).sum()),
+            rested_s: time(|p| p.rested),
+            held_s: time(PassFigures::held_total),
+        }
+    }
+}
+
+impl Report {
+    /// The report of a task.
+    pub fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
+        Self {
             state: task.state.as_str(),
             target: task.target.clone(),
             settings: settings.into(),
-            totals: Totals {
-                scanned: snapshot.scanned(),
-                reclaimed: snapshot.reclaimed(),
-                touched: sum(|p| p.touched),
-                batches: sum(|p| p.batches),
-                lost_replies: snapshot.lost_replies(),
-                elapsed_s: elapsed.map(|span| span.as_millis() as f64 / 1000.0),
-                active_s: time(|p| p.active),
-                waited_s: time(|p| p.waited) + seconds(snapshot.shards.values().map(|shard| shard.settling).sum()),
-                rested_s: time(|p| p.rested),
-                held_s: time(PassFigures::held_total),
-            },
+            totals: Totals::new(task, snapshot),
             shards: snapshot.shards.iter().map(|(shard, view)| ShardDto::new(shard.0.clone(), view)).collect(),
             note: task.note.clone(),
             failure: task.failure.as_ref().map(FailureDto::from),

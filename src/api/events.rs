@@ -1,21 +1,29 @@
-//! A task's progress as Server-Sent Events: the latest view, a few times a second, until the task has ended.
+//! Progress as Server-Sent Events: of one task until it has ended, and of all that have not in one stream.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::{Stream, StreamExt, stream};
 use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::task_dto::TaskDetails;
+use crate::api::task_dto::{TaskDetails, TaskProgress};
 use crate::api::{App, At};
+use crate::model::task::{Task, TaskId};
 use crate::tasks::TaskView;
 
 /// Shortest time between two events: more than people can follow is noise.
 const EVENT_EVERY: Duration = Duration::from_millis(200);
+/// The same where all tasks are in one stream.
+const EVENT_OF_ALL_EVERY: Duration = Duration::from_millis(500);
+/// How often a stream of all looks at the tasks that other daemons have.
+const ELSEWHERE_EVERY: Duration = Duration::from_secs(2);
 /// A comment is sent after this much silence, so that a proxy does not take the stream for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// After this long a stream ends although its task has not: whoever reads on comes again, and is asked who that is. Sooner
@@ -55,6 +63,138 @@ pub async fn follow_task(
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
+/// One event of all tasks.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
+pub struct TasksEvent {
+    /// `tasks`.
+    event: String,
+    /// A list of [`TaskProgress`] in JSON: first all unfinished tasks, then those that changed, each with its end too.
+    data: Vec<TaskProgress>,
+}
+
+/// Follows all unfinished tasks that the caller may see, in one stream: an event `tasks` with all of them at once, and then one with
+/// those that changed, at most twice a second. The stream ends after an hour or a reload: ask again.
+#[utoipa::path(
+    get, path = "/api/v1/events", tag = "tasks", operation_id = "follow_all",
+    responses(
+        (status = 200, body = TasksEvent, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn follow_all(
+    State(app): State<App>,
+    caller: Caller,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
+    let all = AllTasks::new(app.clone(), caller);
+    let events = stream::unfold(all, |mut all| async move {
+        let changed: Vec<_> = all.next().await.iter().map(|view| TaskProgress::from(view.as_ref())).collect();
+        Some((Ok(Event::default().event("tasks").json_data(changed).unwrap_or_default()), all))
+    });
+    Ok(Sse::new(events.take_until(until_asked_again(app))).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+/// What a stream of all tasks has told of.
+struct AllTasks {
+    app: App,
+    caller: Caller,
+    /// The tasks that this process has.
+    here: BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>>,
+    arrivals: watch::Receiver<()>,
+    /// The tasks of other daemons, as they were last told of.
+    elsewhere: BTreeMap<TaskId, Arc<TaskView>>,
+    looked_elsewhere: Option<Instant>,
+    tick: tokio::time::Interval,
+    is_first: bool,
+}
+
+impl AllTasks {
+    fn new(app: App, caller: Caller) -> Self {
+        let mut tick = tokio::time::interval(EVENT_OF_ALL_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let arrivals = app.service.arrivals();
+        let (here, elsewhere) = (BTreeMap::new(), BTreeMap::new());
+        Self { app, caller, here, arrivals, elsewhere, looked_elsewhere: None, tick, is_first: true }
+    }
+
+    /// The views that changed since this was called last, once there are some; all of them at first.
+    async fn next(&mut self) -> Vec<Arc<TaskView>> {
+        loop {
+            tokio::select! {
+                _ = self.tick.tick() => {
+                    self.take_in();
+                    let mut changed = self.changed_here();
+                    changed.extend(self.changed_elsewhere().await);
+                    if !changed.is_empty() || std::mem::take(&mut self.is_first) {
+                        self.is_first = false;
+                        return changed;
+                    }
+                }
+                // One that begins and ends between two ticks is told of all the same.
+                Ok(()) = self.arrivals.changed() => self.take_in(),
+            }
+        }
+    }
+
+    fn may_see(&self, task: &Task) -> bool {
+        self.caller.0.allows(&task.project_id)
+    }
+
+    fn take_in(&mut self) {
+        self.arrivals.mark_unchanged();
+        for (id, mut view) in self.app.service.on_hand() {
+            if !self.here.contains_key(&id) && self.may_see(&view.borrow().task) {
+                view.mark_changed();
+                self.elsewhere.remove(&id);
+                self.here.insert(id, view);
+            }
+        }
+    }
+
+    fn changed_here(&mut self) -> Vec<Arc<TaskView>> {
+        let mut changed = Vec::new();
+        self.here.retain(|_, view| {
+            let is_open = match view.has_changed() {
+                Ok(false) => return true,
+                Ok(true) => true,
+                // Its last view.
+                Err(_) => false,
+            };
+            changed.push(view.borrow_and_update().clone());
+            is_open
+        });
+        changed
+    }
+
+    async fn changed_elsewhere(&mut self) -> Vec<Arc<TaskView>> {
+        if self.looked_elsewhere.is_some_and(|at| at.elapsed() < ELSEWHERE_EVERY) {
+            return Vec::new();
+        }
+        self.looked_elsewhere = Some(Instant::now());
+        // While the records are away the views stay as they were.
+        let Ok(views) = self.app.service.elsewhere().await else { return Vec::new() };
+        let mut changed = Vec::new();
+        let mut before = std::mem::take(&mut self.elsewhere);
+        for view in views {
+            if !self.may_see(&view.task) {
+                continue;
+            }
+            let id = view.task.id;
+            let same = before.remove(&id).is_some_and(|old| old.task == view.task && old.snapshot == view.snapshot);
+            if !same {
+                changed.push(view.clone());
+            }
+            self.elsewhere.insert(id, view);
+        }
+        for id in before.into_keys().filter(|id| !self.here.contains_key(id)) {
+            if let Ok(Some(last)) = self.app.service.find(id).await {
+                changed.push(last);
+            }
+        }
+        changed
+    }
+}
+
 /// Completes when a stream is to end, whatever its task does.
 async fn until_asked_again(app: App) {
     let mut settings = app.settings.clone();
@@ -67,7 +207,7 @@ async fn until_asked_again(app: App) {
 }
 
 /// A slow reader is asked for the next event only once it has taken the one before: nothing piles up.
-fn events(mut views: watch::Receiver<std::sync::Arc<TaskView>>) -> impl Stream<Item = Result<Event, Infallible>> {
+fn events(mut views: watch::Receiver<Arc<TaskView>>) -> impl Stream<Item = Result<Event, Infallible>> {
     views.mark_changed();
     stream::unfold((views, false, false), |(mut views, pace, ended)| async move {
         if ended {

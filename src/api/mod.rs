@@ -12,6 +12,7 @@ pub mod dto;
 pub mod error;
 pub mod events;
 pub mod health;
+pub mod instances;
 pub mod listen;
 pub mod page;
 pub mod requests;
@@ -82,22 +83,26 @@ pub fn router(app: App) -> Router {
             "/v2/{project_id}/instances/{instance_id}/scan-expire-keys/autoscan-config",
             get(dcs::show_config).put(dcs::update_config),
         )
-        .route("/api/v1/instances", get(tasks::list_instances))
-        .route("/api/v1/instances/{instance_id}", get(tasks::get_instance))
-        .route("/api/v1/instances/{instance_id}/auto-scan", delete(tasks::reset_auto_scan))
-        .route("/api/v1/instances/{instance_id}/check", post(tasks::check_instance))
+        .route("/api/v1/instances", get(instances::list_instances))
+        .route("/api/v1/instances/{instance_id}", get(instances::get_instance))
+        .route("/api/v1/instances/{instance_id}/auto-scan", delete(instances::reset_auto_scan))
+        .route("/api/v1/instances/{instance_id}/check", post(instances::check_instance))
+        .route("/api/v1/instances/{instance_id}/history", get(instances::list_history))
         .route("/api/v1/tasks", get(tasks::list_tasks).post(tasks::create_task))
         .route("/api/v1/tasks/{task_id}", get(tasks::get_task).patch(tasks::tune_task))
         .route("/api/v1/tasks/{task_id}/events", get(events::follow_task))
         .route("/api/v1/tasks/{task_id}/pause", post(tasks::pause_task))
         .route("/api/v1/tasks/{task_id}/resume", post(tasks::resume_task))
         .route("/api/v1/tasks/{task_id}/cancel", post(tasks::cancel_task))
+        .route("/api/v1/events", get(events::follow_all))
+        .route("/api/v1/caller", get(auth::show_caller))
         .route("/api/v1/daemons", get(daemons::list_daemons))
         .route("/api/v1/reload", post(reload))
         .route("/metrics", get(health::metrics))
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::require));
     Router::new()
         .route("/", get(page::page))
+        .route("/assets/{name}", get(page::asset))
         .route("/openapi.json", get(health::openapi))
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::api::dto::{FailureDto, HoldDto, ShardDto, time};
+use crate::api::dto::{FailureDto, HoldDto, ShardDto, Totals, held_by_reason, time};
+use crate::model::schedule::{AutoScan, Recurrence, Window};
 use crate::model::task::Task;
 use crate::tasks::TaskView;
 
@@ -31,6 +32,12 @@ pub struct InstanceDto {
     /// The next due time of its automatic scan.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_scan_at: Option<String>,
+    /// When it was last swept completely.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_success_at: Option<String>,
+    /// `used_memory` of all its masters in bytes, as its newest task saw it last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub used_memory: Option<u64>,
     /// Its newest task.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest: Option<TaskDto>,
@@ -115,18 +122,25 @@ pub struct TaskDetails {
 
 impl From<&TaskView> for TaskDetails {
     fn from(view: &TaskView) -> Self {
-        let shards = &view.snapshot.shards;
         Self {
             task: (&view.task).into(),
-            progress: (view.snapshot.fraction() * 10_000.0).round() / 10_000.0,
+            progress: view.progress(),
             scanned: view.snapshot.scanned(),
             holds: view.holds(),
-            shards: shards.iter().map(|(shard, view)| ShardDto::new(shard.0.clone(), view)).collect(),
+            shards: view.shards(),
         }
     }
 }
 
 impl TaskView {
+    fn progress(&self) -> f64 {
+        (self.snapshot.fraction() * 10_000.0).round() / 10_000.0
+    }
+
+    fn shards(&self) -> Vec<ShardDto> {
+        self.snapshot.shards.iter().map(|(shard, view)| ShardDto::new(shard.0.clone(), view)).collect()
+    }
+
     fn holds(&self) -> Vec<HoldDto> {
         let held = self.snapshot.shards.iter().filter_map(|(shard, view)| {
             view.hold.map(|reason| HoldDto {
@@ -153,11 +167,213 @@ pub struct TaskList {
     pub count: u64,
     /// Expired keys that all of those freed.
     pub reclaimed: u64,
+    /// What people call the instances of the tasks in this list, by id, as far as the settings name them.
+    pub instance_names: BTreeMap<String, String>,
 }
 
-/// All instances that the caller may see.
+/// Instances that the caller may see.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct InstanceList {
-    /// The instances, in the order of the settings.
+    /// The instances of this page.
     pub instances: Vec<InstanceDto>,
+    /// How many match, on every page.
+    pub total: u64,
+    /// How many match but for `state`, by the state of their newest task; `never`: that have none.
+    #[schema(value_type = BTreeMap<String, u64>)]
+    pub counts: BTreeMap<&'static str, u64>,
+    /// The projects of all instances that the caller may see.
+    pub projects: Vec<String>,
+}
+
+/// An instance with its schedule and how it is swept.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct InstanceDetails {
+    /// What a list shows too.
+    #[serde(flatten)]
+    pub instance: InstanceDto,
+    /// The next due times of its automatic scan.
+    pub upcoming: Vec<String>,
+    /// Its off-peak window.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<WindowDto>,
+    /// Its automatic scan.
+    pub schedule: ScheduleDto,
+    /// The settings that a sweep has where nobody asks for others, by name.
+    pub settings: BTreeMap<String, String>,
+}
+
+/// An off-peak window.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct WindowDto {
+    /// The days on which it opens, `Mon` to `Sun`.
+    pub days: Vec<String>,
+    /// When it opens, in local time of the zone.
+    pub start: String,
+    /// When it closes; on the next day where this is not after `start`.
+    pub end: String,
+    /// Its time zone.
+    pub zone: String,
+}
+
+impl From<&Window> for WindowDto {
+    fn from(window: &Window) -> Self {
+        let day = |day: &jiff::civil::Weekday| format!("{day:?}").chars().take(3).collect();
+        Self {
+            days: window.days.iter().map(day).collect(),
+            start: window.start.strftime("%H:%M").to_string(),
+            end: window.end.strftime("%H:%M").to_string(),
+            zone: window.zone.iana_name().unwrap_or("UTC").to_owned(),
+        }
+    }
+}
+
+/// An automatic scan, also one that the contract has no words for.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ScheduleDto {
+    /// Whether it runs.
+    pub enabled: bool,
+    /// `api` or `file`: who set it.
+    pub source: &'static str,
+    /// The cron expression, where it is by one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cron: Option<String>,
+    /// The time zone of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
+    /// The first due time, where it is by an interval.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_scan_at: Option<String>,
+    /// Seconds from one due time to the next; 0: once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval_s: Option<u32>,
+    /// How long a scan may take, in seconds.
+    pub timeout_s: u32,
+    /// COUNT that a scan begins with.
+    pub count: u32,
+}
+
+impl ScheduleDto {
+    /// As it is in force. `by_api`: it was set by the API, and not by the settings file.
+    pub fn new(auto_scan: &AutoScan, by_api: bool) -> Self {
+        let (rule, every) = match &auto_scan.recurrence {
+            Recurrence::Cron(rule) => (Some(rule), None),
+            Recurrence::Every { first, interval_s } => (None, Some((*first, *interval_s))),
+        };
+        Self {
+            enabled: auto_scan.enabled,
+            source: if by_api { "api" } else { "file" },
+            cron: rule.map(|rule| rule.expression().to_owned()),
+            zone: rule.map(|rule| rule.zone().to_owned()),
+            first_scan_at: every.and_then(|(first, _)| first).map(time),
+            interval_s: every.map(|(_, interval_s)| interval_s),
+            timeout_s: auto_scan.timeout_s,
+            count: auto_scan.count,
+        }
+    }
+}
+
+/// A sweep with what it brought.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct HistoryEntry {
+    /// The record.
+    #[serde(flatten)]
+    pub task: TaskDto,
+    /// Share that is done, 0 to 1.
+    pub progress: f64,
+    /// Sums over all shards and DBs.
+    pub totals: Totals,
+    /// `used_memory` of all masters before the sweep less that after it, in bytes: what it freed less what clients wrote meanwhile. Left
+    /// out where one of them was not seen twice.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freed_bytes: Option<i64>,
+    /// Time held by reason, in seconds.
+    #[schema(value_type = BTreeMap<String, f64>)]
+    pub held_s: BTreeMap<&'static str, f64>,
+    /// How many masters it swept.
+    pub masters: usize,
+    /// Why it stands still at this moment.
+    pub holds: Vec<HoldDto>,
+    /// Each shard with its DBs, its warnings and why it ended early; left out where they were not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shards: Option<Vec<ShardDto>>,
+}
+
+impl HistoryEntry {
+    /// What is known of a task.
+    pub fn new(view: &TaskView, with_shards: bool) -> Self {
+        let snapshot = &view.snapshot;
+        let freed = |shard: &crate::model::progress::ShardView| {
+            let (before, after) = (shard.memory_before.used?, shard.memory_after.used?);
+            Some(i64::try_from(before).ok()? - i64::try_from(after).ok()?)
+        };
+        let freed: Option<Vec<i64>> = snapshot.shards.values().map(|shard| freed(shard)).collect();
+        Self {
+            task: (&view.task).into(),
+            progress: view.progress(),
+            totals: Totals::new(&view.task, snapshot),
+            freed_bytes: freed.filter(|freed| !freed.is_empty()).map(|freed| freed.iter().sum()),
+            held_s: held_by_reason(snapshot),
+            masters: snapshot.shards.len(),
+            holds: view.holds(),
+            shards: with_shards.then(|| view.shards()),
+        }
+    }
+}
+
+/// A task as a stream of all of them shows it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TaskProgress {
+    /// Its id.
+    pub id: String,
+    /// The instance that it sweeps.
+    pub instance_id: String,
+    /// Its state.
+    pub state: &'static str,
+    /// When it was asked for.
+    pub created_at: String,
+    /// When it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<String>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+    /// Share that is done, 0 to 1.
+    pub progress: f64,
+    /// Keys that SCAN looked at.
+    pub scanned: u64,
+    /// Expired keys that it freed.
+    pub reclaimed: u64,
+    /// Why it stands still at this moment, at most three of its masters.
+    pub holds: Vec<HoldDto>,
+    /// What is worth knowing of its end and is no failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// Why it did not succeed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure: Option<FailureDto>,
+}
+
+/// Holds of one task in a stream of all: a cluster has hundreds of masters.
+const FEW_HOLDS: usize = 3;
+
+impl From<&TaskView> for TaskProgress {
+    fn from(view: &TaskView) -> Self {
+        let task = &view.task;
+        let mut holds = view.holds();
+        holds.truncate(FEW_HOLDS);
+        Self {
+            id: task.id.to_string(),
+            instance_id: task.instance_id.clone(),
+            state: task.state.as_str(),
+            created_at: time(task.created_at),
+            started_at: task.started_at.map(time),
+            finished_at: task.finished_at.map(time),
+            progress: view.progress(),
+            scanned: view.snapshot.scanned(),
+            reclaimed: task.num,
+            holds,
+            note: task.note.clone(),
+            failure: task.failure.as_ref().map(FailureDto::from),
+        }
+    }
 }

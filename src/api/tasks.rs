@@ -4,16 +4,14 @@
 
 use axum::Json;
 use axum::extract::State;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::api::auth::Caller;
-use crate::api::check_dto::Checked;
-use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
-use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, TaskList};
+use crate::api::task_dto::{TaskDetails, TaskDto, TaskList};
 use crate::api::{App, AppState, At, JsonBody, Params};
-use crate::check;
 use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
@@ -23,85 +21,6 @@ use crate::tasks::{Order, TaskSpec, TaskView, Tune};
 const LIMIT: u32 = 50;
 /// Most tasks of one list.
 const MOST: u32 = 1000;
-
-/// Lists the instances that the caller may see.
-#[utoipa::path(
-    get, path = "/api/v1/instances", tag = "instances", operation_id = "list_instances",
-    responses(
-        (status = 200, body = InstanceList), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn list_instances(State(app): State<App>, caller: Caller) -> Result<Json<InstanceList>, ApiError> {
-    let settings = app.settings.borrow().clone();
-    let mut instances = Vec::new();
-    for instance in settings.instances.iter().filter(|instance| caller.0.allows(&instance.project_id)) {
-        instances.push(app.describe(instance).await?);
-    }
-    Ok(Json(InstanceList { instances }))
-}
-
-/// Shows one instance.
-#[utoipa::path(
-    get, path = "/api/v1/instances/{instance_id}", tag = "instances", operation_id = "get_instance",
-    params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = InstanceDto), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn get_instance(
-    State(app): State<App>,
-    caller: Caller,
-    At(id): At<String>,
-) -> Result<Json<InstanceDto>, ApiError> {
-    let instance = app.instance_of(&caller, &id)?;
-    Ok(Json(app.describe(&instance).await?))
-}
-
-/// Forgets the automatic scan that the API set: from now on the settings file's is in force again.
-#[utoipa::path(
-    delete, path = "/api/v1/instances/{instance_id}/auto-scan", tag = "instances", operation_id = "reset_auto_scan",
-    params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = InstanceDto), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn reset_auto_scan(
-    State(app): State<App>,
-    caller: Caller,
-    At(id): At<String>,
-) -> Result<Json<InstanceDto>, ApiError> {
-    let instance = app.instance_of(&caller, &id)?;
-    app.set_auto_scan(&instance, None, app.service.store().now()).await?;
-    tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
-    Ok(Json(app.describe(&instance).await?))
-}
-
-/// Looks at an instance and touches nothing: backlog, rights, what a sweep would meet.
-#[utoipa::path(
-    post, path = "/api/v1/instances/{instance_id}/check", tag = "instances", operation_id = "check_instance",
-    params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = Checked), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 502, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
-)]
-pub async fn check_instance(
-    State(app): State<App>,
-    caller: Caller,
-    At(id): At<String>,
-) -> Result<Json<Checked>, ApiError> {
-    let instance = app.instance_of(&caller, &id)?;
-    let settings = &instance.settings;
-    let (view, options) = crate::tasks::masters(settings).await.map_err(ApiError::of_instance)?;
-    let order = format!("ttlsweep task create {id}");
-    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(ApiError::of_instance)?;
-    Ok(Json(Checked::new(&look, settings, &order).with_report(look.text(&settings.scan, &order))))
-}
 
 /// Lists tasks, newest first.
 #[utoipa::path(
@@ -128,8 +47,14 @@ pub async fn list_tasks(
         before: list.before.map(TaskId),
     };
     let page = app.service.store().page(&filter, 0, limit).await?;
-    let tasks = page.tasks.iter().map(TaskDto::from).collect();
-    Ok(Json(TaskList { tasks, count: page.count, reclaimed: page.total }))
+    let tasks: Vec<_> = page.tasks.iter().map(TaskDto::from).collect();
+    let ids: BTreeSet<_> = tasks.iter().map(|task| task.instance_id.as_str()).collect();
+    let settings = app.settings.borrow().clone();
+    let is_named =
+        |instance: &&Arc<Instance>| ids.contains(instance.id.as_str()) && caller.0.allows(&instance.project_id);
+    let named = settings.instances.iter().filter(is_named);
+    let instance_names = named.map(|instance| (instance.id.clone(), instance.name.clone())).collect();
+    Ok(Json(TaskList { tasks, count: page.count, reclaimed: page.total, instance_names }))
 }
 
 /// Creates a task.
@@ -237,13 +162,6 @@ pub async fn tune_task(
 }
 
 impl AppState {
-    /// An instance that the caller may see.
-    pub(super) fn instance_of(&self, caller: &Caller, id: &str) -> Result<Arc<Instance>, ApiError> {
-        let settings = self.settings.borrow();
-        let instance = settings.instance(id).filter(|instance| caller.0.allows(&instance.project_id));
-        instance.cloned().ok_or_else(ApiError::no_instance)
-    }
-
     /// A task that the caller may see.
     pub(super) async fn view(&self, caller: &Caller, id: &str) -> Result<Arc<TaskView>, ApiError> {
         let id = id.parse().map(TaskId).map_err(|_| ApiError::no_task())?;
@@ -257,27 +175,5 @@ impl AppState {
         let view = self.service.order(view.task.id, order).await?;
         tracing::info!(task = id, caller = caller.0.name, what, "order carried out");
         Ok(Json(view.as_ref().into()))
-    }
-
-    async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
-        let now = self.service.store().now();
-        let latest = match self.service.active_task_of(&instance.id) {
-            Some(id) => self.service.find(id).await?.map(|view| view.task.clone()),
-            None => self.service.store().latest(&instance.id).await?,
-        };
-        // The id may have been another project's.
-        let latest = latest.filter(|task| task.project_id == instance.project_id);
-        let auto_scan = self.service.auto_scan(instance).await?;
-        let next = auto_scan.enabled.then(|| auto_scan.recurrence.next_due(now)).flatten();
-        Ok(InstanceDto {
-            id: instance.id.clone(),
-            project_id: instance.project_id.clone(),
-            name: instance.name.clone(),
-            target: instance.settings.target.to_string(),
-            window_open: instance.window.as_ref().map(|window| window.is_open(now)),
-            window_changes_at: instance.window.as_ref().and_then(|window| window.next_change(now)).map(time),
-            next_scan_at: next.map(time),
-            latest: latest.as_ref().map(TaskDto::from),
-        })
     }
 }

@@ -1,0 +1,215 @@
+// What an operator asks for: a sweep, other limits for one that runs, another schedule. What the API refuses is said at its field.
+
+import { ask, contractPath, instancePath, post } from "./api.js";
+import { announce, exactly, h, when, zoneName } from "./dom.js";
+
+// The load limits that a form offers; the API has more.
+const LIMITS = [
+  { name: "min_intensity", label: "Least intensity", hint: "How far it gives way to other clients", kind: "number" },
+  { name: "max_latency", label: "Hold above latency", hint: "Such as 20ms; auto, off" },
+  { name: "max_cpu", label: "Hold above CPU share", hint: "Others' share of the main thread, such as 0.7; off" },
+  { name: "max_ops", label: "Hold above commands/s", hint: "Of other clients; off" },
+  { name: "max_replica_lag", label: "Hold above replica lag", hint: "Such as 16MiB; auto, off" },
+];
+const PACE = [
+  { name: "intensity", label: "Intensity", hint: "Share of the master's time, above 0 up to 1", kind: "number" },
+  { name: "max_keys_per_sec", label: "Ceiling, keys/s", hint: "On each master; 0: none", kind: "number" },
+];
+
+class Wrong extends Error {
+  constructor(field, message) {
+    super(message);
+    this.field = field;
+  }
+}
+
+function seconds(name, text) {
+  const found = /^(\d+(?:\.\d+)?)\s*(s|min|h|d)?$/.exec(text.trim().replaceAll(",", ""));
+  if (!found) throw new Wrong(name, "A duration such as 90s, 30min, 2h or 1d.");
+  return Math.round(found[1] * { s: 1, min: 60, h: 3600, d: 86400 }[found[2] || "s"]);
+}
+
+function parse(field, text) {
+  if (field.kind === "number") {
+    const n = Number(text);
+    if (!Number.isFinite(n)) throw new Wrong(field.name, "A number.");
+    return n;
+  }
+  if (field.kind === "duration") return seconds(field.name, text);
+  if (field.kind === "list") {
+    return text.split(/[\s,]+/).filter(Boolean).map((part) => {
+      if (!/^\d+$/.test(part)) throw new Wrong(field.name, "Numbers with commas between, such as 0, 3.");
+      return Number(part);
+    });
+  }
+  return text.trim();
+}
+
+// A dialog with these fields. `act` gets what was filled in by name, without what was left empty, and may throw what the API answered.
+function dialog({ title, about, fields, more = [], submit, act, second }) {
+  const inputs = new Map();
+  const make = (field) => {
+    const id = `f-${field.name}`;
+    const attributes = { id, name: field.name, "aria-describedby": `${id}-hint ${id}-wrong` };
+    let input;
+    if (field.kind === "check") input = h("input", { ...attributes, type: "checkbox", onchange: field.onchange });
+    else if (field.kind === "select") {
+      input = h("select", attributes, field.options.map(([value, text]) => h("option", { value }, text)));
+    } else if (field.kind === "moment") input = h("input", { ...attributes, type: "datetime-local", step: 1 });
+    else {
+      const mode = field.kind === "number" ? "decimal" : undefined;
+      input = h("input", { ...attributes, type: "text", inputmode: mode, autocomplete: "off", spellcheck: "false", placeholder: field.placeholder });
+    }
+    if (field.kind === "check") input.checked = Boolean(field.value); else if (field.value !== undefined) input.value = field.value;
+    const wrong = h("span", { class: "wrong", id: `${id}-wrong`, role: "alert" });
+    inputs.set(field.name, { field, input, wrong });
+    const label = h("label", { for: id }, field.label);
+    const hint = h("span", { class: "hint", id: `${id}-hint` }, field.hint || "");
+    return field.kind === "check" ? h("div", { class: "field check" }, h("div", {}, input, label), hint, wrong)
+      : h("div", { class: "field" }, label, input, hint, wrong);
+  };
+  const general = h("p", { class: "wrong", role: "alert" });
+  const button = h("button", { class: "primary", type: "submit" }, submit);
+  const close = () => box.close();
+  const box = h("dialog", { "aria-labelledby": "dialog-title" }, h("form", { novalidate: true, onsubmit: onSubmit },
+    h("h2", { id: "dialog-title" }, title), about ? h("p", { class: "soft" }, about) : "",
+    h("div", { class: "fields" }, fields.map(make)),
+    more.length ? h("details", {}, h("summary", {}, "Load limits"), h("div", { class: "fields" }, more.map(make))) : "",
+    general,
+    h("div", { class: "ends" }, second ? h("button", { type: "button", class: "left", onclick: () => run(second.act, second.done) }, second.text) : "",
+      h("button", { type: "button", onclick: close }, "Close"), button)));
+
+  function complain(error) {
+    const named = error.field || [...inputs.keys()].find((name) => {
+      const words = [name, name.replaceAll("_", "-")];
+      return words.some((word) => new RegExp(`(^|[^\\w-])(--)?${word}([^\\w-]|$)`).test(error.message));
+    });
+    const place = inputs.get(named);
+    const text = error.hint ? `${error.message} ${error.hint}` : error.message;
+    if (!place) { general.textContent = text; return; }
+    place.wrong.textContent = text;
+    place.input.setAttribute("aria-invalid", "true");
+    const folded = place.input.closest("details");
+    if (folded) folded.open = true;
+    place.input.focus();
+  }
+
+  async function run(work, done) {
+    general.textContent = "";
+    for (const { input, wrong } of inputs.values()) { wrong.textContent = ""; input.removeAttribute("aria-invalid"); }
+    button.disabled = true;
+    try {
+      const filled = {};
+      for (const [name, { field, input }] of inputs) {
+        if (field.kind === "check") filled[name] = input.checked;
+        else if (input.value.trim() !== "" && !input.disabled) filled[name] = parse(field, input.value);
+      }
+      await work(filled);
+      box.close();
+      announce(done);
+    } catch (error) {
+      if (error.status !== 401) complain(error); else box.close();
+    } finally {
+      button.disabled = false;
+    }
+  }
+  function onSubmit(event) {
+    event.preventDefault();
+    run(act.work, act.done);
+  }
+  box.addEventListener("close", () => box.remove());
+  document.body.append(box);
+  box.showModal();
+  return inputs;
+}
+
+const kebab = (name) => name.replaceAll("_", "-");
+
+export async function sweepDialog(shown) {
+  let instance;
+  try { instance = await ask(instancePath(shown.id)); } catch (error) {
+    if (error.status !== 401) announce(error.message, true);
+    return;
+  }
+  const usual = (field) => ({ ...field, placeholder: instance.settings[kebab(field.name)] });
+  const fields = [...PACE.map(usual),
+    { name: "timeout_s", label: "Time allowed", hint: "Such as 30min, 2h", kind: "duration", placeholder: instance.settings.timeout },
+    { name: "db", label: "DBs", hint: "Such as 0, 3; empty: each with keys that expire", kind: "list", placeholder: instance.settings.db || "all" },
+    { name: "touch", label: "Touch", kind: "select", hint: "Whether each key is asked for, beside SCAN",
+      options: [["", `as set (${instance.settings.touch || "auto"})`], ["auto", "auto"], ["none", "none"], ["exists", "exists"], ["ttl", "ttl"]] }];
+  if (instance.window) fields.push({ name: "respect_window", label: "Only while the window is open", kind: "check" });
+  dialog({
+    title: `Sweep ${instance.name}`, about: `${instance.target}. What is left empty is as the instance's settings say.`,
+    fields, more: LIMITS.map(usual), submit: "Sweep now",
+    act: { done: "The sweep is on record.", work: (filled) => {
+      const body = { instance_id: instance.id };
+      const limits = {};
+      for (const [name, value] of Object.entries(filled)) {
+        if (LIMITS.some((limit) => limit.name === name)) limits[name] = value; else body[name] = value;
+      }
+      if (Object.keys(limits).length) body.limits = limits;
+      return post("api/v1/tasks", body);
+    } },
+  });
+}
+
+export function tuneDialog(task) {
+  const now = (field) => ({ ...field, value: task.settings[kebab(field.name)] });
+  const fields = PACE.map(now), more = LIMITS.map(now);
+  dialog({
+    title: "Tune the sweep", about: "In force with its next batch.", fields, more, submit: "Tune",
+    act: { done: "Other limits are in force.", work: (filled) => {
+      const body = {}, limits = {};
+      for (const field of [...fields, ...more]) {
+        const value = filled[field.name];
+        if (value === undefined || String(value) === String(field.value ?? "")) continue;
+        if (LIMITS.some((limit) => limit.name === field.name)) limits[field.name] = value; else body[field.name] = value;
+      }
+      if (Object.keys(limits).length) body.limits = limits;
+      return ask(`api/v1/tasks/${task.id}`, { method: "PATCH", body });
+    } },
+  });
+}
+
+// Which field the contract's codes are about.
+const CODES = { "DCS.4819": "first_scan_at", "DCS.4820": "interval", "DCS.4821": "timeout", "DCS.4822": "scan_keys_count" };
+
+export function scheduleDialog(instance, changed) {
+  const schedule = instance.schedule;
+  const first = instance.upcoming[0] || (schedule.first_scan_at && new Date(schedule.first_scan_at) > new Date() ? schedule.first_scan_at : "");
+  const inputs = dialog({
+    title: "Automatic scan",
+    about: schedule.cron ? `The settings file says cron ${schedule.cron} (${schedule.zone}). What is set here takes its place.` : undefined,
+    submit: "Save",
+    fields: [
+      { name: "enable_auto_scan", label: "Scan automatically", kind: "check", value: schedule.enabled, onchange: follow },
+      { name: "first_scan_at", label: "First time", kind: "moment", hint: `In your zone: ${zoneName()}`, value: first ? when(first, true).replace(" ", "T") : "" },
+      { name: "interval", label: "Every", kind: "duration", hint: "Such as 30min, 6h, 1d; 0: once", value: schedule.interval_s === undefined ? "1 d" : exactly(schedule.interval_s) },
+      { name: "timeout", label: "Time allowed", kind: "duration", hint: "At least twice the interval", value: exactly(schedule.timeout_s) },
+      { name: "scan_keys_count", label: "COUNT to begin with", kind: "number", hint: "10 to 1000", value: String(schedule.count) },
+    ],
+    act: { done: "The schedule is in force.", work: async (filled) => {
+      const body = { enable_auto_scan: filled.enable_auto_scan };
+      if (body.enable_auto_scan) {
+        Object.assign(body, filled);
+        if (filled.first_scan_at) body.first_scan_at = new Date(filled.first_scan_at).toISOString();
+      }
+      try {
+        await ask(contractPath(instance, "scan-expire-keys/autoscan-config"), { method: "PUT", body });
+      } catch (error) {
+        error.field = CODES[error.code];
+        throw error;
+      }
+      changed();
+    } },
+    second: schedule.source === "api" && {
+      text: "Back to the settings file", done: "The settings file's schedule is in force.",
+      act: async () => { await ask(`${instancePath(instance.id)}/auto-scan`, { method: "DELETE" }); changed(); },
+    },
+  });
+  function follow() {
+    const isOn = inputs.get("enable_auto_scan").input.checked;
+    for (const [name, { input }] of inputs) if (name !== "enable_auto_scan") input.disabled = !isOn;
+  }
+  follow();
+}

@@ -1,0 +1,394 @@
+//! The instances: which there are, how each stands, when it is due, what its sweeps brought, and a look at it.
+
+#![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::api::auth::Caller;
+use crate::api::check_dto::Checked;
+use crate::api::dto::time;
+use crate::api::error::{ApiError, ErrorBody};
+use crate::api::task_dto::{HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto};
+use crate::api::{App, AppState, At, Params};
+use crate::check;
+use crate::model::schedule::AutoScan;
+use crate::model::task::{TaskId, TaskState};
+use crate::settings::serve::Instance;
+use crate::store::{Standing, TaskFilter};
+
+/// Most instances of one list.
+const MOST: u32 = 1000;
+/// Sweeps of a history that asks for no number, and the most of one.
+const HISTORY: (u32, u32) = (20, 200);
+/// How many due times an instance's details name.
+const UPCOMING: usize = 5;
+
+/// Which instances to list, and in which order.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ListInstances {
+    /// Whose name, id or address holds this, in upper or lower case.
+    pub search: Option<String>,
+    /// Of this project.
+    pub project_id: Option<String>,
+    /// Whose newest task is in this state.
+    pub state: Option<InstanceState>,
+    /// By this; left out: as in the settings file.
+    pub sort: Option<SortBy>,
+    /// Left out: ascending.
+    pub order: Option<SortOrder>,
+    /// Leave out so many first.
+    #[param(minimum = 0, maximum = 2_147_483_647)]
+    pub offset: Option<u32>,
+    /// At most so many; left out: all.
+    #[param(minimum = 1, maximum = 1000)]
+    pub limit: Option<u32>,
+}
+
+/// The state of an instance's newest task, or that it has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "the words of `TaskState`")]
+pub enum InstanceState {
+    Waiting,
+    Running,
+    Paused,
+    Interrupted,
+    Succeeded,
+    Failed,
+    Cancelled,
+    /// It was never swept.
+    Never,
+}
+
+impl InstanceState {
+    fn fits(self, state: Option<TaskState>) -> bool {
+        state
+            == match self {
+                Self::Waiting => Some(TaskState::Waiting),
+                Self::Running => Some(TaskState::Running),
+                Self::Paused => Some(TaskState::Paused),
+                Self::Interrupted => Some(TaskState::Interrupted),
+                Self::Succeeded => Some(TaskState::Succeeded),
+                Self::Failed => Some(TaskState::Failed),
+                Self::Cancelled => Some(TaskState::Cancelled),
+                Self::Never => None,
+            }
+    }
+}
+
+/// What instances are sorted by. What is not known comes before everything else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SortBy {
+    /// What people call it.
+    Name,
+    /// When it was last swept completely.
+    LastSuccess,
+    /// Expired keys that its newest task freed.
+    Reclaimed,
+    /// `used_memory` as its newest task saw it last.
+    Memory,
+}
+
+/// In which direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "plain words")]
+pub enum SortOrder {
+    Asc,
+    Desc,
+}
+
+/// Which sweeps of an instance to show.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct ListHistory {
+    /// Leave out so many of the newest.
+    #[param(minimum = 0, maximum = 2_147_483_647)]
+    pub offset: Option<u32>,
+    /// At most so many.
+    #[param(minimum = 1, maximum = 200)]
+    pub limit: Option<u32>,
+    /// Whether each comes with its shards and DBs; left out: true.
+    pub shards: Option<bool>,
+}
+
+/// The sweeps of an instance, newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct HistoryList {
+    /// The sweeps of this page.
+    pub sweeps: Vec<HistoryEntry>,
+    /// How many there are, on every page.
+    pub total: u64,
+    /// Expired keys that all of them freed.
+    pub reclaimed: u64,
+}
+
+/// Lists the instances that the caller may see.
+#[utoipa::path(
+    get, path = "/api/v1/instances", tag = "instances", operation_id = "list_instances", params(ListInstances),
+    responses(
+        (status = 200, body = InstanceList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn list_instances(
+    State(app): State<App>,
+    caller: Caller,
+    Params(list): Params<ListInstances>,
+) -> Result<Json<InstanceList>, ApiError> {
+    let offset = bounded("offset", list.offset.unwrap_or(0), 0..=i32::MAX as u32)?;
+    let limit = list.limit.map(|limit| bounded("limit", limit, 1..=MOST)).transpose()?;
+    let settings = app.settings.borrow().clone();
+    let visible = || settings.instances.iter().filter(|instance| caller.0.allows(&instance.project_id));
+    let projects: BTreeSet<_> = visible().map(|instance| instance.project_id.clone()).collect();
+    let search = list.search.as_deref().unwrap_or("").trim().to_lowercase();
+    let holds = |text: &str| text.to_lowercase().contains(&search);
+    let is_meant = |instance: &&Arc<Instance>| {
+        list.project_id.as_ref().is_none_or(|project| *project == instance.project_id)
+            && (search.is_empty()
+                || holds(&instance.name)
+                || holds(&instance.id)
+                || holds(&instance.settings.target.to_string()))
+    };
+    let meant: Vec<&Arc<Instance>> = visible().filter(is_meant).collect();
+    let standings = app.standings(&meant).await?;
+    let state_of = |instance: &Instance| standings.get(&instance.id).map(|standing| standing.state);
+    let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for instance in &meant {
+        *counts.entry(state_of(instance).map_or("never", TaskState::as_str)).or_default() += 1;
+    }
+    let mut meant = meant;
+    meant.retain(|instance| list.state.is_none_or(|state| state.fits(state_of(instance))));
+    app.sort(&mut meant, &standings, list.sort, list.order).await?;
+    let total = meant.len();
+    let page: Vec<_> = meant.into_iter().skip(offset as usize).take(limit.map_or(usize::MAX, |n| n as usize)).collect();
+    let instances = app.describe(&page, &standings).await?;
+    Ok(Json(InstanceList { instances, total: total as u64, counts, projects: projects.into_iter().collect() }))
+}
+
+/// Shows one instance.
+#[utoipa::path(
+    get, path = "/api/v1/instances/{instance_id}", tag = "instances", operation_id = "get_instance",
+    params(("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = InstanceDetails), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
+        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn get_instance(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+) -> Result<Json<InstanceDetails>, ApiError> {
+    let instance = app.instance_of(&caller, &id)?;
+    Ok(Json(app.details(&instance).await?))
+}
+
+/// Lists the sweeps of an instance with what each brought and what held it, newest first.
+#[utoipa::path(
+    get, path = "/api/v1/instances/{instance_id}/history", tag = "instances", operation_id = "list_history",
+    params(("instance_id" = String, Path), ListHistory),
+    responses(
+        (status = 200, body = HistoryList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn list_history(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+    Params(list): Params<ListHistory>,
+) -> Result<Json<HistoryList>, ApiError> {
+    let instance = app.instance_of(&caller, &id)?;
+    let offset = bounded("offset", list.offset.unwrap_or(0), 0..=i32::MAX as u32)?;
+    let limit = bounded("limit", list.limit.unwrap_or(HISTORY.0), 1..=HISTORY.1)?;
+    // The id may have been another project's.
+    let projects = Some(vec![instance.project_id.clone()]);
+    let filter = TaskFilter { projects, instance_id: Some(instance.id.clone()), ..TaskFilter::default() };
+    let page = app.service.store().page(&filter, offset, limit).await?;
+    let views = app.service.views(page.tasks).await?;
+    let with_shards = list.shards.unwrap_or(true);
+    let sweeps = views.iter().map(|view| HistoryEntry::new(view, with_shards)).collect();
+    Ok(Json(HistoryList { sweeps, total: page.count, reclaimed: page.total }))
+}
+
+/// Forgets the automatic scan that the API set: from now on the settings file's is in force again.
+#[utoipa::path(
+    delete, path = "/api/v1/instances/{instance_id}/auto-scan", tag = "instances", operation_id = "reset_auto_scan",
+    params(("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = InstanceDetails), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
+        (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn reset_auto_scan(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+) -> Result<Json<InstanceDetails>, ApiError> {
+    let instance = app.instance_of(&caller, &id)?;
+    app.set_auto_scan(&instance, None, app.service.store().now()).await?;
+    tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
+    Ok(Json(app.details(&instance).await?))
+}
+
+/// Looks at an instance and touches nothing: backlog, rights, what a sweep would meet.
+#[utoipa::path(
+    post, path = "/api/v1/instances/{instance_id}/check", tag = "instances", operation_id = "check_instance",
+    params(("instance_id" = String, Path)),
+    responses(
+        (status = 200, body = Checked), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 502, body = ErrorBody), (status = 503, body = ErrorBody),
+    )
+)]
+pub async fn check_instance(
+    State(app): State<App>,
+    caller: Caller,
+    At(id): At<String>,
+) -> Result<Json<Checked>, ApiError> {
+    let instance = app.instance_of(&caller, &id)?;
+    let settings = &instance.settings;
+    let (view, options) = crate::tasks::masters(settings).await.map_err(ApiError::of_instance)?;
+    let order = format!("ttlsweep task create {id}");
+    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(ApiError::of_instance)?;
+    Ok(Json(Checked::new(&look, settings, &order).with_report(look.text(&settings.scan, &order))))
+}
+
+fn bounded(name: &str, number: u32, range: std::ops::RangeInclusive<u32>) -> Result<u32, ApiError> {
+    if range.contains(&number) { Ok(number) } else { Err(ApiError::invalid(name)) }
+}
+
+impl AppState {
+    /// An instance that the caller may see.
+    pub(super) fn instance_of(&self, caller: &Caller, id: &str) -> Result<Arc<Instance>, ApiError> {
+        let settings = self.settings.borrow();
+        let instance = settings.instance(id).filter(|instance| caller.0.allows(&instance.project_id));
+        instance.cloned().ok_or_else(ApiError::no_instance)
+    }
+
+    /// How these instances stand at this moment. One that was never swept in its project is left out.
+    async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
+        let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
+        let mut standings = self.service.store().standings(&ids).await?;
+        for view in self.service.on_hand().into_values() {
+            let view = view.borrow();
+            // The records are up to a second old.
+            if let Some(standing) = standings.get_mut(&view.task.instance_id)
+                && standing.latest == view.task.id
+            {
+                (standing.state, standing.reclaimed) = (view.task.state, view.task.num);
+            }
+        }
+        // The id may have been another project's.
+        for instance in instances {
+            if standings.get(&instance.id).is_some_and(|standing| standing.project_id != instance.project_id) {
+                standings.remove(&instance.id);
+            }
+        }
+        Ok(standings)
+    }
+
+    async fn sort(
+        &self,
+        instances: &mut [&Arc<Instance>],
+        standings: &BTreeMap<String, Standing>,
+        by: Option<SortBy>,
+        order: Option<SortOrder>,
+    ) -> Result<(), ApiError> {
+        let standing = |instance: &Instance| standings.get(&instance.id);
+        let name = |instance: &Instance| (instance.name.to_lowercase(), instance.id.clone());
+        match by {
+            None => {}
+            Some(SortBy::Name) => instances.sort_by_cached_key(|instance| name(instance)),
+            Some(SortBy::LastSuccess) => {
+                instances.sort_by_cached_key(|one| (standing(one).and_then(|seen| seen.last_success), name(one)));
+            }
+            Some(SortBy::Reclaimed) => {
+                instances.sort_by_cached_key(|one| (standing(one).map(|seen| seen.reclaimed), name(one)));
+            }
+            Some(SortBy::Memory) => {
+                let newest: Vec<TaskId> =
+                    instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
+                let memory = self.service.store().memory(&newest).await?;
+                let used = |instance: &Instance| memory.get(&standing(instance)?.latest).copied();
+                instances.sort_by_cached_key(|instance| (used(instance), name(instance)));
+            }
+        }
+        if order == Some(SortOrder::Desc) {
+            instances.reverse();
+        }
+        Ok(())
+    }
+
+    /// These instances as they are answered, in a number of statements that does not grow with them.
+    async fn describe(
+        &self,
+        instances: &[&Arc<Instance>],
+        standings: &BTreeMap<String, Standing>,
+    ) -> Result<Vec<InstanceDto>, ApiError> {
+        let store = self.service.store();
+        let now = store.now();
+        let standing = |instance: &Instance| standings.get(&instance.id);
+        let newest: Vec<_> = instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
+        let tasks = store.tasks(&newest).await?;
+        let memory = store.memory(&newest).await?;
+        let schedules = store.schedules().await?;
+        let on_hand = self.service.on_hand();
+        let describe = |instance: &&Arc<Instance>| {
+            let seen = standing(instance);
+            let latest = seen.and_then(|seen| match on_hand.get(&seen.latest) {
+                Some(view) => Some(TaskDto::from(&view.borrow().task)),
+                None => tasks.get(&seen.latest).map(TaskDto::from),
+            });
+            let set = schedules.auto_scan(&instance.id, &instance.project_id);
+            let auto_scan = set.unwrap_or(&instance.auto_scan);
+            let window = instance.window.as_ref();
+            InstanceDto {
+                id: instance.id.clone(),
+                project_id: instance.project_id.clone(),
+                name: instance.name.clone(),
+                target: instance.settings.target.to_string(),
+                window_open: window.map(|window| window.is_open(now)),
+                window_changes_at: window.and_then(|window| window.next_change(now)).map(time),
+                next_scan_at: due_times(auto_scan, now).next().map(time),
+                last_success_at: seen.and_then(|seen| seen.last_success).map(time),
+                used_memory: seen.and_then(|seen| memory.get(&seen.latest).copied()),
+                latest,
+            }
+        };
+        Ok(instances.iter().map(describe).collect())
+    }
+
+    async fn details(&self, instance: &Arc<Instance>) -> Result<InstanceDetails, ApiError> {
+        let standings = self.standings(&[instance]).await?;
+        let described = self.describe(&[instance], &standings).await?;
+        let instance_dto = described.into_iter().next().ok_or_else(ApiError::internal)?;
+        let store = self.service.store();
+        let set = store.auto_scan(&instance.id, &instance.project_id).await?;
+        let auto_scan = set.as_ref().unwrap_or(&instance.auto_scan);
+        Ok(InstanceDetails {
+            instance: instance_dto,
+            upcoming: due_times(auto_scan, store.now()).take(UPCOMING).map(time).collect(),
+            window: instance.window.as_ref().map(WindowDto::from),
+            schedule: ScheduleDto::new(auto_scan, set.is_some()),
+            settings: instance.settings.sweep_texts.as_ref().clone(),
+        })
+    }
+}
+
+/// When a schedule is due from now on.
+fn due_times(auto_scan: &AutoScan, now: jiff::Timestamp) -> impl Iterator<Item = jiff::Timestamp> {
+    let next = |at: jiff::Timestamp| auto_scan.enabled.then(|| auto_scan.recurrence.next_due(at)).flatten();
+    std::iter::successors(next(now), move |at| next(*at))
+}
