@@ -63,3 +63,11 @@ unpack_debs_whole() {
     libc6 "$@" >"$work/apt.log" 2>&1 || die "cannot download: $* ($(tail -n 1 "$work/apt.log"))"
   for deb in "$work"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
 }
+
+# The same with what the packages depend on and this system lacks.
+unpack_debs_missing() {
+  local deb
+  private_apt apt-get -y --no-install-recommends --download-only install "$@" >"$work/apt.log" 2>&1 ||
+    die "cannot download: $* ($(tail -n 1 "$work/apt.log"))"
+  for deb in "$work"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
+}

