@@ -255,7 +255,7 @@ async fn the_most_talkative_log_holds_no_secret_and_no_key_name() {
     let mut command = ttlsweep();
     command.args(["scan", &server.url(), "-vv", "--touch", "ttl"]).env("TTLSWEEP_LOG", "trace");
     let output = command.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned() + String::from_utf8_lossy(&output.stdout).as_ref();
     assert!(output.status.success() && said.contains("pass complete"), "{said}");
     assert!(!said.contains("hunter2") && !said.contains("secret-"), "{said}");
 }

@@ -25,7 +25,7 @@ async fn promtool_accepts_the_figures() {
     let mut check = Command::new(client("promtool"));
     check.args(["check", "metrics"]).stdin(std::fs::File::open(file.path()).expect("it is there"));
     let run = output(check).await;
-    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
+    let said = String::from_utf8_lossy(&run.stderr).into_owned() + String::from_utf8_lossy(&run.stdout).as_ref();
     assert!(run.status.success() && said.trim().is_empty(), "{said}\n{text}");
 }
 
@@ -35,7 +35,7 @@ async fn alerts_fire_when_they_should_and_only_then() {
         let mut promtool = Command::new(client("promtool"));
         promtool.args(what).current_dir(root().join("deploy/prometheus"));
         let run = output(promtool).await;
-        let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
+        let said = String::from_utf8_lossy(&run.stderr).into_owned() + String::from_utf8_lossy(&run.stdout).as_ref();
         assert!(run.status.success(), "{said}");
     }
 }

@@ -39,7 +39,7 @@ async fn a_failed_task_is_told_signed_and_a_complete_one_is_not() {
     std::fs::write(secret.path(), "a shared secret\n").expect("it is written");
     let signed = format!("secret-file = \"{}\"", secret.path().display());
     let well = instance("well", &server.url(), "");
-    let mut daemon = Daemon::start(&(settings(hook.url(), &signed) + &well)).await;
+    let mut daemon = Daemon::start(&(settings(hook.url(), &signed) + well.as_str())).await;
     let complete = daemon.scan("well").await;
     daemon.until(&complete, "succeeded").await;
     let id = daemon.scan("gone").await;
@@ -119,7 +119,7 @@ async fn a_webhook_that_never_answers_slows_neither_sweeps_nor_the_end() {
     let (hook, server) = (Hook::start(&[Answer::Never; 9]).await, Server::start().await);
     Keyspace::of(&server, 0).dead(500, "dead:").await;
     let well = instance("well", &server.url(), "");
-    let mut daemon = Daemon::start(&(settings(hook.url(), "") + &well)).await;
+    let mut daemon = Daemon::start(&(settings(hook.url(), "") + well.as_str())).await;
     let id = daemon.scan("gone").await;
     daemon.until(&id, "failed").await;
     hook.wait_for(1).await;

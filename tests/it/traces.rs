@@ -46,7 +46,7 @@ async fn a_receiver_gets_the_task_with_its_shards_passes_and_holds() {
     Keyspace::of(&server, 0).dead(300, "dead:").await;
     Keyspace::of(&server, 3).live_ttl(50, "live:").await;
     let gone = instance("gone", &format!("redis://127.0.0.1:{}", free_port()), "retry-for = \"1ms\"");
-    let mut daemon = Daemon::prepare(&(instance("cache", &server.url(), "") + &gone))
+    let mut daemon = Daemon::prepare(&(instance("cache", &server.url(), "") + gone.as_str()))
         .launched(|mut command| {
             command.env("OTEL_EXPORTER_OTLP_ENDPOINT", hook.url()).env("OTEL_RESOURCE_ATTRIBUTES", "rack=7");
             command

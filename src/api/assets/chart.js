@@ -2,7 +2,7 @@
 
 import { bytes, h, number, say, short, shortWhen, span, svg, when } from "./dom.js";
 
-const LEFT = 52, RIGHT = 6, GAP = 26, FOOT = 20;
+const LEFT = 52, RIGHT = 6, GAP = 30, FOOT = 20;
 // How many reasons of holds have a colour of their own.
 const COLOURS = 5;
 

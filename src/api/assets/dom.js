@@ -68,6 +68,7 @@ export function bytes(n) {
 
 export function span(seconds) {
   if (seconds === undefined || seconds === null) return "–";
+  if (seconds === 0) return "0 s";
   if (seconds < 0.0995) return Math.round(seconds * 1000) + " ms";
   if (seconds < 9.95) return seconds.toFixed(1) + " s";
   if (seconds < 90) return Math.round(seconds) + " s";

@@ -56,6 +56,14 @@ pub fn instance(id: &str, url: &str, more: &str) -> String {
     format!("[[instances]]\nid = \"{id}\"\nproject_id = \"{PROJECT}\"\nurl = \"{url}\"\n{more}\n")
 }
 
+/// What a client for HTTP needs before it is made, even one without TLS.
+pub fn provide_crypto() {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    });
+}
+
 /// A window that is open now, or closed for hours.
 pub fn window(open: bool) -> String {
     let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
@@ -78,10 +86,7 @@ impl Daemon {
 
     /// One that is not started yet.
     pub fn prepare(settings: &str) -> Self {
-        static PROVIDER: Once = Once::new();
-        PROVIDER.call_once(|| {
-            let _ = rustls::crypto::ring::default_provider().install_default();
-        });
+        provide_crypto();
         let dir = tempfile::Builder::new().prefix("ttlsweep-daemon-").tempdir().expect("a temporary folder");
         let client = Client::builder().no_proxy().timeout(PATIENCE).build().expect("a client");
         let daemon = Self { child: None, url: String::new(), token: None, client, dir };

@@ -4,6 +4,7 @@
 
 #![allow(dead_code, reason = "a toolbox: not every test theme uses every tool")]
 
+pub mod browser;
 pub mod certs;
 pub mod clients;
 pub mod cluster;
