@@ -43,7 +43,8 @@ fn many(count: usize) -> String {
 async fn fill_records(daemon: &Daemon, instances: usize, records: usize) {
     let mut db = daemon.records().await;
     let mut tx = db.begin().await.expect("a transaction");
-    let numbers = format!("WITH RECURSIVE n (n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM n WHERE n < {}) ", records - 1);
+    let numbers =
+        format!("WITH RECURSIVE n (n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM n WHERE n < {}) ", records - 1);
     let is_newest = format!("n >= {}", records - instances);
     let (of, id) = (format!("(n % {instances})"), "printf('01900000-%04x-7000-8000-%012x', n / 65536, n)");
     let tasks = format!(
@@ -162,7 +163,8 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     let first = daemon.create(json!({"instance_id": "cache", "max_keys_per_sec": 500})).await;
     daemon.until(&first, "running").await;
     daemon.post(&format!("/api/v1/tasks/{first}/pause")).await.ok();
-    let held = async || daemon.get("/api/v1/instances/cache/history").await.ok()["sweeps"][0]["holds"][0]["reason"].clone();
+    let held =
+        async || daemon.get("/api/v1/instances/cache/history").await.ok()["sweeps"][0]["holds"][0]["reason"].clone();
     probe("it stands still", PATIENCE, async || held().await == "paused").await;
     daemon.post(&format!("/api/v1/tasks/{first}/resume")).await.ok();
     daemon.hurry(&first).await;
@@ -174,7 +176,10 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     assert_eq!((&history["total"], &history["reclaimed"]), (&json!(2), &json!(350)));
     let sweep = &history["sweeps"][1];
     assert_eq!((&history["sweeps"][0]["id"], &sweep["id"]), (&json!(second), &json!(first)), "newest first");
-    assert_eq!((&sweep["reclaimed"], &sweep["totals"]["reclaimed"], &sweep["progress"]), (&json!(350), &json!(350), &json!(1.0)));
+    assert_eq!(
+        (&sweep["reclaimed"], &sweep["totals"]["reclaimed"], &sweep["progress"]),
+        (&json!(350), &json!(350), &json!(1.0))
+    );
     assert!(sweep["held_s"]["paused"].as_f64() > Some(0.0), "{sweep:#}");
     assert!(sweep["freed_bytes"].is_i64(), "{sweep:#}");
     let dbs = sweep["shards"][0]["dbs"].as_array().expect("DBs");
@@ -212,7 +217,9 @@ async fn one_stream_tells_of_all_tasks_from_the_first_to_the_last_view() {
     let other = instance("two", &two.url(), "").replace(PROJECT, OTHER_PROJECT);
     // SHA-256 of `figures` and of `secret`.
     let token = |name: &str, projects: &str, sha256: &str| {
-        format!("[[api.tokens]]\nname = \"{name}\"\nrole = \"operator\"\nprojects = [\"{projects}\"]\nsha256 = \"{sha256}\"\n")
+        format!(
+            "[[api.tokens]]\nname = \"{name}\"\nrole = \"operator\"\nprojects = [\"{projects}\"]\nsha256 = \"{sha256}\"\n"
+        )
     };
     let settings = [
         "[api]\nlisten = \"127.0.0.1:0\"\n".to_owned(),
@@ -235,14 +242,20 @@ async fn one_stream_tells_of_all_tasks_from_the_first_to_the_last_view() {
     let (mut all, mut some) = (stream("figures").await, stream("secret").await);
     let (mut all_text, mut some_text) = (String::new(), String::new());
     let mut told = events(&mut all, &mut all_text).await;
-    assert_eq!((&told[0]["id"], &told[0]["state"]), (&json!(first), &json!("running")), "what runs already comes at once");
+    assert_eq!(
+        (&told[0]["id"], &told[0]["state"]),
+        (&json!(first), &json!("running")),
+        "what runs already comes at once"
+    );
     assert!(told[0]["shards"].is_null() && told[0]["progress"].is_f64(), "{}", told[0]);
     // One that has ended before the next event is due.
     let second = daemon.create(json!({"instance_id": "two"})).await;
     daemon.until(&second, "succeeded").await;
     daemon.hurry(&first).await;
     daemon.until(&first, "succeeded").await;
-    let ended = |told: &[Value], id: &str| told.iter().any(|task| task["id"] == id && task["state"] == "succeeded" && task["reclaimed"] == 200);
+    let ended = |told: &[Value], id: &str| {
+        told.iter().any(|task| task["id"] == id && task["state"] == "succeeded" && task["reclaimed"] == 200)
+    };
     while !ended(&told, &first) || !ended(&told, &second) {
         told.extend(events(&mut all, &mut all_text).await);
     }
@@ -259,7 +272,10 @@ async fn the_page_is_made_of_files_that_a_browser_keeps_and_nothing_inline() {
     let get = async |path: &str| daemon.request(Method::GET, path).send().await.expect("an answer");
     let page = get("/").await;
     let policy = page.headers()["content-security-policy"].to_str().expect("text").to_owned();
-    assert!(policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self'") && !policy.contains("unsafe"), "{policy}");
+    assert!(
+        policy.starts_with("default-src 'none'; script-src 'self'; style-src 'self'") && !policy.contains("unsafe"),
+        "{policy}"
+    );
     let html = page.text().await.expect("text");
     assert!(!html.contains("<style") && !html.contains(" style=") && !html.contains("onclick"), "{html}");
     // Each module that the page loads is there, of its own kind, and known again by its tag.
@@ -276,7 +292,10 @@ async fn the_page_is_made_of_files_that_a_browser_keeps_and_nothing_inline() {
         let again = again.expect("an answer");
         assert_eq!((again.status().as_u16(), again.text().await.expect("text").len()), (304, 0), "{name}");
         let text = asset.text().await.expect("text");
-        assert!(!text.contains("http://") && !text.contains("https://") || text.contains("www.w3.org/2000/svg"), "{name}");
+        assert!(
+            !text.contains("http://") && !text.contains("https://") || text.contains("www.w3.org/2000/svg"),
+            "{name}"
+        );
         for other in text.split("from \"./").skip(1).filter_map(|rest| rest.split('"').next()) {
             if !seen.contains(&other.to_owned()) && !wanted.contains(&other.to_owned()) {
                 wanted.push(other.to_owned());

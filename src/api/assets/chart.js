@@ -2,7 +2,7 @@
 
 import { bytes, h, number, say, short, shortWhen, span, svg, when } from "./dom.js";
 
-const LEFT = 52, RIGHT = 6, GAP = 30, FOOT = 20;
+const LEFT = 52, RIGHT = 6, GAP = 34, FOOT = 20;
 // How many reasons of holds have a colour of their own.
 const COLOURS = 5;
 
@@ -36,7 +36,8 @@ export function sweepChart({ open }) {
     columns.forEach((column, n) => column.classList.toggle("chosen", n === at));
     const sweep = sweeps[at];
     if (!sweep) {
-      say(readout, sweeps.length ? `${number(sweeps.length)} sweeps, ${when(sweeps[0].created_at)} to ${when(sweeps[sweeps.length - 1].created_at)}` : "");
+      say(readout, sweeps.length === 1 ? `One sweep, ${when(sweeps[0].created_at)}`
+        : sweeps.length ? `${number(sweeps.length)} sweeps, ${when(sweeps[0].created_at)} to ${when(sweeps[sweeps.length - 1].created_at)}` : "");
       return;
     }
     const held = Object.entries(sweep.held_s).sort((a, b) => b[1] - a[1]).map(([reason, s]) => `${reason.replaceAll("_", " ")} ${span(s)}`);
@@ -54,7 +55,7 @@ export function sweepChart({ open }) {
       { title: "Held", height: 56, format: span, value: (s) => sum(s.held_s), base: 10, stack: true },
     ];
     const height = panels.reduce((all, panel) => all + panel.height + GAP, FOOT);
-    const band = (width - LEFT - RIGHT) / Math.max(sweeps.length, 12);
+    const band = (width - LEFT - RIGHT) / Math.max(sweeps.length, 24);
     const gap = Math.min(3, band * 0.25);
     // The newest sweep stands at the right edge.
     const x = (n) => width - RIGHT - (sweeps.length - n) * band;
@@ -66,7 +67,7 @@ export function sweepChart({ open }) {
       const most = roundUp(Math.max(0, ...sweeps.map(panel.value)), panel.base);
       const bottom = top + panel.height;
       const y = (value) => bottom - panel.height * value / most;
-      frame.push(svg("text", { class: "title", x: 0, y: top - 9 }, panel.title));
+      frame.push(svg("text", { class: "title", x: 0, y: top - 13 }, panel.title));
       for (const share of [1, 0.5, 0]) {
         const line = bottom - panel.height * share;
         frame.push(svg("line", { class: share ? "grid" : "axis", x1: LEFT, x2: width - RIGHT, y1: line, y2: line }));

@@ -130,7 +130,7 @@ export function instanceView(main, id) {
     bar.parentElement.classList.toggle("is-held", task.holds?.length > 0);
     const left = pace && pace.progress > 0 ? (1 - progress) / pace.progress : undefined;
     say(figures, [`${(100 * progress).toFixed(1)} %`, `${number(task.scanned || 0)} keys looked at`, `${number(task.reclaimed)} reclaimed`,
-      pace ? `${short(pace.keys)} keys/s` : "", left !== undefined && left < 1e6 ? `about ${span(left)} left` : "",
+      pace && pace.keys >= 1 ? `${short(pace.keys)} keys/s` : "", left !== undefined && left < 1e6 ? `about ${span(left)} left` : "",
       task.started_at ? `begun ${ago(task.started_at)}` : ""].filter(Boolean).join(" · "));
     say(facts, [...new Set((task.holds || []).map((hold) => hold.sentence))].join("; "));
     if (Date.now() - shardsAt > SHARDS_MS && !document.hidden) {

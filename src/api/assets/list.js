@@ -81,7 +81,7 @@ class Row {
     }
     this.fill.style.width = isLive ? 100 * task.progress + "%" : "0";
     const held = isLive && task.holds.length > 0 ? task.holds[0].sentence : "";
-    const pace = isLive && task.pace && task.state === "running" ? ` · ${short(task.pace.keys)} keys/s` : "";
+    const pace = isLive && task.pace && task.pace.keys >= 1 && task.state === "running" ? ` · ${short(task.pace.keys)} keys/s` : "";
     const why = task && !isActive(task) ? (task.failure ? task.failure.message : task.note || "") : "";
     say(this.figures, held || (isLive ? `${(100 * task.progress).toFixed(1)} %${pace}` : why));
     this.figures.className = held ? "sub held" : task && task.failure ? "sub bad" : "sub";

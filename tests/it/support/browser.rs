@@ -61,7 +61,8 @@ impl Drop for Browser {
 impl Browser {
     /// Starts one, or says that the test is skipped where there is none.
     pub async fn start() -> Option<Self> {
-        let (Some(chromium), Some(chromedriver)) = (client_if_there("chromium"), client_if_there("chromedriver")) else {
+        let (Some(chromium), Some(chromedriver)) = (client_if_there("chromium"), client_if_there("chromedriver"))
+        else {
             skipped("no Chromium with a driver on this machine (make clients gets them)");
             return None;
         };
@@ -144,7 +145,8 @@ impl Browser {
 
     /// The texts of all elements that fit.
     pub async fn texts(&self, css: &str) -> Vec<String> {
-        let found = self.value(&format!("[...document.querySelectorAll({})].map((e) => e.textContent)", json!(css))).await;
+        let found =
+            self.value(&format!("[...document.querySelectorAll({})].map((e) => e.textContent)", json!(css))).await;
         serde_json::from_value(found).expect("texts")
     }
 
