@@ -475,3 +475,34 @@ async fn one_of_several_daemons_tells_what_is_not_swept_and_another_does_once_th
     let again = hook.calls()[1].json();
     assert_eq!((&again["type"], &again["id"]), (&"not_swept".into(), &id));
 }
+
+#[tokio::test]
+async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
+    let Some(sweeping) = sweeping(2).await else { return };
+    let (id, other) = (sweeping.id.as_str(), &sweeping.fleet.daemons[1 - sweeping.owner]);
+    let mut stream = other.request(Method::GET, "/api/v1/events").send().await.expect("a stream");
+    let mut text = String::new();
+    let until = async |stream: &mut reqwest::Response, text: &mut String, state: &str| {
+        let wanted = [format!("\"id\":\"{id}\""), format!("\"state\":\"{state}\"")];
+        let told = tokio::time::timeout(PATIENCE, async {
+            while !text.lines().any(|line| wanted.iter().all(|word| line.contains(word))) {
+                let chunk = stream.chunk().await.expect("a chunk").expect("it goes on");
+                text.push_str(std::str::from_utf8(&chunk).expect("UTF-8"));
+            }
+        });
+        assert!(told.await.is_ok(), "{state}: {text}");
+    };
+    until(&mut stream, &mut text, "running").await;
+    for query in ["sort=memory", "sort=last_success&order=desc", "state=running&sort=name&limit=1"] {
+        let list = other.get(&format!("/api/v1/instances?{query}")).await.ok();
+        assert_eq!((&list["total"], &list["counts"]["running"]), (&json!(1), &json!(1)), "{query}");
+        let seen = &list["instances"][0];
+        assert_eq!((&seen["latest"]["id"], seen["used_memory"].is_u64()), (&json!(id), true), "{query}: {seen:#}");
+    }
+    let history = other.get("/api/v1/instances/cache/history").await.ok();
+    assert!(history["sweeps"][0]["totals"]["reclaimed"].as_u64() > Some(0), "{history:#}");
+    other.hurry(id).await;
+    until(&mut stream, &mut text, "succeeded").await;
+    let after = other.get("/api/v1/instances/cache").await.ok();
+    assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == DEAD, "{after:#}");
+}

@@ -27,7 +27,7 @@ async fn list(daemon: &Daemon, query: &str) -> Value {
 /// Instances that nobody sweeps, named against the order of their ids.
 fn many(count: usize) -> String {
     let one = |n: usize| {
-        let project = if n % 2 == 0 { PROJECT } else { OTHER_PROJECT };
+        let project = if n.is_multiple_of(2) { PROJECT } else { OTHER_PROJECT };
         format!(
             "[[instances]]\nid = \"i{n:04}\"\nname = \"Shop {:04}\"\nproject_id = \"{project}\"\nurl = \"redis://10.0.{}.{}:6379\"\n",
             count - n,
@@ -92,7 +92,7 @@ async fn instances_are_searched_filtered_sorted_and_paged() {
     assert_eq!(ids(&list(&daemon, "state=never").await), ["i0009"]);
     assert_eq!(ids(&list(&daemon, "search=SHOP%200007").await), ["i0003"]);
     assert_eq!(ids(&list(&daemon, "search=10.0.0.4").await), ["i0004"], "an address");
-    assert_eq!(ids(&list(&daemon, &format!("project_id={OTHER_PROJECT}&limit=2").as_str()).await), ["i0001", "i0003"]);
+    assert_eq!(ids(&list(&daemon, &format!("project_id={OTHER_PROJECT}&limit=2")).await), ["i0001", "i0003"]);
     assert_eq!(list(&daemon, "search=nothing").await["total"], 0);
     for wrong in ["limit=0", "limit=1001", "sort=colour", "order=up", "state=done", "offset=-1"] {
         let answer = daemon.get(&format!("/api/v1/instances?{wrong}")).await;

@@ -26,7 +26,7 @@ async fn filled(live: u64, dead: u64) -> Server {
 /// Instances at addresses where nobody listens, some of them of another project.
 fn away() -> String {
     let one = |n: usize| {
-        let project = if n % 8 == 0 { OTHER_PROJECT } else { PROJECT };
+        let project = if n.is_multiple_of(8) { OTHER_PROJECT } else { PROJECT };
         format!(
             "[[instances]]\nid = \"away-{n:02}\"\nname = \"Catalog {n:02}\"\nproject_id = \"{project}\"\nurl = \"redis://127.0.0.1:{}\"\n",
             free_port()
