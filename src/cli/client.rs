@@ -230,6 +230,20 @@ impl Client {
     }
 }
 
+/// A path with those parameters that have a value.
+pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
+    let mut query = url::form_urlencoded::Serializer::new(String::new());
+    for (name, value) in parameters {
+        if let Some(value) = value {
+            query.append_pair(name, &value);
+        }
+    }
+    match query.finish() {
+        query if query.is_empty() => path.to_owned(),
+        query => format!("{path}?{query}"),
+    }
+}
+
 /// Prints an error and gives its exit code.
 pub fn failed(error: &ClientError) -> Exit {
     output::note(&format!("error: {error}"));

@@ -19,6 +19,16 @@ const COLUMNS: [(&str, &str); 8] = [
     ("ended", "/latest/finished_at"),
     ("reclaimed", "/latest/reclaimed"),
 ];
+const HISTORY: [(&str, &str); 8] = [
+    ("id", "/id"),
+    ("state", "/state"),
+    ("cause", "/cause"),
+    ("created", "/created_at"),
+    ("took s", "/totals/elapsed_s"),
+    ("reclaimed", "/reclaimed"),
+    ("bytes freed", "/freed_bytes"),
+    ("held s", "/totals/held_s"),
+];
 
 /// `ttlsweep instance`
 #[derive(Debug, Args)]
@@ -33,11 +43,38 @@ pub struct InstanceArgs {
 #[derive(Debug, Subcommand)]
 enum InstanceCommand {
     /// List the instances that you may see
-    List,
+    List {
+        /// Whose name, id or address holds this
+        #[arg(long, value_name = "TEXT")]
+        search: Option<String>,
+        /// Of this project
+        #[arg(long, value_name = "ID")]
+        project: Option<String>,
+        /// Whose newest task is waiting, running, paused, interrupted, succeeded, failed or cancelled; never: without one
+        #[arg(long)]
+        state: Option<String>,
+        /// By name, last_success, reclaimed or memory
+        #[arg(long, value_name = "BY")]
+        sort: Option<String>,
+        /// The largest or the last one first
+        #[arg(long)]
+        descending: bool,
+        /// At most so many
+        #[arg(long, value_name = "N")]
+        limit: Option<u32>,
+    },
     /// Show one instance
     Show {
         /// Its id
         id: String,
+    },
+    /// List the sweeps of an instance with what each brought, newest first
+    History {
+        /// Its id
+        id: String,
+        /// At most so many
+        #[arg(long, value_name = "N")]
+        limit: Option<u32>,
     },
     /// Look at an instance and touch nothing
     Check {
@@ -56,7 +93,21 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
         Err(problem) => return Ok(scan::usage(&[problem])),
     };
     let answer = match &args.command {
-        InstanceCommand::List => client.get("/api/v1/instances").await,
+        InstanceCommand::List { search, project, state, sort, descending, limit } => {
+            let parameters = [
+                ("search", search.clone()),
+                ("project_id", project.clone()),
+                ("state", state.clone()),
+                ("sort", sort.clone()),
+                ("order", descending.then(|| "desc".to_owned())),
+                ("limit", limit.map(|limit| limit.to_string())),
+            ];
+            client.get(&client::with_query("/api/v1/instances", parameters)).await
+        }
+        InstanceCommand::History { id, limit } => {
+            let parameters = [("shards", Some("false".to_owned())), ("limit", limit.map(|limit| limit.to_string()))];
+            client.get(&client::with_query(&format!("/api/v1/instances/{id}/history"), parameters)).await
+        }
         InstanceCommand::Show { id } => client.get(&format!("/api/v1/instances/{id}")).await,
         InstanceCommand::Check { id } => {
             client.send(Method::POST, &format!("/api/v1/instances/{id}/check"), None).await
@@ -75,7 +126,8 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
     }
     let none = Vec::new();
     output::print(&match args.command {
-        InstanceCommand::List => client::table(answer["instances"].as_array().unwrap_or(&none), &COLUMNS),
+        InstanceCommand::List { .. } => client::table(answer["instances"].as_array().unwrap_or(&none), &COLUMNS),
+        InstanceCommand::History { .. } => client::table(answer["sweeps"].as_array().unwrap_or(&none), &HISTORY),
         InstanceCommand::Show { .. } | InstanceCommand::Check { .. } => client::table(&[answer], &COLUMNS),
     })?;
     Ok(Exit::Done)

@@ -191,13 +191,9 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
         async |id: &str, what: &str| client.send(Method::POST, &format!("/api/v1/tasks/{id}/{what}"), None).await;
     match command {
         TaskCommand::List { instance, state, limit } => {
-            let mut query = url::form_urlencoded::Serializer::new(String::new());
             let limit = limit.map(|limit| limit.to_string());
-            let filters = [("instance_id", instance), ("state", state), ("limit", &limit)];
-            for (name, value) in filters.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))) {
-                query.append_pair(name, value);
-            }
-            client.get(&format!("/api/v1/tasks?{}", query.finish())).await
+            let filters = [("instance_id", instance.clone()), ("state", state.clone()), ("limit", limit)];
+            client.get(&client::with_query("/api/v1/tasks", filters)).await
         }
         TaskCommand::Show { id } => client.get(&format!("/api/v1/tasks/{id}")).await,
         TaskCommand::Create(create) => {

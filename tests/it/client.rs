@@ -39,6 +39,13 @@ async fn a_task_is_created_followed_and_listed_from_the_command_line() {
 
     let instances = ask(&daemon, &["instance", "list"]).await.expect(0);
     assert!(instances.stdout.contains("cache") && instances.stdout.contains("succeeded"), "{}", instances.stdout);
+    let found =
+        ask(&daemon, &["instance", "list", "--search", "CACHE", "--state", "succeeded", "--sort", "memory"]).await;
+    assert!(found.expect(0).stdout.contains("cache"));
+    let none = ask(&daemon, &["instance", "list", "--state", "failed", "--json"]).await.expect(0);
+    assert_eq!((&none.json()["total"], &none.json()["counts"]), (&json!(0), &json!({"succeeded": 1})));
+    let history = ask(&daemon, &["instance", "history", "cache", "--limit", "5"]).await.expect(0);
+    assert!(history.stdout.contains(id) && history.stdout.contains("500"), "{}", history.stdout);
     let unknown = ask(&daemon, &["instance", "show", "other"]).await.expect(1);
     assert!(unknown.stderr.contains("DCS.3022: This DCS instance does not exist."), "{}", unknown.stderr);
 }
