@@ -49,7 +49,7 @@ pub struct TaskDto {
     pub target: String,
     /// `waiting`, `running`, `paused`, `interrupted`, `succeeded`, `failed` or `cancelled`.
     pub state: &'static str,
-    /// `cli`, `api` or `schedule`.
+    /// `cli`, `api`, `schedule` or `keep`.
     pub cause: &'static str,
     /// When it was asked for.
     pub created_at: String,

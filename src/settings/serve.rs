@@ -16,7 +16,7 @@ use jiff::civil::Time;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
-use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Recurrence, Window};
+use crate::model::schedule::{AutoScan, CronRule, BacklogSize, Recurrence, Window};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::notify::{self, NotifySettings};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
@@ -181,7 +181,7 @@ pub struct Instance {
     /// The automatic scan until the API sets another one.
     pub auto_scan: AutoScan,
     /// How large a backlog must be for a due scan to begin.
-    pub min_backlog: Option<MinBacklog>,
+    pub min_backlog: Option<BacklogSize>,
     /// The label that a daemon needs to reach it; empty: each daemon does.
     pub place: String,
     /// How long it may be without a complete sweep before somebody is told, where it is not as long as for the others.
@@ -451,7 +451,7 @@ impl<'a> Reader<'a> {
         let place = table.optional("where", some_text).unwrap_or_default();
         let auto_scan = Self::auto_scan(&table.sub("auto-scan", self.defaults("auto-scan")));
         let window = Self::window(&table.sub("window", self.defaults("window")));
-        let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
+        let min_backlog = table.optional("min-backlog", BacklogSize::from_str);
         let not_swept_for = table.optional("not-swept-for", positive_duration);
         let password = table.optional("password-env", |name| {
             password_in_env(name).ok_or_else(|| format!("the environment variable {name} is not set"))

@@ -2,6 +2,7 @@
 
 mod admission;
 mod backlog;
+mod keep;
 mod member;
 mod queue;
 mod recorder;
@@ -11,6 +12,7 @@ mod trace;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -23,7 +25,7 @@ use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
-use crate::model::schedule::{AutoScan, MinBacklog, Window};
+use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
@@ -33,7 +35,7 @@ use crate::node::error::NodeError;
 use crate::node::tls::Tls;
 use crate::node::topology::{Topology, View};
 use crate::notify::Notifier;
-use crate::settings::raw::{Problem, TUNE_KEYS};
+use crate::settings::raw::{BOUND_KEYS, Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{DaemonRecord, Store, StoreError, StoredShard};
@@ -112,7 +114,7 @@ pub struct TaskSpec {
     /// The window that it respects, if it does.
     pub window: Option<Window>,
     /// End at once, as success, where the backlog is smaller.
-    pub min_backlog: Option<MinBacklog>,
+    pub min_backlog: Option<BacklogSize>,
     /// The label that a daemon needs to reach it; empty: each daemon does.
     pub place: String,
 }
@@ -191,10 +193,18 @@ impl Tune {
 
     /// The texts of a task's settings with these over them, and the limits that they make.
     fn over(&self, sweep: &SweepTexts) -> Result<(SweepTexts, Tuning), TaskError> {
+        let keeps = |texts: &SweepTexts| BOUND_KEYS.iter().any(|key| texts.get(*key).is_some_and(|text| text != "off"));
+        let wrong = |message: &str| Err(TaskError::Settings(Problem { origin: None, message: message.to_owned() }));
+        if keeps(&self.0) && !keeps(sweep) {
+            return wrong("max-backlog and max-delay are for keep runs; this task sweeps once");
+        }
         let texts: SweepTexts = sweep.iter().chain(&self.0).map(|(key, text)| (key.clone(), text.clone())).collect();
         // Both halves were checked by themselves; one problem of the whole is enough to say.
         let first = |problems: Vec<Problem>| TaskError::Settings(problems.into_iter().next().unwrap_or_default());
         let tuning = settings::tuning_of(&texts).map_err(first)?;
+        if keeps(sweep) && !keeps(&texts) {
+            return wrong("a keep run needs max-backlog or max-delay; cancel it to end it");
+        }
         Ok((texts, tuning))
     }
 }
@@ -373,7 +383,9 @@ impl TaskService {
         if let Some(member) = &self.member {
             control.lend(member.until());
         }
-        let budget = Arc::new(TimeBudget::new(plan.settings.timeout, task.spent));
+        // A keep run is over when it is; its time is not a failure.
+        let allowed = if task.keeps() { Duration::MAX } else { plan.settings.timeout };
+        let budget = Arc::new(TimeBudget::new(allowed, task.spent));
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
         let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
         let paused = watch::Sender::new(task.state == TaskState::Paused);
@@ -392,7 +404,7 @@ struct Job {
 
 impl Job {
     /// Waits until it is admitted, sweeps, and writes the end.
-    async fn run(&mut self, mut admission: Admission, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
+    async fn run(&mut self, mut admission: Admission, min_backlog: Option<BacklogSize>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
         let mut slot = None;
         admission.decide(&control, &mut slot);
@@ -424,11 +436,17 @@ impl Job {
         let control = self.recorder.control.clone();
         let budget = self.recorder.budget.clone();
         let plan = self.plan.clone();
+        let is_hourly = self.recorder.task.cause == Cause::Keep;
+        let (clock, view) = (self.recorder.store.clock(), self.recorder.view.subscribe());
         let engine = tokio::spawn(async move {
-            let run = engine::run(plan, control.orders(), sender);
+            let run = engine::run(plan.clone(), control.orders(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
+                () = keep::is_over(&clock, &plan, view), if is_hourly => {
+                    control.stop(StopReason::Kept);
+                    run.await
+                }
                 () = budget.used_up(control.orders()) => {
                     control.stop(StopReason::TimedOut);
                     run.await
@@ -451,7 +469,7 @@ impl Job {
 }
 
 /// Why a due scan is not worth beginning, if it is not.
-async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<MinBacklog>) -> Option<String> {
+async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<BacklogSize>) -> Option<String> {
     let least = min_backlog?;
     let masters = plan.topology.view(None).await.ok()?.masters;
     backlog::nothing_to_gain(&masters, plan.topology.options(), &plan.settings, least).await

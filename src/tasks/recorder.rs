@@ -319,6 +319,7 @@ impl Recorder {
             Outcome::Stopped(StopReason::TimedOut) => {
                 (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
+            Outcome::Stopped(StopReason::Kept) => (Some(Command::Succeed), None),
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
             Outcome::Stopped(StopReason::Lost) => {
                 log_of!(self.task, warn, "another daemon may have the task by now; nothing more is written of it");
@@ -444,6 +445,7 @@ fn log(event: &ScanEvent, task: &Task) {
         ScanEventKind::Progressed { db, figures } => {
             log_of!(task, trace, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
         }
+        ScanEventKind::Kept { figures } => log_of!(task, trace, %shard, ?figures, "kept"),
         ScanEventKind::PassRestarted { db, why, .. } => log_of!(task, warn, %shard, %db, why, "pass begun again"),
         ScanEventKind::PassFinished { db, figures } => {
             log_of!(task, info, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");
