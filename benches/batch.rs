@@ -67,7 +67,13 @@ fn deciding(c: &mut Criterion) {
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
     });
-    let tuning = Tuning { intensity: 0.5, min_intensity: 0.5, max_keys_per_sec: Some(1_000_000), limits: Limits::NONE, bounds: Bounds::default() };
+    let tuning = Tuning {
+        intensity: 0.5,
+        min_intensity: 0.5,
+        max_keys_per_sec: Some(1_000_000),
+        limits: Limits::NONE,
+        bounds: Bounds::default(),
+    };
     let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));
     c.bench_function("pace_one_batch", |b| {
         b.iter(|| {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::api::dto::{FailureDto, HoldDto, ShardDto, time};
+use crate::api::keep::KeepBounds;
 use crate::model::task::Task;
 use crate::tasks::TaskView;
 
@@ -31,6 +32,9 @@ pub struct InstanceDto {
     /// The next due time of its automatic scan.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next_scan_at: Option<String>,
+    /// The bounds that it is kept to; left out where it is not kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<KeepBounds>,
     /// Its newest task.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest: Option<TaskDto>,

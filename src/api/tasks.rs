@@ -10,10 +10,12 @@ use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::keep::KeepBounds;
 use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::task_dto::{InstanceDto, InstanceList, TaskDetails, TaskDto, TaskList};
 use crate::api::{App, AppState, At, JsonBody, Params};
 use crate::check;
+use crate::model::keep::Bounds;
 use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
@@ -259,7 +261,7 @@ impl AppState {
         Ok(Json(view.as_ref().into()))
     }
 
-    async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
+    pub(super) async fn describe(&self, instance: &Instance) -> Result<InstanceDto, ApiError> {
         let now = self.service.store().now();
         let latest = match self.service.active_task_of(&instance.id) {
             Some(id) => self.service.find(id).await?.map(|view| view.task.clone()),
@@ -277,6 +279,7 @@ impl AppState {
             window_open: instance.window.as_ref().map(|window| window.is_open(now)),
             window_changes_at: instance.window.as_ref().and_then(|window| window.next_change(now)).map(time),
             next_scan_at: next.map(time),
+            keep: Some(self.service.keep(instance).await?).filter(Bounds::any).map(KeepBounds::from),
             latest: latest.as_ref().map(TaskDto::from),
         })
     }

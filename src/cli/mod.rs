@@ -248,10 +248,11 @@ mod tests {
     #[test]
     fn every_setting_has_a_flag_and_an_environment_variable() {
         let command = Cli::command();
-        let scan = command.find_subcommand("scan").unwrap();
+        // It has those of `scan`, and its bounds.
+        let keep = command.find_subcommand("keep").unwrap();
         for key in crate::settings::raw::KEYS {
             let id = key.replace('-', "_");
-            let argument = scan.get_arguments().find(|a| a.get_id() == id.as_str());
+            let argument = keep.get_arguments().find(|a| a.get_id() == id.as_str());
             let argument = argument.unwrap_or_else(|| panic!("no flag for `{key}`"));
             let env = argument.get_env().and_then(|e| e.to_str());
             assert_eq!(env, Some(format!("TTLSWEEP_{}", id.to_uppercase()).as_str()));

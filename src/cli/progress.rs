@@ -75,7 +75,10 @@ impl From<&TaskView> for Rows {
         let shards = view.snapshot.shards.iter().map(|(id, shard)| ShardRow {
             name: id.to_string(),
             hold: shard.hold_text(),
-            keep: shard.keep.as_ref().map(|figures| keep_text(figures, shard.passes.values().map(|p| p.reclaimed).sum())),
+            keep: shard
+                .keep
+                .as_ref()
+                .map(|figures| keep_text(figures, shard.passes.values().map(|p| p.reclaimed).sum())),
             passes: shard.passes.iter().map(pass).collect(),
         });
         Self { shards: shards.collect() }

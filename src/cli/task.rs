@@ -302,8 +302,7 @@ fn rows(view: &Value) -> Rows {
         ShardRow { name: name.to_owned(), hold: hold(name), keep, passes }
     });
     // A task that has not begun has no shards, and a reason.
-    let waits =
-        hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), ..ShardRow::default() });
+    let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), ..ShardRow::default() });
     Rows { shards: waits.into_iter().chain(shards).collect() }
 }
 

@@ -2,7 +2,11 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+use crate::model::format::{counted, grouped, span};
 use crate::model::schedule::BacklogSize;
+use crate::model::shard::ShardId;
 
 /// What a keep run keeps to. At least one of the two is set where there is a keep run.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -21,7 +25,7 @@ impl Bounds {
 }
 
 /// How well a master is kept. Estimates, made from what the laps reclaimed; figures of time are exact.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct KeepFigures {
     /// Complete walks over all DBs.
     pub laps: u64,
@@ -39,4 +43,14 @@ pub struct KeepFigures {
     pub missed: Duration,
     /// Whether one is missed now.
     pub is_missed: bool,
+}
+
+impl KeepFigures {
+    /// How far a bound is missed on a shard, in words.
+    pub fn miss_text(&self, shard: &ShardId) -> String {
+        let keys = counted(self.backlog.unwrap_or_default() as usize, "expired key");
+        let most = self.max_backlog.map(|most| format!(", and {} are allowed", grouped(most))).unwrap_or_default();
+        let delay = self.delay.map(|delay| format!("; keys stay for up to {}", span(delay))).unwrap_or_default();
+        format!("about {keys} in the memory of {shard}{most}{delay}")
+    }
 }

@@ -328,8 +328,7 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
             text != "off" && *origin != Origin::Default && !switch.is_above(origin)
         };
         let limits = TUNE_KEYS.iter().filter(|key| key.starts_with("max-") || key.starts_with("abort-"));
-        let is_load = |key: &&str| *key != "max-keys-per-sec" && !BOUND_KEYS.contains(key);
-        let in_vain: Vec<_> = limits.filter(|key| is_load(*key) && typed(key)).collect();
+        let in_vain: Vec<_> = limits.filter(|key| **key != "max-keys-per-sec" && typed(key)).collect();
         for key in in_vain {
             reader.complain(key, "is not watched without throttle, which switches off every limit on load");
         }
@@ -354,6 +353,15 @@ pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
         Some(tuning) if reader.problems.is_empty() => Ok(tuning),
         _ => Err(reader.problems),
     }
+}
+
+/// Bounds as text by key.
+pub fn bound_texts(bounds: Bounds) -> [(String, String); 2] {
+    let off = || "off".to_owned();
+    [
+        ("max-backlog".to_owned(), bounds.max_backlog.map_or_else(off, |size| size.to_string())),
+        ("max-delay".to_owned(), bounds.max_delay.map_or_else(off, show_duration)),
+    ]
 }
 
 /// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a

@@ -81,8 +81,6 @@ pub const TUNE_KEYS: &[&str] = &[
     "during-fork",
     "abort-latency",
     "abort-replica-lag",
-    "max-backlog",
-    "max-delay",
 ];
 
 /// The keys that make a task keep a bound, where one of them is not `off`.

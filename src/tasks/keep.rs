@@ -47,7 +47,7 @@ async fn hour_is_over(clock: &Clock) {
 }
 
 /// The first full hour after an instant.
-pub(super) fn next_hour(now: Timestamp) -> Timestamp {
+pub fn next_hour(now: Timestamp) -> Timestamp {
     let hours = TimestampRound::new().smallest(Unit::Hour).mode(RoundMode::Trunc);
     let begun = now.round(hours).unwrap_or(now);
     begun.checked_add(jiff::SignedDuration::from_hours(1)).unwrap_or(now)
@@ -61,7 +61,8 @@ async fn has_moved(plan: &ScanPlan) {
             if view.kind != Kind::Cluster {
                 return std::future::pending().await;
             }
-            let places = |view: &View| view.masters.iter().map(|m| (m.addr.clone(), m.slots.clone())).collect::<Vec<_>>();
+            let places =
+                |view: &View| view.masters.iter().map(|m| (m.addr.clone(), m.slots.clone())).collect::<Vec<_>>();
             match &first {
                 None => first = Some(view),
                 Some(first) if places(first) != places(&view) => return,

@@ -24,6 +24,7 @@ use crate::engine::control::{Control, StopReason};
 use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::Bounds;
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
@@ -35,7 +36,7 @@ use crate::node::error::NodeError;
 use crate::node::tls::Tls;
 use crate::node::topology::{Topology, View};
 use crate::notify::Notifier;
-use crate::settings::raw::{BOUND_KEYS, Problem, TUNE_KEYS};
+use crate::settings::raw::{Problem, TUNE_KEYS};
 use crate::settings::serve::Instance;
 use crate::settings::{self, ScanSettings, Settings, Tuning};
 use crate::store::{DaemonRecord, Store, StoreError, StoredShard};
@@ -45,6 +46,7 @@ use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
+pub use keep::next_hour;
 pub use member::Membership;
 pub use queue::Busy;
 pub use recorder::Order;
@@ -193,18 +195,10 @@ impl Tune {
 
     /// The texts of a task's settings with these over them, and the limits that they make.
     fn over(&self, sweep: &SweepTexts) -> Result<(SweepTexts, Tuning), TaskError> {
-        let keeps = |texts: &SweepTexts| BOUND_KEYS.iter().any(|key| texts.get(*key).is_some_and(|text| text != "off"));
-        let wrong = |message: &str| Err(TaskError::Settings(Problem { origin: None, message: message.to_owned() }));
-        if keeps(&self.0) && !keeps(sweep) {
-            return wrong("max-backlog and max-delay are for keep runs; this task sweeps once");
-        }
         let texts: SweepTexts = sweep.iter().chain(&self.0).map(|(key, text)| (key.clone(), text.clone())).collect();
         // Both halves were checked by themselves; one problem of the whole is enough to say.
         let first = |problems: Vec<Problem>| TaskError::Settings(problems.into_iter().next().unwrap_or_default());
         let tuning = settings::tuning_of(&texts).map_err(first)?;
-        if keeps(sweep) && !keeps(&texts) {
-            return wrong("a keep run needs max-backlog or max-delay; cancel it to end it");
-        }
         Ok((texts, tuning))
     }
 }
@@ -298,6 +292,15 @@ impl TaskService {
     pub async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
         let set = self.store.auto_scan(&instance.id, &instance.project_id).await?;
         Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
+    }
+
+    /// The bounds that an instance is kept to: what the API set, else what the settings say; none: it is not kept.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn keep(&self, instance: &Instance) -> Result<Bounds, TaskError> {
+        let set = self.store.keeps().await?.get(&instance.id, &instance.project_id);
+        Ok(set.unwrap_or(instance.keep))
     }
 
     /// Records a task in state `Waiting`.

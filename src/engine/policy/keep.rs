@@ -25,14 +25,18 @@ use crate::model::schedule::BacklogSize;
 const AIM: (f64, f64) = (0.8, 0.85);
 /// From this share of a bound on the walk goes as fast as the limits allow.
 const HURRY: f64 = 0.95;
-/// The walk never goes slower: what expires all at once has to be noticed.
-const LONGEST_LAP: Duration = Duration::from_secs(600);
+/// Keys a second that are walked at least, so that it is noticed when keys begin to expire: a few thousandths of a server's time.
+const LEAST_PER_SEC: f64 = 3_000.0;
+/// No lap takes longer, however many keys there are.
+const LONGEST_LAP: Duration = Duration::from_secs(6 * 3600);
 /// Nor faster: a small table would be walked hundreds of times a second.
 const SHORTEST_LAP: Duration = Duration::from_millis(50);
 /// Fewer expired keys are no backlog.
 const LEAST_BACKLOG: f64 = 100.0;
 /// The times of the last lap are kept in so many marks.
 const MARKS: f64 = 64.0;
+/// What expires lately is what the last keys that were walked told, of which it takes so many to tell, or a quarter of the table.
+const LATELY: f64 = 3_000.0;
 /// Figures are estimated anew this often.
 const ESTIMATE_EVERY: Duration = Duration::from_millis(20);
 /// Rest is taken once so much of it is due: shorter sleeps would cost more than they save.
@@ -88,6 +92,8 @@ pub struct CannotKeep {
 pub struct KeepPace {
     bounds: Bounds,
     table: Table,
+    /// The table when the lap began.
+    began_with: Table,
     /// Where the walk is, in laps since it began, and when it was at places before that: a lap of them and a little more.
     at: f64,
     marks: VecDeque<(f64, Instant)>,
@@ -95,7 +101,7 @@ pub struct KeepPace {
     lap_began: (f64, Instant),
     /// Whether this lap has rested for the bound's sake.
     has_rested: bool,
-    /// Of a short time, and of half a lap.
+    /// Lately, and over half a lap.
     inflow: (Inflow, Inflow),
     /// When the last batch was taken in.
     learnt: Instant,
@@ -113,6 +119,7 @@ impl KeepPace {
         Self {
             bounds,
             table: Table::default(),
+            began_with: Table::default(),
             at: 0.0,
             marks: VecDeque::new(),
             lap_began: (0.0, now),
@@ -126,13 +133,6 @@ impl KeepPace {
         }
     }
 
-    /// Other bounds from now on.
-    pub fn set_bounds(&mut self, bounds: Bounds) {
-        if bounds != self.bounds {
-            (self.bounds, self.told) = (bounds, false);
-        }
-    }
-
     /// Another process: nothing is known of its keys.
     pub fn forget(&mut self, now: Instant) {
         let before = self.figures;
@@ -141,7 +141,7 @@ impl KeepPace {
 
     /// A lap begins over what is there now.
     pub fn begin_lap(&mut self, table: Table, now: Instant) {
-        self.table = table;
+        (self.table, self.began_with) = (table, table);
         self.has_rested = false;
         self.lap_began = (self.at, now);
         self.mark(now);
@@ -162,6 +162,13 @@ impl KeepPace {
             .then(|| CannotKeep { needed: per_sec(longest), possible: per_sec(took) })
     }
 
+    /// There are so many keys by now. Those with a TTL are taken for the same share of them as when the lap began.
+    pub fn resize(&mut self, keys: u64) {
+        let Table { keys: before, expires, .. } = self.began_with;
+        self.table.keys = keys;
+        self.table.expires = (keys as f64 * expires as f64 / before.max(1) as f64) as u64;
+    }
+
     /// The walk has come to a share of the lap, in [0, 1], and has freed so many keys on the way there.
     pub fn walked(&mut self, share: f64, reclaimed: u64, now: Instant) {
         let at = self.lap_began.0 + share.min(1.0);
@@ -172,13 +179,12 @@ impl KeepPace {
             self.at = at;
             return;
         }
-        let waited = now - std::mem::replace(&mut self.learnt, now);
-        if let Some(walked_last) = self.when(at - 1.0) {
+        self.learnt = now;
+        // Both ends of the step have been walked before, else what it found may be of any age.
+        if let (Some(_), Some(walked_last)) = (self.when(self.at - 1.0), self.when(at - 1.0)) {
             let seconds = step * (now - walked_last).as_secs_f64();
             let found = reclaimed as f64;
-            // A quarter of a lap, or as many keys as tell something, but not less than a second and a part of the lap.
-            let short = (step * 16.0).max(waited.as_secs_f64()).min((found / 400.0).max(step * 4.0));
-            self.inflow.0.learn(found, seconds, short);
+            self.inflow.0.learn(found, seconds, step * (self.table.keys as f64 / LATELY).max(4.0));
             self.inflow.1.learn(found, seconds, step * 2.0);
         }
         self.at = at;
@@ -288,10 +294,184 @@ impl KeepPace {
             figures.missed += since;
         }
         let hurries = over(HURRY);
-        let lap = self.longest_lap(AIM).unwrap_or(LONGEST_LAP);
-        self.figures.lap = if hurries { Duration::ZERO } else { lap.clamp(SHORTEST_LAP, LONGEST_LAP) };
+        let idle = LONGEST_LAP.min(Duration::from_secs_f64(self.table.keys as f64 / LEAST_PER_SEC));
+        let lap = self.longest_lap(AIM).unwrap_or(idle).min(idle).max(SHORTEST_LAP);
+        self.figures.lap = if hurries { Duration::ZERO } else { lap };
         if hurries {
             self.due = now;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// A table of places, in which keys expire evenly and are freed where the walk comes by.
+    struct Server {
+        places: Vec<f64>,
+        /// Keys that the walk may look at each second.
+        most: f64,
+        keys: u64,
+        now: Instant,
+        at: usize,
+        worst: f64,
+        walked: f64,
+    }
+
+    impl Server {
+        fn new(keys: u64, most: f64) -> Self {
+            Self {
+                places: vec![0.0; (keys as usize / 200).min(1000)],
+                most,
+                keys,
+                now: Instant::now(),
+                at: 0,
+                worst: 0.0,
+                walked: 0.0,
+            }
+        }
+
+        fn backlog(&self) -> f64 {
+            self.places.iter().sum()
+        }
+
+        /// Time passes, and so many keys expire each second.
+        fn pass(&mut self, time: Duration, expire: f64) {
+            self.now += time;
+            let each = expire * time.as_secs_f64() / self.places.len() as f64;
+            self.places.iter_mut().for_each(|place| *place += each);
+            self.worst = self.worst.max(self.backlog());
+        }
+
+        /// Walks for so long while keys expire.
+        fn run(&mut self, pace: &mut KeepPace, time: Duration, expire: impl Fn(Duration) -> f64) -> Vec<CannotKeep> {
+            let (begun, mut told) = (self.now, Vec::new());
+            let batch = Duration::from_secs_f64(self.keys as f64 / self.places.len() as f64 / self.most);
+            while self.now - begun < time {
+                if self.at == 0 {
+                    pace.begin_lap(Table { keys: self.keys, expires: self.keys, bytes_per_key: Some(100.0) }, self.now);
+                }
+                if let Err(later) = pace.may_send(self.now) {
+                    self.pass(later - self.now, expire(self.now - begun));
+                    continue;
+                }
+                self.pass(batch, expire(self.now - begun));
+                let found = self.places[self.at].floor();
+                self.places[self.at] -= found;
+                self.at += 1;
+                self.walked += self.keys as f64 / self.places.len() as f64;
+                pace.walked(self.at as f64 / self.places.len() as f64, found as u64, self.now);
+                if self.at == self.places.len() {
+                    told.extend(pace.end_lap(self.now));
+                    self.at = 0;
+                }
+            }
+            told
+        }
+    }
+
+    fn bounds(max_backlog: &str, max_delay: Option<Duration>) -> Bounds {
+        Bounds { max_backlog: max_backlog.parse().ok(), max_delay }
+    }
+
+    fn pace(server: &Server, bounds: Bounds) -> KeepPace {
+        KeepPace::new(bounds, KeepFigures::default(), server.now)
+    }
+
+    #[test]
+    fn a_steady_flow_is_kept_below_the_bound_and_not_far_below() {
+        for (keys, expire) in [(200_000, 20_000.0), (1_200_000, 2_000.0), (20_000, 2_000.0), (5_000_000, 50_000.0)] {
+            let mut server = Server::new(keys, 600_000.0);
+            let mut pace = pace(&server, bounds("5%", None));
+            assert!(server.run(&mut pace, 100 * 1000 * MS, |_| expire).is_empty(), "{keys} {expire}");
+            (server.worst, server.walked) = (0.0, 0.0);
+            let told = server.run(&mut pace, 200 * 1000 * MS, |_| expire);
+            let most = keys as f64 * 0.05;
+            assert!(told.is_empty() && server.worst <= most, "{keys} {expire}: {} of {most}", server.worst);
+            // Half a lap's flow is in memory, so this is the least that has to be walked.
+            let least = keys as f64 * expire / (2.0 * most) * 200.0;
+            assert!(server.walked < 1.6 * least, "{keys} {expire}: {} of {least}", server.walked);
+        }
+    }
+
+    #[test]
+    fn the_estimate_is_near_the_truth() {
+        let mut server = Server::new(400_000, 600_000.0);
+        let mut pace = pace(&server, bounds("5%", None));
+        server.run(&mut pace, 60 * 1000 * MS, |_| 10_000.0);
+        let (estimate, truth) = (pace.figures().backlog.unwrap() as f64, server.backlog());
+        assert!((estimate / truth - 1.0).abs() < 0.15, "{estimate} {truth}");
+    }
+
+    #[test]
+    fn keys_that_all_expire_at_once_are_noticed_soon_and_freed() {
+        let mut server = Server::new(1_000_000, 600_000.0);
+        let mut pace = pace(&server, bounds("5%", None));
+        server.run(&mut pace, 30 * 1000 * MS, |_| 10.0);
+        // A third of all keys, within a second.
+        server.run(&mut pace, 1000 * MS, |_| 330_000.0);
+        server.run(&mut pace, 3 * 1000 * MS, |_| 10.0);
+        assert!(server.backlog() < 50_000.0, "{}", server.backlog());
+    }
+
+    #[test]
+    fn a_flow_that_begins_passes_the_bound_for_a_moment_at_most() {
+        let mut server = Server::new(1_000_000, 600_000.0);
+        let mut pace = pace(&server, bounds("5%", None));
+        server.run(&mut pace, 30 * 1000 * MS, |_| 0.0);
+        server.worst = 0.0;
+        server.run(&mut pace, 60 * 1000 * MS, |_| 20_000.0);
+        assert!(server.worst < 1.2 * 50_000.0, "{}", server.worst);
+    }
+
+    #[test]
+    fn no_key_stays_longer_than_the_delay() {
+        let mut server = Server::new(200_000, 600_000.0);
+        let delay = 1000 * MS;
+        let mut pace = pace(&server, bounds("", Some(delay)));
+        server.run(&mut pace, 10 * 1000 * MS, |_| 5_000.0);
+        let before = pace.figures().missed;
+        for _ in 0..200 {
+            server.run(&mut pace, 50 * MS, |_| 5_000.0);
+            assert!(pace.figures().delay.unwrap() <= delay, "{:?}", pace.figures());
+        }
+        assert_eq!(pace.figures().missed, before);
+    }
+
+    #[test]
+    fn where_nothing_expires_hardly_anything_is_walked() {
+        let mut server = Server::new(1_000_000, 600_000.0);
+        let mut pace = pace(&server, bounds("5%", None));
+        server.run(&mut pace, 10 * 1000 * MS, |_| 0.0);
+        server.walked = 0.0;
+        server.run(&mut pace, 100 * 1000 * MS, |_| 0.0);
+        assert!(server.walked < 1.1 * 100.0 * LEAST_PER_SEC, "{}", server.walked);
+    }
+
+    #[test]
+    fn a_bound_beyond_the_limits_is_told_once_with_the_numbers_and_goes_on_as_fast_as_it_may() {
+        let mut server = Server::new(1_000_000, 50_000.0);
+        let mut pace = pace(&server, bounds("1%", None));
+        let told = server.run(&mut pace, 120 * 1000 * MS, |_| 20_000.0);
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!((told[0].possible / 50_000.0 - 1.0).abs() < 0.1 && told[0].needed > 500_000.0, "{told:?}");
+        let figures = pace.figures();
+        assert!(figures.is_missed && figures.lap.is_zero() && figures.missed > 60 * 1000 * MS, "{figures:?}");
+    }
+
+    #[test]
+    fn another_process_is_walked_anew_and_what_was_missed_stays_counted() {
+        let mut server = Server::new(200_000, 50_000.0);
+        let mut pace = pace(&server, bounds("1%", None));
+        server.run(&mut pace, 60 * 1000 * MS, |_| 20_000.0);
+        let before = pace.figures();
+        pace.forget(server.now);
+        assert_eq!(
+            (pace.figures().missed, pace.figures().laps, pace.figures().backlog),
+            (before.missed, before.laps, None)
+        );
     }
 }

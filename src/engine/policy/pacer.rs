@@ -398,7 +398,13 @@ mod tests {
     }
 
     fn tuning(intensity: f64, max_keys_per_sec: Option<u32>) -> Tuning {
-        Tuning { intensity, min_intensity: intensity, max_keys_per_sec, limits: Limits::NONE, bounds: Bounds::default() }
+        Tuning {
+            intensity,
+            min_intensity: intensity,
+            max_keys_per_sec,
+            limits: Limits::NONE,
+            bounds: Bounds::default(),
+        }
     }
 
     /// A batch that nothing was under way beside.

@@ -351,7 +351,7 @@ impl ShardSweep {
         };
         pass.walked += walked;
         if let Some(keep) = &mut self.keep {
-            keep.walked(pass.walked, reclaimed);
+            keep.walked(pass.walked, reclaimed, pass.keys);
         }
         pass.met += seen.saturating_sub(reclaimed);
         figures.scanned += seen;

@@ -65,9 +65,6 @@ impl ShardSweep {
             self.pacer.set_intensity(tuning.intensity);
             self.session.decided = false;
         }
-        if let Some(keep) = &mut self.keep {
-            keep.pace.set_bounds(tuning.bounds);
-        }
     }
 
     /// Takes new orders in. Holds while they say so.

@@ -23,13 +23,20 @@ pub(super) struct Keep {
     pub(super) pace: KeepPace,
     /// Share of the lap before the present DB, and that of the DB itself.
     span: (f64, f64),
+    /// Keys in the other DBs when the lap began.
+    other_keys: u64,
     /// The DBs that were walked at all.
     begun: BTreeSet<DbIndex>,
 }
 
 impl Keep {
     pub(super) fn new(bounds: Bounds, before: KeepFigures) -> Self {
-        Self { pace: KeepPace::new(bounds, before, Instant::now()), span: (0.0, 0.0), begun: BTreeSet::new() }
+        Self {
+            pace: KeepPace::new(bounds, before, Instant::now()),
+            span: (0.0, 0.0),
+            other_keys: 0,
+            begun: BTreeSet::new(),
+        }
     }
 
     /// Whether a DB is walked for the first time.
@@ -37,8 +44,9 @@ impl Keep {
         self.begun.insert(db)
     }
 
-    /// A share of the present DB is walked, and a batch has freed so many keys.
-    pub(super) fn walked(&mut self, share: f64, reclaimed: u64) {
+    /// A share of the present DB, which has so many keys now, is walked, and a batch has freed so many.
+    pub(super) fn walked(&mut self, share: f64, reclaimed: u64, keys: u64) {
+        self.pace.resize(self.other_keys + keys);
         let (before, own) = self.span;
         self.pace.walked(before + own * share, reclaimed, Instant::now());
     }
@@ -92,6 +100,7 @@ impl ShardSweep {
             if let Some(keep) = &mut self.keep {
                 let share = keys as f64 / table.keys.max(1) as f64;
                 keep.span = (before, share);
+                keep.other_keys = table.keys - keys;
                 before += share;
             }
             self.sweep_db(db).await?;
