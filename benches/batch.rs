@@ -8,6 +8,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ttlsweep::engine::policy::hidden_keys::hidden;
 use ttlsweep::engine::policy::pacer::{Pacer, Wait};
+use ttlsweep::model::keep::Bounds;
 use ttlsweep::model::shard::ScanPosition;
 use ttlsweep::model::slots::CursorSpace;
 use ttlsweep::model::throttle::Limits;
@@ -66,7 +67,13 @@ fn deciding(c: &mut Criterion) {
     c.bench_function("judge_one_batch", |b| {
         b.iter(|| hidden(&CursorSpace::OneTable, black_box(ScanPosition::from_reply(77)), 100, black_box(&batch)));
     });
-    let tuning = Tuning { intensity: 0.5, min_intensity: 0.5, max_keys_per_sec: Some(1_000_000), limits: Limits::NONE };
+    let tuning = Tuning {
+        intensity: 0.5,
+        min_intensity: 0.5,
+        max_keys_per_sec: Some(1_000_000),
+        limits: Limits::NONE,
+        bounds: Bounds::default(),
+    };
     let mut pacer = Pacer::new(100, Duration::from_micros(75), tuning, Duration::from_micros(20));
     c.bench_function("pace_one_batch", |b| {
         b.iter(|| {

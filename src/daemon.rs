@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::listen::{self, Terms, TlsListenError};
 use crate::api::{AppState, router};
+use crate::keeper::Keeper;
 use crate::metrics::Metrics;
 use crate::notify;
 use crate::overdue::Overdue;
@@ -99,6 +100,15 @@ pub async fn run(
         metrics: metrics.clone(),
     };
     let scheduler = tokio::spawn(scheduler.run(stop.clone()));
+    let (keeps, keeps_changed) = watch::channel(());
+    let keeper = Keeper {
+        service: service.clone(),
+        settings: in_force.clone(),
+        changed: keeps_changed,
+        metrics: metrics.clone(),
+        notifier: notifier.clone(),
+    };
+    let keeper = tokio::spawn(keeper.run(stop.clone()));
     let overdue = Overdue { service: service.clone(), settings: in_force.clone(), notifier };
     let overdue = tokio::spawn(overdue.run(stop.clone()));
     let stop_telling = CancellationToken::new();
@@ -110,6 +120,7 @@ pub async fn run(
         settings: in_force,
         metrics,
         schedule_changed: changed,
+        keep_changed: keeps,
         reload: Box::new(move || reload.reload()),
         stopping: stop.clone(),
     });
@@ -120,6 +131,7 @@ pub async fn run(
 
     stop.cancelled().await;
     let _ = scheduler.await;
+    let _ = keeper.await;
     let _ = overdue.await;
     service.close().await;
     stop_listening.cancel();

@@ -24,6 +24,7 @@
 //! | [`check`] | the look at a server that touches nothing |
 //! | [`tasks`] | from request to record; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
+//! | [`keeper`] | begins the runs that keep a bound |
 //! | [`overdue`] | notices an instance that has not been swept for too long |
 //! | [`api`] | the contract, our own calls, the page |
 //! | [`shutdown`] | signals of the daemon |
@@ -38,6 +39,7 @@ pub mod check;
 pub mod cli;
 pub mod daemon;
 pub mod engine;
+pub mod keeper;
 pub mod metrics;
 pub mod model;
 pub mod node;

@@ -17,6 +17,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::model::event::EventKind;
+use crate::model::keep::KeepFigures;
 use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;
@@ -85,6 +86,10 @@ struct Inner {
     held: Family<HoldLabels, Seconds>,
     holding: Family<HoldLabels, Gauge>,
     fraction: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
+    keep_missed: Family<InstanceLabel, Seconds>,
+    keep_backlog: Family<InstanceLabel, Gauge>,
+    keep_max_backlog: Family<InstanceLabel, Gauge>,
+    keep_delay: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
     ended: Family<EndLabels, Counter>,
     last_success: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
     unfinished: Gauge,
@@ -138,6 +143,28 @@ impl Default for Metrics {
                 "sweep_progress",
                 "Share of the sweep under way that is done",
                 Unit::Other("ratio".to_owned()),
+                Family::default()
+            ),
+            keep_missed: register!(
+                "keep_bound_missed",
+                "Time that a bound of a keep run was missed, over all masters",
+                Unit::Seconds,
+                Family::default()
+            ),
+            keep_backlog: register!(
+                "keep_backlog_keys",
+                "Expired keys in memory, as a keep run estimates them, over all masters",
+                Family::default()
+            ),
+            keep_max_backlog: register!(
+                "keep_max_backlog_keys",
+                "Expired keys that max-backlog allows now, over all masters",
+                Family::default()
+            ),
+            keep_delay: register!(
+                "keep_delay",
+                "Longest time that a key can be in memory after it has expired, on any master",
+                Unit::Seconds,
                 Family::default()
             ),
             ended: register!("tasks_ended", "Tasks that ended, by cause and final state", Family::default()),
@@ -207,12 +234,14 @@ pub struct Totals {
     counts: [u64; 5],
     times: [Duration; 2],
     held: std::collections::BTreeMap<Reason, Duration>,
+    missed: Duration,
 }
 
 impl Totals {
     /// The sums of a snapshot.
     pub fn of(snapshot: &Snapshot) -> Self {
-        let mut totals = Self { held: held_by_reason(snapshot.passes()), ..Self::default() };
+        let missed = snapshot.shards.values().filter_map(|shard| shard.keep).map(|keep| keep.missed).sum();
+        let mut totals = Self { held: held_by_reason(snapshot.passes()), missed, ..Self::default() };
         for pass in snapshot.passes() {
             let PassFigures { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
             for (sum, count) in totals.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
@@ -247,7 +276,7 @@ impl Metrics {
         for counter in [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies] {
             drop(counter.get_or_create(&label));
         }
-        for time in [&inner.active, &inner.rested] {
+        for time in [&inner.active, &inner.rested, &inner.keep_missed] {
             drop(time.get_or_create(&label));
         }
         drop(inner.last_success.get_or_create(&label));
@@ -288,6 +317,18 @@ impl Metrics {
             }
         }
         self.0.fraction.get_or_create(&label).set(snapshot.fraction());
+        let kept: Vec<_> = snapshot.shards.values().filter_map(|shard| shard.keep).collect();
+        if !kept.is_empty() {
+            let sum = |keys: fn(&KeepFigures) -> Option<u64>| {
+                let keys: u64 = kept.iter().filter_map(keys).sum();
+                i64::try_from(keys).unwrap_or(i64::MAX)
+            };
+            inner.keep_missed.get_or_create(&label).inc_by(now.missed.saturating_sub(before.missed).as_secs_f64());
+            inner.keep_backlog.get_or_create(&label).set(sum(|keep| keep.backlog));
+            inner.keep_max_backlog.get_or_create(&label).set(sum(|keep| keep.max_backlog));
+            let delay = kept.iter().filter_map(|keep| keep.delay).max().unwrap_or_default();
+            inner.keep_delay.get_or_create(&label).set(delay.as_secs_f64());
+        }
     }
 
     fn hold_labels(&self, instance: &str, reason: Reason) -> HoldLabels {

@@ -12,7 +12,7 @@ const LAYERS: &[&[&str]] = &[
     &["engine", "notify"],
     &["check"],
     &["tasks"],
-    &["scheduler", "overdue", "api", "shutdown", "telemetry"],
+    &["scheduler", "keeper", "overdue", "api", "shutdown", "telemetry"],
     &["daemon"],
     &["cli"],
 ];

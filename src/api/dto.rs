@@ -9,6 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::KeepFigures;
 use crate::model::progress::{self, PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
 use crate::model::task::{Cause, Task};
 use crate::settings::{ScanSettings, show_duration, show_limits};
@@ -54,7 +55,7 @@ impl From<&Task> for HistoryRecord {
             status: task.state.contract_word(),
             scan_type: match task.cause {
                 Cause::Cli | Cause::Api => "manual",
-                Cause::Schedule => "auto",
+                Cause::Schedule | Cause::Keep => "auto",
             },
             num: clamp(task.num),
             created_at: time(task.created_at),
@@ -182,6 +183,9 @@ pub struct ShardDto {
     /// Keys that the server evicted during the sweep, to stay below `maxmemory`: they are not in `reclaimed`. `null` before
     /// the end.
     pub evicted_keys: Option<u64>,
+    /// How well its bounds are kept; left out where it is swept once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<KeepDto>,
     /// Each DB.
     pub dbs: Vec<PassDto>,
     /// Things to know.
@@ -189,6 +193,42 @@ pub struct ShardDto {
     /// Why it ended early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
+}
+
+/// How well the bounds of a keep run are kept on a master. Keys are estimated, by what the laps before brought.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct KeepDto {
+    /// Complete walks over all DBs.
+    pub laps: u64,
+    /// Expired keys in memory; `null` during the first lap.
+    pub backlog: Option<u64>,
+    /// Most of them that `max-backlog` allows; `null` without it.
+    pub max_backlog: Option<u64>,
+    /// Keys that expire each second and that only the walk frees.
+    pub inflow_per_s: f64,
+    /// Longest time that a key can be in memory after it has expired, in seconds; `null` during the first lap.
+    pub delay_s: Option<f64>,
+    /// How long a lap is meant to take, in seconds; 0: as fast as the limits allow.
+    pub lap_s: f64,
+    /// How long a bound was missed, in seconds.
+    pub missed_s: f64,
+    /// Whether one is missed now.
+    pub is_missed: bool,
+}
+
+impl From<&KeepFigures> for KeepDto {
+    fn from(figures: &KeepFigures) -> Self {
+        Self {
+            laps: figures.laps,
+            backlog: figures.backlog,
+            max_backlog: figures.max_backlog,
+            inflow_per_s: (figures.inflow * 10.0).round() / 10.0,
+            delay_s: figures.delay.map(seconds),
+            lap_s: seconds(figures.lap),
+            missed_s: seconds(figures.missed),
+            is_missed: figures.is_missed,
+        }
+    }
 }
 
 /// A server.
@@ -376,6 +416,7 @@ impl ShardDto {
             used_memory: MemoryDto { before: view.memory_before.used, after: view.memory_after.used },
             maxmemory: view.memory_before.max,
             evicted_keys: view.evicted(),
+            keep: view.keep.as_ref().map(KeepDto::from),
             dbs: view.passes.iter().map(|(db, figures)| PassDto::new(db.0, figures)).collect(),
             warnings: view.warnings.clone(),
             failure: view.failure.as_ref().map(FailureDto::from),

@@ -14,9 +14,13 @@ use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::task_dto::{HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto};
+use crate::api::keep::KeepBounds;
+use crate::api::task_dto::{
+    HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto, source,
+};
 use crate::api::{App, AppState, At, Params};
 use crate::check;
+use crate::model::keep::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
@@ -281,8 +285,7 @@ impl AppState {
     async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
         let mut standings = self.service.store().standings(&ids).await?;
-        for view in self.service.on_hand().into_values() {
-            let view = view.borrow();
+        for view in self.service.active_views() {
             // The records are up to a second old.
             if let Some(standing) = standings.get_mut(&view.task.instance_id)
                 && standing.latest == view.task.id
@@ -344,6 +347,7 @@ impl AppState {
         let tasks = store.tasks(&newest).await?;
         let memory = store.memory(&newest).await?;
         let schedules = store.schedules().await?;
+        let keeps = store.keeps().await?;
         let on_hand = self.service.on_hand();
         let describe = |instance: &&Arc<Instance>| {
             let seen = standing(instance);
@@ -353,6 +357,7 @@ impl AppState {
             });
             let set = schedules.auto_scan(&instance.id, &instance.project_id);
             let auto_scan = set.unwrap_or(&instance.auto_scan);
+            let bounds = keeps.get(&instance.id, &instance.project_id).unwrap_or(instance.keep);
             let window = instance.window.as_ref();
             InstanceDto {
                 id: instance.id.clone(),
@@ -364,13 +369,14 @@ impl AppState {
                 next_scan_at: due_times(auto_scan, now).next().map(time),
                 last_success_at: seen.and_then(|seen| seen.last_success).map(time),
                 used_memory: seen.and_then(|seen| memory.get(&seen.latest).copied()),
+                keep: Some(bounds).filter(Bounds::any).map(KeepBounds::from),
                 latest,
             }
         };
         Ok(instances.iter().map(describe).collect())
     }
 
-    async fn details(&self, instance: &Arc<Instance>) -> Result<InstanceDetails, ApiError> {
+    pub(super) async fn details(&self, instance: &Arc<Instance>) -> Result<InstanceDetails, ApiError> {
         let standings = self.standings(&[instance]).await?;
         let described = self.describe(&[instance], &standings).await?;
         let instance_dto = described.into_iter().next().ok_or_else(ApiError::internal)?;
@@ -382,6 +388,7 @@ impl AppState {
             upcoming: due_times(auto_scan, store.now()).take(UPCOMING).map(time).collect(),
             window: instance.window.as_ref().map(WindowDto::from),
             schedule: ScheduleDto::new(auto_scan, set.is_some()),
+            keep_source: source(store.keeps().await?.get(&instance.id, &instance.project_id).is_some()),
             settings: instance.settings.sweep_texts.as_ref().clone(),
         })
     }

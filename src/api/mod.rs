@@ -13,6 +13,7 @@ pub mod error;
 pub mod events;
 pub mod health;
 pub mod instances;
+pub mod keep;
 pub mod listen;
 pub mod page;
 pub mod requests;
@@ -30,7 +31,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Router, body::Bytes};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
@@ -42,6 +43,7 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::metrics::Metrics;
 use crate::model::failure::FailureKind;
+use crate::model::keep::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::settings::raw::Problem;
 use crate::settings::serve::{Instance, Role, ServeSettings};
@@ -64,6 +66,8 @@ pub struct AppState {
     pub metrics: Metrics,
     /// Wakes the scheduler.
     pub schedule_changed: Arc<Notify>,
+    /// Wakes the keeper.
+    pub keep_changed: watch::Sender<()>,
     /// Takes changed settings in.
     pub reload: Reload,
     /// Cancelled when the daemon begins to stop: streams end.
@@ -88,6 +92,7 @@ pub fn router(app: App) -> Router {
         .route("/api/v1/instances/{instance_id}/auto-scan", delete(instances::reset_auto_scan))
         .route("/api/v1/instances/{instance_id}/check", post(instances::check_instance))
         .route("/api/v1/instances/{instance_id}/history", get(instances::list_history))
+        .route("/api/v1/instances/{instance_id}/keep", put(keep::set_keep).delete(keep::reset_keep))
         .route("/api/v1/tasks", get(tasks::list_tasks).post(tasks::create_task))
         .route("/api/v1/tasks/{task_id}", get(tasks::get_task).patch(tasks::tune_task))
         .route("/api/v1/tasks/{task_id}/events", get(events::follow_task))
@@ -186,6 +191,15 @@ impl AppState {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Sets the bounds of an instance, or forgets what was set.
+    async fn set_keep(&self, instance: &Instance, bounds: Option<Bounds>) -> Result<(), ApiError> {
+        let store = self.service.store();
+        let set = store.set_keep(&instance.id, &instance.project_id, bounds, store.now()).await;
+        set.inspect_err(|_| self.metrics.store_failed())?;
+        self.keep_changed.send_replace(());
+        Ok(())
     }
 
     /// Sets the automatic scan of an instance, or forgets what was set.

@@ -225,6 +225,7 @@ pub enum CauseWord {
     Cli,
     Api,
     Schedule,
+    Keep,
 }
 
 impl From<CauseWord> for Cause {
@@ -233,6 +234,7 @@ impl From<CauseWord> for Cause {
             CauseWord::Cli => Self::Cli,
             CauseWord::Api => Self::Api,
             CauseWord::Schedule => Self::Schedule,
+            CauseWord::Keep => Self::Keep,
         }
     }
 }

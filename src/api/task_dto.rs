@@ -8,6 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::api::dto::{FailureDto, HoldDto, ShardDto, Totals, held_by_reason, time};
+use crate::api::keep::KeepBounds;
 use crate::model::schedule::{AutoScan, Recurrence, Window};
 use crate::model::task::Task;
 use crate::tasks::TaskView;
@@ -38,6 +39,9 @@ pub struct InstanceDto {
     /// `used_memory` of all its masters in bytes, as its newest task saw it last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub used_memory: Option<u64>,
+    /// The bounds that it is kept to; left out where it is not kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<KeepBounds>,
     /// Its newest task.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest: Option<TaskDto>,
@@ -56,7 +60,7 @@ pub struct TaskDto {
     pub target: String,
     /// `waiting`, `running`, `paused`, `interrupted`, `succeeded`, `failed` or `cancelled`.
     pub state: &'static str,
-    /// `cli`, `api` or `schedule`.
+    /// `cli`, `api`, `schedule` or `keep`.
     pub cause: &'static str,
     /// When it was asked for.
     pub created_at: String,
@@ -198,6 +202,8 @@ pub struct InstanceDetails {
     pub window: Option<WindowDto>,
     /// Its automatic scan.
     pub schedule: ScheduleDto,
+    /// `api` or `file`: who set its bounds, or that it has none.
+    pub keep_source: &'static str,
     /// The settings that a sweep has where nobody asks for others, by name.
     pub settings: BTreeMap<String, String>,
 }
@@ -252,6 +258,11 @@ pub struct ScheduleDto {
     pub count: u32,
 }
 
+/// Who set something.
+pub(super) fn source(by_api: bool) -> &'static str {
+    if by_api { "api" } else { "file" }
+}
+
 impl ScheduleDto {
     /// As it is in force. `by_api`: it was set by the API, and not by the settings file.
     pub fn new(auto_scan: &AutoScan, by_api: bool) -> Self {
@@ -261,7 +272,7 @@ impl ScheduleDto {
         };
         Self {
             enabled: auto_scan.enabled,
-            source: if by_api { "api" } else { "file" },
+            source: source(by_api),
             cron: rule.map(|rule| rule.expression().to_owned()),
             zone: rule.map(|rule| rule.zone().to_owned()),
             first_scan_at: every.and_then(|(first, _)| first).map(time),
@@ -329,6 +340,8 @@ pub struct TaskProgress {
     pub instance_id: String,
     /// Its state.
     pub state: &'static str,
+    /// `cli`, `api`, `schedule` or `keep`.
+    pub cause: &'static str,
     /// When it was asked for.
     pub created_at: String,
     /// When it began.
@@ -365,6 +378,7 @@ impl From<&TaskView> for TaskProgress {
             id: task.id.to_string(),
             instance_id: task.instance_id.clone(),
             state: task.state.as_str(),
+            cause: task.cause.as_str(),
             created_at: time(task.created_at),
             started_at: task.started_at.map(time),
             finished_at: task.finished_at.map(time),

@@ -212,6 +212,21 @@ Examples:
     )
 }
 
+/// The examples of `keep --help`.
+pub fn keep_examples() -> String {
+    format!(
+        "\
+Examples:
+  ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL are expired ones
+  ttlsweep keep redis://cache --max-delay 2s            `expired` events come within 2 s
+  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, with a fifth of the server's time at most
+  ttlsweep keep --max-delay 5s --for 1h --json          an hour, and a record for a script
+
+{}",
+        exit::HELP
+    )
+}
+
 /// The examples of `check --help`.
 pub fn check_examples() -> String {
     format!(

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 use crate::cli::demo::server::DemoServer;
 use crate::cli::exit::Exit;
 use crate::cli::output::{self, bytes, grouped, note, span};
-use crate::cli::scan::{self, Show};
+use crate::cli::scan::{self, Show, Until};
 use crate::node::commands;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
@@ -112,7 +112,8 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     note("\nnow a sweep:");
     let begun = Instant::now();
     // The sweep obeys signals in its own way: it ends its batch and reports.
-    let exit = scan::sweep(settings_for(&servers[0])?, servers[0].conn_options(), None, Show::Text).await?;
+    let exit =
+        scan::sweep(settings_for(&servers[0])?, servers[0].conn_options(), None, Show::Text, Until::Done).await?;
     let took = begun.elapsed();
     if exit != Exit::Done {
         return Ok(exit);

@@ -1,20 +1,22 @@
 //! `ttlsweep instance`: the instances of a daemon.
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use reqwest::Method;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::cli::client::{self, Client, ClientArgs};
 use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::cli::scan;
 
-const COLUMNS: [(&str, &str); 8] = [
+const COLUMNS: [(&str, &str); 10] = [
     ("id", "/id"),
     ("name", "/name"),
     ("target", "/target"),
     ("window open", "/window_open"),
     ("next scan", "/next_scan_at"),
+    ("max backlog", "/keep/max_backlog"),
+    ("max delay", "/keep/max_delay"),
     ("latest", "/latest/state"),
     ("ended", "/latest/finished_at"),
     ("reclaimed", "/latest/reclaimed"),
@@ -81,7 +83,31 @@ enum InstanceCommand {
         /// Its id
         id: String,
     },
+    /// Keep the expired keys of an instance below a bound
+    #[command(group = ArgGroup::new("what").required(true).multiple(true), after_help = KEEP_EXAMPLES)]
+    Keep {
+        /// Its id
+        id: String,
+        /// Most expired keys in memory: a share of the keys with a TTL (5%), a number of keys, or bytes (64MiB)
+        #[arg(long, value_name = "SIZE", group = "what")]
+        max_backlog: Option<String>,
+        /// Longest time that a key stays in memory after it has expired, such as 2s
+        #[arg(long, value_name = "TIME", group = "what")]
+        max_delay: Option<String>,
+        /// Keep it no longer
+        #[arg(long, group = "what", conflicts_with_all = ["max_backlog", "max_delay", "reset"])]
+        off: bool,
+        /// Forget what was set here: the bounds of the daemon's settings file are in force again
+        #[arg(long, group = "what", conflicts_with_all = ["max_backlog", "max_delay"])]
+        reset: bool,
+    },
 }
+
+const KEEP_EXAMPLES: &str = "\
+Examples:
+  ttlsweep instance keep cache --max-backlog 5%
+  ttlsweep instance keep cache --max-delay 2s --max-backlog 64MiB
+  ttlsweep instance keep cache --off";
 
 /// Runs the command.
 ///
@@ -112,6 +138,16 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
         InstanceCommand::Check { id } => {
             client.send(Method::POST, &format!("/api/v1/instances/{id}/check"), None).await
         }
+        InstanceCommand::Keep { id, max_backlog, max_delay, off: _, reset } => {
+            let path = format!("/api/v1/instances/{id}/keep");
+            match reset {
+                true => client.send(Method::DELETE, &path, None).await,
+                false => {
+                    let bounds = json!({ "max_backlog": max_backlog, "max_delay": max_delay });
+                    client.send(Method::PUT, &path, Some(&bounds)).await
+                }
+            }
+        }
     };
     let answer = match answer {
         Ok(answer) => answer,
@@ -128,7 +164,7 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
     output::print(&match args.command {
         InstanceCommand::List { .. } => client::table(answer["instances"].as_array().unwrap_or(&none), &COLUMNS),
         InstanceCommand::History { .. } => client::table(answer["sweeps"].as_array().unwrap_or(&none), &HISTORY),
-        InstanceCommand::Show { .. } | InstanceCommand::Check { .. } => client::table(&[answer], &COLUMNS),
+        _ => client::table(&[answer], &COLUMNS),
     })?;
     Ok(Exit::Done)
 }

@@ -11,6 +11,7 @@ pub mod exit;
 pub mod generate;
 pub mod health;
 pub mod instance;
+pub mod keep;
 pub mod output;
 pub mod priority;
 pub mod progress;
@@ -52,6 +53,8 @@ pub struct Cli {
 enum Command {
     /// Sweep a server once, now
     Scan(scan::ScanArgs),
+    /// Keep the expired keys of a server below a bound, until stopped
+    Keep(keep::KeepArgs),
     /// Run the daemon: API, schedules, page
     Serve(serve::ServeArgs),
     /// The instances of a daemon
@@ -106,8 +109,13 @@ pub fn main() -> Exit {
     }
     let _traces = telemetry::trace();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    if let Command::Scan(scan) = &cli.command {
-        scan.priority.apply(scan.quiet);
+    let here = match &cli.command {
+        Command::Scan(scan) => Some((scan.priority, scan.quiet)),
+        Command::Keep(keep) => Some((keep.priority, keep.quiet)),
+        _ => None,
+    };
+    if let Some((priority, quiet)) = here {
+        priority.apply(quiet);
         // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
     }
@@ -130,6 +138,7 @@ pub fn main() -> Exit {
 async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
     match command {
         Command::Scan(args) => scan::run(args, matches).await,
+        Command::Keep(args) => keep::run(args, matches).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Check(args) => check::run(args, matches).await,
         Command::Demo(args) => demo::run(args).await,
@@ -239,10 +248,11 @@ mod tests {
     #[test]
     fn every_setting_has_a_flag_and_an_environment_variable() {
         let command = Cli::command();
-        let scan = command.find_subcommand("scan").unwrap();
+        // It has those of `scan`, and its bounds.
+        let keep = command.find_subcommand("keep").unwrap();
         for key in crate::settings::raw::KEYS {
             let id = key.replace('-', "_");
-            let argument = scan.get_arguments().find(|a| a.get_id() == id.as_str());
+            let argument = keep.get_arguments().find(|a| a.get_id() == id.as_str());
             let argument = argument.unwrap_or_else(|| panic!("no flag for `{key}`"));
             let env = argument.get_env().and_then(|e| e.to_str());
             assert_eq!(env, Some(format!("TTLSWEEP_{}", id.to_uppercase()).as_str()));

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cli::output::{grouped, note, span};
+use crate::model::keep::KeepFigures;
 use crate::model::progress::PassFigures;
 use crate::model::shard::DbIndex;
 use crate::tasks::TaskView;
@@ -35,6 +36,8 @@ pub struct ShardRow {
     pub name: String,
     /// Why it stands still, as people read it.
     pub hold: Option<String>,
+    /// How well its bounds are kept, as people read it; `None` where it is swept once.
+    pub keep: Option<String>,
     /// Its passes, in order of the DB.
     pub passes: Vec<PassRow>,
 }
@@ -72,10 +75,31 @@ impl From<&TaskView> for Rows {
         let shards = view.snapshot.shards.iter().map(|(id, shard)| ShardRow {
             name: id.to_string(),
             hold: shard.hold_text(),
+            keep: shard
+                .keep
+                .as_ref()
+                .map(|figures| keep_text(figures, shard.passes.values().map(|p| p.reclaimed).sum())),
             passes: shard.passes.iter().map(pass).collect(),
         });
         Self { shards: shards.collect() }
     }
+}
+
+/// How well a bound is kept, in one line.
+pub fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
+    let Some(backlog) = figures.backlog else {
+        return format!("first lap, to find out how many keys expire; {} reclaimed", grouped(reclaimed));
+    };
+    let most = figures.max_backlog.map(|most| format!(" of {} allowed", grouped(most))).unwrap_or_default();
+    let delay = figures.delay.map(|delay| format!(", none for longer than {}", span(delay))).unwrap_or_default();
+    let missed = if figures.is_missed { "BOUND MISSED: " } else { "" };
+    let lap = if figures.lap.is_zero() { "as fast as it may".to_owned() } else { span(figures.lap) };
+    format!(
+        "{missed}about {} expired keys in memory{most}{delay}; {} keys/s expire unfreed; lap {lap}; {} reclaimed",
+        grouped(backlog),
+        grouped(figures.inflow as u64),
+        grouped(reclaimed)
+    )
 }
 
 /// Shows a task until the sender of its views is gone.
@@ -143,7 +167,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         let open = view.changed().await.is_ok();
         let now = rows(&view.borrow_and_update());
         let alone = now.shards.len() <= 1;
-        let waits_now = |shard: &&ShardRow| shard.hold.is_some() && shard.passes.is_empty();
+        let waits_now = |shard: &&ShardRow| shard.keep.is_some() || shard.hold.is_some() && shard.passes.is_empty();
         waiting.retain(|name, line| {
             let stays = now.shards.iter().filter(waits_now).any(|shard| shard.name == *name);
             if !stays {
@@ -157,10 +181,13 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                 line.set_prefix(shard.name.clone());
                 line
             });
-            line.set_message(format!("holding: {}", shard.hold.as_deref().unwrap_or_default()));
+            line.set_message(match (&shard.hold, &shard.keep) {
+                (None, Some(keep)) => keep.clone(),
+                (hold, _) => format!("holding: {}", hold.as_deref().unwrap_or_default()),
+            });
             line.tick();
         }
-        for shard in &now.shards {
+        for shard in now.shards.iter().filter(|shard| shard.keep.is_none()) {
             for pass in &shard.passes {
                 let (bar, pace) = passes.entry((shard.name.clone(), pass.db)).or_insert_with(|| {
                     let bar = multi.add(ProgressBar::new(STEPS).with_style(style.clone()));
@@ -225,11 +252,17 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         let now = rows(&view.borrow_and_update());
         let elapsed = begun.elapsed();
         let is_due = Instant::now() >= due;
-        for ShardRow { name, hold, passes } in &now.shards {
+        for ShardRow { name, hold, keep, passes } in &now.shards {
             if holds.insert(name.clone(), hold.clone()).as_ref() != Some(hold)
                 && let Some(hold) = hold
             {
                 note(&format!("{:>7} {name} holding: {hold}", span(elapsed)));
+            }
+            if let Some(keep) = keep {
+                if is_due && hold.is_none() {
+                    note(&format!("{:>7} {name}: {keep}", span(elapsed)));
+                }
+                continue;
             }
             let Some(pass) = passes.iter().rfind(|pass| !pass.complete) else { continue };
             let pace = paces.entry((name.clone(), pass.db)).or_insert_with(|| Pace::new(pass));

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgMatches, Args, ValueEnum};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -93,14 +94,31 @@ pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         Ok(conn) => conn,
         Err(problems) => return Ok(usage(&problems)),
     };
-    sweep(settings, conn, args.resume, show).await
+    sweep(settings, conn, args.resume, show, Until::Done).await
 }
 
-/// Settings out of what was typed.
+/// When a sweep from the command line ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// Every DB was swept.
+    Done,
+    /// A keep run was told to stop, or has lasted for so long.
+    Stopped(Option<Duration>),
+}
+
+/// Settings of one sweep, out of what was typed.
 ///
 /// # Errors
 /// Every problem.
 pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
+    load_with_bounds(server, matches).map(Settings::without_bounds)
+}
+
+/// Settings out of what was typed, with the bounds of a keep run.
+///
+/// # Errors
+/// Every problem.
+pub fn load_with_bounds(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
     let raw = args::layers(matches, server.config.as_ref())?;
     settings::resolve(&raw, password(server.askpass)?)
 }
@@ -140,7 +158,13 @@ pub fn instance_id(target: &Target) -> String {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>, show: Show) -> anyhow::Result<Exit> {
+pub async fn sweep(
+    settings: Settings,
+    conn: ConnOptions,
+    resume: Option<Resume>,
+    show: Show,
+    until: Until,
+) -> anyhow::Result<Exit> {
     let signals = Signals::listen();
     let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
@@ -149,7 +173,16 @@ pub async fn sweep(settings: Settings, conn: ConnOptions, resume: Option<Resume>
             return Ok(if failure.kind == FailureKind::Store { Exit::Failed } else { Exit::Usage });
         }
     };
-    let signals = signals.map(|signals| tokio::spawn(signals.obey(running.control.clone())));
+    // Whoever stops a keep run has had what was wanted.
+    let stopped = if until == Until::Done { StopReason::Interrupted } else { StopReason::Kept };
+    let signals = signals.map(|signals| tokio::spawn(signals.obey(running.control.clone(), stopped)));
+    if let Until::Stopped(Some(after)) = until {
+        let control = running.control.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            control.stop(StopReason::Kept);
+        });
+    }
     let shown = (show != Show::Quiet)
         .then(|| tokio::spawn(progress::show(running.view.clone(), |view| Rows::from(view.as_ref()))));
     let view = running.ended().await;
@@ -237,7 +270,7 @@ impl Signals {
         })
     }
 
-    async fn obey(mut self, control: Control) {
+    async fn obey(mut self, control: Control, reason: StopReason) {
         let mut first = true;
         loop {
             let hung_up = async {
@@ -256,7 +289,7 @@ impl Signals {
             }
             first = false;
             output::note("stopping after this batch; once more to cut");
-            control.stop(StopReason::Interrupted);
+            control.stop(reason);
         }
     }
 }

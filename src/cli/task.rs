@@ -10,9 +10,10 @@ use tokio::sync::watch;
 use crate::cli::client::{self, Client, ClientArgs, ClientError};
 use crate::cli::exit::Exit;
 use crate::cli::output;
-use crate::cli::progress::{self, PassRow, Rows, ShardRow};
+use crate::cli::progress::{self, PassRow, Rows, ShardRow, keep_text};
 use crate::cli::scan;
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::KeepFigures;
 use crate::model::task::TaskState;
 use crate::settings::positive_duration;
 
@@ -291,11 +292,29 @@ fn rows(view: &Value) -> Rows {
     let shards = view["shards"].as_array().into_iter().flatten().map(|shard| {
         let name = shard["shard"].as_str().unwrap_or_default();
         let passes = shard["dbs"].as_array().into_iter().flatten().map(pass).collect();
-        ShardRow { name: name.to_owned(), hold: hold(name), passes }
+        let dbs = shard["dbs"].as_array().into_iter().flatten();
+        let reclaimed = dbs.filter_map(|db| db["reclaimed"].as_u64()).sum();
+        let keep = shard["keep"].is_object().then(|| keep_text(&keep_of(&shard["keep"]), reclaimed));
+        ShardRow { name: name.to_owned(), hold: hold(name), keep, passes }
     });
     // A task that has not begun has no shards, and a reason.
-    let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), passes: Vec::new() });
+    let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), ..ShardRow::default() });
     Rows { shards: waits.into_iter().chain(shards).collect() }
+}
+
+/// The figures of a keep run, as the daemon tells them of a shard.
+fn keep_of(keep: &Value) -> KeepFigures {
+    let span = |name: &str| keep[name].as_f64().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    KeepFigures {
+        laps: keep["laps"].as_u64().unwrap_or_default(),
+        backlog: keep["backlog"].as_u64(),
+        max_backlog: keep["max_backlog"].as_u64(),
+        inflow: keep["inflow_per_s"].as_f64().unwrap_or_default(),
+        delay: span("delay_s"),
+        lap: span("lap_s").unwrap_or_default(),
+        missed: span("missed_s").unwrap_or_default(),
+        is_missed: keep["is_missed"].as_bool().unwrap_or_default(),
+    }
 }
 
 fn show(answer: &Value, json: bool) -> anyhow::Result<()> {

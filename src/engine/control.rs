@@ -15,6 +15,8 @@ pub enum StopReason {
     TimedOut,
     /// A person ended the task.
     Cancelled,
+    /// The keep run has lasted long enough: that is its success.
+    Kept,
     /// Another process has the task by now.
     Lost,
 }

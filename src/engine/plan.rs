@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use crate::engine::control::StopReason;
 use crate::model::failure::Failure;
+use crate::model::keep::KeepFigures;
 use crate::model::progress::PassFigures;
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::TaskId;
@@ -28,6 +29,8 @@ pub(super) struct ShardPlan {
     pub(super) passes: BTreeMap<DbIndex, PassFigures>,
     /// DBs whose passes were cut off, and nothing tells what their last second freed.
     pub(super) uncounted: Vec<DbIndex>,
+    /// How well its bounds were kept until then.
+    pub(super) kept: KeepFigures,
     /// Why it is swept again, where an earlier round has swept it.
     pub(super) again: Option<String>,
 }

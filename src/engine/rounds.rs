@@ -22,6 +22,7 @@ use crate::engine::shards::permits::Permits;
 use crate::engine::shards::shard_map::ShardMap;
 use crate::engine::sweep::{self, Ended, Job};
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::KeepFigures;
 use crate::model::progress::{ScanEvent, ScanEventKind};
 use crate::model::shard::ShardId;
 use crate::model::throttle::Reason;
@@ -48,7 +49,9 @@ pub async fn run(plan: ScanPlan, mut orders: watch::Receiver<Orders>, events: mp
         Ok(begun) => begun,
         Err(error) => return Outcome::Failed(error.into_failure()),
     };
-    let permits = Permits::new(plan.settings.parallel);
+    // A keep run takes every master all the time, and little of each.
+    let keeps = plan.settings.tuning.bounds.any();
+    let permits = if keeps { Permits::for_all() } else { Permits::new(plan.settings.parallel) };
     let mut rounds = Rounds { plan, map, permits, orders, events, records: BTreeMap::new() };
     match rounds.all(shards).await {
         Ok(()) => rounds.outcome(),
@@ -80,7 +83,8 @@ impl Rounds {
         let plans = shards.into_iter().map(|(id, master)| {
             let known = self.plan.known.get(&id).cloned().unwrap_or_default();
             let StoredShard { view, uncounted } = known;
-            ShardPlan { id, master, seen: Instant::now(), passes: view.passes, uncounted, again: None }
+            let kept = view.keep.unwrap_or_default();
+            ShardPlan { id, master, seen: Instant::now(), passes: view.passes, uncounted, kept, again: None }
         });
         let mut plans: Vec<ShardPlan> = plans.collect();
         let mut round = 0;
@@ -229,7 +233,8 @@ impl Rounds {
             Some(Ended { passes, .. }) => (format!("{} owns slots again", master.addr), passes.clone()),
             None => (format!("{} joined the cluster during the sweep", master.addr), BTreeMap::new()),
         };
-        Some(ShardPlan { id, master, seen: Instant::now(), passes, uncounted: Vec::new(), again: Some(why) })
+        let (uncounted, kept) = (Vec::new(), KeepFigures::default());
+        Some(ShardPlan { id, master, seen: Instant::now(), passes, uncounted, kept, again: Some(why) })
     }
 
     async fn fail_all_complete(&mut self, failure: &Failure) {

@@ -16,9 +16,11 @@ pub enum EventKind {
     TaskFailed,
     /// An instance that is swept by schedule has not been swept completely for too long.
     NotSwept,
+    /// A keep run misses its bound.
+    BoundMissed,
 }
 
-words!(EventKind, "event", TaskFailed = "task_failed", NotSwept = "not_swept");
+words!(EventKind, "event", TaskFailed = "task_failed", NotSwept = "not_swept", BoundMissed = "bound_missed",);
 
 /// What happened, and to which instance.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,9 +49,29 @@ pub enum Happened {
         /// How long may be between two.
         allowed: Duration,
     },
+    /// A bound has been missed for long enough to tell.
+    BoundMissed {
+        /// The keep run.
+        task: Box<Task>,
+        /// For how long it has been missed.
+        missed: Duration,
+        /// The numbers.
+        message: String,
+    },
 }
 
 impl Event {
+    /// A keep run that misses its bound. One event for each run at most.
+    pub fn bound_missed(task: &Task, missed: Duration, message: String, now: Timestamp) -> Self {
+        Self {
+            id: Uuid::new_v5(&task.id.0, EventKind::BoundMissed.as_str().as_bytes()),
+            at: now,
+            instance_id: task.instance_id.clone(),
+            project_id: task.project_id.clone(),
+            what: Happened::BoundMissed { task: Box::new(task.clone()), missed, message },
+        }
+    }
+
     /// A task that has failed.
     pub fn task_failed(task: &Task, now: Timestamp) -> Self {
         Self {
@@ -85,6 +107,7 @@ impl Event {
         match self.what {
             Happened::TaskFailed(_) => EventKind::TaskFailed,
             Happened::NotSwept { .. } => EventKind::NotSwept,
+            Happened::BoundMissed { .. } => EventKind::BoundMissed,
         }
     }
 }

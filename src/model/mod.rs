@@ -6,6 +6,7 @@
 pub mod event;
 pub mod failure;
 pub mod format;
+pub mod keep;
 pub mod progress;
 pub mod schedule;
 pub mod shard;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::model::failure::Failure;
+use crate::model::keep::KeepFigures;
 use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
 use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;
@@ -280,6 +281,11 @@ pub enum ScanEventKind {
         /// How long it lasted.
         lasted: Duration,
     },
+    /// How well the bounds of a keep run are kept. Sent with the progress.
+    Kept {
+        /// All figures up to now.
+        figures: KeepFigures,
+    },
     /// It became clear whether keys must be touched.
     TouchDecided {
         /// The finding.
@@ -314,6 +320,8 @@ pub struct ShardView {
     pub hold: Option<Reason>,
     /// Facts beside that reason's own sentence.
     pub hold_detail: Option<String>,
+    /// How well its bounds are kept; `None` where it is swept once.
+    pub keep: Option<KeepFigures>,
     /// What the audit found.
     pub touch: TouchOutcome,
     /// Things an operator should know.
@@ -403,6 +411,7 @@ impl Snapshot {
             }
             ScanEventKind::HoldStarted { reason, detail } => (shard.hold, shard.hold_detail) = (Some(reason), detail),
             ScanEventKind::HoldEnded { .. } => (shard.hold, shard.hold_detail) = (None, None),
+            ScanEventKind::Kept { figures } => shard.keep = Some(figures),
             ScanEventKind::TouchDecided { outcome } => shard.touch = outcome,
             ScanEventKind::ShardFinished { memory, settling } => {
                 shard.finished = true;

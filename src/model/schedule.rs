@@ -269,7 +269,7 @@ impl Window {
 
 /// How large a backlog must be for a due scan to begin at all.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum MinBacklog {
+pub enum BacklogSize {
     /// Expired keys in memory.
     Keys(u64),
     /// Bytes that they take.
@@ -278,7 +278,7 @@ pub enum MinBacklog {
     Percent(f64),
 }
 
-impl FromStr for MinBacklog {
+impl FromStr for BacklogSize {
     type Err = String;
 
     /// Reads `10000`, `64MiB` or `5%`.
@@ -298,7 +298,7 @@ impl FromStr for MinBacklog {
     }
 }
 
-impl fmt::Display for MinBacklog {
+impl fmt::Display for BacklogSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Keys(keys) => write!(f, "{keys}"),
@@ -455,10 +455,10 @@ mod tests {
     #[test]
     fn backlogs_read_what_they_show() {
         for text in ["10000", "64KiB", "5%", "0.5%"] {
-            assert_eq!(text.parse::<MinBacklog>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<BacklogSize>().unwrap().to_string(), text);
         }
-        assert_eq!("2MiB".parse::<MinBacklog>().unwrap(), MinBacklog::Bytes(2 << 20));
-        assert!("much".parse::<MinBacklog>().is_err() && "101%".parse::<MinBacklog>().is_err());
+        assert_eq!("2MiB".parse::<BacklogSize>().unwrap(), BacklogSize::Bytes(2 << 20));
+        assert!("much".parse::<BacklogSize>().is_err() && "101%".parse::<BacklogSize>().is_err());
     }
 
     const ZONES: [&str; 6] =

@@ -40,6 +40,8 @@ pub enum Cause {
     Api,
     /// A schedule that came due.
     Schedule,
+    /// A bound that the settings ask to be kept.
+    Keep,
 }
 
 /// A stored word that names nothing we know: the store was written by another version, or by hand.
@@ -82,7 +84,7 @@ macro_rules! words {
 }
 pub(crate) use words;
 
-words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule");
+words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule", Keep = "keep");
 
 /// Where a task stands. Being throttled or outside a window is a live condition of `Running`, not a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -239,6 +241,13 @@ pub struct Task {
     pub fence: u64,
     /// The label that a daemon needs to reach the instance; empty: each daemon does.
     pub place: String,
+}
+
+impl Task {
+    /// Whether it keeps a bound, and does not end by itself.
+    pub fn keeps(&self) -> bool {
+        ["max-backlog", "max-delay"].iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
+    }
 }
 
 #[cfg(test)]

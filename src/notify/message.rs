@@ -70,6 +70,9 @@ fn sentence(event: &Event) -> String {
             };
             format!("ttlsweep: {instance} has not been swept for more than {}: {last}", show_duration(*allowed))
         }
+        Happened::BoundMissed { missed, message, .. } => {
+            format!("ttlsweep: the bound of {instance} has been missed for {}: {message}", show_duration(*missed))
+        }
     }
 }
 
@@ -93,6 +96,13 @@ fn data(event: &Event) -> Value {
         Happened::NotSwept { last_success, allowed } => {
             data["last_success_at"] = json!(last_success.map(time));
             data["allowed_s"] = json!(allowed.as_secs_f64());
+        }
+        Happened::BoundMissed { task, missed, message } => {
+            data["task"] = json!({"id": task.id.to_string(), "started_at": task.started_at.map(time)});
+            data["max_backlog"] = json!(task.sweep.get("max-backlog"));
+            data["max_delay"] = json!(task.sweep.get("max-delay"));
+            data["missed_s"] = json!(missed.as_secs_f64());
+            data["message"] = json!(message);
         }
     }
     data
@@ -120,8 +130,12 @@ mod tests {
     use crate::model::task::{Cause, Task, TaskId, TaskState};
 
     fn failed() -> Event {
+        Event::task_failed(&task(), "2026-01-31T02:05:01Z".parse().unwrap())
+    }
+
+    fn task() -> Task {
         let at = |time: &str| Some(time.parse().unwrap());
-        let task = Task {
+        Task {
             id: TaskId("01890a5d-ac96-774b-bcce-b302099a8057".parse().unwrap()),
             instance_id: "cache".to_owned(),
             project_id: "shop".to_owned(),
@@ -140,8 +154,7 @@ mod tests {
             owner: None,
             fence: 0,
             place: String::new(),
-        };
-        Event::task_failed(&task, at("2026-01-31T02:05:01Z").unwrap())
+        }
     }
 
     #[test]
@@ -150,7 +163,11 @@ mod tests {
         let now = "2026-01-31T02:00:00Z".parse().unwrap();
         let late = |last| Event::not_swept("cache", "shop", last, Duration::from_secs(2 * 86_400), now);
         let mut shown = String::new();
-        for event in [failed(), late(Some(last)), late(None)] {
+        let bounds = [("max-backlog", "5%"), ("max-delay", "off")].map(|(key, text)| (key.to_owned(), text.to_owned()));
+        let kept = Task { sweep: bounds.into(), ..task() };
+        let message = "about 9 expired keys are in memory, and 5 are allowed".to_owned();
+        let missed = Event::bound_missed(&kept, Duration::from_secs(30), message, now);
+        for event in [failed(), late(Some(last)), late(None), missed] {
             for format in Format::ALL {
                 let body = serde_json::to_string_pretty(&body(&event, *format)).unwrap();
                 shown.push_str(&format!("{} as {format}: {body}\n", event.kind()));

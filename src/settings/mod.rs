@@ -20,12 +20,14 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret;
 
+use crate::model::keep::Bounds;
+use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
 use crate::model::task::{SweepTexts, words};
 use crate::model::throttle::Limits;
-use crate::settings::raw::{Origin, Problem, Raw, TUNE_KEYS};
-use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch};
+use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw, TUNE_KEYS};
+use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch, unless_off};
 
 /// What a share of a server may be. Less than the least would be a stop, and no sweep.
 const SHARES: std::ops::RangeInclusive<f64> = 0.000_001..=1.0;
@@ -72,6 +74,8 @@ pub struct Tuning {
     pub max_keys_per_sec: Option<u32>,
     /// Above which load to hold.
     pub limits: Limits,
+    /// What a keep run keeps to. Of a sweep: nothing.
+    pub bounds: Bounds,
 }
 
 /// How one sweep goes about its work.
@@ -141,6 +145,17 @@ pub struct Settings {
     pub state: Option<PathBuf>,
     /// What `scan` was made of, as text by key: kept with a task's record, and enough to make it again.
     pub sweep_texts: Arc<SweepTexts>,
+}
+
+impl Settings {
+    /// The same for one sweep, which keeps no bound.
+    #[must_use]
+    pub fn without_bounds(mut self) -> Self {
+        self.scan.tuning.bounds = Bounds::default();
+        let texts = Arc::make_mut(&mut self.sweep_texts);
+        BOUND_KEYS.iter().for_each(|key| drop(texts.insert((*key).to_owned(), "off".to_owned())));
+        self
+    }
 }
 
 /// A password that came by another way than a key: `REDISCLI_AUTH`, `--askpass`, `password-env` of the daemon's file.
@@ -290,6 +305,8 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     });
     let abort_latency = reader.read("abort-latency", limit(positive_duration));
     let abort_replica_lag = reader.read("abort-replica-lag", limit(bytes));
+    let max_backlog = reader.read("max-backlog", unless_off(BacklogSize::from_str));
+    let max_delay = reader.read("max-delay", unless_off(positive_duration));
     let limits = Limits {
         latency: latency?,
         replica_lag: replica_lag?,
@@ -321,6 +338,7 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
         min_intensity: if throttle { min_intensity.min(intensity) } else { intensity },
         max_keys_per_sec: max_keys_per_sec?,
         limits: if throttle { limits } else { Limits::NONE },
+        bounds: Bounds { max_backlog: max_backlog?, max_delay: max_delay? },
     })
 }
 
@@ -335,6 +353,15 @@ pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
         Some(tuning) if reader.problems.is_empty() => Ok(tuning),
         _ => Err(reader.problems),
     }
+}
+
+/// Bounds as text by key.
+pub fn bound_texts(bounds: Bounds) -> [(String, String); 2] {
+    let off = || "off".to_owned();
+    [
+        ("max-backlog".to_owned(), bounds.max_backlog.map_or_else(off, |size| size.to_string())),
+        ("max-delay".to_owned(), bounds.max_delay.map_or_else(off, show_duration)),
+    ]
 }
 
 /// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a

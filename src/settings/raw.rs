@@ -40,6 +40,8 @@ pub const KEYS: &[&str] = &[
     "assist-expiry",
     "touch",
     "payload",
+    "max-backlog",
+    "max-delay",
     "timeout",
     "connect-timeout",
     "response-timeout",
@@ -80,6 +82,9 @@ pub const TUNE_KEYS: &[&str] = &[
     "abort-latency",
     "abort-replica-lag",
 ];
+
+/// The keys that make a task keep a bound, where one of them is not `off`.
+pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
 
 /// The defaults, as text that people read.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");

@@ -16,13 +16,16 @@ use jiff::civil::Time;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
-use crate::model::schedule::{AutoScan, CronRule, MinBacklog, Recurrence, Window};
+use crate::model::keep::Bounds;
+use crate::model::schedule::{AutoScan, BacklogSize, CronRule, Recurrence, Window};
 use crate::model::task::{SweepTexts, words};
 use crate::settings::notify::{self, NotifySettings};
-use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
+use crate::settings::raw::{BOUND_KEYS, KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::store::StoreLocation;
 use crate::settings::table::{File, Table};
-use crate::settings::values::{parse_sha256, readable, seconds, some_text, time_zone, timestamp, weekday, whole};
+use crate::settings::values::{
+    parse_sha256, readable, seconds, some_text, time_zone, timestamp, unless_off, weekday, whole,
+};
 use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, password_in_env, positive_duration};
 
 /// The defaults, as text that people read.
@@ -178,10 +181,12 @@ pub struct Instance {
     pub settings: Settings,
     /// When a scheduled sweep may run; `None`: always.
     pub window: Option<Window>,
+    /// The bounds that it is kept to, until the API sets others; none: it is not kept.
+    pub keep: Bounds,
     /// The automatic scan until the API sets another one.
     pub auto_scan: AutoScan,
     /// How large a backlog must be for a due scan to begin.
-    pub min_backlog: Option<MinBacklog>,
+    pub min_backlog: Option<BacklogSize>,
     /// The label that a daemon needs to reach it; empty: each daemon does.
     pub place: String,
     /// How long it may be without a complete sweep before somebody is told, where it is not as long as for the others.
@@ -230,6 +235,16 @@ pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, V
     raw.set("state", "the daemon's".to_owned(), Origin::Default);
     let made = settings::resolve(&raw, None)?;
     Ok(Settings { scan: made.scan, sweep_texts: made.sweep_texts, ..instance.clone() })
+}
+
+/// Settings of a keep run of an instance.
+///
+/// # Errors
+/// As [`with_texts`].
+pub fn kept(instance: &Settings, bounds: Bounds) -> Result<Settings, Vec<Problem>> {
+    let mut texts = SweepTexts::clone(&instance.sweep_texts);
+    texts.extend(settings::bound_texts(bounds));
+    with_texts(instance, &texts)
 }
 
 /// What was met in the files so far, to find what is named twice.
@@ -451,7 +466,8 @@ impl<'a> Reader<'a> {
         let place = table.optional("where", some_text).unwrap_or_default();
         let auto_scan = Self::auto_scan(&table.sub("auto-scan", self.defaults("auto-scan")));
         let window = Self::window(&table.sub("window", self.defaults("window")));
-        let min_backlog = table.optional("min-backlog", MinBacklog::from_str);
+        let keep = Self::keep(&table.sub("keep", None));
+        let min_backlog = table.optional("min-backlog", BacklogSize::from_str);
         let not_swept_for = table.optional("not-swept-for", positive_duration);
         let password = table.optional("password-env", |name| {
             password_in_env(name).ok_or_else(|| format!("the environment variable {name} is not set"))
@@ -468,6 +484,7 @@ impl<'a> Reader<'a> {
             lines,
             window: window?,
             auto_scan: auto_scan?,
+            keep: keep?,
             min_backlog,
             place,
             not_swept_for,
@@ -488,6 +505,9 @@ impl<'a> Reader<'a> {
                 return false;
             };
             match scalar_text(value) {
+                _ if BOUND_KEYS.contains(&known) => {
+                    self.file.problem(offset, format!("{known}: belongs into the table [instances.keep]"));
+                }
                 Some(text) => {
                     lines.insert(known, self.file.origin(offset));
                     raw.set(known, text, self.file.origin(offset));
@@ -539,6 +559,18 @@ impl<'a> Reader<'a> {
             _ => {}
         }
         Some(AutoScan { enabled, recurrence, timeout_s, count: count?, updated_at: None })
+    }
+
+    fn keep(table: &Table<'a>) -> Option<Bounds> {
+        let max_backlog = table.optional("max-backlog", unless_off(BacklogSize::from_str));
+        let max_delay = table.optional("max-delay", unless_off(positive_duration));
+        table.no_more();
+        let bounds = Bounds { max_backlog: max_backlog.flatten(), max_delay: max_delay.flatten() };
+        if table.is_there() && !table.has("max-backlog") && !table.has("max-delay") {
+            table.complain("max-backlog", "[keep] needs max-backlog or max-delay");
+            return None;
+        }
+        Some(bounds)
     }
 
     fn window(table: &Table<'a>) -> Option<Option<Window>> {

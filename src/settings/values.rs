@@ -27,6 +27,17 @@ where
     }
 }
 
+/// Reads `off`, or a value.
+pub(super) fn unless_off<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Option<T>, String>
+where
+    E: fmt::Display,
+{
+    move |text| match text {
+        "off" => Ok(None),
+        _ => value(text).map(Some).map_err(|e| format!("{e}; or write off")),
+    }
+}
+
 /// Bytes with a unit of 1024: `65536`, `512KiB`, `64MiB`, `1GiB`.
 ///
 /// # Errors

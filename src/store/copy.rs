@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use sqlx::{AnyConnection, Row};
 
 use crate::model::task::{Command, Task, TaskId, TaskState, transition};
+use crate::store::keeps;
 use crate::store::rows::{number, task_id, time};
 use crate::store::schedules::{self, Due};
 use crate::store::{Store, StoreError, TaskFilter};
@@ -85,7 +86,7 @@ impl Store {
     }
 
     async fn copy_schedules(&self, other: &Self) -> Result<(), StoreError> {
-        let schedules = self.schedules().await?;
+        let (schedules, kept, now) = (self.schedules().await?, self.keeps().await?, self.now());
         let mut offset = 0;
         loop {
             let dues = self.run(async |conn| due_times(conn, offset).await).await?;
@@ -107,6 +108,9 @@ impl Store {
             .transact(async |conn| {
                 for (instance, project, config) in schedules.auto_scans() {
                     schedules::set_auto_scan(&mut *conn, instance, project, config).await?;
+                }
+                for (instance, project, bounds) in kept.iter() {
+                    keeps::set(&mut *conn, instance, project, bounds, now).await?;
                 }
                 schedules::set_marks(conn, &schedules.marks().collect::<Vec<_>>()).await
             })

@@ -14,7 +14,7 @@ use sqlx::postgres::PgListener;
 use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::model::task::{Task, TaskId, TaskState};
+use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::store::rows::{self, TASK_COLUMNS, marks, number, task_of, time};
 use crate::store::{Store, StoreError};
 
@@ -102,6 +102,8 @@ pub struct Claim {
     pub labels: Vec<String>,
     /// At most so many tasks.
     pub most: usize,
+    /// Keep runs, or all other tasks.
+    pub of_keeps: bool,
     /// No more than this over all daemons.
     pub most_of_all: Option<usize>,
     /// Not these.
@@ -225,9 +227,11 @@ impl Fleet {
         let behind_places = 3 + places.len();
         let sql = format!(
             "UPDATE tasks SET owner = $1, fence = fence + 1 WHERE id IN (SELECT id FROM tasks WHERE finished_at IS NULL \
-             AND (owner IS NULL OR owner = $1) AND state <> '{}' AND place IN ({}) AND id NOT IN ({}) ORDER BY id LIMIT $2 \
+             AND (owner IS NULL OR owner = $1) AND state <> '{}' AND cause {} '{}' AND place IN ({}) AND id NOT IN ({}) ORDER BY id LIMIT $2 \
              FOR UPDATE SKIP LOCKED) RETURNING {TASK_COLUMNS}",
             TaskState::Paused,
+            if claim.of_keeps { "=" } else { "<>" },
+            Cause::Keep,
             marks(3..behind_places),
             marks(behind_places..behind_places + but.len()),
         );
@@ -256,8 +260,8 @@ impl Fleet {
     /// How many tasks are swept over all daemons. Nobody claims one until the transaction ends.
     async fn running(&self, conn: &mut AnyConnection) -> Result<usize, StoreError> {
         sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(CLAIM_LOCK).execute(&mut *conn).await?;
-        let sql = "SELECT COUNT(*) AS tasks FROM tasks WHERE finished_at IS NULL AND owner IS NOT NULL AND state <> $1";
-        let row = sqlx::query(sql).bind(TaskState::Paused.as_str()).fetch_one(conn).await?;
+        let sql = "SELECT COUNT(*) AS tasks FROM tasks WHERE finished_at IS NULL AND owner IS NOT NULL AND state <> $1 AND cause <> $2";
+        let row = sqlx::query(sql).bind(TaskState::Paused.as_str()).bind(Cause::Keep.as_str()).fetch_one(conn).await?;
         Ok(usize::try_from(number(&row, "tasks")?).unwrap_or(usize::MAX))
     }
 

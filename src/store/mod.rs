@@ -9,6 +9,7 @@ mod copy;
 mod file;
 mod fleet;
 pub mod journal;
+mod keeps;
 mod lists;
 mod open;
 mod overview;
@@ -20,6 +21,7 @@ pub mod undo;
 pub use copy::Amount;
 pub use file::Foreign;
 pub use fleet::{Claim, DaemonId, DaemonRecord, Ears, Fleet, GivenOrder, PresentDaemon, Wake};
+pub use keeps::Keeps;
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
 use open::SHARED_WITHIN;
@@ -36,6 +38,7 @@ use jiff::Timestamp;
 use sqlx::{AnyConnection, AnyPool, Connection};
 
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::Bounds;
 use crate::model::progress::ShardView;
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};
@@ -299,6 +302,38 @@ impl Store {
                 None => schedules::forget_auto_scan(&mut *conn, instance_id).await?,
             }
             schedules::set_marks(&mut *conn, &[(instance_id, &Mark { handled: now, schedule: None })]).await?;
+            if self.shared.is_some() {
+                fleet::notify(conn, fleet::SCHEDULES).await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// The bounds that the API set.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keeps(&self) -> Result<Keeps, StoreError> {
+        self.run(keeps::all).await
+    }
+
+    /// Sets the bounds that an instance is kept to, or forgets what was set. Without any bound it is not kept.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn set_keep(
+        &self,
+        instance_id: &str,
+        project_id: &str,
+        bounds: Option<Bounds>,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.transact(async |conn| {
+            match bounds {
+                Some(bounds) => keeps::set(&mut *conn, instance_id, project_id, bounds, now).await?,
+                None => keeps::forget(&mut *conn, instance_id).await?,
+            }
             if self.shared.is_some() {
                 fleet::notify(conn, fleet::SCHEDULES).await?;
             }

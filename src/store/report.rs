@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::KeepFigures;
 use crate::model::progress::{Memory, PassFigures, ServerFacts, ShardView, TTL_BOUNDS_S, TouchOutcome, TtlHistogram};
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 use crate::model::slots::{CursorSpace, SlotSet};
@@ -37,6 +38,8 @@ struct Report {
     hold: Option<String>,
     #[serde(default)]
     hold_detail: Option<String>,
+    #[serde(default)]
+    keep: Option<KeepFigures>,
     passes: BTreeMap<u32, Pass>,
 }
 
@@ -132,6 +135,7 @@ pub(super) fn to_json(view: &ShardView) -> String {
         }),
         hold: view.hold.map(|reason| reason.to_string()),
         hold_detail: view.hold_detail.clone(),
+        keep: view.keep,
         passes: view.passes.iter().map(|(db, figures)| (db.0, Pass::of(figures))).collect(),
     };
     serde_json::to_string(&report).unwrap_or_default()
@@ -186,6 +190,7 @@ pub(super) fn complete(view: &mut ShardView, json: &str) {
     });
     view.hold = report.hold.and_then(|reason| reason.parse().ok());
     view.hold_detail = report.hold_detail;
+    view.keep = report.keep;
     for (db, pass) in report.passes {
         if let Some(figures) = view.passes.get_mut(&DbIndex(db)) {
             pass.complete(figures);
@@ -255,6 +260,7 @@ mod tests {
             warnings: vec!["w".into()],
             memory_before: Memory { used: Some(9), max: Some(0), evicted: None },
             memory_after: Memory { used: Some(8), max: None, evicted: Some(1) },
+            keep: Some(KeepFigures { laps: 3, backlog: Some(5), inflow: 1.5, ..KeepFigures::default() }),
             settling: Duration::from_millis(100),
             finished: true,
             failure: Some(Failure::new(FailureKind::TooSlow, "slow").hint("faster")),

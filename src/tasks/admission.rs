@@ -21,8 +21,8 @@ pub(super) struct Admission {
     pub(super) clock: Clock,
     /// The window that it respects.
     pub(super) window: Option<Window>,
-    /// The slots that all tasks share.
-    pub(super) slots: Arc<Semaphore>,
+    /// The slots that all tasks share; a keep run needs none: it would have it for ever.
+    pub(super) slots: Option<Arc<Semaphore>>,
     /// Whether a person paused it.
     pub(super) paused: watch::Receiver<bool>,
 }
@@ -34,10 +34,10 @@ impl Admission {
         let hold = match (*self.paused.borrow_and_update(), closed) {
             (true, _) => Some(Reason::Paused),
             (false, true) => Some(Reason::OutsideWindow),
-            (false, false) => {
-                *slot = slot.take().or_else(|| self.slots.clone().try_acquire_owned().ok());
+            (false, false) => self.slots.as_ref().and_then(|slots| {
+                *slot = slot.take().or_else(|| slots.clone().try_acquire_owned().ok());
                 slot.is_none().then_some(Reason::Queued)
-            }
+            }),
         };
         if hold.is_some() {
             *slot = None;
@@ -53,8 +53,14 @@ impl Admission {
             let now = self.clock.now();
             if self.decide(&control, &mut slot) == Some(Reason::Queued) {
                 // The stand in the queue lasts for as long as this future.
+                let free = async {
+                    match self.slots.clone() {
+                        Some(slots) => slots.acquire_owned().await.ok(),
+                        None => None,
+                    }
+                };
                 tokio::select! {
-                    free = self.slots.clone().acquire_owned() => slot = free.ok(),
+                    free = free => slot = free,
                     _ = self.paused.changed() => {}
                     () = until_closed(self.window.as_ref(), &self.clock) => {}
                 }
@@ -105,7 +111,8 @@ mod tests {
         let slots = Arc::new(Semaphore::new(1));
         let (pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let admission = |paused| Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused };
+        let admission =
+            |paused| Admission { clock: Clock::default(), window: None, slots: Some(slots.clone()), paused };
         let (_other, other_paused) = watch::channel(false);
         let one = tokio::spawn(admission(paused).keep(first.clone(), None));
         until_hold(&first, None).await;
@@ -129,7 +136,7 @@ mod tests {
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
         let admission =
-            || Admission { clock: Clock::default(), window: None, slots: slots.clone(), paused: paused.clone() };
+            || Admission { clock: Clock::default(), window: None, slots: Some(slots.clone()), paused: paused.clone() };
         let one = tokio::spawn(admission().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(LOOK_AGAIN / 2).await;
@@ -160,8 +167,12 @@ mod tests {
         let window = Window { days: vec![day], start: now.time(), end: now.time(), zone: TimeZone::UTC };
         assert_ne!(day, now.date().weekday());
         let control = control();
-        let admission =
-            Admission { clock: Clock::default(), window: Some(window), slots: Arc::new(Semaphore::new(1)), paused };
+        let admission = Admission {
+            clock: Clock::default(),
+            window: Some(window),
+            slots: Some(Arc::new(Semaphore::new(1))),
+            paused,
+        };
         let keep = tokio::spawn(admission.keep(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
         keep.abort();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::check;
 use crate::check::verdict::{self, DbLook};
-use crate::model::schedule::MinBacklog;
+use crate::model::schedule::BacklogSize;
 use crate::node::conn::ConnOptions;
 use crate::node::topology::Master;
 use crate::settings::ScanSettings;
@@ -25,7 +25,7 @@ pub(super) async fn nothing_to_gain(
     masters: &[Master],
     options: &ConnOptions,
     settings: &ScanSettings,
-    least: MinBacklog,
+    least: BacklogSize,
 ) -> Option<String> {
     let mut all = Backlog { bytes: Some(0), ..Backlog::default() };
     for master in masters {
@@ -38,13 +38,13 @@ pub(super) async fn nothing_to_gain(
     too_small(all, least)
 }
 
-fn too_small(backlog: Backlog, least: MinBacklog) -> Option<String> {
+fn too_small(backlog: Backlog, least: BacklogSize) -> Option<String> {
     let Backlog { keys, bytes, expires } = backlog;
     let is_small = match least {
-        MinBacklog::Keys(least) => keys < least,
-        MinBacklog::Bytes(least) => bytes? < least,
-        MinBacklog::Percent(_) if expires == 0 => true,
-        MinBacklog::Percent(least) => (keys as f64) * 100.0 / (expires as f64) < least,
+        BacklogSize::Keys(least) => keys < least,
+        BacklogSize::Bytes(least) => bytes? < least,
+        BacklogSize::Percent(_) if expires == 0 => true,
+        BacklogSize::Percent(least) => (keys as f64) * 100.0 / (expires as f64) < least,
     };
     is_small.then(|| {
         let held = bytes.map_or_else(String::new, |bytes| format!(" holding about {} KiB", bytes >> 10));
@@ -60,17 +60,17 @@ mod tests {
     fn a_backlog_is_small_by_keys_bytes_or_share() {
         let backlog = Backlog { keys: 100, bytes: Some(10 << 10), expires: 1000 };
         for (least, small) in [
-            (MinBacklog::Keys(100), false),
-            (MinBacklog::Keys(101), true),
-            (MinBacklog::Bytes(10 << 10), false),
-            (MinBacklog::Bytes((10 << 10) + 1), true),
-            (MinBacklog::Percent(10.0), false),
-            (MinBacklog::Percent(10.1), true),
+            (BacklogSize::Keys(100), false),
+            (BacklogSize::Keys(101), true),
+            (BacklogSize::Bytes(10 << 10), false),
+            (BacklogSize::Bytes((10 << 10) + 1), true),
+            (BacklogSize::Percent(10.0), false),
+            (BacklogSize::Percent(10.1), true),
         ] {
             assert_eq!(too_small(backlog, least).is_some(), small, "{least:?}");
         }
         let unknown = Backlog { bytes: None, ..backlog };
-        assert_eq!(too_small(unknown, MinBacklog::Bytes(1)), None, "unknown is not small");
-        assert!(too_small(Backlog::default(), MinBacklog::Percent(0.1)).is_some(), "no key has a TTL");
+        assert_eq!(too_small(unknown, BacklogSize::Bytes(1)), None, "unknown is not small");
+        assert!(too_small(Backlog::default(), BacklogSize::Percent(0.1)).is_some(), "no key has a TTL");
     }
 }

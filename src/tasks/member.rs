@@ -15,7 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
-use crate::model::task::{Command, IllegalTransition, Task, TaskId, TaskState, transition};
+use crate::model::task::{Command, IllegalTransition, Task, TaskId, transition};
 use crate::settings::serve::ServeSettings;
 use crate::store::{Claim, DaemonId, DaemonRecord, Fleet, GivenOrder, PresentDaemon, StoreError, Wake};
 use crate::tasks::queue::spec_of;
@@ -32,6 +32,8 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// A daemon claims this part of what it has slots for, and then looks again.
 const SHARES: usize = 4;
+/// A daemon claims so many keep runs, and then looks again, so that daemons share them.
+const KEEPS_AT_ONCE: usize = 4;
 /// Words of other daemons that come within this time are one.
 const SETTLE: Duration = Duration::from_millis(10);
 /// How often the answer to an order is looked for where no word of it came.
@@ -243,7 +245,8 @@ impl Member {
             }
             unknown.retain(|_, seen| seen.elapsed() < UNKNOWN_AGAIN);
             let done = async {
-                self.claim(service, &mut unknown).await?;
+                self.claim(service, &mut unknown, false).await?;
+                self.claim(service, &mut unknown, true).await?;
                 self.answer_orders(service, &answering).await
             };
             if let Err(error) = done.await {
@@ -254,10 +257,16 @@ impl Member {
     }
 
     /// Claims tasks as long as there are any and slots are free.
-    async fn claim(&self, service: &TaskService, unknown: &mut BTreeMap<TaskId, Instant>) -> Result<(), TaskError> {
+    /// `of_keeps`: keep runs, which need no slot; else the other tasks.
+    async fn claim(
+        &self,
+        service: &TaskService,
+        unknown: &mut BTreeMap<TaskId, Instant>,
+        of_keeps: bool,
+    ) -> Result<(), TaskError> {
         loop {
             // Not all at once: daemons that wake together share what there is.
-            let most = service.free_slots().div_ceil(SHARES);
+            let most = if of_keeps { KEEPS_AT_ONCE } else { service.free_slots().div_ceil(SHARES) };
             let settings = self.settings.borrow().clone();
             // Without a lease nothing is ours.
             if most == 0 || Instant::now() >= self.until() || service.closing().is_cancelled() {
@@ -269,7 +278,8 @@ impl Member {
                 owner: self.present().id,
                 labels: self.membership.record.labels.clone(),
                 most,
-                most_of_all: settings.at_once_of_all,
+                most_of_all: settings.at_once_of_all.filter(|_| !of_keeps),
+                of_keeps,
                 but,
             };
             let tasks = self.fleet.claim(&claim).await?;
@@ -501,9 +511,14 @@ async fn order_unowned(service: &TaskService, mut task: Task, order: &Order) -> 
             task.finished_at = Some(service.store.now());
         }
         Order::Tune(tune) => task.sweep = tune.over(&task.sweep)?.0,
+        Order::GiveWay => {
+            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
+            task.state = transition(transition(task.state, Command::Start)?, Command::Succeed)?;
+            task.finished_at = Some(service.store.now());
+        }
     }
     service.store.update(&task).await?;
-    if task.state == TaskState::Cancelled {
+    if task.state.is_final() {
         service.metrics.ended(&task);
     }
     Ok(())

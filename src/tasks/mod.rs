@@ -2,6 +2,7 @@
 
 mod admission;
 mod backlog;
+mod keep;
 mod member;
 mod queue;
 mod recorder;
@@ -11,6 +12,7 @@ mod trace;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -22,8 +24,9 @@ use crate::engine::control::{Control, StopReason};
 use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
+use crate::model::keep::Bounds;
 use crate::model::progress::{ShardView, Snapshot};
-use crate::model::schedule::{AutoScan, MinBacklog, Window};
+use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
 use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
@@ -43,6 +46,7 @@ use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
+pub use keep::next_hour;
 pub use member::Membership;
 pub use queue::Busy;
 pub use recorder::Order;
@@ -112,7 +116,7 @@ pub struct TaskSpec {
     /// The window that it respects, if it does.
     pub window: Option<Window>,
     /// End at once, as success, where the backlog is smaller.
-    pub min_backlog: Option<MinBacklog>,
+    pub min_backlog: Option<BacklogSize>,
     /// The label that a daemon needs to reach it; empty: each daemon does.
     pub place: String,
 }
@@ -290,6 +294,15 @@ impl TaskService {
         Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
     }
 
+    /// The bounds that an instance is kept to: what the API set, else what the settings say; none: it is not kept.
+    ///
+    /// # Errors
+    /// [`TaskError::Store`].
+    pub async fn keep(&self, instance: &Instance) -> Result<Bounds, TaskError> {
+        let set = self.store.keeps().await?.get(&instance.id, &instance.project_id);
+        Ok(set.unwrap_or(instance.keep))
+    }
+
     /// Records a task in state `Waiting`.
     ///
     /// # Errors
@@ -373,7 +386,9 @@ impl TaskService {
         if let Some(member) = &self.member {
             control.lend(member.until());
         }
-        let budget = Arc::new(TimeBudget::new(plan.settings.timeout, task.spent));
+        // A keep run is over when it is; its time is not a failure.
+        let allowed = if task.keeps() { Duration::MAX } else { plan.settings.timeout };
+        let budget = Arc::new(TimeBudget::new(allowed, task.spent));
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
         let (orders, inbox) = mpsc::channel(ORDER_BUFFER);
         let paused = watch::Sender::new(task.state == TaskState::Paused);
@@ -392,7 +407,7 @@ struct Job {
 
 impl Job {
     /// Waits until it is admitted, sweeps, and writes the end.
-    async fn run(&mut self, mut admission: Admission, min_backlog: Option<MinBacklog>, closing: &CancellationToken) {
+    async fn run(&mut self, mut admission: Admission, min_backlog: Option<BacklogSize>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
         let mut slot = None;
         admission.decide(&control, &mut slot);
@@ -424,11 +439,17 @@ impl Job {
         let control = self.recorder.control.clone();
         let budget = self.recorder.budget.clone();
         let plan = self.plan.clone();
+        let is_hourly = self.recorder.task.cause == Cause::Keep;
+        let (clock, view) = (self.recorder.store.clock(), self.recorder.view.subscribe());
         let engine = tokio::spawn(async move {
-            let run = engine::run(plan, control.orders(), sender);
+            let run = engine::run(plan.clone(), control.orders(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
+                () = keep::is_over(&clock, &plan, view), if is_hourly => {
+                    control.stop(StopReason::Kept);
+                    run.await
+                }
                 () = budget.used_up(control.orders()) => {
                     control.stop(StopReason::TimedOut);
                     run.await
@@ -451,7 +472,7 @@ impl Job {
 }
 
 /// Why a due scan is not worth beginning, if it is not.
-async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<MinBacklog>) -> Option<String> {
+async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<BacklogSize>) -> Option<String> {
     let least = min_backlog?;
     let masters = plan.topology.view(None).await.ok()?.masters;
     backlog::nothing_to_gain(&masters, plan.topology.options(), &plan.settings, least).await

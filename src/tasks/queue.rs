@@ -27,6 +27,8 @@ use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
 
 /// How often a task that another daemon has is looked at, for those who follow it.
 const LOOK_AT_OTHERS: Duration = Duration::from_secs(1);
+/// How often a task tries to begin where keep runs are in its way: another daemon may begin one just then.
+const GIVE_WAY_AT_MOST: usize = 5;
 /// How often a task that has ended is looked for until it is gone.
 const GONE_SOON: Duration = Duration::from_millis(1);
 
@@ -52,6 +54,8 @@ pub(super) struct Queue {
 #[derive(Debug, Clone)]
 struct ActiveTask {
     instance_id: String,
+    /// Whether it is a keep run, which needs no slot and gives way.
+    keeps: bool,
     control: Control,
     view: watch::Receiver<Arc<TaskView>>,
     orders: mpsc::Sender<OrderRequest>,
@@ -82,9 +86,27 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
     pub async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
-        let service = self.clone();
-        let submitted = self.queue.tracker.spawn(async move { service.record_and_queue(spec, due).await });
-        submitted.await.unwrap_or(Err(TaskError::Closing))
+        let is_keep = spec.cause == Cause::Keep;
+        for _ in 0..GIVE_WAY_AT_MOST {
+            let (service, spec) = (self.clone(), spec.clone());
+            let submitted = self.queue.tracker.spawn(async move { service.record_and_queue(spec, due).await });
+            match submitted.await.unwrap_or(Err(TaskError::Closing)) {
+                Err(TaskError::Busy(Busy(other))) if !is_keep && self.gives_way(other).await? => {}
+                submitted => return submitted,
+            }
+        }
+        Err(TaskError::OwnerSilent)
+    }
+
+    /// Has a keep run end, so that another task of its instance may begin. Returns whether it has.
+    async fn gives_way(&self, id: TaskId) -> Result<bool, TaskError> {
+        match self.store.task(id).await? {
+            Some(task) if gives_way(&task) => match self.order(id, Order::GiveWay).await {
+                Ok(_) | Err(TaskError::Ended) => Ok(true),
+                Err(error) => Err(error),
+            },
+            _ => Ok(false),
+        }
     }
 
     async fn record_and_queue(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
@@ -158,16 +180,20 @@ impl TaskService {
         }
     }
 
-    /// Whether an instance has a task that has not ended, here or on another daemon.
+    /// Whether an instance has a task that has not ended and gives way to no other, here or on another daemon.
     ///
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn is_busy(&self, instance_id: &str) -> Result<bool, TaskError> {
-        let is_here = self.active_task_of(instance_id).is_some();
-        if is_here || self.member.is_none() {
-            return Ok(is_here);
-        }
-        Ok(self.store.latest(instance_id).await?.is_some_and(|task| !task.state.is_final()))
+        let here = {
+            let active = self.queue.active();
+            active.values().find(|task| task.instance_id == instance_id).map(|task| task.view.borrow().task.clone())
+        };
+        let latest = match here {
+            None if self.member.is_some() => self.store.latest(instance_id).await?,
+            here => here,
+        };
+        Ok(latest.is_some_and(|task| !task.state.is_final() && !gives_way(&task)))
     }
 
     /// The task of an instance that has not ended and that this process has.
@@ -243,15 +269,17 @@ impl TaskService {
         let instance_id = task.instance_id.clone();
         let (plan, snapshot) = self.plan(&task, &spec, known);
         let task = Task { num: snapshot.reclaimed(), ..task };
+        let task_keeps = task.keeps();
         let mut job = self.job(task, plan, snapshot);
         let admission = Admission {
             clock: self.store.clock(),
             window: spec.window,
-            slots: self.queue.slots.clone(),
+            slots: (!task_keeps).then(|| self.queue.slots.clone()),
             paused: job.recorder.paused.subscribe(),
         };
         let active = ActiveTask {
             instance_id,
+            keeps: task_keeps,
             control: job.recorder.control.clone(),
             view: job.recorder.view.subscribe(),
             orders: job.orders.clone(),
@@ -403,12 +431,12 @@ impl TaskService {
     /// As [`Self::order`], for a task that this process has.
     pub(super) async fn order_here(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
         let Some(active) = self.queue.active().get(&id).cloned() else { return Err(TaskError::Ended) };
-        let cancel = order == Order::Cancel;
+        let ends = matches!(order, Order::Cancel | Order::GiveWay);
         let (answer, answered) = oneshot::channel();
         active.orders.send(OrderRequest { order, answer }).await.map_err(|_| TaskError::Ended)?;
         answered.await.map_err(|_| TaskError::Ended)??;
         let mut view = active.view;
-        if cancel {
+        if ends {
             // The sender goes with the task, which has published its end before.
             let _ = view.wait_for(|view| view.task.state.is_final()).await;
         }
@@ -440,10 +468,15 @@ impl TaskService {
         let active = self.queue.active();
         let held = |task: &&ActiveTask| {
             let hold = task.control.orders().borrow().hold;
-            matches!(hold, Some(Reason::Paused | Reason::OutsideWindow))
+            task.keeps || matches!(hold, Some(Reason::Paused | Reason::OutsideWindow))
         };
         let busy = active.len() - active.values().filter(held).count();
         self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
+    }
+
+    /// The tasks that this process has, as they stand now.
+    pub fn active_views(&self) -> Vec<Arc<TaskView>> {
+        self.queue.active().values().map(|task| task.view.borrow().clone()).collect()
     }
 
     /// The tasks that this process has, with their instances.
@@ -481,6 +514,11 @@ impl TaskService {
             member.leave().await;
         }
     }
+}
+
+/// Whether a task ends where another one of its instance is to begin: a keep run that nobody has paused.
+fn gives_way(task: &Task) -> bool {
+    task.cause == Cause::Keep && task.state != TaskState::Paused
 }
 
 /// How an unfinished task goes on: with the settings that it began with.

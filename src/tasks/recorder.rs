@@ -53,6 +53,8 @@ pub enum Order {
     Cancel,
     /// Other limits.
     Tune(Tune),
+    /// A keep run: end, as a success, so that another task may begin.
+    GiveWay,
 }
 
 impl Order {
@@ -63,6 +65,7 @@ impl Order {
             Self::Resume => Some(Command::Resume),
             Self::Cancel => Some(Command::Cancel),
             Self::Tune(_) => None,
+            Self::GiveWay => Some(Command::Succeed),
         }
     }
 }
@@ -74,6 +77,7 @@ impl fmt::Display for Order {
             Self::Resume => f.write_str("resume"),
             Self::Cancel => f.write_str("cancel"),
             Self::Tune(tune) => write!(f, "tune {tune}"),
+            Self::GiveWay => f.write_str("give way"),
         }
     }
 }
@@ -276,6 +280,7 @@ impl Recorder {
                 transition(self.task.state, Command::Cancel)?;
                 self.control.stop(StopReason::Cancelled);
             }
+            Order::GiveWay => self.control.stop(StopReason::Kept),
             Order::Tune(tune) => {
                 let (texts, tuning) = tune.over(&self.task.sweep)?;
                 self.change(|task| {
@@ -319,6 +324,7 @@ impl Recorder {
             Outcome::Stopped(StopReason::TimedOut) => {
                 (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
+            Outcome::Stopped(StopReason::Kept) => (Some(Command::Succeed), None),
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
             Outcome::Stopped(StopReason::Lost) => {
                 log_of!(self.task, warn, "another daemon may have the task by now; nothing more is written of it");
@@ -444,6 +450,7 @@ fn log(event: &ScanEvent, task: &Task) {
         ScanEventKind::Progressed { db, figures } => {
             log_of!(task, trace, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
         }
+        ScanEventKind::Kept { figures } => log_of!(task, trace, %shard, ?figures, "kept"),
         ScanEventKind::PassRestarted { db, why, .. } => log_of!(task, warn, %shard, %db, why, "pass begun again"),
         ScanEventKind::PassFinished { db, figures } => {
             log_of!(task, info, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");

@@ -304,6 +304,39 @@ async fn a_schedule_is_edited_and_what_is_refused_stands_at_its_field() {
 }
 
 #[tokio::test]
+async fn an_instance_is_kept_to_bounds_that_are_set_and_shown_there() {
+    let Some(browser) = Browser::start().await else { return };
+    let server = filled(2_000, 500).await;
+    let daemon = Daemon::start(&named(&instance("cache", &server.url(), ""), "Session cache")).await;
+    browser.open(&format!("{}/#/instances/cache", daemon.url()), "instance").await;
+    browser.press("Bounds…").await;
+    browser.fill("#f-max_backlog", "much").await;
+    browser.press("Save").await;
+    browser.until_text("#f-max_backlog-wrong", "max-backlog").await;
+    browser.assert_accessible("refused bounds").await;
+    browser.fill("#f-max_backlog", "5%").await;
+    browser.press("Save").await;
+    browser.until_text(".tiles", "backlog at most 5%").await;
+    browser.until_text(".tile strong", "").await;
+    assert_eq!(daemon.get("/api/v1/instances/cache").await.ok()["keep"]["max_backlog"], "5%");
+    // The run begins by itself, and is seen to keep them.
+    browser.until("[...document.querySelectorAll('.tile strong')].some((e) => e.textContent === 'kept')").await;
+    browser.until_text(".running .shard", "Bounds: ").await;
+    assert!(!browser.texts("button").await.iter().any(|text| text == "Cancel"), "it ends with its bounds");
+    browser.assert_accessible("a kept instance").await;
+    browser.picture("kept").await;
+    browser.run("location.hash = '#/';").await;
+    browser.until_text("table.instances tbody", "kept to its bounds").await;
+    browser.run("location.hash = '#/instances/cache';").await;
+    browser.ready("instance").await;
+    browser.press("Bounds…").await;
+    browser.press("Back to the settings file").await;
+    browser.until("!document.querySelector('.tiles').textContent.includes('Bound')").await;
+    browser.until("document.querySelector('section.running').hidden").await;
+    browser.assert_no_errors(&[400, 404]).await;
+}
+
+#[tokio::test]
 async fn a_reader_looks_and_gives_no_orders_and_a_wrong_token_is_refused() {
     let Some(browser) = Browser::start().await else { return };
     let server = filled(10, 10).await;

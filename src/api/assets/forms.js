@@ -213,3 +213,24 @@ export function scheduleDialog(instance, changed) {
   }
   follow();
 }
+
+// The bounds that an instance is kept to.
+export function keepDialog(instance, changed) {
+  const path = `${instancePath(instance.id)}/keep`;
+  const now = (name) => (instance.keep && instance.keep[name] !== "off" ? instance.keep[name] : undefined);
+  dialog({
+    title: "Keep it clean", about: "It is swept on and on, no faster than these bounds need. Without any it is not kept.", submit: "Save",
+    fields: [
+      { name: "max_backlog", label: "Backlog at most", hint: "Of a master: 5% of the keys with a TTL, 100000 keys, or 64MiB", value: now("max_backlog"), placeholder: "no bound" },
+      { name: "max_delay", label: "Delay at most", hint: "From a key's expiry until it is freed, such as 2s", value: now("max_delay"), placeholder: "no bound" },
+    ],
+    act: { done: "The bounds are in force.", work: async (filled) => {
+      await ask(path, { method: "PUT", body: { max_backlog: filled.max_backlog || "off", max_delay: filled.max_delay || "off" } });
+      changed();
+    } },
+    second: instance.keep_source === "api" && {
+      text: "Back to the settings file", done: "The settings file's bounds are in force.",
+      act: async () => { await ask(path, { method: "DELETE" }); changed(); },
+    },
+  });
+}

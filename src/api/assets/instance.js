@@ -3,7 +3,7 @@
 import { ask, contractPath, instancePath, isOperator, listen, post, tasks } from "./api.js";
 import { forecastChart, sweepChart } from "./chart.js";
 import { ago, announce, badge, bytes, exactly, h, isActive, number, say, short, span, time, took, when } from "./dom.js";
-import { scheduleDialog, sweepDialog, tuneDialog } from "./forms.js";
+import { keepDialog, scheduleDialog, sweepDialog, tuneDialog } from "./forms.js";
 
 const CHARTED = 60;
 const PAGE = 20;
@@ -15,6 +15,14 @@ const pairs = (list) => h("dl", {}, list.filter((pair) => pair && pair[1] !== un
 const card = (title, ...parts) => h("section", { class: "card" }, h("h2", {}, title), parts);
 const headings = (names) => h("thead", {}, h("tr", {}, names.map((name) =>
   h("th", { scope: "col", class: name.startsWith("#") ? "n" : undefined }, name.replace("#", "")))));
+
+// How well a master is kept to its bounds, in words.
+function kept(figures) {
+  return [`${number(figures.laps)} laps`,
+    figures.backlog === null ? "" : `about ${number(figures.backlog)} expired keys${figures.max_backlog === null ? "" : ` of at most ${number(figures.max_backlog)}`}`,
+    figures.delay_s === null ? "" : `freed up to ${span(figures.delay_s)} late`, `${short(figures.inflow_per_s)} keys/s expire`,
+    figures.missed_s > 0 ? `missed for ${span(figures.missed_s)}` : "never missed"].filter(Boolean).join(" · ");
+}
 
 // The shards of a task with their DBs: figures, warnings, why it ended early.
 function shardsTable(shards) {
@@ -29,6 +37,7 @@ function shardsTable(shards) {
       h("span", { class: "soft" }, ` · memory ${bytes(shard.used_memory.before)} → ${bytes(shard.used_memory.after)}`,
         shard.evicted_keys ? ` · ${number(shard.evicted_keys)} evicted` : "", ` · ${shard.touch}`)),
     shard.failure ? h("p", { class: "bad" }, shard.failure.message, shard.failure.hint ? h("span", { class: "soft" }, ` ${shard.failure.hint}`) : "") : "",
+    shard.keep ? h("p", { class: shard.keep.is_missed ? "bad" : undefined }, "Bounds: ", kept(shard.keep)) : "",
     shard.warnings.map((warning) => h("p", { class: "warned" }, warning)),
     shard.dbs.length === 0 ? "" : h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `DBs of ${shard.shard}` },
       h("table", { class: "dense" }, h("caption", { class: "hidden" }, `DBs of ${shard.shard}`),
@@ -97,14 +106,17 @@ export function instanceView(main, id) {
 
   let acted;
   function showActs(task) {
-    const key = `${isActive(task)} ${task?.state} ${isOperator()} ${instance.latest?.id}`;
+    const isKept = task?.cause === "keep";
+    const key = `${isActive(task)} ${task?.state} ${isKept} ${isOperator()} ${instance.latest?.id}`;
     if (!isOperator() || key === acted) return;
     acted = key;
     const button = (text, act, name = "") => h("button", { class: name, onclick: act }, text);
+    // A keep run gives way to whoever asks for a sweep, and ends with its bounds.
     acts.replaceChildren(...(isActive(task) ? [
+      isKept ? button("Sweep…", () => sweepDialog(instance)) : "",
       task.state === "paused" ? button("Resume", order("resume", "It goes on."), "primary") : button("Pause", order("pause", "It is paused.")),
       button("Tune…", async () => { try { tuneDialog(await ask(`api/v1/tasks/${newest().id}`)); } catch (error) { failed(error); } }),
-      button("Cancel", order("cancel", "It is cancelled."), "danger"),
+      isKept ? "" : button("Cancel", order("cancel", "It is cancelled."), "danger"),
     ] : [button("Sweep…", () => sweepDialog(instance), "primary")]));
   }
 
@@ -129,23 +141,39 @@ export function instanceView(main, id) {
     bar.parentElement.setAttribute("aria-valuenow", String(Math.round(100 * progress)));
     bar.parentElement.classList.toggle("is-held", task.holds?.length > 0);
     const left = pace && pace.progress > 0 ? (1 - progress) / pace.progress : undefined;
-    say(figures, [`${(100 * progress).toFixed(1)} %`, `${number(task.scanned || 0)} keys looked at`, `${number(task.reclaimed)} reclaimed`,
-      pace && pace.keys >= 1 ? `${short(pace.keys)} keys/s` : "", left !== undefined && left < 1e6 ? `about ${span(left)} left` : "",
+    const isKept = task.cause === "keep";
+    say(figures, [isKept ? `lap ${(100 * progress).toFixed(0)} %` : `${(100 * progress).toFixed(1)} %`, `${number(task.scanned || 0)} keys looked at`, `${number(task.reclaimed)} reclaimed`,
+      pace && pace.keys >= 1 ? `${short(pace.keys)} keys/s` : "", !isKept && left !== undefined && left < 1e6 ? `about ${span(left)} left` : "",
       task.started_at ? `begun ${ago(task.started_at)}` : ""].filter(Boolean).join(" · "));
     say(facts, [...new Set((task.holds || []).map((hold) => hold.sentence))].join("; "));
     if (Date.now() - shardsAt > SHARDS_MS && !document.hidden) {
       shardsAt = Date.now();
       ask(`api/v1/tasks/${task.id}`).then((details) => {
-        if (isOver || !shardsBox || shardsBox.contains(document.activeElement)) return;
+        if (isOver) return;
+        keptNow = details.shards.map((shard) => shard.keep).filter(Boolean);
+        if (instance) showTiles();
+        if (!shardsBox || shardsBox.contains(document.activeElement)) return;
         shardsBox.replaceChildren(...shardsTable(details.shards));
       }).catch(failed);
     }
   }
 
+  let keptNow = [];
+  // The bounds, and whether they are kept by all masters at this moment.
+  function boundTile() {
+    const { max_backlog: backlog, max_delay: delay } = instance.keep;
+    const bounds = [backlog && backlog !== "off" ? `backlog at most ${backlog}` : "", delay && delay !== "off" ? `delay at most ${delay}` : ""];
+    const known = keptNow.filter((figures) => figures.backlog !== null);
+    const expired = known.reduce((sum, figures) => sum + figures.backlog, 0);
+    const state = keptNow.some((figures) => figures.is_missed) ? h("span", { class: "bad" }, "missed")
+      : known.length ? h("span", { class: "good" }, "kept") : "beginning";
+    return tile("Bound", state, [...bounds, known.length ? `about ${number(expired)} expired now` : ""].filter(Boolean).join(", "));
+  }
+
   const tile = (name, value, more) => h("div", { class: "tile" }, h("small", {}, name), h("strong", {}, value), h("span", { class: "soft" }, more || ""));
 
   function showTiles() {
-    const task = instance.latest, keep = instance.keep;
+    const task = instance.latest;
     const change = instance.window_changes_at;
     tiles.replaceChildren(
       tile("Last success", instance.last_success_at ? time(instance.last_success_at) : "never", instance.last_success_at ? when(instance.last_success_at) : ""),
@@ -153,9 +181,7 @@ export function instanceView(main, id) {
       tile("Memory", bytes(instance.used_memory), "used, as seen last"),
       tile("Next due", instance.next_scan_at ? time(instance.next_scan_at) : "not scheduled", instance.next_scan_at ? when(instance.next_scan_at) : ""),
       tile("Window", instance.window_open === undefined ? "always open" : instance.window_open ? "open" : "closed", change ? `until ${when(change)}` : ""),
-      keep ? tile("Bound", keep.met === false ? h("span", { class: "bad" }, "missed") : keep.met ? h("span", { class: "good" }, "met") : "–",
-        [keep.max_backlog ? `backlog at most ${keep.max_backlog}` : "", keep.max_delay ? `delay at most ${keep.max_delay}` : "",
-          keep.backlog_estimate === undefined || keep.backlog_estimate === null ? "" : `now about ${typeof keep.backlog_estimate === "number" ? number(keep.backlog_estimate) : keep.backlog_estimate}`].filter(Boolean).join(", ")) : "");
+      instance.keep ? boundTile() : "");
   }
 
   function showSchedule() {
@@ -173,6 +199,12 @@ export function instanceView(main, id) {
         ["Window", window ? `${window.days.length === 7 ? "each day" : window.days.join(" ")} ${window.start}–${window.end}, ${window.zone}` : "none"],
         ["Intensity", settings.intensity], ["Ceiling", settings["max-keys-per-sec"] && settings["max-keys-per-sec"] !== "0" ? `${number(Number(settings["max-keys-per-sec"]))} keys/s` : "none"],
       ]),
+      h("div", { class: "card-head sub-head" }, h("h3", {}, "Bounds"),
+        isOperator() ? h("button", { class: "small", onclick: () => keepDialog(instance, refresh), "aria-label": "Edit the bounds" }, "Bounds…") : ""),
+      instance.keep ? pairs([["Backlog at most", instance.keep.max_backlog === "off" ? "no bound" : instance.keep.max_backlog],
+        ["Delay at most", instance.keep.max_delay === "off" ? "no bound" : instance.keep.max_delay],
+        ["Set", instance.keep_source === "api" ? "set by the API" : "by the settings file"]])
+        : h("p", { class: "soft" }, "It is not kept to a bound."),
       h("h3", {}, "Due"),
       instance.upcoming.length ? h("ol", { class: "due" }, instance.upcoming.map((at) => h("li", {}, time(at, { absolute: true }), h("span", { class: "soft" }, ago(at)))))
         : h("p", { class: "soft" }, "It is swept when somebody asks."));

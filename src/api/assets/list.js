@@ -83,7 +83,8 @@ class Row {
     const held = isLive && task.holds.length > 0 ? task.holds[0].sentence : "";
     const pace = isLive && task.pace && task.pace.keys >= 1 && task.state === "running" ? ` · ${short(task.pace.keys)} keys/s` : "";
     const why = task && !isActive(task) ? (task.failure ? task.failure.message : task.note || "") : "";
-    say(this.figures, held || (isLive ? `${(100 * task.progress).toFixed(1)} %${pace}` : why));
+    const done = isLive && task.cause === "keep" ? "kept to its bounds" : isLive ? `${(100 * task.progress).toFixed(1)} %` : "";
+    say(this.figures, held || (isLive ? done + pace : why));
     this.figures.className = held ? "sub held" : task && task.failure ? "sub bad" : "sub";
     this.figures.title = this.figures.textContent;
     say(reclaimed, task ? number(task.reclaimed) : "–");

@@ -5,6 +5,7 @@ pub mod depth;
 pub mod expiry_guard;
 pub mod foreground;
 pub mod hidden_keys;
+pub mod keep;
 pub mod key_names;
 pub mod ledger;
 pub mod observation;

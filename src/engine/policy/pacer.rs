@@ -388,6 +388,7 @@ fn micros(span: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::keep::Bounds;
     use crate::model::throttle::Limits;
 
     const US: Duration = Duration::from_micros(1);
@@ -397,7 +398,13 @@ mod tests {
     }
 
     fn tuning(intensity: f64, max_keys_per_sec: Option<u32>) -> Tuning {
-        Tuning { intensity, min_intensity: intensity, max_keys_per_sec, limits: Limits::NONE }
+        Tuning {
+            intensity,
+            min_intensity: intensity,
+            max_keys_per_sec,
+            limits: Limits::NONE,
+            bounds: Bounds::default(),
+        }
     }
 
     /// A batch that nothing was under way beside.

@@ -41,6 +41,11 @@ impl Permits {
         }))
     }
 
+    /// A permit for everybody at once.
+    pub(in crate::engine) fn for_all() -> Self {
+        Self(Arc::new(Kind::InAll(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
+    }
+
     /// Stands in line for a permit now, in the order of the calls, whenever the line is awaited.
     pub(in crate::engine) async fn queue_up(&self, master: &NodeAddr) -> Turn {
         let permits = self.clone();

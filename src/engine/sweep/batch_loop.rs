@@ -85,6 +85,10 @@ impl ShardSweep {
         pass.pipeline.grow(depth, &mut self.session, options, pass.db).await;
         while pass.pipeline.under_way() < depth {
             let Some(worker) = claim(pass) else { return Ok(None) };
+            if let Some(Err(at)) = self.keep.as_mut().map(|keep| keep.pace.may_send(Instant::now())) {
+                pass.pipeline.depth.was_paced();
+                return Ok(Some(at));
+            }
             if let Err(later) = self.pacer.may_send(depth > 2) {
                 if later.to_rest {
                     pass.pipeline.depth.was_paced();
@@ -136,6 +140,7 @@ impl ShardSweep {
             && !pass.segments.has_set_aside();
         let Session { conns, touch, names, .. } = &mut self.session;
         let (pacer, segments, workers) = (&mut self.pacer, &pass.segments, &mut pass.pipeline.workers[worker]);
+        let keep = &mut self.keep;
         let mut sent = None;
         let received = match purpose {
             Purpose::Touch { .. } => {
@@ -144,7 +149,8 @@ impl ShardSweep {
             _ => {
                 let kept = matches!(purpose, Purpose::WalkToTouch(_)).then_some(&mut workers.names);
                 let next = |to| {
-                    if !free || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
+                    let waits = keep.as_mut().is_some_and(|keep| keep.pace.may_send(Instant::now()).is_err());
+                    if !free || waits || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
                         return None;
                     }
                     let next = compose(segment, to, pacer.count(), gauge, touch, names);
@@ -344,6 +350,9 @@ impl ShardSweep {
             reply.seen()
         };
         pass.walked += walked;
+        if let Some(keep) = &mut self.keep {
+            keep.walked(pass.walked, reclaimed, pass.keys);
+        }
         pass.met += seen.saturating_sub(reclaimed);
         figures.scanned += seen;
         // Where it is not known how many were looked at, COUNT is the least.

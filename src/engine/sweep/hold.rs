@@ -19,6 +19,7 @@ use crate::model::progress::ScanEventKind;
 use crate::model::throttle::Reason;
 use crate::node::commands;
 use crate::node::error::NodeError;
+use crate::settings::Tuning;
 
 /// During a hold that an observation began, a server of which nothing was seen for this long is asked whether it is there.
 const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
@@ -30,10 +31,7 @@ impl ShardSweep {
         if orders.stop.is_some() || orders.holds().is_some() || self.ordered_hold {
             return Ok(true);
         }
-        if self.pacer.tune(orders.tuning) {
-            self.pacer.set_intensity(orders.tuning.intensity);
-            self.session.decided = false;
-        }
+        self.tune(orders.tuning);
         if self.permit.is_none() || self.session.foreground.look_is_due(&orders.tuning) {
             return Ok(true);
         }
@@ -61,15 +59,20 @@ impl ShardSweep {
         self.take_permit(pass).await
     }
 
+    /// Takes other limits in.
+    fn tune(&mut self, tuning: Tuning) {
+        if self.pacer.tune(tuning) {
+            self.pacer.set_intensity(tuning.intensity);
+            self.session.decided = false;
+        }
+    }
+
     /// Takes new orders in. Holds while they say so.
     async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
         loop {
             let orders = *self.orders.borrow_and_update();
             stop_of(&orders)?;
-            if self.pacer.tune(orders.tuning) {
-                self.pacer.set_intensity(orders.tuning.intensity);
-                self.session.decided = false;
-            }
+            self.tune(orders.tuning);
             let Some(reason) = orders.holds() else {
                 if std::mem::take(&mut self.ordered_hold) {
                     self.end_hold().await;

@@ -117,8 +117,12 @@ impl ShardSweep {
             guard: ExpiryGuard::new(false, 0, None),
             journal: self.open_journal(db).await,
         };
-        self.pacer.reset_slices();
-        self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
+        // To people the laps of a keep run are one pass.
+        let is_lap = self.keep.as_mut().is_some_and(|keep| !keep.begins(db));
+        if !is_lap {
+            self.pacer.reset_slices();
+            self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
+        }
         let ended = self.begin_and_walk(&mut pass).await;
         self.last_words(&mut pass).await;
         pass.pipeline.forget();
@@ -128,8 +132,8 @@ impl ShardSweep {
         let figures = pass.figures;
         self.job.shard.passes.insert(db, figures.clone());
         match ended {
-            Ok(()) => self.reporter.say(ScanEventKind::PassFinished { db, figures }).await,
-            Err(_) => self.reporter.say(ScanEventKind::Progressed { db, figures }).await,
+            Ok(()) if self.keep.is_none() => self.reporter.say(ScanEventKind::PassFinished { db, figures }).await,
+            _ => self.reporter.say(ScanEventKind::Progressed { db, figures }).await,
         }
         ended
     }
@@ -146,7 +150,7 @@ impl ShardSweep {
                 Err(error) => self.recover(error, Some(pass)).await?,
             }
         };
-        if pass.figures.batches == 0 {
+        if pass.figures.batches == 0 || self.keep.is_some() {
             pass.figures.keys_at_start = pass.keys;
         }
         self.cut(pass, pass.figures.position);
@@ -173,7 +177,8 @@ impl ShardSweep {
         let settings = self.job.settings.clone();
         let mut rate = self.session.expired_per_sec;
         loop {
-            let starves = self.session.profile.slow_scan_starves_expiry;
+            // A keep run frees what the server's own expiry does not.
+            let starves = self.session.profile.slow_scan_starves_expiry && self.keep.is_none();
             if !expiry_guard::has_to_know_the_flow(starves, pass.keys, &settings) {
                 break;
             }
@@ -199,7 +204,8 @@ impl ShardSweep {
             rate = now.or(self.session.expired_per_sec);
             break;
         }
-        pass.guard = ExpiryGuard::new(self.session.profile.slow_scan_starves_expiry, pass.keys, rate);
+        let starves = self.session.profile.slow_scan_starves_expiry && self.keep.is_none();
+        pass.guard = ExpiryGuard::new(starves, pass.keys, rate);
         pass.begun = Instant::now();
         Ok(())
     }
@@ -261,5 +267,8 @@ impl ShardSweep {
         self.fill_in(pass);
         pass.reported = Instant::now();
         self.reporter.say(ScanEventKind::Progressed { db: pass.db, figures: pass.figures.clone() }).await;
+        if let Some(keep) = &self.keep {
+            self.reporter.say(ScanEventKind::Kept { figures: keep.pace.figures() }).await;
+        }
     }
 }

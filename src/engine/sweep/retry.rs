@@ -18,6 +18,7 @@ use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle::{self, Decision};
 use crate::engine::shards::permits::Permit;
 use crate::engine::shards::shard_map::Found;
+use crate::engine::sweep::keep::Keep;
 use crate::engine::sweep::pass::Pass;
 use crate::engine::sweep::session::{Reached, Session};
 use crate::engine::sweep::shard::{End, Job, Reporter, ShardSweep};
@@ -120,7 +121,9 @@ impl ShardSweep {
         let (reached, permit) = Self::first_contact(&mut job, &reporter, orders.clone(), &mut ledger).await?;
         let tuning = orders.borrow().tuning;
         let pacer = Pacer::new(job.settings.count, job.settings.max_slice, tuning, reached.floor);
+        let keep = job.settings.tuning.bounds.any().then(|| Keep::new(tuning.bounds, job.shard.kept));
         Ok(Self {
+            keep,
             session: Session::new(0, reached, &job.settings, job.map.topology().options()),
             pacer,
             ledger,
@@ -315,6 +318,9 @@ impl ShardSweep {
         };
         let server = reached.info.server(reached.conn.addr());
         self.session = Session::new(self.session.number + 1, reached, &self.job.settings, options);
+        if let Some(keep) = &mut self.keep {
+            keep.pace.forget(Instant::now());
+        }
         if let Some(pass) = pass {
             pass.figures.space = self.session.space.clone();
             pass.figures.process = self.session.fingerprint();

@@ -15,6 +15,7 @@ use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle;
 use crate::engine::shards::permits::{Permit, Permits, Turn};
 use crate::engine::shards::shard_map::ShardMap;
+use crate::engine::sweep::keep::Keep;
 use crate::engine::sweep::session::Session;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{Memory, PassFigures, ScanEvent, ScanEventKind};
@@ -134,6 +135,8 @@ pub(super) struct ShardSweep {
     pub(super) retry: Option<RetryBudget>,
     /// The right to sweep now. Given back while the server is away.
     pub(super) permit: Option<Permit>,
+    /// The bounds that it keeps; `None`: it ends once every DB was swept.
+    pub(super) keep: Option<Keep>,
 }
 
 impl ShardSweep {
@@ -152,6 +155,9 @@ impl ShardSweep {
         self.put_back_what_was_left().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
             self.assist(at_most).await?;
+        }
+        if self.keep.is_some() {
+            return self.keep_laps(info).await;
         }
         while let Some(db) = dbs.iter().copied().find(|db| !self.session.finished.contains(db)) {
             let session = self.session.number;
@@ -218,7 +224,7 @@ impl ShardSweep {
     }
 
     /// The DBs that were named; else those of the checkpoint and those that hold keys with a TTL.
-    fn choose_dbs(&self, info: &Info) -> Vec<DbIndex> {
+    pub(super) fn choose_dbs(&self, info: &Info) -> Vec<DbIndex> {
         if !self.job.settings.dbs.is_empty() {
             return self.job.settings.dbs.clone();
         }

@@ -1,0 +1,77 @@
+//! `ttlsweep keep`: sweep again and again, so that a bound on expired keys is kept.
+
+use std::time::Duration;
+
+use clap::{ArgMatches, Args};
+
+use crate::cli::args::{self, ServerArgs, SweepArgs};
+use crate::cli::exit::Exit;
+use crate::cli::output;
+use crate::cli::priority::Priority;
+use crate::cli::scan::{self, Show, Until};
+use crate::settings::positive_duration;
+use crate::tasks;
+
+/// `ttlsweep keep`
+#[derive(Debug, Args)]
+#[command(after_help = args::keep_examples(), mut_arg("timeout", |timeout| timeout.hide(true)))]
+#[command(mut_arg("parallel", |parallel| parallel.hide(true)), mut_arg("allow_slow", |slow| slow.hide(true)))]
+pub struct KeepArgs {
+    /// Where.
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    /// Most expired keys in memory: a share of the keys with a TTL (5%), a number of keys, or bytes (64MiB); for each master
+    #[arg(long, env = "TTLSWEEP_MAX_BACKLOG", value_name = "SIZE")]
+    pub max_backlog: Option<String>,
+
+    /// Longest time that a key stays in memory after it has expired, such as 2s
+    #[arg(long, env = "TTLSWEEP_MAX_DELAY", value_name = "TIME")]
+    pub max_delay: Option<String>,
+
+    /// Stop after so long [default: when a signal comes]
+    #[arg(long = "for", value_name = "TIME", value_parser = positive_duration)]
+    pub keep_for: Option<Duration>,
+
+    /// How.
+    #[command(flatten)]
+    pub sweep: SweepArgs,
+
+    /// CPU priority of this process: low (nice 5), normal, idle (only on processors that have nothing else to do)
+    #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "low")]
+    #[arg(hide_possible_values = true, hide_env_values = true)]
+    pub priority: Priority,
+
+    /// Print one JSON object at the end: the task record and a report
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show no status and no summary; errors only
+    #[arg(long, short, conflicts_with = "json")]
+    pub quiet: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What cannot be put as an exit code with its own message.
+pub async fn run(args: KeepArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+    let settings = match scan::load_with_bounds(&args.server, matches) {
+        Ok(settings) => settings,
+        Err(problems) => return Ok(scan::usage(&problems)),
+    };
+    if !settings.scan.tuning.bounds.any() {
+        output::note("error: nothing to keep to: give --max-backlog (such as 5%), --max-delay (such as 2s), or both");
+        return Ok(Exit::Usage);
+    }
+    let conn = match tasks::conn_options(&settings) {
+        Ok(conn) => conn,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
+    let show = match (args.json, args.quiet) {
+        (true, _) => Show::Json,
+        (false, true) => Show::Quiet,
+        (false, false) => Show::Text,
+    };
+    scan::sweep(settings, conn, None, show, Until::Stopped(args.keep_for)).await
+}

@@ -1,0 +1,8 @@
+-- What the API set for an instance to be kept to. A row without any bound: it is not kept, whatever the settings file says.
+CREATE TABLE keeps (
+    instance_id     TEXT NOT NULL PRIMARY KEY,
+    project_id      TEXT NOT NULL,
+    max_backlog     TEXT,                       -- such as `5%`, `100000` (keys) or `65536KiB`; NULL: no bound
+    max_delay_us    BIGINT,                     -- NULL: no bound
+    updated_at      BIGINT NOT NULL
+);
