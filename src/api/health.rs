@@ -82,6 +82,7 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::dcs::create, crate::api::dcs::scan, crate::api::dcs::history, crate::api::dcs::show_config,
         crate::api::dcs::update_config, crate::api::tasks::list_instances, crate::api::tasks::get_instance,
         crate::api::tasks::reset_auto_scan, crate::api::keep::set_keep, crate::api::keep::reset_keep,
+        crate::api::forecast::get_forecast, crate::api::forecast::make_forecast,
         crate::api::tasks::check_instance,
         crate::api::tasks::list_tasks, crate::api::tasks::create_task, crate::api::tasks::get_task,
         crate::api::tasks::tune_task, crate::api::tasks::pause_task, crate::api::tasks::resume_task,

@@ -21,6 +21,8 @@ mod deploy;
 mod exact;
 mod files;
 mod fleet;
+mod forecast;
+mod keep;
 mod load;
 mod logs;
 mod monitoring;
