@@ -4,6 +4,7 @@
 //! its checkpoint), API (answers under way end) and notifications, store.
 
 mod files;
+mod forecasts;
 
 pub use files::load;
 
@@ -115,6 +116,7 @@ pub async fn run(
     let delivery = tokio::spawn(delivery.run(stop_telling.clone()));
     let pruner = tokio::spawn(prune(store.clone(), metrics.clone(), in_force.clone(), stop.clone()));
 
+    let app_settings = in_force.clone();
     let app = Arc::new(AppState {
         service: service.clone(),
         settings: in_force,
@@ -124,6 +126,7 @@ pub async fn run(
         reload: Box::new(move || reload.reload()),
         stopping: stop.clone(),
     });
+    let forecaster = tokio::spawn(forecasts::make(store.clone(), app_settings, stop.clone()));
     let stop_listening = CancellationToken::new();
     let api = tokio::spawn(listen::serve(listener, terms_in_force, router(app), connections, stop_listening.clone()));
     tracing::info!(%address, "ready");
@@ -139,6 +142,7 @@ pub async fn run(
     let _ = api.await;
     let _ = delivery.await;
     let _ = pruner.await;
+    let _ = forecaster.await;
     store.close().await;
     tracing::info!("stopped");
     Ok(())

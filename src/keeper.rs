@@ -30,7 +30,7 @@ const LOOK_AT_OTHERS: Duration = Duration::from_secs(10);
 /// After a run that failed, the next one begins after this long, and after each further failure after twice as long as before.
 const AFTER_FAILURE: (SignedDuration, SignedDuration) = (SignedDuration::from_secs(5), SignedDuration::from_hours(1));
 /// A bound that has been missed for this long is reported.
-const TELL_AFTER: Duration = Duration::from_secs(30);
+const TELL_AFTER: Duration = Duration::from_secs(10);
 /// A run that lasted this long before it failed has done its part: the next one begins soon.
 const HAS_LASTED: SignedDuration = SignedDuration::from_mins(5);
 

@@ -22,6 +22,7 @@
 //! | [`notify`] | tells a webhook what went wrong |
 //! | [`engine`] | the sweep: its pacing and its truthfulness |
 //! | [`check`] | the look at a server that touches nothing |
+//! | [`forecast`] | what will expire when, by a sample of the keys |
 //! | [`tasks`] | from request to record; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
 //! | [`keeper`] | begins the runs that keep a bound |
@@ -39,6 +40,7 @@ pub mod check;
 pub mod cli;
 pub mod daemon;
 pub mod engine;
+pub mod forecast;
 pub mod keeper;
 pub mod metrics;
 pub mod model;

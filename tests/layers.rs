@@ -11,6 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["node", "store", "metrics"],
     &["engine", "notify"],
     &["check"],
+    &["forecast"],
     &["tasks"],
     &["scheduler", "keeper", "overdue", "api", "shutdown", "telemetry"],
     &["daemon"],

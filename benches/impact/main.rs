@@ -1,10 +1,12 @@
 //! What a sweep costs the other clients and what it brings, beside other ways to sweep, in one run on one machine.
 //!
-//! `make impact`, or `cargo bench --bench impact`. Three scenarios, each on real servers of its own:
+//! `make impact`, or `cargo bench --bench impact`. Four scenarios, each on real servers of its own:
 //!
 //! - **a**, [`clean`]: live and dead keys, a steady foreground. Seconds to clean, and the latency of the foreground.
 //! - **b**, [`inflow`]: keys with a short TTL keep coming. The backlog of expired keys, second by second.
 //! - **c**, [`busy`]: clients that keep the server busy. What is left to them, and how far the sweep comes.
+//! - **d**, [`keep`]: keys expire all the time. Is a bound kept at every moment, how late do `expired` events come, and what does the
+//!   server work for that?
 //!
 //! The foreground of a is open loop: a GET is due every 1 / rate seconds whether or not the last one was answered, and
 //! its latency counts from when it was due. So a server that stands still for a millisecond shows in every request of
@@ -16,7 +18,7 @@
 //!
 //! By environment (the default in parentheses):
 //!
-//! - `TTLSWEEP_IMPACT_SCENARIOS` (a,b,c), and `TTLSWEEP_IMPACT_ONLY`: only contenders whose name holds one of these
+//! - `TTLSWEEP_IMPACT_SCENARIOS` (a,b,c,d), and `TTLSWEEP_IMPACT_ONLY`: only contenders whose name holds one of these
 //!   words, such as `no sweep;default;profile, COUNT 1000`. `TTLSWEEP_IMPACT_LOOPS`: more rows of a plain socket that
 //!   scans back to back, each a COUNT: `25,50`. `TTLSWEEP_IMPACT_OURS`: more rows of our own, each the arguments of a
 //!   scan, with semicolons: `--max-slice 30us;--intensity 0.5`.
@@ -35,7 +37,7 @@
 //!   begins, `TTLSWEEP_IMPACT_SWEEP_S` (40) how long it goes on. So b takes 8 minutes for each server and round.
 //! - `TTLSWEEP_IMPACT_BUSY_S` (20): how long a sweep goes on in c.
 //! - `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH): the server of a and c; `TTLSWEEP_IMPACT_SERVERS` (the same):
-//!   those of b, with commas.
+//!   those of b and d, with commas.
 //! - `TTLSWEEP_IMPACT_SPINNERS` (0): so many other processes keep the machine's cores busy meanwhile.
 //! - `TTLSWEEP_IMPACT_OUT` (target/impact): where `impact.md`, `impact.json` and the plots go.
 
@@ -51,6 +53,7 @@ mod clean;
 mod common;
 mod contender;
 mod inflow;
+mod keep;
 mod load;
 mod plot;
 #[path = "../common/proxy.rs"]
@@ -150,9 +153,9 @@ fn main() {
     let mut contenders = contender::all();
     contenders.retain(|c| only.is_empty() || only.iter().any(|o| c.name.contains(o.as_str())));
     assert!(!contenders.is_empty(), "TTLSWEEP_IMPACT_ONLY leaves no contender");
-    let scenarios = list("TTLSWEEP_IMPACT_SCENARIOS", "a,b,c");
-    let unknown = scenarios.iter().find(|s| !["a", "b", "c"].contains(&s.as_str()));
-    assert!(unknown.is_none(), "TTLSWEEP_IMPACT_SCENARIOS knows a, b and c, not {unknown:?}");
+    let scenarios = list("TTLSWEEP_IMPACT_SCENARIOS", "a,b,c,d");
+    let unknown = scenarios.iter().find(|s| !["a", "b", "c", "d"].contains(&s.as_str()));
+    assert!(unknown.is_none(), "TTLSWEEP_IMPACT_SCENARIOS knows a, b, c and d, not {unknown:?}");
 
     let folder = std::env::var_os("TTLSWEEP_IMPACT_OUT").map_or_else(|| PathBuf::from("target/impact"), PathBuf::from);
     let _spinners = Spinners::start(settings.spinners);
@@ -161,6 +164,7 @@ fn main() {
         match scenario.as_str() {
             "a" => clean::run(&settings, &contenders, &mut output),
             "b" => inflow::run(&settings, &contenders, &mut output),
+            "d" => keep::run(&settings, &mut output),
             _ => busy::run(&settings, &contenders, &mut output),
         }
     }

@@ -82,6 +82,8 @@ errors! {
     no_instance = NOT_FOUND, "DCS.3022", "This DCS instance does not exist.";
     /// No such task.
     no_task = NOT_FOUND, "DCS.4001", "The requested task does not exist.";
+    /// No forecast was made yet.
+    no_forecast = NOT_FOUND, "DCS.4001", "No forecast of this instance was made yet.";
     /// No such path.
     no_url = NOT_FOUND, "DCS.4001", "The requested URL does not exist.";
     /// The path does not take the method.

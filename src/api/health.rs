@@ -84,6 +84,7 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::instances::get_instance, crate::api::instances::list_history,
         crate::api::instances::reset_auto_scan, crate::api::instances::check_instance,
         crate::api::keep::set_keep, crate::api::keep::reset_keep,
+        crate::api::forecast::get_forecast, crate::api::forecast::make_forecast,
         crate::api::tasks::list_tasks, crate::api::tasks::create_task, crate::api::tasks::get_task,
         crate::api::tasks::tune_task, crate::api::tasks::pause_task, crate::api::tasks::resume_task,
         crate::api::tasks::cancel_task, crate::api::events::follow_task, crate::api::events::follow_all,

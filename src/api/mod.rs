@@ -11,6 +11,8 @@ pub mod dcs;
 pub mod dto;
 pub mod error;
 pub mod events;
+pub mod forecast;
+pub mod forecast_dto;
 pub mod health;
 pub mod instances;
 pub mod keep;
@@ -93,6 +95,7 @@ pub fn router(app: App) -> Router {
         .route("/api/v1/instances/{instance_id}/check", post(instances::check_instance))
         .route("/api/v1/instances/{instance_id}/history", get(instances::list_history))
         .route("/api/v1/instances/{instance_id}/keep", put(keep::set_keep).delete(keep::reset_keep))
+        .route("/api/v1/instances/{instance_id}/forecast", get(forecast::get_forecast).post(forecast::make_forecast))
         .route("/api/v1/tasks", get(tasks::list_tasks).post(tasks::create_task))
         .route("/api/v1/tasks/{task_id}", get(tasks::get_task).patch(tasks::tune_task))
         .route("/api/v1/tasks/{task_id}/events", get(events::follow_task))

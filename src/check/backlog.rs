@@ -91,7 +91,7 @@ pub async fn count(
     }
     let mut conn = Conn::open(addr, options).await?;
     let info = commands::info(&mut conn).await?;
-    in_step(addr, &info, master)?;
+    in_step(addr, &info, master.replication_id.as_deref())?;
     let replica = Facts { dbs: info.keyspace(), ..master.clone() };
     let mut dbs = BTreeMap::new();
     for db in replica.swept(settings).into_keys() {
@@ -111,11 +111,15 @@ pub async fn count(
         dbs.insert(db, Counted { keys: after, expired, moved: before.abs_diff(after) });
     }
     // It may have been promoted or cut off while we counted.
-    in_step(addr, &commands::info(&mut conn).await?, master)?;
+    in_step(addr, &commands::info(&mut conn).await?, master.replication_id.as_deref())?;
     Ok(Backlog { replica: addr.clone(), dbs })
 }
 
-fn in_step(addr: &NodeAddr, info: &Info, master: &Facts) -> Result<(), NoCount> {
+/// Whether a server, by its INFO, is a replica that holds what the master of this replication history holds.
+///
+/// # Errors
+/// Why not.
+pub fn in_step(addr: &NodeAddr, info: &Info, history: Option<&str>) -> Result<(), NoCount> {
     let addr = addr.clone();
     if info.is_master() != Some(false) {
         return Err(NoCount::NotAReplica(addr));
@@ -127,7 +131,7 @@ fn in_step(addr: &NodeAddr, info: &Info, master: &Facts) -> Result<(), NoCount> 
     if info.flag("master_sync_in_progress") == Some(true) {
         return Err(NoCount::OutOfStep { addr, why: "it is taking over the data".to_owned() });
     }
-    if info.replication_id().is_none() || info.replication_id() != master.replication_id.as_deref() {
+    if info.replication_id().is_none() || info.replication_id() != history {
         let name = info.master_addr().unwrap_or_else(|| "one that it does not name".to_owned());
         return Err(NoCount::OtherMaster { addr, master: name });
     }

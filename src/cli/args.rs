@@ -227,6 +227,21 @@ Examples:
     )
 }
 
+/// The examples of `forecast --help`.
+pub fn forecast_examples() -> String {
+    format!(
+        "\
+Examples:
+  ttlsweep forecast redis://cache                       the next day, by a replica that the master lists
+  ttlsweep forecast redis://m --replica redis://r:6379  by this replica
+  ttlsweep forecast --on-master --within 1h             without a replica: slowly, on the master itself
+  ttlsweep forecast redis://cache --by-prefix --depth 2 which kinds of keys expire, and which never do
+
+{}",
+        exit::HELP
+    )
+}
+
 /// The examples of `check --help`.
 pub fn check_examples() -> String {
     format!(

@@ -123,7 +123,7 @@ fn order(settings: &Settings, matches: &ArgMatches) -> String {
 }
 
 /// Nothing could be looked at. With --json there is an object all the same.
-fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<Exit> {
+pub(super) fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<Exit> {
     if json {
         let object = serde_json::json!({ "target": settings.target.to_string(), "failure": FailureDto::from(failure) });
         output::print(&format!("{}\n", serde_json::to_string_pretty(&object)?))?;
@@ -133,7 +133,7 @@ fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<
 }
 
 /// Where the replica is and how to connect to it.
-fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOptions), Problem> {
+pub(super) fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOptions), Problem> {
     let problem = |message| Problem { origin: Some(Origin::Flag("--replica".to_owned())), message };
     let url = InstanceUrl::parse(url).map_err(|e| problem(e.to_string()))?;
     if url.db.is_some() {

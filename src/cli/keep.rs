@@ -16,6 +16,7 @@ use crate::tasks;
 #[derive(Debug, Args)]
 #[command(after_help = args::keep_examples(), mut_arg("timeout", |timeout| timeout.hide(true)))]
 #[command(mut_arg("parallel", |parallel| parallel.hide(true)), mut_arg("allow_slow", |slow| slow.hide(true)))]
+#[command(mut_arg("state", |state| state.hide(true)), mut_arg("assist_expiry", |assist| assist.hide(true)))]
 pub struct KeepArgs {
     /// Where.
     #[command(flatten)]

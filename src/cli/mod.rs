@@ -8,6 +8,7 @@ pub mod client;
 pub mod daemons;
 pub mod demo;
 pub mod exit;
+pub mod forecast;
 pub mod generate;
 pub mod health;
 pub mod instance;
@@ -69,6 +70,8 @@ enum Command {
     Health(health::HealthArgs),
     /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
+    /// See what will expire when, by a sample of the keys on a replica
+    Forecast(forecast::ForecastArgs),
     /// See the problem and the cure on a private server
     Demo(demo::DemoArgs),
     /// Show what is in force and where it came from
@@ -141,6 +144,7 @@ async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Resul
         Command::Keep(args) => keep::run(args, matches).await,
         Command::Serve(args) => serve::run(args).await,
         Command::Check(args) => check::run(args, matches).await,
+        Command::Forecast(args) => forecast::run(args, matches).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Instance(args) => instance::run(args).await,
         Command::Task(args) => task::run(args).await,

@@ -158,6 +158,15 @@ fn shard_lines(shard: &ShardView) -> String {
             grouped(evicted)
         );
     }
+    if let Some(keep) = &shard.keep {
+        let _ = writeln!(
+            text,
+            "kept: {}, which held the server for {}; a bound was missed for {}",
+            counted(keep.laps as usize, "lap"),
+            span(shard.passes.values().map(|figures| figures.active).sum()),
+            span(keep.missed)
+        );
+    }
     let _ = writeln!(text, "touch: {}", shard.touch.sentence());
     let nameless: u64 = shard.passes.values().map(|figures| figures.nameless).sum();
     if nameless > 0 {

@@ -1,6 +1,6 @@
 //! What people see while a sweep runs: a bar for each pass on a terminal, else a status line that thins with time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -38,6 +38,8 @@ pub struct ShardRow {
     pub hold: Option<String>,
     /// How well its bounds are kept, as people read it; `None` where it is swept once.
     pub keep: Option<String>,
+    /// What an operator should know. Shown at once in a keep run, whose end is far away; else the summary has it.
+    pub warnings: Vec<String>,
     /// Its passes, in order of the DB.
     pub passes: Vec<PassRow>,
 }
@@ -79,6 +81,7 @@ impl From<&TaskView> for Rows {
                 .keep
                 .as_ref()
                 .map(|figures| keep_text(figures, shard.passes.values().map(|p| p.reclaimed).sum())),
+            warnings: shard.warnings.clone(),
             passes: shard.passes.iter().map(pass).collect(),
         });
         Self { shards: shards.collect() }
@@ -154,6 +157,14 @@ fn figures_text(pass: &PassRow, pace: &Pace) -> String {
     )
 }
 
+/// The warnings of keep runs that were not shown yet.
+fn new_warnings(rows: &Rows, shown: &mut BTreeSet<(String, String)>) -> Vec<String> {
+    let kept = rows.shards.iter().filter(|shard| shard.keep.is_some());
+    let all = kept.flat_map(|shard| shard.warnings.iter().map(|warning| (shard.name.clone(), warning.clone())));
+    let new = all.filter(|one| shown.insert(one.clone()));
+    new.map(|(shard, warning)| format!("{shard}: warning: {warning}")).collect()
+}
+
 async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let style = ProgressStyle::with_template("{prefix:4} {bar:16} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -163,9 +174,14 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let multi = MultiProgress::new();
     let mut passes: BTreeMap<(String, u32), (ProgressBar, Pace)> = BTreeMap::new();
     let mut waiting: BTreeMap<String, ProgressBar> = BTreeMap::new();
+    let mut warned = BTreeSet::new();
     loop {
         let open = view.changed().await.is_ok();
         let now = rows(&view.borrow_and_update());
+        for warning in new_warnings(&now, &mut warned) {
+            // Above the lines that are drawn anew.
+            let _ = multi.println(warning);
+        }
         let alone = now.shards.len() <= 1;
         let waits_now = |shard: &&ShardRow| shard.keep.is_some() || shard.hold.is_some() && shard.passes.is_empty();
         waiting.retain(|name, line| {
@@ -242,7 +258,7 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let begun = Instant::now();
     let mut due = begun + line_every(Duration::ZERO);
     let mut paces: BTreeMap<(String, u32), Pace> = BTreeMap::new();
-    let mut holds = BTreeMap::new();
+    let (mut holds, mut warned) = (BTreeMap::new(), BTreeSet::new());
     loop {
         // A server that says nothing changes no view, and is to be seen all the same.
         tokio::select! {
@@ -251,8 +267,11 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         }
         let now = rows(&view.borrow_and_update());
         let elapsed = begun.elapsed();
+        for warning in new_warnings(&now, &mut warned) {
+            note(&format!("{:>7} {warning}", span(elapsed)));
+        }
         let is_due = Instant::now() >= due;
-        for ShardRow { name, hold, keep, passes } in &now.shards {
+        for ShardRow { name, hold, keep, passes, .. } in &now.shards {
             if holds.insert(name.clone(), hold.clone()).as_ref() != Some(hold)
                 && let Some(hold) = hold
             {

@@ -295,7 +295,8 @@ fn rows(view: &Value) -> Rows {
         let dbs = shard["dbs"].as_array().into_iter().flatten();
         let reclaimed = dbs.filter_map(|db| db["reclaimed"].as_u64()).sum();
         let keep = shard["keep"].is_object().then(|| keep_text(&keep_of(&shard["keep"]), reclaimed));
-        ShardRow { name: name.to_owned(), hold: hold(name), keep, passes }
+        let warnings = shard["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned);
+        ShardRow { name: name.to_owned(), hold: hold(name), keep, warnings: warnings.collect(), passes }
     });
     // A task that has not begun has no shards, and a reason.
     let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), ..ShardRow::default() });

@@ -222,22 +222,36 @@ impl Conn {
         name: &'static str,
         cmds: [&Cmd; N],
     ) -> Result<[Result<T, NodeError>; N], NodeError> {
+        let replies = self.call_all(name, cmds).await?;
+        Ok(replies.try_into().unwrap_or_else(|_| unreachable!("N commands have N replies")))
+    }
+
+    /// As [`Self::pipeline`], for a number of commands that is not known before.
+    ///
+    /// # Errors
+    /// [`NodeError`] of the connection.
+    pub async fn call_all<'a, T: FromRedisValue>(
+        &mut self,
+        name: &'static str,
+        cmds: impl IntoIterator<Item = &'a Cmd>,
+    ) -> Result<Vec<Result<T, NodeError>>, NodeError> {
         self.out.clear();
+        let mut number = 0;
         for cmd in cmds {
             cmd.write_packed_command(&mut self.out);
+            number += 1;
         }
         let values = self
             .bounded(name, async |conn| {
                 conn.send().await?;
-                let mut values = Vec::with_capacity(N);
-                for _ in 0..N {
+                let mut values = Vec::with_capacity(number);
+                for _ in 0..number {
                     values.push(conn.read_value(name).await?);
                 }
                 Ok(values)
             })
             .await?;
-        let replies: Vec<_> = values.into_iter().map(|value| self.convert(name, value)).collect();
-        Ok(replies.try_into().unwrap_or_else(|_| unreachable!("N commands have N replies")))
+        Ok(values.into_iter().map(|value| self.convert(name, value)).collect())
     }
 
     /// Runs `exchange` within the response timeout and marks the connection broken unless it ended in step.

@@ -51,6 +51,8 @@ pub struct ServeSettings {
     pub at_once_of_all: Option<usize>,
     /// Who is told of what went wrong, if anybody.
     pub notify: Option<NotifySettings>,
+    /// How often each instance is forecast; zero: on request only.
+    pub forecast_every: Duration,
     /// The automatic scan where nobody has set anything.
     pub auto_scan: AutoScan,
     /// The instances, in the order of the file.
@@ -277,6 +279,9 @@ impl<'a> Reader<'a> {
         let at_once = tasks.read("at-once", |text| whole(text, 1..=1024));
         let at_once_of_all = tasks.read("at-once-of-all", |text| whole(text, 0..=1_000_000));
         tasks.no_more();
+        let forecast = root.sub("forecast", self.defaults("forecast"));
+        let forecast_every = forecast.read("every", settings::duration);
+        forecast.no_more();
         let notify = notify::read(&root.sub("notify", self.defaults("notify")));
         let base = Table::new(self.file, "auto-scan", 0, None, self.defaults("auto-scan"));
         let auto_scan = Self::auto_scan(&base);
@@ -308,6 +313,7 @@ impl<'a> Reader<'a> {
             at_once: at_once? as usize,
             at_once_of_all: Some(at_once_of_all? as usize).filter(|most| *most > 0),
             notify: notify?,
+            forecast_every: forecast_every?,
             auto_scan: auto_scan?,
             instances,
             hash: hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect(),

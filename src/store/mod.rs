@@ -8,6 +8,7 @@
 mod copy;
 mod file;
 mod fleet;
+mod forecasts;
 pub mod journal;
 mod keeps;
 mod lists;
@@ -340,6 +341,31 @@ impl Store {
             Ok(())
         })
         .await
+    }
+
+    /// The last forecast of an instance, in JSON.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn forecast(&self, instance_id: &str, project_id: &str) -> Result<Option<String>, StoreError> {
+        self.run(async |conn| forecasts::get(conn, instance_id, project_id).await).await
+    }
+
+    /// Keeps a forecast as the last one of its instance.
+    ///
+    /// # Errors
+    /// [`StoreError::Sql`].
+    pub async fn set_forecast(&self, instance_id: &str, project_id: &str, forecast: &str) -> Result<(), StoreError> {
+        let now = self.now();
+        self.run(async |conn| forecasts::set(conn, instance_id, project_id, forecast, now).await).await
+    }
+
+    /// The instances whose last forecast was made after an instant.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn forecasts_after(&self, after: Timestamp) -> Result<Vec<String>, StoreError> {
+        self.run(async |conn| forecasts::made_after(conn, after).await).await
     }
 
     /// One page of the tasks that match, newest first, with how many there are and what they freed.

@@ -19,6 +19,8 @@ async fn help_is_as_it_was_read() {
     for (name, args) in [
         ("help", &["--help"][..]),
         ("help_scan", &["scan", "--help"]),
+        ("help_keep", &["keep", "--help"]),
+        ("help_forecast", &["forecast", "--help"]),
         ("help_settings_show", &["settings", "show", "--help"]),
     ] {
         let run = run(args).await.expect(0);

@@ -207,7 +207,7 @@ async fn member(fleet: &Fleet, lease: Duration) -> DaemonId {
 }
 
 fn claim(owner: DaemonId, most: usize) -> Claim {
-    Claim { owner, labels: Vec::new(), most, most_of_all: None, but: Vec::new(), of_keeps: false }
+    Claim { owner, labels: Vec::new(), most, of_keeps: false, most_of_all: None, but: Vec::new() }
 }
 
 const LONG: Duration = Duration::from_secs(3600);

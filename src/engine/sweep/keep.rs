@@ -56,6 +56,9 @@ impl ShardSweep {
     /// Walks until a stop is ordered. Then the memory is looked at once more.
     pub(super) async fn keep_laps(&mut self, info: Info) -> Result<(), End> {
         let ended = self.laps(info).await;
+        if let Some(keep) = &self.keep {
+            self.reporter.say(ScanEventKind::Kept { figures: keep.pace.figures() }).await;
+        }
         if let Err(End::Stopped(_)) = &ended
             && let Ok(info) = commands::info(self.session.conn()).await
         {

@@ -6,3 +6,11 @@ CREATE TABLE keeps (
     max_delay_us    BIGINT,                     -- NULL: no bound
     updated_at      BIGINT NOT NULL
 );
+
+-- The last forecast of an instance, in the API's JSON.
+CREATE TABLE forecasts (
+    instance_id     TEXT NOT NULL PRIMARY KEY,
+    project_id      TEXT NOT NULL,
+    made_at         BIGINT NOT NULL,
+    forecast        TEXT NOT NULL
+);

@@ -1,0 +1,120 @@
+//! `ttlsweep forecast`: what will expire when.
+
+use std::time::Duration;
+
+use clap::{ArgMatches, Args};
+use jiff::tz::TimeZone;
+
+use crate::api::forecast_dto::ForecastOutput;
+use crate::cli::args::{self, ServerArgs};
+use crate::cli::check::{failed, replica};
+use crate::cli::exit::Exit;
+use crate::cli::{output, scan};
+use crate::forecast::prefixes::By;
+use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
+use crate::node::topology::Topology;
+use crate::settings::positive_duration;
+use crate::tasks::conn_options;
+
+/// `ttlsweep forecast`
+///
+/// It reads the TTLs of a random sample of the keys on a replica. No value is read, and nothing is written.
+#[derive(Debug, Args)]
+#[command(after_help = args::forecast_examples())]
+pub struct ForecastArgs {
+    /// Where.
+    #[command(flatten)]
+    pub server: ServerArgs,
+
+    /// DBs to look at, such as 0,3 [default: each DB that holds keys]
+    #[arg(long, env = "TTLSWEEP_DB", value_name = "N", value_delimiter = ',')]
+    pub db: Vec<String>,
+
+    /// Look on this replica of the server; user and password as for the server unless they stand in this URL [default: one
+    /// that the master lists as online]
+    #[arg(long, env = "TTLSWEEP_REPLICA", hide_env_values = true, value_name = "URL")]
+    pub replica: Option<String>,
+
+    /// Look on the master itself, in a twentieth of its time; the expired keys that are met there are freed
+    #[arg(long, conflicts_with = "replica")]
+    pub on_master: bool,
+
+    /// About how many keys of each DB of each master to look at; a DB with less than twice as many is counted whole
+    #[arg(long, value_name = "KEYS", default_value_t = SAMPLE_KEYS)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub sample: u64,
+
+    /// How far the histogram looks ahead
+    #[arg(long, value_name = "TIME", default_value = "1d", value_parser = positive_duration)]
+    pub within: Duration,
+
+    /// Group keys by the first parts of their names; reads names, shows no last part of one
+    #[arg(long)]
+    pub by_prefix: bool,
+
+    /// What stands between two parts of a name
+    #[arg(long, value_name = "TEXT", default_value = ":", requires = "by_prefix")]
+    #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub separator: String,
+
+    /// How many parts of a name count
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "by_prefix")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub depth: u8,
+
+    /// How many groups to show
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "by_prefix")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub top: u16,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A stdout that cannot be written.
+pub async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+    let settings = match scan::load(&args.server, matches) {
+        Ok(settings) => settings,
+        Err(problems) => return Ok(scan::usage(&problems)),
+    };
+    let options = match conn_options(&settings) {
+        Ok(options) => options,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
+    let place = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
+        Ok(Some((addr, options))) => Place::Replica(addr, Box::new(options)),
+        Ok(None) if args.on_master => Place::Master,
+        Ok(None) => Place::AnyReplica,
+        Err(problem) => return Ok(scan::usage(&[problem])),
+    };
+    let by = args.by_prefix.then(|| By {
+        separator: args.separator.into_bytes(),
+        depth: args.depth.into(),
+        top: args.top.into(),
+    });
+    let zone = TimeZone::system();
+    let request = Request {
+        place,
+        dbs: settings.scan.dbs.clone(),
+        sample: args.sample,
+        ahead: args.within,
+        zone: zone.clone(),
+        by,
+    };
+    let topology = Topology::new(settings.target.clone(), options.clone(), settings.scan.follow);
+    let view = match topology.view(None).await {
+        Ok(view) => view,
+        Err(error) => return failed(&error.into_failure(), &settings, args.json),
+    };
+    let forecast = match forecast::make(settings.target.to_string(), &view, &options, &request).await {
+        Ok(forecast) => forecast,
+        Err(failure) => return failed(&failure, &settings, args.json),
+    };
+    let shown = ForecastOutput::new(&forecast, &zone);
+    output::print(&if args.json { format!("{}\n", serde_json::to_string_pretty(&shown)?) } else { shown.report })?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,328 @@
+//! What will expire when: the TTLs of a random sample of the keys, read on a replica, with an error for every figure.
+//!
+//! [`sample`] looks at whole pieces of the hash tables, drawn at random; [`estimate`] makes figures of what the pieces held, [`bins`]
+//! cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their names. [`report`] is what people
+//! read. Called by `cli::forecast` and by the API.
+//!
+//! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, and on replicas of a cluster
+//! READONLY. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
+
+pub mod bins;
+pub mod estimate;
+pub mod prefixes;
+pub mod report;
+pub mod sample;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use crate::check::backlog::in_step;
+use crate::engine::policy::profile::ServerProfile;
+use crate::forecast::bins::{Bins, Peak};
+use crate::forecast::estimate::{Estimate, Tally};
+use crate::forecast::prefixes::{By, Group, Groups};
+use crate::forecast::sample::{Pace, Table, Walk};
+use crate::model::failure::{Failure, FailureKind};
+use crate::model::progress::TTL_BOUNDS_S;
+use crate::model::shard::{DbIndex, NodeAddr};
+use crate::node::commands;
+use crate::node::conn::{Conn, ConnOptions};
+use crate::node::error::NodeError;
+use crate::node::info::Info;
+use crate::node::topology::{Kind, Master, View};
+
+/// Keys of each DB of each master that are looked at where nobody says how many.
+pub const SAMPLE_KEYS: u64 = 100_000;
+/// How far the histogram looks ahead where nobody says.
+pub const AHEAD: Duration = Duration::from_secs(24 * 3600);
+
+/// Where the keys are looked at.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// On a replica of each master, one that the master lists as online.
+    AnyReplica,
+    /// On this one.
+    Replica(NodeAddr, Box<ConnOptions>),
+    /// On the master itself, slowly.
+    Master,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Where.
+    pub place: Place,
+    /// Which DBs; empty: each that holds keys.
+    pub dbs: Vec<DbIndex>,
+    /// About how many keys of each DB of each master. One that holds less than twice as many is counted whole.
+    pub sample: u64,
+    /// How far the histogram looks ahead.
+    pub ahead: Duration,
+    /// In whose local time the histogram's parts are round.
+    pub zone: TimeZone,
+    /// Whether keys are grouped by the first parts of their names.
+    pub by: Option<By>,
+}
+
+impl Request {
+    /// A forecast on any replica.
+    pub fn new(place: Place, zone: TimeZone) -> Self {
+        Self { place, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
+    }
+}
+
+/// Where a master's keys were looked at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Source {
+    /// The master.
+    pub master: NodeAddr,
+    /// Who was asked: a replica, or the master itself.
+    pub addr: NodeAddr,
+    /// Keys that were looked at.
+    pub looked_at: u64,
+    /// How long that took.
+    pub took: Duration,
+}
+
+/// What is known of one DB, or of all of them together.
+#[derive(Debug, Clone, Default)]
+pub struct Outlook {
+    /// Keys by DBSIZE, expired ones included.
+    pub keys: u64,
+    /// Keys with a TTL by INFO, expired ones included.
+    pub expires: u64,
+    /// Keys that were looked at.
+    pub looked_at: u64,
+    /// Live keys with a TTL.
+    pub with_ttl: Estimate,
+    /// Live keys without a TTL.
+    pub without_ttl: Estimate,
+    /// Keys that expire within the bound of the same index of [`TTL_BOUNDS_S`], and not within the one before.
+    pub within: [Estimate; TTL_BOUNDS_S.len()],
+    /// Keys that live longer than the last bound.
+    pub later: Estimate,
+    /// The time ahead in parts of equal length.
+    pub bins: Vec<Estimate>,
+    /// Bytes that a key takes on the average.
+    pub bytes_per_key: Option<f64>,
+}
+
+impl Outlook {
+    /// Expired keys that are still in memory: those with a TTL less those that live.
+    pub fn expired(&self) -> Estimate {
+        Estimate { keys: (self.expires as f64 - self.with_ttl.keys).max(0.0), variance: self.with_ttl.variance }
+    }
+
+    /// Bytes that so many keys take.
+    pub fn bytes(&self, keys: f64) -> Option<u64> {
+        self.bytes_per_key.map(|each| (each * keys) as u64)
+    }
+
+    fn add(&mut self, other: &Self) {
+        let bytes = |outlook: &Self| outlook.bytes_per_key.map(|each| each * outlook.keys as f64);
+        let bytes = match (bytes(self), bytes(other)) {
+            (Some(one), Some(another)) => Some(one + another),
+            (None, another) if self.keys == 0 => another,
+            _ => None,
+        };
+        self.keys += other.keys;
+        self.bytes_per_key = bytes.map(|bytes| bytes / self.keys.max(1) as f64);
+        self.expires += other.expires;
+        self.looked_at += other.looked_at;
+        self.with_ttl.add(other.with_ttl);
+        self.without_ttl.add(other.without_ttl);
+        self.later.add(other.later);
+        self.within.iter_mut().zip(other.within).for_each(|(sum, part)| sum.add(part));
+        self.bins.resize(self.bins.len().max(other.bins.len()), Estimate::default());
+        self.bins.iter_mut().zip(&other.bins).for_each(|(sum, part)| sum.add(*part));
+    }
+}
+
+/// What will expire when.
+#[derive(Debug, Clone)]
+pub struct Forecast {
+    /// Where the instance is, without any secret.
+    pub target: String,
+    /// When it was looked at. Times ahead are counted from then.
+    pub at: Timestamp,
+    /// Where.
+    pub sources: Vec<Source>,
+    /// Each DB, over all masters.
+    pub dbs: BTreeMap<DbIndex, Outlook>,
+    /// All of them together.
+    pub total: Outlook,
+    /// How the time ahead is cut.
+    pub bins: Bins,
+    /// Spans in which far more keys expire than before and after, the largest first.
+    pub peaks: Vec<Peak>,
+    /// The groups of most keys, where they were asked for.
+    pub groups: Option<Vec<Group>>,
+}
+
+/// Looks at a sample of the keys of every master.
+///
+/// # Errors
+/// Why one of them cannot be looked at: then there is no forecast.
+pub async fn make(target: String, view: &View, options: &ConnOptions, request: &Request) -> Result<Forecast, Failure> {
+    if matches!(request.place, Place::Replica(..)) && view.masters.len() != 1 {
+        let message = format!("the cluster has {} masters, each with replicas of its own", view.masters.len());
+        return Err(
+            Failure::new(FailureKind::NotAMaster, message).hint("leave --replica out: each master names its own")
+        );
+    }
+    let at = Timestamp::now();
+    let bins = Bins::new(at, request.ahead, &request.zone);
+    let mut forecast = Forecast {
+        target,
+        at,
+        sources: Vec::new(),
+        dbs: BTreeMap::new(),
+        total: Outlook::default(),
+        bins,
+        peaks: Vec::new(),
+        groups: None,
+    };
+    let mut groups = request.by.clone().map(Groups::new);
+    for master in &view.masters {
+        let begun = Instant::now();
+        let mut looker = Looker::open(view.kind, master, options, request).await?;
+        let looked_at = looker.look(request, &mut forecast, groups.as_mut()).await?;
+        let (master, addr) = (master.addr.clone(), looker.conn.addr().clone());
+        forecast.sources.push(Source { master, addr, looked_at, took: begun.elapsed() });
+    }
+    for outlook in forecast.dbs.values() {
+        forecast.total.add(outlook);
+    }
+    forecast.total.bins.resize(forecast.bins.number, Estimate::default());
+    forecast.peaks = bins::peaks(&forecast.total.bins, forecast.total.with_ttl.keys);
+    forecast.groups = groups.map(Groups::largest);
+    Ok(forecast)
+}
+
+/// A connection to a server whose keys are looked at.
+struct Looker {
+    conn: Conn,
+    info: Info,
+    profile: ServerProfile,
+    master: Master,
+    /// The master's replication history, where a replica is asked: it must still be of it at the end.
+    history: Option<Option<String>>,
+    pace: Pace,
+}
+
+impl Looker {
+    async fn open(kind: Kind, master: &Master, options: &ConnOptions, request: &Request) -> Result<Self, Failure> {
+        let failed = NodeError::into_failure;
+        let mut conn = Conn::open(&master.addr, options).await.map_err(failed)?;
+        let info = commands::info(&mut conn).await.map_err(failed)?;
+        let profile = ServerProfile::of(&info);
+        let history = info.replication_id().map(str::to_owned);
+        let on_replica = async |addr: &NodeAddr, options: &ConnOptions| {
+            let mut conn = Conn::open(addr, options).await.map_err(failed)?;
+            let info = commands::info(&mut conn).await.map_err(failed)?;
+            in_step(addr, &info, history.as_deref()).map_err(|error| not_here(error.to_string()))?;
+            if kind == Kind::Cluster {
+                conn.call::<()>("READONLY", &redis::cmd("READONLY")).await.map_err(failed)?;
+            }
+            Ok::<_, Failure>((conn, info))
+        };
+        let (conn, info, history, pace) = match &request.place {
+            Place::Master => (conn, info, None, Pace::MASTER),
+            Place::Replica(addr, options) => {
+                let (conn, info) = on_replica(addr, options).await?;
+                (conn, info, Some(history.clone()), Pace::REPLICA)
+            }
+            Place::AnyReplica => {
+                let mut lines = info.replicas();
+                lines.retain(|line| line.state == "online");
+                // The one that is furthest.
+                lines.sort_by_key(|line| std::cmp::Reverse(line.offset));
+                let mut why = "it lists no replica that is online".to_owned();
+                let mut found = None;
+                for line in lines {
+                    let Some(addr) = tcp(&line.addr).map(|addr| options.node_map.reach(addr)) else {
+                        continue;
+                    };
+                    match on_replica(&addr, options).await {
+                        Ok(replica) => {
+                            found = Some(replica);
+                            break;
+                        }
+                        Err(failure) => why = failure.message,
+                    }
+                }
+                let (conn, info) = found.ok_or_else(|| no_replica(&master.addr, &why))?;
+                (conn, info, Some(history.clone()), Pace::REPLICA)
+            }
+        };
+        Ok(Self { conn, info, profile, master: master.clone(), history, pace })
+    }
+
+    /// Looks at each DB. Returns at how many keys.
+    async fn look(
+        &mut self,
+        request: &Request,
+        forecast: &mut Forecast,
+        mut groups: Option<&mut Groups>,
+    ) -> Result<u64, Failure> {
+        let keyspace = self.info.keyspace();
+        let dbs: Vec<DbIndex> =
+            if request.dbs.is_empty() { keyspace.keys().copied().collect() } else { request.dbs.clone() };
+        let all_keys: u64 = keyspace.values().map(|size| size.keys).sum();
+        let dataset = self.info.parsed::<f64>("used_memory_dataset");
+        let bytes_per_key = dataset.map(|bytes| bytes / all_keys.max(1) as f64);
+        let mut looked_at = 0;
+        for db in dbs {
+            let failed = NodeError::into_failure;
+            self.conn.select(db).await.map_err(failed)?;
+            let keys = commands::dbsize(&mut self.conn).await.map_err(failed)?;
+            let table = match self.profile.slot_tables {
+                true => Table::by_slot(keys, &self.master.slots),
+                false => Table::one(keys),
+            };
+            let mut tally = Tally::new(forecast.bins.clone());
+            let pieces = table.draw(request.sample);
+            let drawn = (pieces.len() as f64, table.pieces() as f64);
+            let mut walk = Walk::new(&table, pieces, self.pace);
+            while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
+                if let Some(groups) = groups.as_deref_mut() {
+                    groups.add(&piece, drawn);
+                }
+                tally.add(&piece);
+            }
+            let size = keyspace.get(&db).copied().unwrap_or_default();
+            let outlook = Outlook { keys, expires: size.expires, bytes_per_key, ..tally.outlook(drawn) };
+            looked_at += outlook.looked_at;
+            forecast.dbs.entry(db).or_default().add(&outlook);
+        }
+        self.still_in_step().await?;
+        Ok(looked_at)
+    }
+
+    /// It may have been promoted or cut off meanwhile.
+    async fn still_in_step(&mut self) -> Result<(), Failure> {
+        let Some(history) = self.history.clone() else { return Ok(()) };
+        let info = commands::info(&mut self.conn).await.map_err(NodeError::into_failure)?;
+        in_step(self.conn.addr(), &info, history.as_deref()).map_err(|error| not_here(error.to_string()))
+    }
+}
+
+/// `host:port`, as a master lists its replicas.
+fn tcp(text: &str) -> Option<NodeAddr> {
+    let (host, port) = text.rsplit_once(':')?;
+    Some(NodeAddr::Tcp { host: host.to_owned(), port: port.parse().ok()? })
+}
+
+fn not_here(message: String) -> Failure {
+    Failure::new(FailureKind::Unsupported, message)
+}
+
+fn no_replica(master: &NodeAddr, why: &str) -> Failure {
+    let message = format!("no replica of {master} can be looked at: {why}");
+    not_here(message).hint(
+        "name one with --replica URL, or look on the master itself with --on-master (slowly, and the expired keys that it meets are freed)",
+    )
+}

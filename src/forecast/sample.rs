@@ -1,0 +1,273 @@
+//! A random sample of the keys of a DB, free of any bias: whole pieces of its hash tables.
+//!
+//! RANDOMKEY prefers keys in thin places, and the replies to SCAN with a COUNT hold more of what lies behind long gaps. A piece is a
+//! fixed stretch of the cursor space, drawn without looking: each key is in exactly one of them, and each is drawn with the same
+//! chance.
+//!
+//! A piece is walked by SCAN with COUNT 1, which ends at the first bucket that holds a key: so all names of a reply are of one bucket,
+//! and the reply's cursor tells where that bucket ends. A bucket belongs to the piece in which it ends. Walked one after the other,
+//! all pieces give every key exactly once, also where the table is larger or smaller than the cut, and while it is rehashed.
+
+use std::time::{Duration, Instant};
+
+use crate::model::slots::{SLOTS, SlotSet, slot_of};
+use crate::node::conn::Conn;
+use crate::node::error::NodeError;
+
+/// About so many keys are in a piece, or up to twice as many.
+const KEYS_IN_PIECE: u64 = 64;
+/// The spread among pieces is known from no fewer of them.
+const LEAST_PIECES: u64 = 30;
+
+/// How much of a server's time is taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Commands in one write, which the server runs back to back.
+    commands: usize,
+    /// Of the time, how much is spent waiting for it.
+    share: f64,
+}
+
+impl Pace {
+    /// Nobody waits for a replica, or few do.
+    pub const REPLICA: Self = Self { commands: 100, share: 0.5 };
+    /// Everybody waits for a master.
+    pub const MASTER: Self = Self { commands: 10, share: 0.05 };
+}
+
+/// The hash tables of a DB, and how they are cut into pieces.
+#[derive(Debug, Clone)]
+pub struct Table {
+    keys: u64,
+    /// The slot of each table; `None`: there is one table.
+    slots: Option<SlotSet>,
+    /// A table is cut into `2^bits` pieces.
+    bits: u32,
+}
+
+/// A piece, by its number.
+pub type PieceNumber = u64;
+
+impl Table {
+    /// One table for the DB.
+    pub fn one(keys: u64) -> Self {
+        Self { keys, slots: None, bits: bits_of(keys) }
+    }
+
+    /// A table for each of these slots.
+    pub fn by_slot(keys: u64, slots: &SlotSet) -> Self {
+        Self { keys, slots: Some(slots.clone()), bits: bits_of(keys / u64::from(slots.len().max(1))) }
+    }
+
+    /// How many pieces there are.
+    pub fn pieces(&self) -> u64 {
+        self.slots.as_ref().map_or(1, |slots| u64::from(slots.len())) << self.bits
+    }
+
+    /// Draws pieces that hold about so many keys, none twice; all of them where that would be the half.
+    pub fn draw(&self, keys: u64) -> Vec<PieceNumber> {
+        let all = self.pieces();
+        let wanted = (keys as f64 * all as f64 / self.keys.max(1) as f64).ceil() as u64;
+        let wanted = wanted.max(LEAST_PIECES);
+        if wanted > all / 2 {
+            return (0..all).collect();
+        }
+        let mut drawn = std::collections::BTreeSet::new();
+        while (drawn.len() as u64) < wanted {
+            drawn.insert(fastrand::u64(..all));
+        }
+        drawn.into_iter().collect()
+    }
+
+    /// Where a piece begins and ends.
+    fn range(&self, number: PieceNumber) -> Range {
+        let (table, part) = (number >> self.bits, number & ((1 << self.bits) - 1));
+        let slot = self.slots.as_ref().and_then(|slots| slots.nth(u32::try_from(table).ok()?));
+        let width = 64 - self.bits;
+        let first = if self.bits == 0 { 0 } else { part << width };
+        let last = if self.bits == 0 { u64::MAX } else { first | (u64::MAX >> self.bits) };
+        Range { slot, first, last }
+    }
+}
+
+fn bits_of(keys: u64) -> u32 {
+    (keys / KEYS_IN_PIECE).checked_ilog2().unwrap_or(0)
+}
+
+/// A stretch of the cursor space, by rank: SCAN counts the reversed bits of its cursor up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    slot: Option<u16>,
+    first: u64,
+    last: u64,
+}
+
+/// The slot is in the low bits of a cursor.
+const SLOT_BITS: u32 = SLOTS.trailing_zeros();
+
+impl Range {
+    fn cursor(&self) -> u64 {
+        match self.slot {
+            None => self.first.reverse_bits(),
+            Some(slot) => self.first.reverse_bits() << SLOT_BITS | u64::from(slot),
+        }
+    }
+
+    /// The last rank of the bucket that a reply with this cursor was about.
+    fn ends(&self, cursor: u64) -> u64 {
+        match self.slot {
+            None if cursor == 0 => u64::MAX,
+            None => cursor.reverse_bits() - 1,
+            // The walk has gone on to another slot, or there is none.
+            Some(slot) if cursor == 0 || cursor & u64::from(SLOTS - 1) != u64::from(slot) => u64::MAX,
+            Some(_) => (cursor >> SLOT_BITS).reverse_bits() - 1,
+        }
+    }
+}
+
+/// A key that lives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key {
+    /// Its name, which may be any bytes.
+    pub name: Vec<u8>,
+    /// How long it lives; `None`: for ever.
+    pub ttl: Option<Duration>,
+}
+
+/// The keys of one piece.
+pub type Piece = Vec<Key>;
+
+/// A walk of one piece.
+struct Walker {
+    range: Range,
+    cursor: u64,
+    names: Vec<Vec<u8>>,
+}
+
+/// Walks pieces, many at a time.
+pub struct Walk {
+    to_come: std::vec::IntoIter<Range>,
+    walkers: Vec<Walker>,
+    /// Pieces that are done, and that nobody has taken yet.
+    done: Vec<Piece>,
+    pace: Pace,
+}
+
+impl Walk {
+    /// A walk of these pieces.
+    pub fn new(table: &Table, pieces: Vec<PieceNumber>, pace: Pace) -> Self {
+        let ranges: Vec<_> = pieces.into_iter().map(|number| table.range(number)).collect();
+        Self { to_come: ranges.into_iter(), walkers: Vec::new(), done: Vec::new(), pace }
+    }
+
+    /// The next piece, or `None` after the last one.
+    ///
+    /// # Errors
+    /// [`NodeError`].
+    pub async fn next(&mut self, conn: &mut Conn) -> Result<Option<Piece>, NodeError> {
+        loop {
+            if let Some(piece) = self.done.pop() {
+                return Ok(Some(piece));
+            }
+            let more = self.pace.commands - self.walkers.len();
+            let new = self.to_come.by_ref().take(more);
+            self.walkers.extend(new.map(|range| Walker { cursor: range.cursor(), range, names: Vec::new() }));
+            if self.walkers.is_empty() {
+                return Ok(None);
+            }
+            self.step(conn).await?;
+        }
+    }
+
+    /// One SCAN for each piece under way; then the TTLs of the pieces that are done.
+    async fn step(&mut self, conn: &mut Conn) -> Result<(), NodeError> {
+        let scan = |walker: &Walker| redis::cmd("SCAN").arg(walker.cursor).arg("COUNT").arg(1).to_owned();
+        let commands: Vec<_> = self.walkers.iter().map(scan).collect();
+        let begun = Instant::now();
+        let replies = conn.call_all::<(String, Vec<Vec<u8>>)>("SCAN", &commands).await?;
+        self.rest(begun).await;
+        let mut names: Vec<(usize, Vec<u8>)> = Vec::new();
+        let mut ended = 0;
+        let mut walkers = Vec::new();
+        for (mut walker, reply) in std::mem::take(&mut self.walkers).into_iter().zip(replies) {
+            let (cursor, found) = reply?;
+            let cursor: u64 = cursor.parse().unwrap_or(0);
+            let end = walker.range.ends(cursor);
+            if end <= walker.range.last {
+                let ours = |name: &Vec<u8>| walker.range.slot.is_none_or(|slot| slot_of(name) == slot);
+                walker.names.extend(found.into_iter().filter(ours));
+            }
+            if end < walker.range.last {
+                walker.cursor = cursor;
+                walkers.push(walker);
+            } else {
+                names.extend(walker.names.into_iter().map(|name| (ended, name)));
+                ended += 1;
+            }
+        }
+        self.walkers = walkers;
+        let mut pieces = vec![Piece::new(); ended];
+        for some in names.chunks(self.pace.commands) {
+            let commands: Vec<_> = some.iter().map(|(_, name)| redis::cmd("PTTL").arg(name).to_owned()).collect();
+            let begun = Instant::now();
+            let replies = conn.call_all::<i64>("PTTL", &commands).await?;
+            self.rest(begun).await;
+            for ((piece, name), reply) in some.iter().zip(replies) {
+                let ttl = match reply? {
+                    // It has expired meanwhile, or was deleted.
+                    -2 => continue,
+                    ms => u64::try_from(ms).ok().map(Duration::from_millis),
+                };
+                pieces[*piece].push(Key { name: name.clone(), ttl });
+            }
+        }
+        self.done = pieces;
+        Ok(())
+    }
+
+    async fn rest(&self, begun: Instant) {
+        tokio::time::sleep(begun.elapsed().mul_f64(1.0 / self.pace.share - 1.0)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_the_cursor_space_without_a_gap_or_an_overlap() {
+        for keys in [0, 1, 127, 128, 129, 100_000, 10_000_000] {
+            let table = Table::one(keys);
+            let mut next = 0_u128;
+            for number in 0..table.pieces() {
+                let range = table.range(number);
+                assert_eq!(u128::from(range.first), next, "{keys} keys, piece {number}");
+                next = u128::from(range.last) + 1;
+            }
+            assert_eq!(next, 1 << 64, "{keys} keys");
+            let in_piece = keys / table.pieces();
+            assert!(in_piece < 2 * KEYS_IN_PIECE, "{keys} keys: {in_piece} in a piece");
+        }
+    }
+
+    #[test]
+    fn a_table_for_each_slot_is_cut_by_slot() {
+        let slots = SlotSet::new([0..=9, 16_380..=16_383]);
+        let table = Table::by_slot(14 * 256, &slots);
+        assert_eq!((table.bits, table.pieces()), (2, 14 * 4));
+        let last = table.range(table.pieces() - 1);
+        assert_eq!((last.slot, last.first, last.last), (Some(16_383), 3 << 62, u64::MAX));
+        assert_eq!(last.cursor(), 3 << SLOT_BITS | 16_383);
+        assert_eq!(last.ends(5), u64::MAX, "the reply leads to another slot");
+    }
+
+    #[test]
+    fn what_is_drawn_is_drawn_once_and_small_tables_are_taken_whole() {
+        let table = Table::one(1_000_000);
+        let drawn = table.draw(100_000);
+        let distinct: std::collections::BTreeSet<_> = drawn.iter().collect();
+        assert_eq!(distinct.len(), drawn.len());
+        assert!((drawn.len() as f64 / table.pieces() as f64 - 0.1).abs() < 0.01);
+        assert_eq!(Table::one(150_000).draw(100_000).len() as u64, Table::one(150_000).pieces());
+    }
+}
