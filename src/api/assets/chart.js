@@ -123,29 +123,29 @@ export function sweepChart({ open }) {
   };
 }
 
-const reach = (edge) => (typeof edge === "number" ? span(edge) : edge === null || edge === undefined ? "later" : shortWhen(edge));
-
-// What expires when, of one DB: one bar for each bin, with its error.
-export function forecastChart(db) {
-  const width = 640, height = 130, bottom = height - FOOT;
-  const most = roundUp(Math.max(0, ...db.bins.map((bin) => bin.keys + (bin.keys_error || 0))));
-  const band = (width - LEFT - RIGHT) / Math.max(1, db.bins.length);
+// What expires when: one bar for each part of the time ahead, with its error. `peaks`: spans that stand out.
+export function forecastChart({ bins, name, peaks }) {
+  const width = 960, height = 150, bottom = height - FOOT;
+  const most = roundUp(Math.max(0, ...bins.map((bin) => bin.keys + bin.keys_error)));
+  const band = (width - LEFT - RIGHT) / Math.max(1, bins.length);
   const y = (value) => bottom - (bottom - 12) * Math.min(1, value / most);
   const parts = [
     svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: 12, y2: 12 }),
+    svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: (12 + bottom) / 2, y2: (12 + bottom) / 2 }),
     svg("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: bottom, y2: bottom }),
     svg("text", { class: "tick", x: LEFT - 7, y: 16, "text-anchor": "end" }, short(most)),
+    svg("text", { class: "tick", x: LEFT - 7, y: bottom + 3.5, "text-anchor": "end" }, "0"),
   ];
-  const every = Math.ceil(db.bins.length / Math.floor((width - LEFT) / 64));
-  db.bins.forEach((bin, n) => {
+  const every = Math.max(1, Math.ceil(bins.length / 9));
+  const inside = (bin, peak) => Date.parse(peak.from) < Date.parse(bin.to) && Date.parse(bin.from) < Date.parse(peak.to);
+  bins.forEach((bin, n) => {
     const x = LEFT + n * band, middle = x + band / 2;
-    const isPeak = (db.peaks || []).some((peak) => peak.from <= bin.from && bin.to <= peak.to);
-    const words = `${reach(bin.from)} to ${reach(bin.to)}: ${number(bin.keys)}${bin.keys_error ? ` ± ${number(bin.keys_error)}` : ""} keys${bin.bytes ? `, ${bytes(bin.bytes)}` : ""}`;
+    const words = `${when(bin.from)} to ${when(bin.to)}: ${number(bin.keys)}${bin.keys_error ? ` ± ${number(bin.keys_error)}` : ""} keys${bin.bytes ? `, ${bytes(bin.bytes)}` : ""}`;
     parts.push(svg("g", { class: "column" }, svg("title", {}, words),
       svg("rect", { class: "back", x, y: 0, width: band, height: bottom }),
-      svg("rect", { class: isPeak ? "peak-fill" : "bar-fill", x: x + 1, y: y(bin.keys), width: Math.max(1, band - 2), height: Math.max(0, bottom - y(bin.keys)), rx: 2 }),
+      svg("rect", { class: peaks.some((peak) => inside(bin, peak)) ? "peak-fill" : "bar-fill", x: x + Math.min(1, band / 8), y: y(bin.keys), width: Math.max(0.8, band - Math.min(2, band / 4)), height: Math.max(0, bottom - y(bin.keys)), rx: Math.min(2, band / 6) }),
       bin.keys_error ? svg("path", { class: "error", d: `M${middle} ${y(Math.max(0, bin.keys - bin.keys_error))}V${y(bin.keys + bin.keys_error)}` }) : ""));
-    if (n % every === 0) parts.push(svg("text", { class: "tick", x: middle, y: height - 5, "text-anchor": "middle" }, reach(bin.to)));
+    if (n % every === 0) parts.push(svg("text", { class: "tick", x, y: height - 5 }, shortWhen(bin.from)));
   });
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "wide", role: "img", "aria-label": `Keys of DB ${db.db} that expire, by time` }, parts);
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "wide", role: "img", "aria-label": `Keys of ${name} that expire, by time` }, parts);
 }

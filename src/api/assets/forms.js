@@ -1,7 +1,7 @@
 // What an operator asks for: a sweep, other limits for one that runs, another schedule. What the API refuses is said at its field.
 
 import { ask, contractPath, instancePath, post } from "./api.js";
-import { announce, exactly, h, when, zoneName } from "./dom.js";
+import { ZONE, announce, exactly, h, when, zoneName } from "./dom.js";
 
 // The load limits that a form offers; the API has more.
 const LIMITS = [
@@ -98,6 +98,7 @@ function dialog({ title, about, fields, more = [], submit, act, second }) {
     general.textContent = "";
     for (const { input, wrong } of inputs.values()) { wrong.textContent = ""; input.removeAttribute("aria-invalid"); }
     button.disabled = true;
+    const slow = setTimeout(() => { button.textContent = "Working…"; }, 400);
     try {
       const filled = {};
       for (const [name, { field, input }] of inputs) {
@@ -110,6 +111,8 @@ function dialog({ title, about, fields, more = [], submit, act, second }) {
     } catch (error) {
       if (error.status !== 401) complain(error); else box.close();
     } finally {
+      clearTimeout(slow);
+      button.textContent = submit;
       button.disabled = false;
     }
   }
@@ -232,5 +235,20 @@ export function keepDialog(instance, changed) {
       text: "Back to the settings file", done: "The settings file's bounds are in force.",
       act: async () => { await ask(path, { method: "DELETE" }); changed(); },
     },
+  });
+}
+
+// A sample of the keys of an instance: what will expire when.
+export function forecastDialog(instance, show) {
+  dialog({
+    title: "Forecast", about: "A random sample of the keys and their TTLs is taken from a replica of each master.", submit: "Sample now",
+    fields: [
+      { name: "on_master", label: "Look on the masters themselves", kind: "check", hint: "Where there are no replicas: in a twentieth of a master's time. Expired keys that are met there are freed." },
+      { name: "by_prefix", label: "Group keys by the first parts of their names", kind: "check", hint: "Names are read and shown once; nothing of them is kept." },
+    ],
+    act: { done: "The forecast is made.", work: async (filled) => {
+      const zone = ZONE === "UTC" ? {} : { zone: ZONE };
+      await show(await post(`${instancePath(instance.id)}/forecast`, { ...filled, ...zone }));
+    } },
   });
 }

@@ -3,7 +3,7 @@
 import { ask, contractPath, instancePath, isOperator, listen, post, tasks } from "./api.js";
 import { forecastChart, sweepChart } from "./chart.js";
 import { ago, announce, badge, bytes, exactly, h, isActive, number, say, short, span, time, took, when } from "./dom.js";
-import { keepDialog, scheduleDialog, sweepDialog, tuneDialog } from "./forms.js";
+import { forecastDialog, keepDialog, scheduleDialog, sweepDialog, tuneDialog } from "./forms.js";
 
 const CHARTED = 60;
 const PAGE = 20;
@@ -242,24 +242,43 @@ export function instanceView(main, id) {
     }
   }
 
-  // Served by daemons that forecast; others answer 404.
-  async function showForecast(fresh) {
-    let answer;
+  // The last forecast, or that there is none and how to get one.
+  async function showForecast(made) {
+    let answer = made;
     try {
-      answer = await ask(`${instancePath(id)}/forecast`, fresh ? { method: "POST" } : undefined);
+      answer = answer || await ask(`${instancePath(id)}/forecast`);
     } catch (error) {
-      if (fresh) failed(error);
-      return;
+      if (error.status !== 404) { failed(error); return; }
+      if (!isOperator()) return;
     }
     if (isOver) return;
     forecast.hidden = false;
-    forecast.replaceChildren(
-      h("div", { class: "card-head" }, h("h2", {}, "Forecast"),
-        isOperator() ? h("button", { class: "small", onclick: () => showForecast(true) }, "Sample now") : ""),
-      h("p", { class: "soft" }, answer.at ? `What expires when, as sampled ${when(answer.at)}${answer.source ? ` on ${answer.source}` : ""}.` : "Nothing was sampled yet."),
-      (answer.dbs || []).map((db) => h("div", { class: "forecast-db" },
-        h("p", {}, h("b", {}, `DB ${db.db}`), h("span", { class: "soft" }, ` ${number(db.keys)} keys, ${number(db.keys_with_ttl)} with a TTL, ${number(db.sampled)} sampled`)),
-        forecastChart(db))));
+    forecast.replaceChildren(h("div", { class: "card-head" }, h("h2", {}, "Forecast"),
+      isOperator() ? h("button", { class: "small", onclick: () => forecastDialog(instance, showForecast) }, "Sample…") : ""),
+    answer ? h("div", {}, outlooks(answer)) : h("p", { class: "soft" }, "What will expire when: nothing was sampled yet."));
+  }
+
+  const about = (figure) => `${number(figure.keys)}${figure.keys_error ? ` ± ${number(figure.keys_error)}` : ""}`;
+  const fact = (name, value) => h("span", {}, h("small", {}, name), value);
+
+  function outlook(part, name, peaks) {
+    return h("div", { class: "forecast-db" },
+      h("p", {}, h("b", {}, name), h("span", { class: "soft" }, ` ${number(part.keys)} keys, ${number(part.looked_at)} looked at`)),
+      h("div", { class: "facts" }, fact("With a TTL", about(part.with_ttl)), fact("Without", about(part.without_ttl)),
+        fact("Expired in memory", about(part.expired)), part.within.map((bound) => fact(`Within ${exactly(bound.within_s)}`, about(bound))),
+        fact("Later", about(part.later))),
+      part.bins.length ? forecastChart({ bins: part.bins, name, peaks }) : "");
+  }
+
+  function outlooks(answer) {
+    const sources = answer.sources.map((source) => source.addr).join(", ");
+    const parts = answer.dbs.length === 1 ? [outlook(answer.dbs[0], `DB ${answer.dbs[0].db}`, answer.peaks)]
+      : [outlook(answer.total, "All DBs", answer.peaks), h("details", {}, h("summary", {}, "Each DB"), answer.dbs.map((db) => outlook(db, `DB ${db.db}`, answer.peaks)))];
+    return [h("p", { class: "soft" }, `As sampled ${when(answer.at)} on ${sources}; the truth is within the errors in 19 of 20 cases.`),
+      answer.peaks.length ? h("ul", { class: "peaks" }, answer.peaks.map((peak) =>
+        h("li", {}, h("i", { "aria-hidden": "true" }), `${when(peak.from)} to ${when(peak.to)}: ${about(peak)} keys expire`))) : "",
+      parts,
+      answer.prefixes ? h("details", {}, h("summary", {}, "By the first parts of key names"), h("pre", { tabindex: "0" }, answer.report)) : ""];
   }
 
   function sweepRows(sweep) {
@@ -340,7 +359,7 @@ export function instanceView(main, id) {
       showSchedule();
       showCheck();
       await loadRows();
-      if (isFirst) { isFirst = false; showForecast(false); }
+      if (isFirst) { isFirst = false; showForecast(); }
       if (isOver) return;
       main.dataset.ready = "instance";
       const next = [instance.next_scan_at, instance.window_changes_at].filter(Boolean).map((at) => new Date(at) - Date.now());
