@@ -38,7 +38,7 @@ test: needs setup clients fmt-check lint docs unit matrix ## format, lint, docs,
 needs: cargo ## install what the system lacks for the tests, or name it
 	$(call step,needs,scripts/needs.sh cc python)
 
-clients: ## get the real clients for the tests: SDK, fuzzer, Prometheus, Helm, Compose (cached outside the checkout)
+clients: ## get the real clients for the tests: SDK, fuzzer, Prometheus, Helm, Compose, Chromium (cached outside the checkout)
 	$(call step,clients,scripts/clients.sh fetch)
 
 setup: cargo ## get the servers for the tests (cached outside the checkout)

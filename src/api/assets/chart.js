@@ -124,8 +124,21 @@ export function sweepChart({ open }) {
 }
 
 // What expires when: one bar for each part of the time ahead, with its error. `peaks`: spans that stand out.
-export function forecastChart({ bins, name, peaks }) {
-  const width = 960, height = 150, bottom = height - FOOT;
+export function forecastChart(what) {
+  const drawing = h("div", { class: "drawing" });
+  let drawn = 0;
+  // It goes with the element.
+  new ResizeObserver(() => {
+    const width = Math.max(280, drawing.clientWidth);
+    if (Math.abs(width - drawn) < 1) return;
+    drawn = width;
+    drawing.replaceChildren(forecastPicture(what, width));
+  }).observe(drawing);
+  return drawing;
+}
+
+function forecastPicture({ bins, name, peaks }, width) {
+  const height = 150, bottom = height - FOOT;
   const most = roundUp(Math.max(0, ...bins.map((bin) => bin.keys + bin.keys_error)));
   const band = (width - LEFT - RIGHT) / Math.max(1, bins.length);
   const y = (value) => bottom - (bottom - 12) * Math.min(1, value / most);
@@ -136,7 +149,7 @@ export function forecastChart({ bins, name, peaks }) {
     svg("text", { class: "tick", x: LEFT - 7, y: 16, "text-anchor": "end" }, short(most)),
     svg("text", { class: "tick", x: LEFT - 7, y: bottom + 3.5, "text-anchor": "end" }, "0"),
   ];
-  const every = Math.max(1, Math.ceil(bins.length / 9));
+  const every = Math.max(1, Math.ceil(bins.length / Math.floor((width - LEFT) / 100)));
   const inside = (bin, peak) => Date.parse(peak.from) < Date.parse(bin.to) && Date.parse(bin.from) < Date.parse(peak.to);
   bins.forEach((bin, n) => {
     const x = LEFT + n * band, middle = x + band / 2;
@@ -145,7 +158,7 @@ export function forecastChart({ bins, name, peaks }) {
       svg("rect", { class: "back", x, y: 0, width: band, height: bottom }),
       svg("rect", { class: peaks.some((peak) => inside(bin, peak)) ? "peak-fill" : "bar-fill", x: x + Math.min(1, band / 8), y: y(bin.keys), width: Math.max(0.8, band - Math.min(2, band / 4)), height: Math.max(0, bottom - y(bin.keys)), rx: Math.min(2, band / 6) }),
       bin.keys_error ? svg("path", { class: "error", d: `M${middle} ${y(Math.max(0, bin.keys - bin.keys_error))}V${y(bin.keys + bin.keys_error)}` }) : ""));
-    if (n % every === 0) parts.push(svg("text", { class: "tick", x, y: height - 5 }, shortWhen(bin.from)));
+    if (n % every === 0 && x < width - 70) parts.push(svg("text", { class: "tick", x, y: height - 5 }, shortWhen(bin.from)));
   });
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "wide", role: "img", "aria-label": `Keys of ${name} that expire, by time` }, parts);
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Keys of ${name} that expire, by time` }, parts);
 }
