@@ -131,3 +131,25 @@ export function announce(text, isBad = false) {
   said.className = isBad ? "toast shown bad" : "toast shown";
   hiding = setTimeout(() => { said.className = "toast"; }, isBad ? 8000 : 3500);
 }
+
+// Does something soon, and only once however often that is asked for: at the earliest time that was, and never twice within `least` ms.
+export function later(act, least = 1000) {
+  let timer, due = Infinity, last = -Infinity;
+  return {
+    soon(ms) {
+      const at = Math.max(performance.now() + ms, last + least);
+      if (at >= due) return;
+      clearTimeout(timer);
+      due = at;
+      timer = setTimeout(() => { due = Infinity; last = performance.now(); act(); }, Math.min(at - performance.now(), 2 ** 31 - 1));
+    },
+    // What was waited for is here, or nobody wants it any more.
+    stop() { clearTimeout(timer); due = Infinity; last = performance.now(); },
+  };
+}
+
+// How long until the first of these times, in ms, where one is ahead.
+export function untilNext(times) {
+  const ahead = times.filter(Boolean).map((at) => new Date(at) - Date.now());
+  return ahead.length ? Math.max(3000, Math.min(...ahead) + 1000) : undefined;
+}

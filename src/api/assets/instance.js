@@ -1,8 +1,8 @@
 // One instance: what runs, what its sweeps brought and what held them, when it is due, and a look at it.
 
-import { ask, contractPath, instancePath, isOperator, listen, post, tasks } from "./api.js";
+import { ask, instancePath, isOperator, listen, post, tasks } from "./api.js";
 import { forecastChart, sweepChart } from "./chart.js";
-import { ago, announce, badge, bytes, exactly, h, isActive, number, say, short, span, time, took, when } from "./dom.js";
+import { ago, announce, badge, bytes, exactly, h, isActive, later, number, say, short, span, time, took, untilNext, when } from "./dom.js";
 import { forecastDialog, keepDialog, scheduleDialog, sweepDialog, tuneDialog } from "./forms.js";
 
 const CHARTED = 60;
@@ -69,7 +69,8 @@ function report(sweep) {
 }
 
 export function instanceView(main, id) {
-  let instance, isOver = false, isFirst = true, page = 0, timer, shardsAt = 0;
+  let instance, isOver = false, isFirst = true, page = 0, shardsAt = 0;
+  const again = later(() => refresh(), 500);
   const opened = new Map();
 
   const title = h("h1", { tabindex: "-1" }, id);
@@ -346,7 +347,7 @@ export function instanceView(main, id) {
   }
 
   async function refresh() {
-    clearTimeout(timer);
+    again.stop();
     try {
       const got = await ask(instancePath(id));
       if (isOver) return;
@@ -362,17 +363,12 @@ export function instanceView(main, id) {
       if (isFirst) { isFirst = false; showForecast(); }
       if (isOver) return;
       main.dataset.ready = "instance";
-      const next = [instance.next_scan_at, instance.window_changes_at].filter(Boolean).map((at) => new Date(at) - Date.now());
-      if (next.length) soon(Math.min(2 ** 31 - 1, Math.max(3000, Math.min(...next) + 1000)));
+      const next = untilNext([instance.next_scan_at, instance.window_changes_at]);
+      if (next) again.soon(next);
     } catch (error) {
       if (error.status === 404) main.replaceChildren(h("p", { class: "empty" }, error.message, " ", h("a", { href: "#/" }, "All instances")));
       else failed(error);
     }
-  }
-
-  function soon(ms) {
-    clearTimeout(timer);
-    timer = setTimeout(refresh, ms);
   }
 
   const states = new Map();
@@ -380,9 +376,9 @@ export function instanceView(main, id) {
     const own = changed.filter((task) => task.instance_id === id);
     const isNews = own.some((task) => states.get(task.id) !== task.state) || (isAnew && ended.some((task) => task.instance_id === id));
     own.forEach((task) => states.set(task.id, task.state));
-    if (isNews) soon(150);
+    if (isNews) again.soon(100);
     else if (own.length && instance) showLive();
   });
   refresh();
-  return { refresh, end() { isOver = true; deaf(); chart.end(); clearTimeout(timer); } };
+  return { refresh, end() { isOver = true; deaf(); chart.end(); again.stop(); } };
 }

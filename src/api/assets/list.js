@@ -1,7 +1,7 @@
 // All instances: which there are, how each stands, and what runs now.
 
-import { ask, instancePath, isOperator, listen, tasks } from "./api.js";
-import { STATES, ago, announce, badge, bytes, h, isActive, number, say, short, span, time, when } from "./dom.js";
+import { ask, isOperator, listen, tasks } from "./api.js";
+import { STATES, announce, badge, bytes, h, isActive, later, number, say, short, time, untilNext, when } from "./dom.js";
 import { sweepDialog } from "./forms.js";
 
 const PAGE = 50;
@@ -70,7 +70,7 @@ class Row {
     const [, state, , reclaimed] = this.cells;
     this.task = task;
     const isLive = isActive(task) && task.progress !== undefined;
-    const key = `${task?.state}`;
+    const key = `${task?.state} ${task?.cause}`;
     if (this.shown !== key) {
       this.shown = key;
       this.fill = h("i");
@@ -92,7 +92,8 @@ class Row {
 
   acts() {
     if (!isOperator()) return;
-    const busy = isActive(this.task);
+    // A keep run gives way to whoever asks for a sweep.
+    const busy = isActive(this.task) && this.task.cause !== "keep";
     const sweep = () => sweepDialog(this.instance);
     this.act.replaceChildren(busy ? "" : h("button", { class: "small", onclick: sweep, "aria-label": `Sweep ${this.instance.name}` }, "Sweep…"));
   }
@@ -103,7 +104,7 @@ export function listView(main, query) {
   const rows = new Map();
   let answer;
   let asked = 0;
-  let timer;
+  const again = later(() => refresh());
 
   const go = (change) => {
     const next = link({ ...wish, page: 1, ...change });
@@ -195,7 +196,7 @@ export function listView(main, query) {
   }
 
   async function refresh() {
-    clearTimeout(timer);
+    again.stop();
     const own = ++asked;
     try {
       const got = await ask(path(wish));
@@ -204,16 +205,11 @@ export function listView(main, query) {
       answer = got;
       show();
       // Nothing is asked for until something is due, or a window opens or closes.
-      const next = answer.instances.flatMap((one) => [one.next_scan_at, one.window_changes_at]).filter(Boolean).map((at) => new Date(at) - Date.now());
-      if (next.length) soon(Math.min(2 ** 31 - 1, Math.max(3000, Math.min(...next) + 1000)));
+      const next = untilNext(answer.instances.flatMap((one) => [one.next_scan_at, one.window_changes_at]));
+      if (next) again.soon(next);
     } catch (error) {
       if (error.status !== 401) announce(error.message, true);
     }
-  }
-
-  function soon(ms) {
-    clearTimeout(timer);
-    timer = setTimeout(refresh, ms);
   }
 
   const deaf = listen((changed, { isFirst, ended }) => {
@@ -226,9 +222,9 @@ export function listView(main, query) {
       if (!states.has(task.id) || states.get(task.id) !== task.state) isStale = true;
       states.set(task.id, task.state);
     }
-    if (isStale) soon(800);
+    if (isStale) again.soon(500);
   });
   const states = new Map();
   refresh();
-  return { refresh, end() { deaf(); clearTimeout(timer); clearTimeout(typing); asked += 1; }, search };
+  return { refresh, end() { deaf(); again.stop(); clearTimeout(typing); asked += 1; }, search };
 }

@@ -1,7 +1,7 @@
 // The newest sweeps of all instances, and the daemons that share the records.
 
 import { ask, listen } from "./api.js";
-import { announce, badge, h, number, span, time, took, when } from "./dom.js";
+import { announce, badge, h, later, number, span, time, took, when } from "./dom.js";
 
 const PAGE = 50;
 
@@ -10,7 +10,7 @@ export function sweepsView(main) {
   const more = h("button", { class: "small", hidden: true, onclick: () => load(last) }, "Older sweeps");
   const sum = h("span", { class: "soft" });
   let last;
-  let timer;
+  const again = later(() => load());
   main.replaceChildren(
     h("div", { class: "head" }, h("h1", { tabindex: "-1" }, "Sweeps"), sum),
     h("div", { class: "panel" }, h("table", {}, h("caption", { class: "hidden" }, "Sweeps, newest first"), h("thead", {}, h("tr", {},
@@ -49,10 +49,10 @@ export function sweepsView(main) {
     const isNews = changed.some((task) => states.get(task.id) !== task.state);
     changed.forEach((task) => states.set(task.id, task.state));
     // Whoever reads further down is not disturbed.
-    if (isNews && body.children.length <= PAGE) { clearTimeout(timer); timer = setTimeout(() => load(), 800); }
+    if (isNews && body.children.length <= PAGE) again.soon(500);
   });
   load();
-  return { refresh: () => load(), end() { deaf(); clearTimeout(timer); } };
+  return { refresh: () => load(), end() { deaf(); again.stop(); } };
 }
 
 export function daemonsView(main) {
