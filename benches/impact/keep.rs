@@ -24,7 +24,7 @@ use super::load::{OpenLoop, comes_first};
 use super::report::{Output, Table, cell, median};
 use super::wire::{Conn, encode};
 
-/// Keys that the foreground reads, which never expire.
+/// Keys that the foreground reads, which have no TTL.
 const LIVE: u64 = 50_000;
 /// GETs of them a second.
 const RATE: u64 = 2_000;
@@ -127,7 +127,7 @@ fn measure(
     *version = server.version();
     let (settle, measured) = times(flow);
     let mut conn = Conn::open(&server.addr());
-    conn.fill("live", LIVE, super::wire::A_DAY);
+    conn.ask_ok(&["DEBUG", "POPULATE", &LIVE.to_string(), "live", "32"]);
     let keys = flow.per_s * flow.ttl_s;
     let begins = SystemTime::now() + Duration::from_secs(1 + keys / FILL_PER_S);
     fill(&mut conn, flow, begins);
