@@ -268,6 +268,22 @@ after=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)
 until_says '^succeeded$' state_of "$id"
 say "killed in the middle of a sweep, the daemon came back and ended it: $(reclaimed_of "$id") keys reclaimed"
 
+# A stop in order, in the middle of another one. Compose would cut it after ten seconds.
+dead_keys
+id=$(api -X POST localhost:8080/api/v1/tasks -H 'Content-Type: application/json' \
+  -d '{"instance_id": "cache", "max_keys_per_sec": 50000}' | field '["id"]')
+until_says '^[1-9]' reclaimed_of "$id"
+begun=$(date +%s)
+compose stop ttlsweep >/dev/null 2>&1
+took=$(($(date +%s) - begun))
+[ "$took" -lt 8 ] || die "the daemon took $took s to stop"
+code=$(docker inspect --format '{{.State.ExitCode}}' "$(compose ps --all --quiet ttlsweep)")
+[ "$code" = 0 ] || die "the daemon ended with $code on SIGTERM"
+compose start ttlsweep >/dev/null 2>&1
+until_says '^healthy$' health_of ttlsweep
+until_says '^succeeded$' state_of "$id"
+say "stopped by SIGTERM in the middle of a sweep within $took s, the daemon came back and ended it"
+
 until_says '[1-9]' figure 'sum(ttlsweep_keys_reclaimed_total) > 0'
 until_says 'TtlsweepDown' api localhost:9090/api/v1/rules
 say "Prometheus has the figures and the alerts"
@@ -320,7 +336,31 @@ else
   until_says cache inside ttlsweep instance list
   [ "$(main_process)" != "$before" ] || die "ttlsweep.service was not killed"
   inside systemctl reload ttlsweep || { journal ttlsweep; die "ttlsweep.service cannot be reloaded"; }
+
+  # Stopped in the middle of a sweep, which goes on afterwards.
+  inside redis-cli EVAL "for i = 1, 100000 do redis.call('SET', 'k' .. i, 'x', 'EX', 3600) end" 0 >/dev/null
+  id=$(inside ttlsweep task create cache --max-keys-per-sec 2000 --json | field '["id"]')
+  shown() { inside ttlsweep task show "$id" --json | field "$1"; }
+  until_says '^[1-9]' shown '["scanned"]'
   inside systemctl stop ttlsweep
+  [ "$(inside systemctl show --property Result --value ttlsweep)" = success ] || { journal ttlsweep; die "ttlsweep.service does not stop in order"; }
+  inside systemctl start ttlsweep
+  until_says '^running$' shown '["state"]'
+  inside ttlsweep task tune "$id" --max-keys-per-sec 0 >/dev/null
+  until_says '^succeeded$' shown '["state"]'
+
+  # The timer fires by itself, here every five seconds.
+  inside sh -c 'mkdir -p /etc/systemd/system/ttlsweep-scan.timer.d && printf "[Timer]\nOnCalendar=\nOnCalendar=*:*:0/5\nRandomizedDelaySec=0\n" \
+    >/etc/systemd/system/ttlsweep-scan.timer.d/often.conf && systemctl daemon-reload && systemctl restart ttlsweep-scan.timer'
+  began() { inside systemctl show --property ExecMainStartTimestampMonotonic --value ttlsweep-scan.service; }
+  before=$(began)
+  for _ in $(seq 40); do
+    [ "$(began)" != "$before" ] && break
+    sleep 0.5
+  done
+  [ "$(began)" != "$before" ] || { journal ttlsweep-scan; die "ttlsweep-scan.timer does not fire"; }
+  until_says '^success$' inside systemctl show --property Result --value ttlsweep-scan.service
+  inside systemctl stop ttlsweep-scan.timer ttlsweep
   [ "$(inside systemctl show --property Result --value ttlsweep)" = success ] || { journal ttlsweep; die "ttlsweep.service does not stop in order"; }
   say "the units work under $(inside systemctl --version | head -n 1)"
   try_package

@@ -2,9 +2,8 @@
 # Makes what is given away, below target/packages: a Debian package, an archive, and their SHA-256. `make containers` installs, upgrades
 # and purges the Debian package under a systemd.
 #
-# The program is compiled here (profile `dist`). Where this toolchain has the standard library for it, the archive's is linked to musl
-# and so runs on any Linux; else it is linked to this system's C library, as the one in the Debian package, and the name of the archive says
-# so.
+# The program is compiled here (profile `dist`). The archive's holds its C library and so runs on any Linux: musl where this toolchain has the
+# standard library for it, else glibc. The one in the Debian package is linked to Debian's.
 #
 #   packages.sh            for this machine's architecture
 #   packages.sh BINARY     with a program that is there already
@@ -27,7 +26,11 @@ trap 'rm -rf "$work"' EXIT
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-compile() { "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" && cp "${CARGO_TARGET_DIR:-target}/$1/dist/ttlsweep" "$work/ttlsweep-$1"; }
+# For a target; under another name, where one is given.
+compile() {
+  "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" &&
+    cp "${CARGO_TARGET_DIR:-target}/$1/dist/ttlsweep" "$work/ttlsweep-${2:-$1}"
+}
 has_std() { [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]; }
 
 if [ -n "${1:-}" ]; then
@@ -103,13 +106,17 @@ debian_package() {
 }
 
 if has_std "$MUSL"; then
+  static=$MUSL
   say "compiling for $MUSL"
   compile "$MUSL"
-  archive "$MUSL" "$work/ttlsweep-$MUSL"
 else
-  echo "SKIPPED packages: no archive that runs on any Linux: this toolchain has no standard library for $MUSL (rustup target add $MUSL)"
-  archive "$HOST" "$program"
+  static=$HOST-static
+  say "compiling for $HOST, with its C library inside"
+  CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/static" RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" compile "$HOST" "$static"
 fi
+! ldd "$work/ttlsweep-$static" >/dev/null 2>&1 || die "the archive's program needs libraries of the system"
+"$work/ttlsweep-$static" --version >/dev/null || die "the archive's program does not run"
+archive "$static" "$work/ttlsweep-$static"
 if command -v dpkg-deb >/dev/null && command -v objdump >/dev/null; then
   debian_package
 else

@@ -178,8 +178,12 @@ pub struct ShardDto {
     pub touch: &'static str,
     /// `used_memory` in bytes, before and after.
     pub used_memory: MemoryDto,
+    /// `used_memory_rss` in bytes, before and after: what the operating system sees.
+    pub used_memory_rss: MemoryDto,
     /// `maxmemory` in bytes; 0: no limit.
     pub maxmemory: Option<u64>,
+    /// Keys that the server had evicted before the sweep, since it was started.
+    pub evicted_keys_before: Option<u64>,
     /// Keys that the server evicted during the sweep, to stay below `maxmemory`: they are not in `reclaimed`. `null` before
     /// the end.
     pub evicted_keys: Option<u64>,
@@ -248,7 +252,7 @@ impl From<&ServerFacts> for ServerDto {
     }
 }
 
-/// `used_memory` in bytes.
+/// A figure of memory in bytes.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct MemoryDto {
     /// When the sweep began.
@@ -414,7 +418,9 @@ impl ShardDto {
             server: view.server.as_ref().map(ServerDto::from),
             touch: view.touch.sentence(),
             used_memory: MemoryDto { before: view.memory_before.used, after: view.memory_after.used },
+            used_memory_rss: MemoryDto { before: view.memory_before.rss, after: view.memory_after.rss },
             maxmemory: view.memory_before.max,
+            evicted_keys_before: view.memory_before.evicted,
             evicted_keys: view.evicted(),
             keep: view.keep.as_ref().map(KeepDto::from),
             dbs: view.passes.iter().map(|(db, figures)| PassDto::new(db.0, figures)).collect(),

@@ -190,7 +190,7 @@ pub struct Facts {
 impl Facts {
     /// Puts together what was read.
     pub fn new(addr: &NodeAddr, info: Info, expiry: Expiry, rights: Rights, round_trip: Option<Duration>) -> Self {
-        let progress::Memory { used, max, evicted } = info.memory();
+        let progress::Memory { used, max, evicted, .. } = info.memory();
         Self {
             addr: addr.clone(),
             server: info.server(addr),

@@ -151,6 +151,26 @@ fn shard_lines(shard: &ShardView) -> String {
         let (before, after, limit) = (bytes(before), bytes(after), limit.unwrap_or_default());
         let _ = writeln!(text, "used memory: {before} before, {after} after ({change}){limit}");
     }
+    if let (Some(before), Some(after)) = (shard.memory_before.rss, shard.memory_after.rss) {
+        let ratio = |rss: u64, used: Option<u64>| used.filter(|used| *used > 0).map(|used| rss as f64 / used as f64);
+        let ratio = |rss, used| ratio(rss, used).map(|ratio| format!(", {ratio:.2} of used")).unwrap_or_default();
+        let _ = writeln!(
+            text,
+            "resident memory: {} before{}, {} after{}",
+            bytes(before),
+            ratio(before, shard.memory_before.used),
+            bytes(after),
+            ratio(after, shard.memory_after.used)
+        );
+    }
+    if let Some(kept) = shard.kept_by_allocator() {
+        let _ = writeln!(
+            text,
+            "note: {} of what was freed stays with the process, for keys to come: the allocator gives back whole pages only, and most hold \
+             other keys still. MEMORY PURGE gives back those that are free; activedefrag moves keys together",
+            bytes(kept)
+        );
+    }
     if let Some(evicted) = shard.evicted().filter(|keys| *keys > 0) {
         let _ = writeln!(
             text,
@@ -243,14 +263,14 @@ mod tests {
                     run_id: RunId("r".into()),
                     addr: NodeAddr::Tcp { host: "127.0.0.1".into(), port: 6379 },
                 },
-                memory: Memory { used: Some(96 << 20), max: Some(100 << 20), evicted: Some(70) },
+                memory: Memory { used: Some(96 << 20), rss: Some(120 << 20), max: Some(100 << 20), evicted: Some(70) },
                 dbs: vec![DbIndex(0)],
             },
             ScanEventKind::TouchDecided { outcome: TouchOutcome::ScanReclaims },
             ScanEventKind::PassFinished { db: DbIndex(0), figures },
             ScanEventKind::Warned { message: "a thing to know".into() },
             ScanEventKind::ShardFinished {
-                memory: Memory { used: Some(88 << 20), max: Some(100 << 20), evicted: Some(77) },
+                memory: Memory { used: Some(88 << 20), rss: Some(119 << 20), max: Some(100 << 20), evicted: Some(77) },
                 settling: Duration::from_millis(100),
             },
         ];

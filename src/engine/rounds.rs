@@ -34,6 +34,10 @@ use crate::store::StoredShard;
 pub const ROUNDS: u32 = 4;
 /// Pause between readings of a topology that is unknown or moves.
 const READ_EVERY: Duration = Duration::from_millis(500);
+/// A keep run looks this often whether masters have joined,
+const JOINED_EVERY: Duration = Duration::from_secs(10);
+/// and walks one whose walk has failed again after this long.
+const AFTER_FAILURE: Duration = Duration::from_secs(60);
 /// At most this many shards are named in a failure; the report has all of them.
 const NAMED_AT_MOST: usize = 5;
 
@@ -50,9 +54,9 @@ pub async fn run(plan: ScanPlan, mut orders: watch::Receiver<Orders>, events: mp
         Err(error) => return Outcome::Failed(error.into_failure()),
     };
     // A keep run takes every master all the time, and little of each.
-    let keeps = plan.settings.tuning.bounds.any();
-    let permits = if keeps { Permits::for_all() } else { Permits::new(plan.settings.parallel) };
-    let mut rounds = Rounds { plan, map, permits, orders, events, records: BTreeMap::new() };
+    let permits =
+        if plan.settings.tuning.bounds.any() { Permits::for_all() } else { Permits::new(plan.settings.parallel) };
+    let mut rounds = Rounds { plan, map, permits, orders, events, records: BTreeMap::new(), ended_at: BTreeMap::new() };
     match rounds.all(shards).await {
         Ok(()) => rounds.outcome(),
         Err(reason) => Outcome::Stopped(reason),
@@ -67,6 +71,7 @@ struct Rounds {
     orders: watch::Receiver<Orders>,
     events: mpsc::Sender<ScanEvent>,
     records: BTreeMap<ShardId, Ended>,
+    ended_at: BTreeMap<ShardId, Instant>,
 }
 
 impl Rounds {
@@ -117,23 +122,22 @@ impl Rounds {
         let mut shards = JoinSet::new();
         let mut names = HashMap::new();
         for shard in plans {
-            self.say(&shard.id, ScanEventKind::ShardFound { addr: shard.master.addr.clone() }).await;
-            let id = shard.id.clone();
-            let turn = self.permits.queue_up(&shard.master.addr).await;
-            let job = Job {
-                shard,
-                task: self.plan.task,
-                journals: self.plan.journals.clone(),
-                settings: self.plan.settings.clone(),
-                map: self.map.clone(),
-                permits: self.permits.clone(),
-                turn: Some(turn),
-            };
-            let handle = shards.spawn(sweep::run(job, self.orders.clone(), self.events.clone()));
-            names.insert(handle.id(), id);
+            self.spawn(shard, &mut shards, &mut names).await;
         }
         let mut stopped = None;
-        while let Some(ended) = shards.join_next_with_id().await {
+        let mut look_at = Instant::now() + JOINED_EVERY;
+        loop {
+            let ended = tokio::select! {
+                ended = shards.join_next_with_id() => ended,
+                () = tokio::time::sleep_until(look_at), if self.keeps() && stopped.is_none() => {
+                    for shard in self.joined(&names).await {
+                        self.spawn(shard, &mut shards, &mut names).await;
+                    }
+                    look_at = Instant::now() + JOINED_EVERY;
+                    continue;
+                }
+            };
+            let Some(ended) = ended else { break };
             let (task, ended) = match ended {
                 Ok((task, ended)) => (task, ended),
                 Err(panic) => {
@@ -146,11 +150,62 @@ impl Rounds {
                 stopped = Some(reason);
             }
             if let Some(id) = names.remove(&task) {
+                self.ended_at.insert(id.clone(), Instant::now());
                 self.records.insert(id, ended);
             }
         }
         // A stop explains everything else that ended early.
         stopped.map_or(Ok(()), Err)
+    }
+
+    async fn spawn(
+        &self,
+        shard: ShardPlan,
+        shards: &mut JoinSet<Ended>,
+        names: &mut HashMap<tokio::task::Id, ShardId>,
+    ) {
+        self.say(&shard.id, ScanEventKind::ShardFound { addr: shard.master.addr.clone() }).await;
+        let id = shard.id.clone();
+        let turn = self.permits.queue_up(&shard.master.addr).await;
+        let job = Job {
+            shard,
+            task: self.plan.task,
+            journals: self.plan.journals.clone(),
+            settings: self.plan.settings.clone(),
+            map: self.map.clone(),
+            permits: self.permits.clone(),
+            turn: Some(turn),
+        };
+        let handle = shards.spawn(sweep::run(job, self.orders.clone(), self.events.clone()));
+        names.insert(handle.id(), id);
+    }
+
+    /// Whether this is a keep run, which does not end by itself.
+    fn keeps(&self) -> bool {
+        self.plan.settings.tuning.bounds.any()
+    }
+
+    /// Masters of a keep run that are not walked: those that have joined, and those whose walk failed a while ago. While nobody can say
+    /// who the masters are, there are none.
+    async fn joined(&self, walked: &HashMap<tokio::task::Id, ShardId>) -> Vec<ShardPlan> {
+        if self.map.kind() == Kind::Standalone {
+            return Vec::new();
+        }
+        let masters = match self.map.read_again().await {
+            Ok(masters) => masters,
+            Err(error) => {
+                tracing::debug!(%error, "the topology cannot be read again");
+                return Vec::new();
+            }
+        };
+        let rests = |id: &ShardId| self.ended_at.get(id).is_some_and(|at| at.elapsed() < AFTER_FAILURE);
+        let new = masters.into_iter().filter(|(id, _)| !walked.values().any(|name| name == id) && !rests(id));
+        let plan = |(id, master): (ShardId, Master)| {
+            let passes = self.records.get(&id).map(|ended| ended.passes.clone()).unwrap_or_default();
+            let (uncounted, kept) = (Vec::new(), KeepFigures::default());
+            ShardPlan { id, master, seen: Instant::now(), passes, uncounted, kept, again: None }
+        };
+        new.map(plan).collect()
     }
 
     /// Reads the topology once more. Returns the shards that have to be swept again, or for the first time.

@@ -204,6 +204,8 @@ pub struct ScanEvent {
 pub struct Memory {
     /// `used_memory` in bytes.
     pub used: Option<u64>,
+    /// `used_memory_rss` in bytes: what the operating system has given the process.
+    pub rss: Option<u64>,
     /// `maxmemory` in bytes; 0: no limit.
     pub max: Option<u64>,
     /// `evicted_keys`: since the server started, to stay below `maxmemory`.
@@ -338,6 +340,9 @@ pub struct ShardView {
     pub failure: Option<Failure>,
 }
 
+/// Memory that was freed and less than this is lost among what else moves.
+const WORTH_A_WORD: u64 = 4 << 20;
+
 /// At most this many warnings are kept for a shard, so that a long trouble cannot fill the memory.
 const MAX_WARNINGS: usize = 20;
 
@@ -346,6 +351,14 @@ impl ShardView {
     /// has forgotten those before.
     pub fn evicted(&self) -> Option<u64> {
         self.memory_after.evicted.zip(self.memory_before.evicted).map(|(after, before)| after.saturating_sub(before))
+    }
+
+    /// What the allocator kept of the memory that was freed, in bytes, where that is worth a word: the operating system sees less than half
+    /// of it come back.
+    pub fn kept_by_allocator(&self) -> Option<u64> {
+        let freed = self.memory_before.used?.checked_sub(self.memory_after.used?)?;
+        let returned = self.memory_before.rss?.saturating_sub(self.memory_after.rss?);
+        (freed >= WORTH_A_WORD && returned < freed / 2).then(|| freed - returned)
     }
 
     /// Why it holds, as people read it: the reason's sentence and the facts beside it.

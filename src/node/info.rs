@@ -130,7 +130,12 @@ impl Info {
 
     /// Memory, and what was evicted for it.
     pub fn memory(&self) -> Memory {
-        Memory { used: self.parsed("used_memory"), max: self.parsed("maxmemory"), evicted: self.parsed("evicted_keys") }
+        Memory {
+            used: self.parsed("used_memory"),
+            rss: self.parsed("used_memory_rss"),
+            max: self.parsed("maxmemory"),
+            evicted: self.parsed("evicted_keys"),
+        }
     }
 
     /// Whether it may evict keys, before any command, to stay below `maxmemory`.

@@ -47,7 +47,7 @@ impl Store {
         .await
     }
 
-    /// Copies everything into another store, what is there already excepted: a copy that was cut goes on when it is begun again.
+    /// Copies everything but the last forecasts into another store, what is there already excepted: a copy that was cut goes on when it is begun again.
     /// Nobody else may use either meanwhile. A task that was cut off with its process is copied with what its batch journal counts.
     /// `copied` is told of each task.
     ///

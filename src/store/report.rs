@@ -76,6 +76,8 @@ enum StoredTouch {
 #[serde(remote = "Memory")]
 struct StoredMemory {
     used: Option<u64>,
+    #[serde(default)]
+    rss: Option<u64>,
     max: Option<u64>,
     evicted: Option<u64>,
 }
@@ -258,8 +260,8 @@ mod tests {
             passes: BTreeMap::from([(DbIndex(7), figures)]),
             touch: TouchOutcome::ScanLeavesDead,
             warnings: vec!["w".into()],
-            memory_before: Memory { used: Some(9), max: Some(0), evicted: None },
-            memory_after: Memory { used: Some(8), max: None, evicted: Some(1) },
+            memory_before: Memory { used: Some(9), rss: Some(12), max: Some(0), evicted: None },
+            memory_after: Memory { used: Some(8), rss: None, max: None, evicted: Some(1) },
             keep: Some(KeepFigures { laps: 3, backlog: Some(5), inflow: 1.5, ..KeepFigures::default() }),
             settling: Duration::from_millis(100),
             finished: true,

@@ -7,42 +7,22 @@ use std::time::Duration;
 use jiff::{RoundMode, Timestamp, TimestampRound, Unit};
 use tokio::sync::watch;
 
-use crate::engine::ScanPlan;
-use crate::node::topology::{Kind, View};
+use crate::model::task::TaskState;
 use crate::store::Clock;
 use crate::tasks::TaskView;
 
 /// The clock is looked at again this often: it may have been set.
 const LOOK_AGAIN: Duration = Duration::from_secs(15);
-/// Shards that go on beside one that has failed do so for this long. The next run tries all of them again.
-const AFTER_FAILURE: Duration = Duration::from_secs(60);
 
-/// Ends when the run has lasted long enough: at the next full hour; where masters or slots of a cluster have moved; and some time after
-/// a shard has failed.
-pub(super) async fn is_over(clock: &Clock, plan: &ScanPlan, mut view: watch::Receiver<Arc<TaskView>>) {
-    let failed = async {
-        let any = |view: &Arc<TaskView>| view.snapshot.shards.values().any(|shard| shard.failure.is_some());
-        let has_failed = view.wait_for(any).await.is_ok();
-        if !has_failed {
-            return std::future::pending().await;
-        }
-        tokio::time::sleep(AFTER_FAILURE).await;
-    };
-    tokio::select! {
-        () = hour_is_over(clock) => {}
-        () = has_moved(plan) => {}
-        () = failed => {}
-    }
-}
-
-async fn hour_is_over(clock: &Clock) {
+/// Ends at the next full hour, and never while a person has paused the run: the next one would not be paused.
+pub(super) async fn is_over(clock: &Clock, mut view: watch::Receiver<Arc<TaskView>>) {
     let end = next_hour(clock.now());
     loop {
         let left = Duration::try_from(end.duration_since(clock.now())).unwrap_or_default();
-        if left.is_zero() {
+        tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+        if left.is_zero() && view.wait_for(|view| view.task.state != TaskState::Paused).await.is_ok() {
             return;
         }
-        tokio::time::sleep(left.min(LOOK_AGAIN)).await;
     }
 }
 
@@ -51,26 +31,6 @@ pub fn next_hour(now: Timestamp) -> Timestamp {
     let hours = TimestampRound::new().smallest(Unit::Hour).mode(RoundMode::Trunc);
     let begun = now.round(hours).unwrap_or(now);
     begun.checked_add(jiff::SignedDuration::from_hours(1)).unwrap_or(now)
-}
-
-/// Ends when the masters of a cluster, or their slots, are others than at the beginning. While nobody can say, they are not.
-async fn has_moved(plan: &ScanPlan) {
-    let mut first: Option<View> = None;
-    loop {
-        if let Ok(view) = plan.topology.view(None).await {
-            if view.kind != Kind::Cluster {
-                return std::future::pending().await;
-            }
-            let places =
-                |view: &View| view.masters.iter().map(|m| (m.addr.clone(), m.slots.clone())).collect::<Vec<_>>();
-            match &first {
-                None => first = Some(view),
-                Some(first) if places(first) != places(&view) => return,
-                Some(_) => {}
-            }
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
 }
 
 #[cfg(test)]

@@ -442,11 +442,11 @@ impl Job {
         let is_hourly = self.recorder.task.cause == Cause::Keep;
         let (clock, view) = (self.recorder.store.clock(), self.recorder.view.subscribe());
         let engine = tokio::spawn(async move {
-            let run = engine::run(plan.clone(), control.orders(), sender);
+            let run = engine::run(plan, control.orders(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
-                () = keep::is_over(&clock, &plan, view), if is_hourly => {
+                () = keep::is_over(&clock, view), if is_hourly => {
                     control.stop(StopReason::Kept);
                     run.await
                 }

@@ -510,3 +510,38 @@ async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
     let after = other.get("/api/v1/instances/cache").await.ok();
     assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == DEAD, "{after:#}");
 }
+
+#[tokio::test]
+async fn a_keep_run_goes_on_with_another_daemon_and_gives_way_to_a_scan_that_any_of_them_is_asked_for() {
+    let server = dead(500).await;
+    Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
+    let kept = instance("cache", &server.url(), "[instances.keep]\nmax-delay = \"2s\"\n");
+    let Some(mut fleet) = Fleet::start(2, &kept).await else { return };
+    let mut runs = json!(null);
+    probe("one keep run is under way", PATIENCE, async || {
+        runs = fleet.daemons[0].get("/api/v1/tasks?cause=keep&state=running").await.ok();
+        runs["count"] == 1
+    })
+    .await;
+    let id = runs["tasks"][0]["id"].as_str().expect("an id").to_owned();
+    probe("what was dead is gone", PATIENCE, async || server.dbsize(0).await == 1_000).await;
+    let owner = fleet.owner_of(&id, 0).await;
+    fleet.daemons[owner].kill9();
+    let heir = &fleet.daemons[1 - owner];
+    probe("the other one goes on with it", PATIENCE, async || {
+        owner_in(&daemons(heir).await, &id) == Some(1 - owner) && heir.task(&id).await["state"] == "running"
+    })
+    .await;
+    let count = heir.get("/api/v1/tasks?cause=keep").await.ok()["count"].clone();
+    assert_eq!(count, 1, "no second run was begun meanwhile");
+    fleet.daemons[owner].restart_as(|command| named(command, &format!("d{owner}"))).await;
+    let scan = fleet.daemons[owner].scan("cache").await;
+    let run = fleet.daemons[owner].task(&id).await;
+    assert_eq!(run["state"], "succeeded", "it gave way");
+    assert!(lost(&run) > 0 || run["reclaimed"] == 500, "{run:#}");
+    fleet.daemons[owner].until(&scan, "succeeded").await;
+    probe("another run follows", PATIENCE, async || {
+        fleet.daemons[owner].get("/api/v1/tasks?cause=keep&state=running").await.ok()["count"] == 1
+    })
+    .await;
+}

@@ -10,7 +10,7 @@ use crate::support::{
     PATIENCE,
     keyspace::{Keyspace, Life, assert_same_live},
     probe,
-    run::{Running, scan},
+    run::{Running, run, scan},
     server::Server,
 };
 
@@ -254,4 +254,27 @@ async fn only_the_commands_that_we_promise_are_sent() {
             assert!(known, "touch {touch} sent {command}");
         }
     }
+}
+
+#[tokio::test]
+async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
+    let server = Server::start().await;
+    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    let mut conn = server.conn().await;
+    let value = "x".repeat(300);
+    // Each page holds keys that live beside those that die.
+    for chunk in 0..30 {
+        let mut pipeline = redis::pipe();
+        for n in 0..1_000 {
+            let name = format!("{chunk}:{n}");
+            pipeline.cmd("SET").arg(format!("live:{name}")).arg(&value).ignore();
+            pipeline.cmd("SET").arg(format!("dead:{name}")).arg(&value).arg("PX").arg(1).ignore();
+        }
+        let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
+        written.expect("the keys are written");
+    }
+    let swept = run(["scan", &server.url()]).await.expect(0);
+    assert!(swept.stdout.contains("30,000 expired keys freed"), "{swept:#?}");
+    assert!(swept.stdout.contains("resident memory: ") && swept.stdout.contains("MEMORY PURGE"), "{swept:#?}");
+    assert_eq!(server.dbsize(0).await, 30_000);
 }

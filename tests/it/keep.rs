@@ -137,6 +137,26 @@ async fn masters_of_a_cluster_are_kept_together_although_they_share_a_host() {
 }
 
 #[tokio::test]
+async fn a_master_that_joins_the_cluster_is_kept_too() {
+    let mut cluster = Cluster::start(3, false).await;
+    let live = cluster.fill(300, 300).await;
+    let keep = Running::start(["keep", &cluster.url(), "--json", "--max-delay", "1s"]);
+    probe("what has expired is gone", PATIENCE, async || cluster.keys_in_memory().await == live.len() as u64).await;
+    let new = cluster.join().await;
+    cluster.migrate(0, new, 0..=2_000).await;
+    cluster.until_agreed().await;
+    let mortal: Vec<String> = (0..600).map(|n| format!("mortal{n}")).collect();
+    cluster.set_for_a_moment(&mortal).await;
+    probe("what has expired is gone, on the new master too", PATIENCE, async || {
+        cluster.keys_in_memory().await == live.len() as u64
+    })
+    .await;
+    assert!(cluster.freed_by(new).await > 0, "it had some");
+    keep.signal("INT");
+    assert_eq!(keep.end().await.expect(0).num(), 900);
+}
+
+#[tokio::test]
 async fn a_server_that_is_restarted_is_kept_again() {
     let mut server = server().await;
     Keyspace::of(&server, 0).live_ttl(200, "live:").await;

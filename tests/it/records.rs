@@ -8,8 +8,9 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 use ttlsweep::model::failure::{Failure, FailureKind};
+use ttlsweep::model::keep::Bounds;
 use ttlsweep::model::progress::{PassFigures, ShardView};
-use ttlsweep::model::schedule::{AutoScan, Recurrence};
+use ttlsweep::model::schedule::{AutoScan, BacklogSize, Recurrence};
 use ttlsweep::model::shard::{DbIndex, ScanPosition, ShardId};
 use ttlsweep::model::task::{Cause, Task, TaskId, TaskState};
 use ttlsweep::model::throttle::Reason;
@@ -191,6 +192,30 @@ async fn an_automatic_scan_belongs_to_the_project_that_set_it() {
     }
 }
 
+#[tokio::test]
+async fn bounds_and_the_last_forecast_belong_to_the_project_that_set_them() {
+    for (store, ..) in stores().await {
+        let bounds =
+            Bounds { max_backlog: Some(BacklogSize::Percent(2.5)), max_delay: Some(Duration::from_millis(1_500)) };
+        store.set_keep("a", "p", Some(bounds), store.now()).await.unwrap();
+        store.set_keep("b", "p", Some(Bounds::default()), store.now()).await.unwrap();
+        let keeps = store.keeps().await.unwrap();
+        assert_eq!((keeps.get("a", "p"), keeps.get("a", "q"), keeps.get("c", "p")), (Some(bounds), None, None));
+        assert_eq!(keeps.get("b", "p"), Some(Bounds::default()), "not kept, whatever the settings say");
+        store.set_keep("a", "p", None, store.now()).await.unwrap();
+        assert_eq!(store.keeps().await.unwrap().get("a", "p"), None);
+
+        let before = store.now().checked_sub(SignedDuration::from_secs(1)).unwrap();
+        for forecast in ["{}", "{\"at\": 1}"] {
+            store.set_forecast("a", "p", forecast).await.unwrap();
+        }
+        assert_eq!(store.forecast("a", "p").await.unwrap().as_deref(), Some("{\"at\": 1}"));
+        assert_eq!(store.forecast("a", "q").await.unwrap(), None);
+        assert_eq!(store.forecasts_after(before).await.unwrap(), ["a"]);
+        assert!(store.forecasts_after(store.now() + SignedDuration::from_secs(1)).await.unwrap().is_empty());
+    }
+}
+
 async fn member(fleet: &Fleet, lease: Duration) -> DaemonId {
     let id = DaemonId::generate();
     let record = DaemonRecord {
@@ -355,6 +380,8 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     let recurrence = Recurrence::Every { first: Some(at), interval_s: 60 };
     let config = AutoScan { enabled: true, recurrence, timeout_s: 120, count: 10, updated_at: Some(at) };
     source.set_auto_scan("i1", "p", Some(&config), at).await.unwrap();
+    let bounds = Bounds { max_backlog: Some(BacklogSize::Bytes(1 << 20)), max_delay: None };
+    source.set_keep("i1", "p", Some(bounds), at).await.unwrap();
     let (target, _journal) = shared(&postgres).await;
     // A part of it is there already.
     target.insert(&tasks[3], None).await.unwrap();
@@ -382,6 +409,7 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     }
     assert_eq!(back.shards(tasks[9].id).await.unwrap()[&shard].view, *view);
     assert_eq!(back.auto_scan("i1", "p").await.unwrap(), Some(config));
+    assert_eq!(back.keeps().await.unwrap().get("i1", "p"), Some(bounds));
     let fleet = target.fleet().expect("shared records");
     member(&fleet, LONG).await;
     let refused = copy(url, file).await;

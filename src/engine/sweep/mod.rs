@@ -7,7 +7,8 @@
 //! | `retry` | comes to the master, and back to it |
 //! | `pass` | the sweep of one DB: begins, goes back, ends |
 //! | `batch_loop` | one turn: wait, send, receive, judge, apply |
-//! | `keep` | lap after lap, at the pace that keeps a bound |
+//! | `keep` | the pace that keeps a bound |
+//! | `laps` | lap after lap at that pace |
 //! | `pipeline` | the workers and their connections |
 //! | `hold` | what makes the loop stand still, in order |
 //! | `expire_effort` | lets the server's own expiry try harder first |
@@ -17,6 +18,7 @@ mod batch_loop;
 mod expire_effort;
 mod hold;
 mod keep;
+mod laps;
 mod pass;
 mod pipeline;
 mod retry;

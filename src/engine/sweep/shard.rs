@@ -151,7 +151,12 @@ impl ShardSweep {
         self.reporter.say(ScanEventKind::TouchDecided { outcome: self.session.touch.outcome() }).await;
         self.say_skipped().await;
         self.say_uncounted(&info).await;
-        self.check_checkpoint().await;
+        if self.keep.is_some() {
+            // When a place was walked last is not in the checkpoint: every lap is walked from its beginning.
+            self.job.shard.passes.values_mut().for_each(|figures| figures.position = ScanPosition::NotStarted);
+        } else {
+            self.check_checkpoint().await;
+        }
         self.put_back_what_was_left().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
             self.assist(at_most).await?;

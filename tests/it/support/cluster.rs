@@ -188,6 +188,11 @@ impl Cluster {
         names
     }
 
+    /// Writes keys that are dead in a moment, while somebody may free them.
+    pub async fn set_for_a_moment(&self, names: &[String]) {
+        self.write(&names.iter().cloned().collect(), Some(SHORT_MS)).await;
+    }
+
     /// By the servers' clocks: asking for a key would free it.
     async fn until_short_ttls_are_over(&self) {
         for place in self.masters().await {
