@@ -49,7 +49,7 @@ pub fn flow(before: Option<u64>, after: Option<u64>) -> Option<f64> {
 }
 
 /// Keys a second that a sweep reads at most with these limits, where they make it slow.
-fn fastest(tuning: &Tuning) -> Option<f64> {
+pub fn fastest(tuning: &Tuning) -> Option<f64> {
     let ceiling = tuning.max_keys_per_sec.map(f64::from);
     let rested = (tuning.intensity < 1.0).then_some(tuning.intensity * 1e6 / SLOW_KEY_US);
     match (ceiling, rested) {

@@ -83,7 +83,7 @@ pub struct Table {
 pub struct CannotKeep {
     /// Keys that would have to be walked each second.
     pub needed: f64,
-    /// Keys that were walked each second, at the most that the limits allow.
+    /// Keys that are walked each second, at the most that the limits allow.
     pub possible: f64,
 }
 
@@ -139,27 +139,36 @@ impl KeepPace {
         *self = Self::new(self.bounds, before, now);
     }
 
-    /// A lap begins over what is there now.
-    pub fn begin_lap(&mut self, table: Table, now: Instant) {
+    /// A lap begins over what is there now. Returns the numbers where the limits, by which `fastest` keys are walked each second at most, do
+    /// not let the bound be kept, once.
+    pub fn begin_lap(&mut self, table: Table, fastest: Option<f64>, now: Instant) -> Option<CannotKeep> {
         (self.table, self.began_with) = (table, table);
         self.has_rested = false;
         self.lap_began = (self.at, now);
         self.mark(now);
+        let possible = fastest.filter(|most| *most < self.needed().unwrap_or(0.0))?;
+        self.cannot_keep(possible)
     }
 
-    /// The lap is complete. Returns the numbers where the limits do not let the bound be kept, once.
+    /// The lap is complete. Returns the numbers where it took too long although it went as fast as the limits let it, once.
     pub fn end_lap(&mut self, now: Instant) -> Option<CannotKeep> {
         self.figures.laps += 1;
         self.at = self.lap_began.0 + 1.0;
         self.mark(now);
         self.estimate(now);
-        let (took, longest) = (now - self.lap_began.1, self.longest_lap((1.0, 1.0))?);
-        if self.has_rested || took <= longest.mul_f64(TOO_SLOW) {
-            return None;
-        }
-        let per_sec = |lap: Duration| self.table.keys as f64 / lap.as_secs_f64().max(0.001);
-        (!std::mem::replace(&mut self.told, true))
-            .then(|| CannotKeep { needed: per_sec(longest), possible: per_sec(took) })
+        let took = now - self.lap_began.1;
+        let possible = self.table.keys as f64 / took.as_secs_f64().max(0.001);
+        if self.has_rested || possible * TOO_SLOW >= self.needed()? { None } else { self.cannot_keep(possible) }
+    }
+
+    /// Keys that have to be walked each second for the bounds to be kept.
+    fn needed(&self) -> Option<f64> {
+        Some(self.table.keys as f64 / self.longest_lap((1.0, 1.0))?.as_secs_f64().max(0.001))
+    }
+
+    fn cannot_keep(&mut self, possible: f64) -> Option<CannotKeep> {
+        let needed = self.needed()?;
+        (!std::mem::replace(&mut self.told, true)).then_some(CannotKeep { needed, possible })
     }
 
     /// There are so many keys by now. Those with a TTL are taken for the same share of them as when the lap began.
@@ -314,6 +323,8 @@ mod tests {
         places: Vec<f64>,
         /// Keys that the walk may look at each second.
         most: f64,
+        /// What is known of that before.
+        limit: Option<f64>,
         keys: u64,
         now: Instant,
         at: usize,
@@ -326,6 +337,7 @@ mod tests {
             Self {
                 places: vec![0.0; (keys as usize / 200).min(1000)],
                 most,
+                limit: None,
                 keys,
                 now: Instant::now(),
                 at: 0,
@@ -352,7 +364,8 @@ mod tests {
             let batch = Duration::from_secs_f64(self.keys as f64 / self.places.len() as f64 / self.most);
             while self.now - begun < time {
                 if self.at == 0 {
-                    pace.begin_lap(Table { keys: self.keys, expires: self.keys, bytes_per_key: Some(100.0) }, self.now);
+                    let table = Table { keys: self.keys, expires: self.keys, bytes_per_key: Some(100.0) };
+                    told.extend(pace.begin_lap(table, self.limit, self.now));
                 }
                 if let Err(later) = pace.may_send(self.now) {
                     self.pass(later - self.now, expire(self.now - begun));
@@ -460,6 +473,16 @@ mod tests {
         assert!((told[0].possible / 50_000.0 - 1.0).abs() < 0.1 && told[0].needed > 500_000.0, "{told:?}");
         let figures = pace.figures();
         assert!(figures.is_missed && figures.lap.is_zero() && figures.missed > 60 * 1000 * MS, "{figures:?}");
+    }
+
+    #[test]
+    fn a_ceiling_that_is_too_low_for_the_delay_is_told_before_anything_is_walked() {
+        let mut server = Server::new(1_000_000, 50_000.0);
+        server.limit = Some(50_000.0);
+        let mut pace = pace(&server, bounds("", Some(5_000 * MS)));
+        let told = server.run(&mut pace, MS, |_| 0.0);
+        assert_eq!(told, [CannotKeep { needed: 200_000.0, possible: 50_000.0 }]);
+        assert!(server.run(&mut pace, 100 * 1000 * MS, |_| 0.0).is_empty(), "once");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::engine::policy::expiry_guard;
 use crate::engine::policy::keep::{CannotKeep, Table};
 use crate::engine::policy::ledger::Doing;
 use crate::engine::sweep::shard::{End, ShardSweep};
@@ -61,7 +62,10 @@ impl ShardSweep {
         }
         let session = self.session.number;
         let Some(keep) = &mut self.keep else { return Ok(()) };
-        keep.pace.begin_lap(table, Instant::now());
+        let fastest = expiry_guard::fastest(&self.orders.borrow().tuning);
+        if let Some(cannot) = keep.pace.begin_lap(table, fastest, Instant::now()) {
+            self.reporter.warn(self.cannot_keep(&cannot)).await;
+        }
         let mut before = 0.0;
         for (db, keys) in dbs {
             if let Some(keep) = &mut self.keep {
@@ -90,13 +94,13 @@ impl ShardSweep {
         let ceiling = tuning.max_keys_per_sec.map(|keys| format!(", max-keys-per-sec {}", grouped(keys.into())));
         let backlog = self.keep.as_ref().map(|keep| keep.pace.figures()).and_then(|figures| figures.backlog);
         format!(
-            "the bound cannot be kept within the limits: {} keys a second would have to be walked, and {} were (intensity {:.2}{}); about {} \
-             expired keys are in memory. It goes on as fast as it may",
+            "the bound cannot be kept within the limits: {} keys a second would have to be walked, and {} can be (intensity {:.2}{}){}. \
+             It goes on as fast as it may",
             grouped(cannot.needed as u64),
             grouped(cannot.possible as u64),
             self.pacer.intensity(),
             ceiling.unwrap_or_default(),
-            grouped(backlog.unwrap_or(0)),
+            backlog.map(|keys| format!("; about {} expired keys are in memory", grouped(keys))).unwrap_or_default(),
         )
     }
 }
