@@ -102,25 +102,24 @@ async fn instances_are_searched_filtered_sorted_and_paged() {
     assert_eq!(names["i0008"], "Shop 0002", "{names}");
 }
 
-/// How many statements a request costs, by the log of the database's driver.
+/// How many statements a request costs, by the log of the database's driver: the least of some tries, since the daemon reads its
+/// records now and then by itself, and opens connections.
 async fn statements(daemon: &Daemon, path: &str) -> usize {
     let count = || daemon.log().matches("summary=").count();
-    // What the daemon does by itself is over once nothing is added.
-    let mut before = usize::MAX;
-    probe("it is at rest", PATIENCE, async || {
-        let now = count();
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        std::mem::replace(&mut before, now) == now && count() == now
-    })
-    .await;
-    daemon.get(path).await.ok();
-    let mut last = count();
-    probe("all of it is logged", PATIENCE, async || {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        std::mem::replace(&mut last, count()) == count()
-    })
-    .await;
-    count() - before
+    let mut least = usize::MAX;
+    for _ in 0..6 {
+        let before = count();
+        daemon.get(path).await.ok();
+        let mut last = before;
+        probe("all of it is logged", PATIENCE, async || {
+            tokio::time::sleep(Duration::from_millis(40)).await;
+            let now = count();
+            now > before && std::mem::replace(&mut last, now) == now
+        })
+        .await;
+        least = least.min(last - before);
+    }
+    least
 }
 
 #[tokio::test]
