@@ -114,7 +114,7 @@ else
   say "compiling for $HOST, with its C library inside"
   CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/static" RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" compile "$HOST" "$static"
 fi
-! ldd "$work/ttlsweep-$static" >/dev/null 2>&1 || die "the archive's program needs libraries of the system"
+! ldd "$work/ttlsweep-$static" 2>&1 | grep -q "=>" || die "the archive's program needs libraries of the system"
 "$work/ttlsweep-$static" --version >/dev/null || die "the archive's program does not run"
 archive "$static" "$work/ttlsweep-$static"
 if command -v dpkg-deb >/dev/null && command -v objdump >/dev/null; then
