@@ -1,7 +1,7 @@
 //! Keys by the first parts of their names: which kind of key has a TTL, which expires soon, which never does.
 //!
 //! The sample bounds the memory: there are no more groups than keys in it, so that a map is enough and no sketch that would add an
-//! error of its own. A key's last part is never shown, and neither is more of a name than [`LONGEST`] bytes.
+//! error of its own. A key's last part is never shown, and neither is more of a name than `LONGEST` bytes.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -45,7 +45,7 @@ function shardsTable(shards) {
         h("tbody", {}, shard.dbs.map((db) => h("tr", {},
           h("td", {}, db.db), h("td", { class: "n" }, db.complete ? "all" : `${(100 * db.fraction).toFixed(1)} %`),
           [db.keys_at_start, db.scanned, db.reclaimed, db.batches].map((n) => h("td", { class: "n" }, number(n))),
-          h("td", { class: "n" }, `${short(db.slice_us.p99)} µs`),
+          h("td", { class: "n" }, db.slice_us.p99 < 1000 ? `${db.slice_us.p99} µs` : span(db.slice_us.p99 / 1e6)),
           [db.active_s, db.rested_s, db.waited_s].map((s) => h("td", { class: "n" }, span(s))),
           h("td", {}, held([db])))))))));
 }
