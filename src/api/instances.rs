@@ -24,7 +24,7 @@ use crate::model::keep::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
-use crate::store::{Standing, TaskFilter};
+use crate::store::{Glance, Standing, TaskFilter};
 
 /// Most instances of one list.
 const MOST: u32 = 1000;
@@ -99,6 +99,8 @@ pub enum SortBy {
     Reclaimed,
     /// `used_memory` as its newest task saw it last.
     Memory,
+    /// Expired keys in memory as its newest task knew them last: see the field of the answer.
+    Backlog,
 }
 
 /// In which direction.
@@ -320,12 +322,16 @@ impl AppState {
             Some(SortBy::Reclaimed) => {
                 instances.sort_by_cached_key(|one| (standing(one).map(|seen| seen.reclaimed), name(one)));
             }
-            Some(SortBy::Memory) => {
+            Some(by @ (SortBy::Memory | SortBy::Backlog)) => {
                 let newest: Vec<TaskId> =
                     instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
-                let memory = self.service.store().memory(&newest).await?;
-                let used = |instance: &Instance| memory.get(&standing(instance)?.latest).copied();
-                instances.sort_by_cached_key(|instance| (used(instance), name(instance)));
+                let glances = self.service.store().glances(&newest).await?;
+                let figure = |instance: &Instance| {
+                    let seen = standing(instance)?;
+                    let glance = glances.get(&seen.latest).copied();
+                    if by == SortBy::Memory { glance?.used_memory } else { backlog(seen, glance) }
+                };
+                instances.sort_by_cached_key(|instance| (figure(instance), name(instance)));
             }
         }
         if order == Some(SortOrder::Desc) {
@@ -345,7 +351,7 @@ impl AppState {
         let standing = |instance: &Instance| standings.get(&instance.id);
         let newest: Vec<_> = instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
         let tasks = store.tasks(&newest).await?;
-        let memory = store.memory(&newest).await?;
+        let glances = store.glances(&newest).await?;
         let schedules = store.schedules().await?;
         let keeps = store.keeps().await?;
         let on_hand = self.service.on_hand();
@@ -368,7 +374,8 @@ impl AppState {
                 window_changes_at: window.and_then(|window| window.next_change(now)).map(time),
                 next_scan_at: due_times(auto_scan, now).next().map(time),
                 last_success_at: seen.and_then(|seen| seen.last_success).map(time),
-                used_memory: seen.and_then(|seen| memory.get(&seen.latest).copied()),
+                used_memory: seen.and_then(|seen| glances.get(&seen.latest)?.used_memory),
+                backlog: seen.and_then(|seen| backlog(seen, glances.get(&seen.latest).copied())),
                 keep: Some(bounds).filter(Bounds::any).map(KeepBounds::from),
                 latest,
             }
@@ -392,6 +399,12 @@ impl AppState {
             settings: instance.settings.sweep_texts.as_ref().clone(),
         })
     }
+}
+
+/// Expired keys in memory as the newest task knew them last: a keep run estimates them; a complete sweep has found, and freed, so many.
+fn backlog(standing: &Standing, glance: Option<Glance>) -> Option<u64> {
+    let kept = glance.and_then(|glance| glance.backlog);
+    kept.or((standing.state == TaskState::Succeeded).then_some(standing.reclaimed))
 }
 
 /// When a schedule is due from now on.

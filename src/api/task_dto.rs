@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use crate::api::dto::{FailureDto, HoldDto, ShardDto, Totals, held_by_reason, time};
 use crate::api::keep::KeepBounds;
 use crate::model::schedule::{AutoScan, Recurrence, Window};
-use crate::model::task::Task;
+use crate::model::task::{Task, TaskState};
 use crate::tasks::TaskView;
 
 /// An instance.
@@ -36,6 +36,9 @@ pub struct InstanceDto {
     /// When it was last swept completely.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_success_at: Option<String>,
+    /// Expired keys in memory as its newest task knew them last: a keep run estimates them; a complete sweep has found, and freed, so many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backlog: Option<u64>,
     /// `used_memory` of all its masters in bytes, as its newest task saw it last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub used_memory: Option<u64>,
@@ -297,6 +300,9 @@ pub struct HistoryEntry {
     /// out where one of them was not seen twice.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freed_bytes: Option<i64>,
+    /// Expired keys in memory: those that a keep run estimates, at its end or now; those that a complete sweep has found, and freed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backlog: Option<u64>,
     /// Time held by reason, in seconds.
     #[schema(value_type = BTreeMap<String, f64>)]
     pub held_s: BTreeMap<&'static str, f64>,
@@ -323,6 +329,9 @@ impl HistoryEntry {
             progress: view.progress(),
             totals: Totals::new(&view.task, snapshot),
             freed_bytes: freed.filter(|freed| !freed.is_empty()).map(|freed| freed.iter().sum()),
+            backlog: snapshot
+                .backlog()
+                .or((view.task.state == TaskState::Succeeded && !view.task.keeps()).then_some(view.task.num)),
             held_s: held_by_reason(snapshot),
             masters: snapshot.shards.len(),
             holds: view.holds(),

@@ -55,7 +55,7 @@ enum InstanceCommand {
         /// Whose newest task is waiting, running, paused, interrupted, succeeded, failed or cancelled; never: without one
         #[arg(long)]
         state: Option<String>,
-        /// By name, last_success, reclaimed or memory
+        /// By name, last_success, reclaimed, memory or backlog
         #[arg(long, value_name = "BY")]
         sort: Option<String>,
         /// The largest or the last one first

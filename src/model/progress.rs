@@ -456,6 +456,12 @@ impl Snapshot {
         self.passes().map(|p| p.reclaimed).sum()
     }
 
+    /// Expired keys in memory, as a keep run estimates them; `None` where it does not know all masters yet, and for a sweep.
+    pub fn backlog(&self) -> Option<u64> {
+        let known: Option<Vec<u64>> = self.shards.values().map(|shard| shard.keep?.backlog).collect();
+        known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
+    }
+
     /// Keys looked at so far.
     pub fn scanned(&self) -> u64 {
         self.passes().map(|p| p.scanned).sum()

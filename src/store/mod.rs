@@ -26,7 +26,7 @@ pub use keeps::Keeps;
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
 use open::SHARED_WITHIN;
-pub use overview::Standing;
+pub use overview::{Glance, Standing};
 pub use schedules::{Due, Mark, Schedules};
 
 use std::collections::BTreeMap;
@@ -536,12 +536,12 @@ impl Store {
         self.run(async |conn| overview::tasks(conn, ids).await).await
     }
 
-    /// `used_memory` of all masters of each of these tasks together, in bytes, as it was seen last; a task that saw none is left out.
+    /// Memory and backlog of each of these tasks, as its shards were seen last; a task without a shard is left out.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn memory(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, u64>, StoreError> {
-        self.run(async |conn| overview::memory(conn, ids).await).await
+    pub async fn glances(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
+        self.run(async |conn| overview::glances(conn, ids).await).await
     }
 
     /// Closes the database. A store that was dropped instead is still whole.

@@ -81,9 +81,18 @@ pub(super) async fn tasks(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BT
     Ok(tasks)
 }
 
-/// `used_memory` of all masters of these tasks together, in bytes, as each was seen last. A task that saw none is left out.
-pub(super) async fn memory(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, u64>, StoreError> {
-    let mut memory = BTreeMap::new();
+/// What the shards of a task tell at a glance, summed up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Glance {
+    /// `used_memory` of all masters together, in bytes, as each was seen last.
+    pub used_memory: Option<u64>,
+    /// Expired keys in memory, as a keep run estimates them.
+    pub backlog: Option<u64>,
+}
+
+/// These tasks at a glance. One without a shard is left out.
+pub(super) async fn glances(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
+    let mut glances: BTreeMap<TaskId, Glance> = BTreeMap::new();
     for some in ids.chunks(AT_ONCE) {
         let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", marks(1..some.len() + 1));
         let mut query = sqlx::query(AssertSqlSafe(sql));
@@ -92,10 +101,13 @@ pub(super) async fn memory(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<B
         }
         for row in query.fetch_all(&mut *conn).await? {
             let text: Option<String> = row.try_get("report")?;
-            if let Some(used) = text.as_deref().and_then(report::used_memory) {
-                *memory.entry(task_id(row.try_get("task_id")?)?).or_default() += used;
-            }
+            let shard = text.as_deref().map(report::glance).unwrap_or_default();
+            let sum = glances.entry(task_id(row.try_get("task_id")?)?).or_default();
+            let add =
+                |sum: &mut Option<u64>, part: Option<u64>| *sum = part.map(|part| sum.unwrap_or(0) + part).or(*sum);
+            add(&mut sum.used_memory, shard.used_memory);
+            add(&mut sum.backlog, shard.backlog);
         }
     }
-    Ok(memory)
+    Ok(glances)
 }

@@ -143,8 +143,17 @@ pub(super) fn to_json(view: &ShardView) -> String {
     serde_json::to_string(&report).unwrap_or_default()
 }
 
-/// `used_memory` in bytes, as a stored text has it: after the sweep, else before it.
-pub(super) fn used_memory(json: &str) -> Option<u64> {
+/// What a stored text tells of a master at a glance.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Glance {
+    /// `used_memory` in bytes: after the sweep, else before it.
+    pub(super) used_memory: Option<u64>,
+    /// Expired keys in memory, as a keep run estimates them.
+    pub(super) backlog: Option<u64>,
+}
+
+/// What can be read of a text at a glance; of another version: nothing.
+pub(super) fn glance(json: &str) -> Glance {
     #[derive(Deserialize)]
     struct Seen {
         version: u32,
@@ -152,9 +161,16 @@ pub(super) fn used_memory(json: &str) -> Option<u64> {
         memory_before: Memory,
         #[serde(with = "StoredMemory")]
         memory_after: Memory,
+        #[serde(default)]
+        keep: Option<KeepFigures>,
     }
-    let seen: Seen = serde_json::from_str(json).ok()?;
-    (seen.version == VERSION).then_some(seen.memory_after.used.or(seen.memory_before.used))?
+    match serde_json::from_str::<Seen>(json) {
+        Ok(seen) if seen.version == VERSION => Glance {
+            used_memory: seen.memory_after.used.or(seen.memory_before.used),
+            backlog: seen.keep.and_then(|keep| keep.backlog),
+        },
+        _ => Glance::default(),
+    }
 }
 
 /// Completes a view, whose passes hold what their columns hold, by a stored text. One that cannot be read changes nothing.

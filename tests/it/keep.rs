@@ -190,6 +190,23 @@ async fn an_instance_with_a_bound_is_kept_and_the_contract_shows_its_run_as_auto
     probe("every key is counted", PATIENCE, async || daemon.task(&id_of(&run)).await["reclaimed"] == 500).await;
     let task = daemon.task(&id_of(&run)).await;
     assert_eq!(task["shards"][0]["keep"]["is_missed"], false, "{task:#}");
+    // What is known of a backlog is shown, and the instance with the largest comes first.
+    let other = self::server().await;
+    Keyspace::of(&other, 0).dead(70, "dead:").await;
+    let both = [instance("other", &other.url(), ""), instance("cache", &server.url(), KEEP)].concat();
+    daemon.write_settings(&both);
+    daemon.post("/api/v1/reload").await.ok();
+    let swept = daemon.scan("other").await;
+    daemon.until(&swept, "succeeded").await;
+    let mut list = json!(null);
+    probe("both are known", PATIENCE, async || {
+        list = daemon.get("/api/v1/instances?sort=backlog&order=desc").await.ok()["instances"].clone();
+        list[0]["backlog"].is_number() && list[1]["backlog"].is_number()
+    })
+    .await;
+    assert_eq!((&list[0]["id"], &list[0]["backlog"], &list[1]["id"]), (&json!("other"), &json!(70), &json!("cache")));
+    let history = daemon.get("/api/v1/instances/cache/history").await.ok();
+    assert!(history["sweeps"][0]["backlog"].is_number(), "{history:#}");
     let figures = daemon.figures().await;
     for name in ["keep_bound_missed_seconds_total", "keep_backlog_keys", "keep_delay_seconds"] {
         assert!(figures.contains(&format!("ttlsweep_{name}{{redis_instance=\"cache\"}}")), "{name}\n{figures}");

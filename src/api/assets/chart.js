@@ -1,4 +1,4 @@
-// Charts as SVG, drawn by hand: one column for each sweep, three figures one above the other.
+// Charts as SVG, drawn by hand: one column for each sweep, four figures one above the other.
 
 import { bytes, h, number, say, short, shortWhen, span, svg, when } from "./dom.js";
 
@@ -42,7 +42,8 @@ export function sweepChart({ open }) {
     }
     const held = Object.entries(sweep.held_s).sort((a, b) => b[1] - a[1]).map(([reason, s]) => `${reason.replaceAll("_", " ")} ${span(s)}`);
     say(readout, [when(sweep.created_at), sweep.state, `${number(sweep.reclaimed)} keys`,
-      sweep.freed_bytes === undefined ? "" : `${bytes(sweep.freed_bytes)} of memory`, held.length ? `held: ${held.join(", ")}` : "not held"]
+      sweep.freed_bytes === undefined ? "" : `${bytes(sweep.freed_bytes)} of memory`,
+      sweep.cause === "keep" && sweep.backlog !== undefined ? `about ${number(sweep.backlog)} expired keys left` : "", held.length ? `held: ${held.join(", ")}` : "not held"]
       .filter(Boolean).join(" · "));
   }
 
@@ -52,6 +53,7 @@ export function sweepChart({ open }) {
     const panels = [
       { title: "Keys reclaimed", height: 92, format: short, value: (s) => s.reclaimed, base: 10 },
       { title: "Memory freed", height: 56, format: (n) => bytes(n), value: (s) => Math.max(0, s.freed_bytes || 0), base: 1024 },
+      { title: "Backlog: found by a sweep, left by a keep run", height: 56, format: short, value: (s) => s.backlog || 0, base: 10 },
       { title: "Held", height: 56, format: span, value: (s) => sum(s.held_s), base: 10, stack: true },
     ];
     const height = panels.reduce((all, panel) => all + panel.height + GAP, FOOT);
@@ -93,7 +95,7 @@ export function sweepChart({ open }) {
       const first = x(0);
       if (width - RIGHT - first > 160) frame.push(svg("text", { class: "tick", x: Math.max(LEFT, first), y: foot }, shortWhen(sweeps[0].created_at)));
     }
-    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Keys reclaimed, memory freed and time held of ${sweeps.length} sweeps` }, frame, columns);
+    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Keys reclaimed, memory freed, backlog and time held of ${sweeps.length} sweeps` }, frame, columns);
     columns.forEach((column, n) => {
       column.addEventListener("pointerenter", () => choose(n));
       column.addEventListener("click", () => open(sweeps[n]));

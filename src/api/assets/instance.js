@@ -35,6 +35,7 @@ function shardsTable(shards) {
     h("p", { class: "shard-head" }, h("b", {}, shard.shard),
       shard.server ? ` ${shard.server.product} ${shard.server.version} at ${shard.server.addr}` : " not reached",
       h("span", { class: "soft" }, ` · memory ${bytes(shard.used_memory.before)} → ${bytes(shard.used_memory.after)}`,
+        shard.used_memory_rss?.before ? `, resident ${bytes(shard.used_memory_rss.before)} → ${bytes(shard.used_memory_rss.after)}` : "",
         shard.evicted_keys ? ` · ${number(shard.evicted_keys)} evicted` : "", ` · ${shard.touch}`)),
     shard.failure ? h("p", { class: "bad" }, shard.failure.message, shard.failure.hint ? h("span", { class: "soft" }, ` ${shard.failure.hint}`) : "") : "",
     shard.keep ? h("p", { class: shard.keep.is_missed ? "bad" : undefined }, "Bounds: ", kept(shard.keep)) : "",

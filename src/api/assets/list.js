@@ -10,6 +10,7 @@ const COLUMNS = [
   { name: "State" },
   { name: "Last success", sort: "last_success" },
   { name: "Reclaimed", sort: "reclaimed", isNumber: true },
+  { name: "Backlog", sort: "backlog", isNumber: true },
   { name: "Memory", sort: "memory", isNumber: true },
   { name: "Next due" },
   { name: "Window" },
@@ -52,11 +53,12 @@ class Row {
 
   show(instance) {
     this.instance = instance;
-    const [name, , success, , memory, due, gate] = this.cells;
+    const [name, , success, , backlog, memory, due, gate] = this.cells;
     name.replaceChildren(
       h("a", { class: "name", href: `#/instances/${encodeURIComponent(instance.id)}` }, instance.name),
       h("span", { class: "sub" }, instance.target));
     success.replaceChildren(time(instance.last_success_at));
+    say(backlog, instance.backlog === undefined ? "–" : short(instance.backlog));
     say(memory, bytes(instance.used_memory));
     due.replaceChildren(time(instance.next_scan_at));
     const change = instance.window_changes_at;
