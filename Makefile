@@ -6,9 +6,9 @@ CARGO ?= cargo
 SERVERS ?= redis-6.2 redis-7.0 redis-8.2 valkey-8.0
 # `make test` runs a part of the tests against these too: what depends on the server most. None for make matrix by itself.
 PART_SERVERS ?=
-PART ?= exact:: touch:: walks:: rights:: check:: cluster:: cluster_forms::
+PART ?= exact:: touch:: walks:: rights:: check:: cluster:: cluster_forms:: keep:: forecast::
 # What asks little of the server runs against the first one only.
-ONCE ?= records:: chaos::
+ONCE ?= records:: chaos:: page:: instances::
 # The small test crates beside tests/it, which need no server.
 QUICK := $(patsubst tests/%.rs,--test %,$(wildcard tests/*.rs))
 
