@@ -68,7 +68,7 @@ impl Store {
     pub async fn open_file(path: &Path) -> Result<Self, StoreError> {
         let failed = |source: Cause| StoreError::Open { path: path.to_owned(), source };
         let found = file::look(path).await?;
-        let lock = Arc::new(lock(path)?);
+        let lock = Arc::new(lock(path).await?);
         if found == Found::Unmarked {
             file::mark(path).await.map_err(|e| failed(Box::new(e)))?;
         }
@@ -134,15 +134,25 @@ fn file_url(path: &Path) -> std::io::Result<String> {
     Ok(format!("sqlite:{}", utf8_percent_encode(text, &PATH)))
 }
 
-fn lock(store: &Path) -> Result<File, StoreError> {
+/// Who has just ended may leave the lock for a moment to a child that it was making: it is given that long.
+const LOCK_WITHIN: Duration = Duration::from_secs(1);
+/// How often the lock is tried meanwhile.
+const LOCK_EVERY: Duration = Duration::from_millis(20);
+
+async fn lock(store: &Path) -> Result<File, StoreError> {
     let path = file::beside(store, ".lock");
     let file = File::create(&path).map_err(|e| StoreError::Open { path: store.to_owned(), source: Box::new(e) })?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
-        // Some network file systems know no locks. There it is up to the operator to run one process only.
-        Err(TryLockError::Error(error)) => {
-            tracing::warn!(path = %path.display(), %error, "the records cannot be locked")
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WITHIN => tokio::time::sleep(LOCK_EVERY).await,
+            Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
+            // Some network file systems know no locks. There it is up to the operator to run one process only.
+            Err(TryLockError::Error(error)) => {
+                tracing::warn!(path = %path.display(), %error, "the records cannot be locked");
+                break;
+            }
         }
     }
     Ok(file)
