@@ -5,13 +5,14 @@ use std::time::Duration;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::support::clients::client_if_there;
 use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance, window};
 use crate::support::hook::Hook;
 use crate::support::keyspace::Keyspace;
 use crate::support::run::{Running, run, scan};
 use crate::support::server::Server;
-use crate::support::{PATIENCE, probe};
+use crate::support::{PATIENCE, probe, skipped};
 
 /// A delay that is kept without effort.
 const KEEP: &str = "[instances.keep]\nmax-delay = \"2s\"\n";
@@ -278,6 +279,43 @@ async fn a_killed_daemon_goes_on_with_its_keep_run_and_counts_each_key_once() {
     .await;
     assert_eq!(daemon.task(&run).await["state"], "running", "the same run");
     assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn the_history_has_a_row_for_each_hour_of_the_clock() {
+    let Some(library) = client_if_there("faketime") else {
+        return skipped("libfaketime is not on this machine (make clients gets it)");
+    };
+    let server = server().await;
+    Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
+    // The daemon takes it for a few seconds to the full hour.
+    let now = jiff::Timestamp::now().as_second();
+    let ahead = (3_600 - now % 3_600) - 14;
+    let daemon = Daemon::prepare(&instance("cache", &server.url(), KEEP));
+    let daemon = daemon
+        .launched(|mut command| {
+            command
+                .env("LD_PRELOAD", &library)
+                .env("FAKETIME", format!("{ahead:+}"))
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            command
+        })
+        .await;
+    let first = id_of(&keep_run(&daemon).await);
+    wave(&server, "first", 300).await;
+    until_left(&server, 1_000).await;
+    let ended = daemon.until(&first, "succeeded").await;
+    let finished = ended["finished_at"].as_str().expect("a time");
+    assert!(finished.contains(":00:0"), "with the hour: {finished}");
+    let second = keep_run(&daemon).await;
+    assert_ne!(id_of(&second), first);
+    wave(&server, "second", 200).await;
+    until_left(&server, 1_000).await;
+    probe("each counts its own", PATIENCE, async || {
+        let second = daemon.task(&id_of(&second)).await["reclaimed"].as_u64();
+        ended["reclaimed"].as_u64().zip(second).map(|(one, other)| one + other) == Some(500)
+    })
+    .await;
 }
 
 #[tokio::test]
