@@ -14,6 +14,9 @@ use crate::model::progress::TTL_BOUNDS_S;
 /// Errors are given for this share of cases: 1.96 standard errors.
 const STANDARD_ERRORS: f64 = 1.96;
 
+/// Where none was seen in a sample there are fewer than this many in as much of the whole, in 19 of 20 cases.
+const UNSEEN: f64 = 3.0;
+
 /// A number of keys with its variance.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Estimate {
@@ -54,6 +57,10 @@ impl Sums {
     pub fn estimate(&self, (drawn, all): (f64, f64)) -> Estimate {
         if drawn < 1.0 {
             return Estimate::default();
+        }
+        if self.sum == 0.0 && drawn < all {
+            // So many may have been missed in one of twenty draws.
+            return Estimate { keys: 0.0, variance: (UNSEEN * all / drawn / STANDARD_ERRORS).powi(2) };
         }
         let spread = if drawn > 1.0 { (self.squares - self.sum * self.sum / drawn) / (drawn - 1.0) } else { 0.0 };
         let variance = all * all * (1.0 - drawn / all) * spread.max(0.0) / drawn;
@@ -110,7 +117,7 @@ impl Tally {
 
     /// What that says about the whole DB, with so many pieces looked at of so many.
     pub fn outlook(&self, drawn: (f64, f64)) -> Outlook {
-        let mut bins = vec![Estimate::default(); self.bins.number];
+        let mut bins = vec![Sums::default().estimate(drawn); self.bins.number];
         for (bin, sums) in &self.in_bins {
             bins[*bin] = sums.estimate(drawn);
         }

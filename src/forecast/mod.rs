@@ -148,6 +148,8 @@ pub struct Forecast {
     pub target: String,
     /// When it was looked at. Times ahead are counted from then.
     pub at: Timestamp,
+    /// The same by the clock that nobody sets.
+    pub begun: Instant,
     /// Where.
     pub sources: Vec<Source>,
     /// Each DB, over all masters.
@@ -178,6 +180,7 @@ pub async fn make(target: String, view: &View, options: &ConnOptions, request: &
     let mut forecast = Forecast {
         target,
         at,
+        begun: Instant::now(),
         sources: Vec::new(),
         dbs: BTreeMap::new(),
         total: Outlook::default(),
@@ -219,6 +222,10 @@ impl Looker {
         let mut conn = Conn::open(&master.addr, options).await.map_err(failed)?;
         let info = commands::info(&mut conn).await.map_err(failed)?;
         let profile = ServerProfile::of(&info);
+        if !profile.ordered_cursors {
+            let message = format!("{} may be a proxy: what its cursors stand for is not known", master.addr);
+            return Err(not_here(message).hint("name the servers behind it"));
+        }
         let history = info.replication_id().map(str::to_owned);
         let on_replica = async |addr: &NodeAddr, options: &ConnOptions| {
             let mut conn = Conn::open(addr, options).await.map_err(failed)?;
@@ -286,7 +293,7 @@ impl Looker {
             let mut tally = Tally::new(forecast.bins.clone());
             let pieces = table.draw(request.sample);
             let drawn = (pieces.len() as f64, table.pieces() as f64);
-            let mut walk = Walk::new(&table, pieces, self.pace);
+            let mut walk = Walk::new(&table, pieces, self.pace, forecast.begun);
             while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
                 if let Some(groups) = groups.as_deref_mut() {
                     groups.add(&piece, drawn);

@@ -130,7 +130,7 @@ impl Range {
 pub struct Key {
     /// Its name, which may be any bytes.
     pub name: Vec<u8>,
-    /// How long it lives; `None`: for ever.
+    /// How long it lives from the beginning of the forecast on; `None`: for ever.
     pub ttl: Option<Duration>,
 }
 
@@ -151,13 +151,15 @@ pub struct Walk {
     /// Pieces that are done, and that nobody has taken yet.
     done: Vec<Piece>,
     pace: Pace,
+    /// TTLs are counted from here, however long the walk takes.
+    from: Instant,
 }
 
 impl Walk {
-    /// A walk of these pieces.
-    pub fn new(table: &Table, pieces: Vec<PieceNumber>, pace: Pace) -> Self {
+    /// A walk of these pieces. TTLs are counted from `from`.
+    pub fn new(table: &Table, pieces: Vec<PieceNumber>, pace: Pace, from: Instant) -> Self {
         let ranges: Vec<_> = pieces.into_iter().map(|number| table.range(number)).collect();
-        Self { to_come: ranges.into_iter(), walkers: Vec::new(), done: Vec::new(), pace }
+        Self { to_come: ranges.into_iter(), walkers: Vec::new(), done: Vec::new(), pace, from }
     }
 
     /// The next piece, or `None` after the last one.
@@ -191,7 +193,11 @@ impl Walk {
         let mut walkers = Vec::new();
         for (mut walker, reply) in std::mem::take(&mut self.walkers).into_iter().zip(replies) {
             let (cursor, found) = reply?;
-            let cursor: u64 = cursor.parse().unwrap_or(0);
+            let cursor: u64 = cursor.parse().map_err(|_| NodeError::Protocol {
+                addr: conn.addr().clone(),
+                command: "SCAN",
+                detail: format!("the cursor {cursor:?} is no number"),
+            })?;
             let end = walker.range.ends(cursor);
             if end <= walker.range.last {
                 let ours = |name: &Vec<u8>| walker.range.slot.is_none_or(|slot| slot_of(name) == slot);
@@ -211,12 +217,13 @@ impl Walk {
             let commands: Vec<_> = some.iter().map(|(_, name)| redis::cmd("PTTL").arg(name).to_owned()).collect();
             let begun = Instant::now();
             let replies = conn.call_all::<i64>("PTTL", &commands).await?;
+            let since = self.from.elapsed();
             self.rest(begun).await;
             for ((piece, name), reply) in some.iter().zip(replies) {
                 let ttl = match reply? {
                     // It has expired meanwhile, or was deleted.
                     -2 => continue,
-                    ms => u64::try_from(ms).ok().map(Duration::from_millis),
+                    ms => u64::try_from(ms).ok().map(|ms| Duration::from_millis(ms) + since),
                 };
                 pieces[*piece].push(Key { name: name.clone(), ttl });
             }
