@@ -93,7 +93,7 @@ fn every_link_inside_the_repository_leads_somewhere() {
 #[test]
 fn the_reference_knows_every_setting_reason_exit_code_and_metric() {
     let reference = reference();
-    for key in ttlsweep::settings::raw::KEYS {
+    for key in ttlsweep::settings::raw::KEYS.iter() {
         assert!(reference.contains(&format!("`{key}`")), "the setting `{key}` is missing");
     }
     for reason in Reason::ALL {

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::Duration;
 
 use crate::model::task::words;
 
@@ -117,64 +116,150 @@ impl Reason {
     }
 }
 
-/// A limit on one figure.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Limit<T> {
-    /// None.
-    Off,
-    /// What fits most servers, relative to what was seen before the first batch. Skipped where the figure is unknown.
-    Auto,
-    /// What the operator set. Where the figure is unknown the sweep holds.
-    At(T),
+/// What a limit can be set on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Load {
+    /// Mean round trip of PING.
+    Latency,
+    /// What the replica furthest behind has not acknowledged.
+    ReplicaLag,
+    /// Since a replica last acknowledged anything.
+    ReplicaSilence,
+    /// What waits in the output buffers of all replicas.
+    ReplicaBuffer,
+    /// Objects that wait to be freed in the background.
+    LazyFree,
+    /// Commands of others per second.
+    Ops,
+    /// Share of the main thread's time that others take.
+    Cpu,
 }
 
-impl<T: fmt::Display> fmt::Display for Limit<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Off => f.write_str("off"),
-            Self::Auto => f.write_str("auto"),
-            Self::At(limit) => limit.fmt(f),
-        }
+impl Load {
+    /// Whether every server tells it: one that is unknown was not asked for yet.
+    pub fn is_always_told(self) -> bool {
+        self == Self::Latency
     }
 }
 
-/// Above which load a sweep holds (soft limits), and above which it gives up (hard limits). Any of them suffices.
+/// How the amounts of a load are counted, read from a setting, and shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Seconds; shown as milliseconds.
+    Milliseconds,
+    /// Seconds.
+    Seconds,
+    /// Bytes; shown as MiB.
+    Bytes,
+    /// A whole number.
+    Number,
+    /// A share, 0 to 1.
+    Share,
+}
+
+/// What `auto` means, relative to what was seen before the first batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Auto {
+    /// No limit.
+    Off,
+    /// So much more than before, so that a replica that was far behind already does not hold the sweep for ever.
+    More(f64),
+    /// So many times as much as before, and so much more. No limit where it is unknown what was before.
+    Times(f64, f64),
+}
+
+/// What a load above the limit does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Above {
+    /// A soft limit: the sweep holds, for this reason.
+    Hold(Reason),
+    /// A hard limit: the sweep gives up once this is seen twice in a row.
+    GiveUp,
+}
+
+/// One row of [`LIMITS`]. Amounts are in the unit of the row. The default is in `default.toml`, as that of every setting.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LimitRow {
+    /// The setting.
+    pub key: &'static str,
+    /// What the limit is on.
+    pub load: Load,
+    /// How that is counted.
+    pub unit: Unit,
+    /// What `auto` means.
+    pub auto: Auto,
+    /// What happens above the limit.
+    pub above: Above,
+    /// What the operator reads before the amount.
+    pub says: &'static str,
+}
+
+const fn hold(key: &'static str, load: Load, unit: Unit, auto: Auto, reason: Reason, says: &'static str) -> LimitRow {
+    LimitRow { key, load, unit, auto, above: Above::Hold(reason), says }
+}
+
+const fn give_up(key: &'static str, load: Load, unit: Unit, says: &'static str) -> LimitRow {
+    LimitRow { key, load, unit, auto: Auto::Off, above: Above::GiveUp, says }
+}
+
+const MIB: f64 = 1_048_576.0;
+
+/// Every limit on load. Of several that are passed, the first gives the reason. Settings, tuning, what is shown and what is
+/// decided are made of this table.
+#[rustfmt::skip]
+pub const LIMITS: [LimitRow; 9] = [
+    hold("max-latency", Load::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),
+    hold("max-replica-lag", Load::ReplicaLag, Unit::Bytes, Auto::More(16.0 * MIB), Reason::ReplicaLag, "behind by"),
+    hold("max-replica-silence", Load::ReplicaSilence, Unit::Seconds, Auto::More(10.0), Reason::ReplicaSilent, "silent for"),
+    hold("max-replica-buffer", Load::ReplicaBuffer, Unit::Bytes, Auto::More(32.0 * MIB), Reason::ReplicaBuffer, "waiting:"),
+    hold("max-lazyfree", Load::LazyFree, Unit::Number, Auto::More(100_000.0), Reason::LazyFree, "objects:"),
+    hold("max-ops", Load::Ops, Unit::Number, Auto::Off, Reason::Ops, "commands a second:"),
+    hold("max-cpu", Load::Cpu, Unit::Share, Auto::Off, Reason::Cpu, "share of the main thread:"),
+    give_up("abort-latency", Load::Latency, Unit::Milliseconds, "PING took"),
+    give_up("abort-replica-lag", Load::ReplicaLag, Unit::Bytes, "a replica is behind by"),
+];
+
+/// A limit that is in force.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// None.
+    Off,
+    /// What fits most servers: see [`Auto`]. Skipped where the load is unknown.
+    Auto,
+    /// What the operator set, in the unit of its row. Where the load is unknown the sweep holds.
+    At(f64),
+}
+
+/// The limits in force. Passing any of them suffices.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Mean round trip of PING.
-    pub latency: Limit<Duration>,
-    /// Bytes that the replica furthest behind has not acknowledged.
-    pub replica_lag: Limit<u64>,
-    /// Since a replica last acknowledged anything.
-    pub replica_silence: Limit<Duration>,
-    /// Bytes in the output buffers of all replicas.
-    pub replica_buffer: Limit<u64>,
-    /// Objects that wait to be freed in the background.
-    pub lazyfree: Limit<u64>,
-    /// Commands of others per second.
-    pub ops: Limit<u64>,
-    /// Share of the main thread's time that others take, 0 to 1.
-    pub cpu: Limit<f64>,
+    /// In the order of [`LIMITS`].
+    limits: [Limit; LIMITS.len()],
     /// Hold while a child process saves or rewrites, and while a replica is given the whole data set.
     pub hold_during_fork: bool,
-    /// Hard: mean round trip of PING.
-    pub abort_latency: Limit<Duration>,
-    /// Hard: bytes that the replica furthest behind has not acknowledged.
-    pub abort_replica_lag: Limit<u64>,
 }
 
 impl Limits {
     /// No limit at all.
-    pub const NONE: Self = Self {
-        latency: Limit::Off,
-        replica_lag: Limit::Off,
-        replica_silence: Limit::Off,
-        replica_buffer: Limit::Off,
-        lazyfree: Limit::Off,
-        ops: Limit::Off,
-        cpu: Limit::Off,
-        hold_during_fork: false,
-        abort_latency: Limit::Off,
-        abort_replica_lag: Limit::Off,
-    };
+    pub const NONE: Self = Self { limits: [Limit::Off; LIMITS.len()], hold_during_fork: false };
+
+    /// Each limit with its row.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static LimitRow, Limit)> {
+        const ROWS: &[LimitRow] = &LIMITS;
+        ROWS.iter().zip(self.limits)
+    }
+
+    /// Sets the limit of this key; one that has no row is left alone.
+    #[must_use]
+    pub fn with(mut self, key: &str, limit: Limit) -> Self {
+        if let Some(place) = LIMITS.iter().position(|row| row.key == key) {
+            self.limits[place] = limit;
+        }
+        self
+    }
+
+    /// Whether an amount of this load holds or ends the sweep.
+    pub fn is_set_on(&self, load: Load) -> bool {
+        self.iter().any(|(row, limit)| row.load == load && matches!(limit, Limit::At(_)))
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::model::shard::RunId;
+use crate::model::throttle::Load;
 use crate::node::info::{CommandStat, Info};
 
 /// What was last seen of a master. What a right or a version hides is `None` or its harmless value.
@@ -90,6 +91,21 @@ impl Observation {
             expired_by_server: info.parsed("expired_keys_active"),
             stale_share: info.stale_share(),
             blind: None,
+        }
+    }
+
+    /// The amount of a load, in the unit of its row of [`LIMITS`](crate::model::throttle::LIMITS); `None`: unknown.
+    pub fn amount(&self, load: Load) -> Option<f64> {
+        let seconds = |span: Option<Duration>| span.map(|span| span.as_secs_f64());
+        let number = |number: Option<u64>| number.map(|number| number as f64);
+        match load {
+            Load::Latency => seconds(self.latency),
+            Load::ReplicaLag => number(self.replica_lag),
+            Load::ReplicaSilence => seconds(self.replica_silence),
+            Load::ReplicaBuffer => number(self.replica_buffer),
+            Load::LazyFree => number(self.lazyfree_pending),
+            Load::Ops => number(self.ops),
+            Load::Cpu => self.others_cpu,
         }
     }
 }
