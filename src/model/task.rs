@@ -143,10 +143,14 @@ pub enum Command {
     Pause,
     /// A person asks to go on.
     Resume,
+    /// A person asks to go on, and no process has the task: whichever takes it up next starts it.
+    Requeue,
     /// The process ends, the checkpoint stays.
     Interrupt,
     /// Every pass is complete.
     Succeed,
+    /// A keep run ends, whether it had begun or not: for another task of its instance, or for the next run.
+    GiveWay,
     /// It cannot go on.
     Fail,
     /// A person ends it.
@@ -161,8 +165,10 @@ impl Command {
         Self::Start,
         Self::Pause,
         Self::Resume,
+        Self::Requeue,
         Self::Interrupt,
         Self::Succeed,
+        Self::GiveWay,
         Self::Fail,
         Self::Cancel,
         Self::Retry,
@@ -179,7 +185,7 @@ pub struct IllegalTransition {
     pub command: Command,
 }
 
-/// The one transition function. Everything that changes a task's state asks it.
+/// The one transition function: the state after a command. [`Task::apply`] changes a task.
 ///
 /// # Errors
 /// [`IllegalTransition`] where the table has no cell.
@@ -190,8 +196,10 @@ pub fn transition(state: TaskState, command: Command) -> Result<TaskState, Illeg
         (S::Waiting | S::Interrupted, C::Start) => Ok(S::Running),
         (S::Waiting | S::Running | S::Interrupted, C::Pause) => Ok(S::Paused),
         (S::Paused, C::Resume) => Ok(S::Running),
+        (S::Paused, C::Requeue) => Ok(S::Interrupted),
         (S::Waiting | S::Running, C::Interrupt) => Ok(S::Interrupted),
         (S::Running, C::Succeed) => Ok(S::Succeeded),
+        (S::Waiting | S::Running | S::Interrupted, C::GiveWay) => Ok(S::Succeeded),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Fail) => Ok(S::Failed),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Cancel) => Ok(S::Cancelled),
         (S::Failed, C::Retry) => Ok(S::Interrupted),
@@ -244,6 +252,25 @@ pub struct Task {
 }
 
 impl Task {
+    /// Carries a command out: the only change of the state, and of the times that go with it.
+    ///
+    /// # Errors
+    /// [`IllegalTransition`] where the state does not take the command; then nothing has changed.
+    pub fn apply(&mut self, command: Command, now: Timestamp) -> Result<(), IllegalTransition> {
+        self.state = transition(self.state, command)?;
+        match command {
+            Command::Start => {
+                self.started_at = self.started_at.or(Some(now));
+                (self.failure, self.finished_at) = (None, None);
+            }
+            Command::Resume => self.started_at = self.started_at.or(Some(now)),
+            Command::Succeed | Command::GiveWay | Command::Fail | Command::Cancel => self.finished_at = Some(now),
+            Command::Retry => self.finished_at = None,
+            Command::Pause | Command::Requeue | Command::Interrupt => {}
+        }
+        Ok(())
+    }
+
     /// Whether it keeps a bound, and does not end by itself.
     pub fn keeps(&self) -> bool {
         ["max-backlog", "max-delay"].iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
@@ -269,6 +296,52 @@ mod tests {
         }
         let table: Vec<&str> = table.lines().map(str::trim_end).collect();
         insta::assert_snapshot!(table.join("\n"));
+    }
+
+    #[test]
+    fn a_command_sets_the_times_of_its_state() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let task = |state| Task {
+            id: TaskId(Uuid::nil()),
+            instance_id: "a".into(),
+            project_id: String::new(),
+            target: "redis://h".into(),
+            sweep: SweepTexts::new(),
+            respect_window: false,
+            cause: Cause::Api,
+            state,
+            created_at: at(0),
+            started_at: None,
+            finished_at: None,
+            num: 0,
+            spent: Duration::ZERO,
+            failure: None,
+            note: None,
+            owner: None,
+            fence: 0,
+            place: String::new(),
+        };
+        let seconds = |task: &Task| {
+            let second = |time: Option<Timestamp>| time.map_or("-".to_owned(), |time| time.as_second().to_string());
+            format!("{:<12} started {:<3} finished {}", task.state, second(task.started_at), second(task.finished_at))
+        };
+        let mut shown = Vec::new();
+        for commands in [
+            &[Command::Start, Command::Interrupt, Command::Start, Command::Fail, Command::Retry, Command::Start][..],
+            &[Command::Pause, Command::Resume, Command::Succeed],
+            &[Command::Pause, Command::Requeue, Command::GiveWay],
+            &[Command::Interrupt, Command::Cancel, Command::Cancel],
+        ] {
+            let mut task = task(TaskState::Waiting);
+            for (second, command) in (1..).zip(commands) {
+                let done = task.apply(*command, at(second)).map_or("refused", |()| "");
+                shown.push(
+                    format!("{second} {:<10}{} {done}", format!("{command:?}"), seconds(&task)).trim_end().to_owned(),
+                );
+            }
+            shown.push(String::new());
+        }
+        insta::assert_snapshot!(shown.join("\n"));
     }
 
     #[test]

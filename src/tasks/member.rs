@@ -15,7 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
-use crate::model::task::{Command, IllegalTransition, Task, TaskId, transition};
+use crate::model::task::{Command, IllegalTransition, Task, TaskId};
 use crate::settings::serve::ServeSettings;
 use crate::store::{Claim, DaemonId, DaemonRecord, Fleet, GivenOrder, PresentDaemon, StoreError, Wake};
 use crate::tasks::queue::spec_of;
@@ -501,21 +501,16 @@ async fn carry_out(service: &TaskService, given: &GivenOrder) -> Result<(), Task
 
 /// Carries an order out on the record of a task that nobody has.
 async fn order_unowned(service: &TaskService, mut task: Task, order: &Order) -> Result<(), TaskError> {
+    let now = service.store.now();
     match order {
-        Order::Pause => task.state = transition(task.state, Command::Pause)?,
-        // It waits for an owner, which takes up only what was interrupted.
-        Order::Resume => task.state = transition(transition(task.state, Command::Resume)?, Command::Interrupt)?,
-        Order::Cancel => {
-            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
-            task.state = transition(task.state, Command::Cancel)?;
-            task.finished_at = Some(service.store.now());
-        }
+        Order::Pause => task.apply(Command::Pause, now)?,
+        Order::Resume => task.apply(Command::Requeue, now)?,
+        Order::Cancel => task.apply(Command::Cancel, now)?,
+        Order::GiveWay => task.apply(Command::GiveWay, now)?,
         Order::Tune(tune) => task.sweep = tune.over(&task.sweep)?.0,
-        Order::GiveWay => {
-            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
-            task.state = transition(transition(task.state, Command::Start)?, Command::Succeed)?;
-            task.finished_at = Some(service.store.now());
-        }
+    }
+    if task.state.is_final() {
+        task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
     }
     service.store.update(&task).await?;
     if task.state.is_final() {

@@ -29,7 +29,7 @@ use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
-use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState};
 use crate::node::commands;
 use crate::node::conn::{CLIENT_NAME, Conn, ConnOptions};
 use crate::node::error::NodeError;
@@ -323,8 +323,8 @@ impl TaskService {
         let Some(mut task) = self.store.latest(instance_id).await? else { return Ok(None) };
         match task.state {
             // Its process wrote no end: it was killed.
-            TaskState::Running => task.state = transition(task.state, Command::Interrupt)?,
-            TaskState::Failed => task.state = transition(task.state, Command::Retry)?,
+            TaskState::Running => task.apply(Command::Interrupt, self.store.now())?,
+            TaskState::Failed => task.apply(Command::Retry, self.store.now())?,
             _ => {}
         }
         Ok((!task.state.is_final()).then_some(task))
@@ -335,10 +335,9 @@ impl TaskService {
     /// # Errors
     /// [`TaskError`]; then nothing was started.
     pub async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
-        task.state = transition(task.state, Command::Start)?;
-        task.started_at = task.started_at.or_else(|| Some(self.store.now()));
-        (task.failure, task.finished_at) = (None, None);
-        task.spent = Default::default();
+        task.apply(Command::Start, self.store.now())?;
+        // Who asks again gives it all its time again.
+        task.spent = Duration::ZERO;
         let (plan, snapshot) = self.plan(&task, &spec, self.store.shards(task.id).await?);
         self.store.update(&task).await?;
         let job = self.job(task, plan, snapshot);

@@ -16,7 +16,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
-use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, Task, TaskId, TaskState};
 use crate::model::throttle::Reason;
 use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
@@ -163,9 +163,9 @@ impl TaskService {
         // Nothing connects with this; it only describes the task.
         let settings = Settings { tls: None, ..settings.clone() };
         let spec = TaskSpec::of(instance, &settings, Cause::Schedule)?;
-        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec }, self.store.now());
-        task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(self.store.now());
+        let now = self.store.now();
+        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec }, now);
+        task.apply(Command::Fail, now)?;
         task.failure = Some(failure);
         self.insert(&task, Some(due)).await?;
         self.metrics.ended(&task);
@@ -235,7 +235,7 @@ impl TaskService {
         // Read first: that it still says running tells that its process was killed.
         let known = self.store.shards(task.id).await?;
         if task.state == TaskState::Running {
-            task.state = transition(task.state, Command::Interrupt)?;
+            task.apply(Command::Interrupt, self.store.now())?;
             self.store.update(&task).await?;
         }
         tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up");
@@ -247,8 +247,7 @@ impl TaskService {
     pub(super) async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
         let view = self.stored_view(task.clone()).await?;
         task.num = view.snapshot.reclaimed();
-        task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(self.store.now());
+        task.apply(Command::Fail, self.store.now())?;
         let message = format!("the daemon was stopped before the sweep was complete, and {why}");
         let failure = Failure::new(FailureKind::Interrupted, message);
         task.failure =

@@ -65,7 +65,7 @@ impl Order {
             Self::Resume => Some(Command::Resume),
             Self::Cancel => Some(Command::Cancel),
             Self::Tune(_) => None,
-            Self::GiveWay => Some(Command::Succeed),
+            Self::GiveWay => Some(Command::GiveWay),
         }
     }
 }
@@ -166,7 +166,8 @@ impl Recorder {
                 self.sum_up();
                 self.publish();
             }
-            if now.hold.is_none() {
+            // One that was paused just now is about to be held.
+            if now.hold.is_none() && self.task.state != TaskState::Paused {
                 return Ok(());
             }
             tokio::select! {
@@ -196,10 +197,10 @@ impl Recorder {
     /// Marks the task as running. The record may lag behind where it cannot be written: the next checkpoint says it
     /// again.
     pub(super) async fn begin(&mut self) {
-        if let Ok(state) = transition(self.task.state, Command::Start) {
-            self.task.state = state;
+        // One that was paused and let go on is running already.
+        if self.task.state != TaskState::Running {
+            self.step(Command::Start);
         }
-        self.task.started_at = self.task.started_at.or_else(|| Some(self.store.now()));
         self.task.failure = None;
         self.snapshot.started_at = self.task.started_at;
         self.trace.begun();
@@ -259,21 +260,13 @@ impl Recorder {
     async fn obey(&mut self, order: Order) -> Result<(), TaskError> {
         match order {
             Order::Pause => {
-                self.change(|task| {
-                    task.state = transition(task.state, Command::Pause)?;
-                    Ok(())
-                })
-                .await?;
+                let now = self.store.now();
+                self.change(|task| Ok(task.apply(Command::Pause, now)?)).await?;
                 self.paused.send_replace(true);
             }
             Order::Resume => {
                 let now = self.store.now();
-                self.change(|task| {
-                    task.state = transition(task.state, Command::Resume)?;
-                    task.started_at = task.started_at.or(Some(now));
-                    Ok(())
-                })
-                .await?;
+                self.change(|task| Ok(task.apply(Command::Resume, now)?)).await?;
                 self.paused.send_replace(false);
             }
             Order::Cancel => {
@@ -324,7 +317,7 @@ impl Recorder {
             Outcome::Stopped(StopReason::TimedOut) => {
                 (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
-            Outcome::Stopped(StopReason::Kept) => (Some(Command::Succeed), None),
+            Outcome::Stopped(StopReason::Kept) => (Some(Command::GiveWay), None),
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
             Outcome::Stopped(StopReason::Lost) => {
                 log_of!(self.task, warn, "another daemon may have the task by now; nothing more is written of it");
@@ -336,18 +329,14 @@ impl Recorder {
             self.task.owner = None;
         }
         self.snapshot.end();
-        if command == Some(Command::Succeed) && self.task.state != TaskState::Running {
-            // It was paused while its last batch was under way, or never had to begin.
-            let to_running = if self.task.state == TaskState::Paused { Command::Resume } else { Command::Start };
-            self.step(to_running);
+        if matches!(command, Some(Command::Succeed | Command::GiveWay)) && self.task.state == TaskState::Paused {
+            // It was paused while its last batch was under way.
+            self.step(Command::Resume);
         }
         if let Some(command) = command {
             self.step(command);
         }
         self.task.failure = failure;
-        if self.task.state.is_final() {
-            self.task.finished_at = Some(self.store.now());
-        }
         self.sum_up();
         log_end(&self.task);
         self.trace.end(&self.task);
@@ -379,9 +368,8 @@ impl Recorder {
     }
 
     fn step(&mut self, command: Command) {
-        match transition(self.task.state, command) {
-            Ok(state) => self.task.state = state,
-            Err(error) => tracing::error!(%error, "a task ended in a state that has no end"),
+        if let Err(error) = self.task.apply(command, self.store.now()) {
+            tracing::error!(%error, "the state of a task does not allow what happened to it");
         }
     }
 
