@@ -82,9 +82,20 @@ impl TtlHistogram {
     }
 }
 
-/// Everything that is counted about one DB of one shard.
+/// What is known of the pass over one DB of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PassFigures {
+    /// Where the pass is, for whoever goes on with it.
+    pub checkpoint: PassCheckpoint,
+    /// What it has done, from its beginning on, over all processes that had a part in it.
+    pub counters: PassCounters,
+    /// How it goes at this moment.
+    pub gauges: PassGauges,
+}
+
+/// What a pass needs to go on.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassCheckpoint {
     /// How far the pass is.
     pub position: ScanPosition,
     /// The server process that the position belongs to: [`RunId::fingerprint`].
@@ -93,13 +104,21 @@ pub struct PassFigures {
     pub space: CursorSpace,
     /// DBSIZE when the pass began.
     pub keys_at_start: u64,
+    /// `expired_keys` of the server when INFO was last read: the keys that it freed since are the most that a process that was killed can
+    /// have left uncounted.
+    pub server_expired: Option<u64>,
+}
+
+/// What a pass has done. Nothing of it becomes less.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassCounters {
     /// Keys that SCAN looked at: returned and reclaimed.
     pub scanned: u64,
     /// Expired keys freed by SCAN and by the touch: the exact difference of DBSIZE around each.
     pub reclaimed: u64,
     /// Keys asked with EXISTS or TTL.
     pub touched: u64,
-    /// Of the touched keys, those that were dead although SCAN had returned them.
+    /// Of the touched keys, those that had expired although SCAN had returned them.
     pub found_by_touch: u64,
     /// SCANs that were answered.
     pub batches: u64,
@@ -107,8 +126,6 @@ pub struct PassFigures {
     pub nameless: u64,
     /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
     pub lost_replies: u64,
-    /// Batches that may be under way, sent and not counted yet. Not in the records; the batch journal has it.
-    pub under_way: u64,
     /// How often the pass began again, because the process or the rules changed under it.
     pub restarts: u64,
     /// Time in which batches held the master.
@@ -119,27 +136,33 @@ pub struct PassFigures {
     pub waited: Duration,
     /// Time held, by reason.
     pub held: BTreeMap<Reason, Duration>,
-    /// How long the batches were.
-    pub slice: SliceSummary,
-    /// COUNT of the next batch.
-    pub count: u32,
-    /// Share of the master's time that batches take now.
-    pub intensity: f64,
-    /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
-    pub server_us_per_scan: Option<f64>,
-    /// `expired_keys` of the server when it was last looked at: what it freed since, whoever asked for it, is at most what a lost process
-    /// left uncounted.
-    pub server_expired: Option<u64>,
     /// Remaining TTLs, with `touch` `ttl`.
     pub ttl: TtlHistogram,
 }
 
-impl PassFigures {
+/// How a pass goes at this moment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassGauges {
+    /// Batches that may be under way, sent and not counted yet. Not in the records; the batch journal has it.
+    pub under_way: u64,
+    /// How long the batches were.
+    pub slice: SliceSummary,
+    /// COUNT of the next batch.
+    pub count: u32,
+    /// Share of the master's time that batches take.
+    pub intensity: f64,
+    /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
+    pub server_us_per_scan: Option<f64>,
+}
+
+impl PassCheckpoint {
     /// Share of the pass that is done, in `[0, 1]`.
     pub fn fraction(&self) -> f64 {
         self.space.fraction(self.position)
     }
+}
 
+impl PassCounters {
     /// Time held for all reasons together.
     pub fn held_total(&self) -> Duration {
         self.held.values().sum()
@@ -147,9 +170,9 @@ impl PassFigures {
 }
 
 /// How long passes were held, by reason.
-pub fn held_by_reason<'a>(passes: impl IntoIterator<Item = &'a PassFigures>) -> BTreeMap<Reason, Duration> {
+pub fn held_by_reason<'a>(passes: impl IntoIterator<Item = &'a PassCounters>) -> BTreeMap<Reason, Duration> {
     let mut held = BTreeMap::new();
-    for (reason, time) in passes.into_iter().flat_map(|figures| &figures.held) {
+    for (reason, time) in passes.into_iter().flat_map(|pass| &pass.held) {
         *held.entry(*reason).or_default() += *time;
     }
     held
@@ -451,9 +474,14 @@ impl Snapshot {
         self.shards.values().flat_map(|s| s.passes.values())
     }
 
+    /// The counters of every pass of every shard.
+    pub fn counters(&self) -> impl Iterator<Item = &PassCounters> {
+        self.passes().map(|pass| &pass.counters)
+    }
+
     /// Expired keys freed so far.
     pub fn reclaimed(&self) -> u64 {
-        self.passes().map(|p| p.reclaimed).sum()
+        self.counters().map(|pass| pass.reclaimed).sum()
     }
 
     /// Expired keys in memory, as a keep run estimates them; `None` where it does not know all masters yet, and for a sweep.
@@ -464,12 +492,12 @@ impl Snapshot {
 
     /// Keys looked at so far.
     pub fn scanned(&self) -> u64 {
-        self.passes().map(|p| p.scanned).sum()
+        self.counters().map(|pass| pass.scanned).sum()
     }
 
     /// Batches whose reply was lost.
     pub fn lost_replies(&self) -> u64 {
-        self.passes().map(|p| p.lost_replies).sum()
+        self.counters().map(|pass| pass.lost_replies).sum()
     }
 
     /// Share of everything that is done, 0 to 1, by keys: of each DB of each shard that is known so far.
@@ -477,14 +505,14 @@ impl Snapshot {
         let (mut done, mut all) = (0.0, 0.0);
         for shard in self.shards.values() {
             for pass in shard.passes.values() {
-                let weight = pass.keys_at_start.max(1) as f64;
-                done += weight * pass.fraction();
+                let weight = pass.checkpoint.keys_at_start.max(1) as f64;
+                done += weight * pass.checkpoint.fraction();
                 all += weight;
             }
             // A DB that was not begun yet counts as much as the mean of the others: its size is not known here.
             let known = shard.passes.len();
             let to_come = shard.dbs.iter().filter(|db| !shard.passes.contains_key(db)).count();
-            let weights: f64 = shard.passes.values().map(|pass| pass.keys_at_start.max(1) as f64).sum();
+            let weights: f64 = shard.passes.values().map(|pass| pass.checkpoint.keys_at_start.max(1) as f64).sum();
             all += to_come as f64 * if known == 0 { 1.0 } else { weights / known as f64 };
         }
         if all > 0.0 { done / all } else { 0.0 }

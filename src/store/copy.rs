@@ -73,7 +73,8 @@ impl Store {
         let shards = self.shards(task.id).await?;
         let mut task = Task { owner: None, ..task };
         if task.state == TaskState::Running && task.apply(Command::Interrupt, self.now()).is_ok() {
-            task.num = shards.values().flat_map(|shard| shard.view.passes.values()).map(|pass| pass.reclaimed).sum();
+            task.num =
+                shards.values().flat_map(|shard| shard.view.passes.values()).map(|pass| pass.counters.reclaimed).sum();
         }
         if other.task(task.id).await?.is_none() {
             other.insert(&task, None).await?;

@@ -433,15 +433,15 @@ fn log(event: &ScanEvent, task: &Task) {
         }
         ScanEventKind::Warned { message } => log_of!(task, warn, %shard, "{message}"),
         ScanEventKind::PassStarted { db, figures } => {
-            log_of!(task, info, %shard, %db, position = %figures.position, "pass begun");
+            log_of!(task, info, %shard, %db, position = %figures.checkpoint.position, "pass begun");
         }
         ScanEventKind::Progressed { db, figures } => {
-            log_of!(task, trace, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
+            log_of!(task, trace, %shard, %db, scanned = figures.counters.scanned, reclaimed = figures.counters.reclaimed, "progress");
         }
         ScanEventKind::Kept { figures } => log_of!(task, trace, %shard, ?figures, "kept"),
         ScanEventKind::PassRestarted { db, why, .. } => log_of!(task, warn, %shard, %db, why, "pass begun again"),
         ScanEventKind::PassFinished { db, figures } => {
-            log_of!(task, info, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");
+            log_of!(task, info, %shard, %db, scanned = figures.counters.scanned, reclaimed = figures.counters.reclaimed, "pass complete");
         }
         ScanEventKind::HoldStarted { reason, detail } => {
             log_of!(task, warn, %shard, %reason, detail, "holding: {}", reason.sentence());

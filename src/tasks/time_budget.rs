@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::engine::control::Orders;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
+use crate::model::progress::{PassCounters, Snapshot, held_by_reason};
 use crate::settings::show_duration;
 
 /// The time spent is brought up to date this often, for the checkpoints.
@@ -66,9 +66,9 @@ impl TimeBudget {
 
 /// The failure of a sweep whose time was over, with what it spent most of that time on.
 pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
-    let sum = |time: fn(&PassFigures) -> Duration| -> Duration { snapshot.passes().map(time).sum() };
+    let sum = |time: fn(&PassCounters) -> Duration| -> Duration { snapshot.counters().map(time).sum() };
     let (active, waited, rested) = (sum(|pass| pass.active), sum(|pass| pass.waited), sum(|pass| pass.rested));
-    let held = held_by_reason(snapshot.passes()).into_iter().max_by_key(|(_, time)| *time);
+    let held = held_by_reason(snapshot.counters()).into_iter().max_by_key(|(_, time)| *time);
     let holds = snapshot.shards.values().find_map(|shard| shard.hold);
     let hint = match held.filter(|(_, time)| *time > active.max(waited).max(rested)).map(|(reason, _)| reason).or(holds) {
         Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
@@ -93,7 +93,7 @@ mod tests {
 
     use super::*;
     use crate::engine::control::Control;
-    use crate::model::progress::{PassFigures, ShardView};
+    use crate::model::progress::{PassCounters, PassFigures, ShardView};
     use crate::model::shard::{DbIndex, ShardId};
     use crate::model::throttle::Reason;
     use crate::settings::raw::Raw;
@@ -122,8 +122,9 @@ mod tests {
     fn the_end_of_the_time_names_what_took_it() {
         let s = Duration::from_secs;
         let hint = |active, waited, rested, held: &[(Reason, Duration)], hold| {
-            let figures =
-                PassFigures { active, waited, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
+            let held = held.iter().copied().collect();
+            let counters = PassCounters { active, waited, rested, held, ..PassCounters::default() };
+            let figures = PassFigures { counters, ..PassFigures::default() };
             let shard = ShardView { passes: [(DbIndex(0), figures)].into(), hold, ..ShardView::default() };
             let snapshot =
                 Snapshot { shards: [(ShardId("a:1".to_owned()), Arc::new(shard))].into(), ..Snapshot::default() };

@@ -9,7 +9,7 @@ use opentelemetry::trace::{SpanBuilder, Status, TraceContextExt, Tracer};
 use opentelemetry::{Context, KeyValue, global};
 
 use crate::model::failure::Failure;
-use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, ServerFacts};
+use crate::model::progress::{PassCounters, ScanEvent, ScanEventKind, ServerFacts};
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::{Task, TaskState};
 
@@ -85,7 +85,7 @@ impl TaskTrace {
             }
             ScanEventKind::PassFinished { db, figures } => {
                 if let Some(pass) = of.passes.remove(db) {
-                    pass.span().set_attributes(counts(figures));
+                    pass.span().set_attributes(counts(&figures.counters));
                     pass.span().end();
                 }
             }
@@ -152,12 +152,12 @@ fn facts(shard: &ShardId, server: &ServerFacts) -> [KeyValue; 4] {
     ]
 }
 
-fn counts(figures: &PassFigures) -> [KeyValue; 4] {
+fn counts(pass: &PassCounters) -> [KeyValue; 4] {
     [
-        number("ttlsweep.keys.scanned", figures.scanned),
-        number("ttlsweep.keys.reclaimed", figures.reclaimed),
-        number("ttlsweep.batches", figures.batches),
-        number("ttlsweep.lost_replies", figures.lost_replies),
+        number("ttlsweep.keys.scanned", pass.scanned),
+        number("ttlsweep.keys.reclaimed", pass.reclaimed),
+        number("ttlsweep.batches", pass.batches),
+        number("ttlsweep.lost_replies", pass.lost_replies),
     ]
 }
 

@@ -191,7 +191,7 @@ impl ShardSweep {
         if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
             self.end_hold().await;
         }
-        let advice = pass.guard.look(pass.begun.elapsed(), seen, &pass.figures, pass.keys);
+        let advice = pass.guard.look(pass.begun.elapsed(), seen, &pass.figures.counters, pass.keys);
         let most = self.orders.borrow().tuning.intensity;
         self.session.decided = true;
         match advice {
