@@ -287,7 +287,8 @@ impl AppState {
     async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
         let mut standings = self.service.store().standings(&ids).await?;
-        for view in self.service.active_views() {
+        for view in self.service.on_hand().into_values() {
+            let view = view.borrow();
             // The records are up to a second old.
             if let Some(standing) = standings.get_mut(&view.task.instance_id)
                 && standing.latest == view.task.id
