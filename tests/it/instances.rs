@@ -160,6 +160,7 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     daemon.post(&format!("/api/v1/tasks/{first}/resume")).await.ok();
     daemon.hurry(&first).await;
     daemon.until(&first, "succeeded").await;
+    let evicted = evict(&server).await;
     let second = daemon.scan("cache").await;
     daemon.until(&second, "succeeded").await;
 
@@ -173,6 +174,8 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     );
     assert!(sweep["held_s"]["paused"].as_f64() > Some(0.0), "{sweep:#}");
     assert!(sweep["freed_bytes"].is_i64(), "{sweep:#}");
+    assert_eq!((&sweep["evicted_keys"], &sweep["evicted_keys_after"]), (&json!(0), &json!(evicted)), "{sweep:#}");
+    assert!(history["sweeps"][0]["evicted_keys_after"].is_null(), "there is no later one");
     let dbs = sweep["shards"][0]["dbs"].as_array().expect("DBs");
     let freed: Vec<_> = dbs.iter().map(|db| (db["db"].as_u64(), db["reclaimed"].as_u64())).collect();
     assert_eq!(freed, [(Some(0), Some(300)), (Some(3), Some(50))]);
@@ -180,12 +183,22 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
 
     let brief = daemon.get("/api/v1/instances/cache/history?shards=false&offset=1&limit=1").await.ok();
     assert_eq!(brief["sweeps"].as_array().map(Vec::len), Some(1));
+    assert_eq!(brief["sweeps"][0]["evicted_keys_after"], evicted, "by the sweep before the page");
     assert!(brief["sweeps"][0]["shards"].is_null() && brief["sweeps"][0]["masters"] == 1, "{brief:#}");
     for wrong in ["limit=0", "limit=201", "shards=maybe"] {
         let answer = daemon.get(&format!("/api/v1/instances/cache/history?{wrong}")).await;
         assert_eq!(answer.code(), (400, "DCS.4800"), "{wrong}");
     }
     assert_eq!(daemon.get("/api/v1/instances/other/history").await.code(), (404, "DCS.3022"));
+}
+
+/// Has a server evict keys for a moment, and returns how many.
+async fn evict(server: &Server) -> u64 {
+    server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-random"]).await;
+    server.cmd(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    probe("keys are evicted", PATIENCE, async || server.info_number("stats", "evicted_keys").await > 0).await;
+    server.cmd(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    server.info_number("stats", "evicted_keys").await
 }
 
 /// The lists of tasks that a stream has told of, as far as they have come.
