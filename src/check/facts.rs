@@ -1,14 +1,12 @@
 //! What was seen of a server. `None`: a right or a version hides it.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::engine::policy::{expiry_guard, profile};
 use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::node::commands::Access;
 use crate::node::info::{DbKeys, Info, ReplicaLine};
 use crate::settings::{ScanSettings, Touch};
@@ -115,7 +113,7 @@ impl Right {
     /// The command as an ACL rule names it.
     pub fn rule(self) -> String {
         let name = self.as_str().to_lowercase();
-        // Quoted as in `commands::ACL_LINE`.
+        // Quoted as in `acl::ACL_LINE`.
         if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 

@@ -1,13 +1,12 @@
 //! What somebody who does not look should be told of.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::model::task::{Task, words};
+use crate::model::task::Task;
+use crate::model::words::words;
 
 /// The kind of an [`Event`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,9 +1,8 @@
 //! Why a task or a shard ended without success, in words that an operator can act on.
 
 use std::fmt;
-use std::str::FromStr;
 
-use crate::model::task::words;
+use crate::model::words::words;
 
 /// The kind of a failure. Exit codes and the contract's error codes are chosen by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

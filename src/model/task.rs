@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use jiff::Timestamp;
 use uuid::{ContextV7, Uuid};
 
 use crate::model::failure::Failure;
+use crate::model::words::words;
 
 /// Names a task. Version 7: sorts by time of creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,46 +43,6 @@ pub enum Cause {
     /// A bound that the settings ask to be kept.
     Keep,
 }
-
-/// A stored word that names nothing we know: the store was written by another version, or by hand.
-#[derive(Debug, thiserror::Error)]
-#[error("unknown {what} `{word}`")]
-pub struct UnknownWord {
-    /// Which kind of word was expected.
-    pub what: &'static str,
-    /// What stood there.
-    pub word: String,
-}
-
-/// Implements `as_str`, `Display` and `FromStr` for an enum whose values are stored and shown as words.
-macro_rules! words {
-    ($type:ty, $what:literal, $($variant:ident = $word:literal),+ $(,)?) => {
-        impl $type {
-            /// Every value, in the order of declaration.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// The stored and shown word.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $word),+ }
-            }
-        }
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-        impl FromStr for $type {
-            type Err = $crate::model::task::UnknownWord;
-            fn from_str(word: &str) -> Result<Self, Self::Err> {
-                match word {
-                    $($word => Ok(Self::$variant),)+
-                    _ => Err($crate::model::task::UnknownWord { what: $what, word: word.to_owned() }),
-                }
-            }
-        }
-    };
-}
-pub(crate) use words;
 
 words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule", Keep = "keep");
 

@@ -1,9 +1,6 @@
 //! Why a sweep holds, and the limits that make it.
 
-use std::fmt;
-use std::str::FromStr;
-
-use crate::model::task::words;
+use crate::model::words::words;
 
 /// Why the sweep of a shard stands still for a while. The operator's sentence and the metric label both come
 /// from here.

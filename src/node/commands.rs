@@ -1,29 +1,14 @@
 //! The commands that we send, each in one place.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Value};
 
 use crate::model::shard::RunId;
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
-
-/// The line that gives a user exactly what a sweep needs: no key, no channel, no command that writes. AUTH needs no
-/// right; CLIENT SETNAME is a courtesy. Quoted for a shell, which would take the bar for a pipe, and for redis-cli's prompt.
-pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select '+client|setname'";
-
-/// What a cluster needs beside that: to be asked who its masters are, and (it works without) whether it is well.
-pub const ACL_CLUSTER: &str = "'+cluster|slots' '+cluster|info'";
-
-/// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
-pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep '~*' +exists +ttl";
-
-/// What the user of the sentinels needs.
-pub const ACL_SENTINEL: &str = "'+sentinel|get-master-addr-by-name'";
 
 /// INFO of the default sections and of `commandstats`, in one write.
 ///

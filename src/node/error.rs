@@ -5,7 +5,7 @@ use std::{fmt, io};
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::shard::NodeAddr;
-use crate::node::tls::PLAIN;
+use crate::node::acl;
 
 /// Trouble with one server. Never holds a secret or a key name.
 #[derive(Debug, thiserror::Error)]
@@ -229,7 +229,7 @@ impl NodeError {
                  named by redis+sentinel://HOST:26379/MASTER"
             }
             _ if self.is_unknown_command() => NO_SUCH_COMMAND,
-            FailureKind::NotAllowed => return Some(missing_right(command, code)),
+            FailureKind::NotAllowed => return Some(acl::missing_right(command, code)),
             FailureKind::NotAuthenticated => wrong_password(code, message),
             FailureKind::NoSuchDb if message.contains("cluster mode") => "a cluster of this version has DB 0 only",
             FailureKind::NoSuchDb => {
@@ -257,6 +257,10 @@ impl NodeError {
 pub const NO_SUCH_COMMAND: &str = "see `rename-command` in the server's configuration; a sweep sends each command by its own \
                                    name. Where this is a proxy that does not pass it on, sweep the server behind it";
 
+/// What to do where the peer does not go through with the handshake.
+pub(super) const PLAIN: &str =
+    "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
+
 /// What to do where no connection is made.
 fn no_connection(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
     use io::ErrorKind as E;
@@ -275,24 +279,6 @@ fn no_connection(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
         (_, E::TimedOut) => "is a firewall in between? A longer wait: --connect-timeout",
         (_, E::PermissionDenied) => "this machine does not let the program connect there: see its firewall",
         _ => "check the host name, the port and the network in between",
-    }
-}
-
-/// What to do where the server refuses a command.
-fn missing_right(command: &str, code: &str) -> String {
-    use crate::node::commands::{ACL_CLUSTER, ACL_LINE, ACL_SENTINEL, ACL_TOUCH};
-    match command {
-        _ if code == "DENIED" => {
-            "the server is in protected mode: connect through its loopback address, or give it a password".to_owned()
-        }
-        "EXISTS" | "TTL" => format!("sweep without it (--touch none), or grant what the touch needs: {ACL_TOUCH}"),
-        _ if command.starts_with("CLUSTER") => {
-            format!("grant on every node what the sweep of a cluster needs: {ACL_LINE} {ACL_CLUSTER}")
-        }
-        _ if command.starts_with("SENTINEL") => {
-            format!("grant the sentinels' user what is asked of them: {ACL_SENTINEL}")
-        }
-        _ => format!("grant what a sweep needs: {ACL_LINE}"),
     }
 }
 

@@ -18,7 +18,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::model::shard::NodeAddr;
-use crate::node::error::NodeError;
+use crate::node::error::{NodeError, PLAIN};
 use crate::settings::TlsSettings;
 
 /// Makes ring the provider of this process. `main` calls it once; a second call changes nothing.
@@ -166,10 +166,6 @@ impl Tls {
         })
     }
 }
-
-/// What to do where the peer does not go through with the handshake.
-pub(super) const PLAIN: &str =
-    "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
 
 /// What a TLS error inside an I/O error means, or `None` where there is none inside.
 pub(super) fn explain(addr: &NodeAddr, error: &io::Error) -> Option<NodeError> {

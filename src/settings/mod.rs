@@ -24,8 +24,9 @@ use crate::model::keep::Bounds;
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
-use crate::model::task::{SweepTexts, words};
+use crate::model::task::SweepTexts;
 use crate::model::throttle::{LIMITS, Limits};
+use crate::model::words::words;
 use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw};
 use crate::settings::values::{given, limit, parse_dbs, password_in, share, slice, switch, unless_off};
 
