@@ -1,4 +1,4 @@
-//! A task: one sweep of one instance, from the request to the last figure.
+//! A task: one sweep or keep run of one instance, its states, and what changes them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,12 +11,12 @@ use uuid::{ContextV7, Uuid};
 use crate::model::failure::Failure;
 use crate::model::words::words;
 
-/// Names a task. Version 7: sorts by time of creation.
+/// The id of a task, a UUID of version 7: ids sort by time of creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TaskId(pub Uuid);
 
 impl TaskId {
-    /// A fresh id, later than all that this process made at this time or before it.
+    /// A new id, which sorts behind all ids that this process made at this time or before.
     pub fn at(now: Timestamp) -> Self {
         static CONTEXT: Mutex<ContextV7> = Mutex::new(ContextV7::new());
         let seconds = u64::try_from(now.as_second()).unwrap_or(0);
@@ -31,35 +31,35 @@ impl fmt::Display for TaskId {
     }
 }
 
-/// Who asked for the task.
+/// What asked for a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// A person at the command line.
     Cli,
     /// A call of the API.
     Api,
-    /// A schedule that came due.
+    /// A schedule, at a due time.
     Schedule,
-    /// A bound that the settings ask to be kept.
+    /// The bounds of an instance that is kept.
     Keep,
 }
 
 words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule", Keep = "keep");
 
-/// Where a task stands. Being throttled or outside a window is a live condition of `Running`, not a state.
+/// The state of a task, as it is stored. Being throttled or outside a window is a live condition of `Running`, not a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TaskState {
-    /// Recorded; no batch was sent.
+    /// Recorded; no batch was sent yet.
     Waiting,
-    /// Sweeping, or holding with a reason.
+    /// Sweeping, or held for a reason.
     Running,
     /// A person paused it.
     Paused,
-    /// The process ended before the task did; its checkpoint is good.
+    /// The process ended before the task; the task can go on from its checkpoint.
     Interrupted,
     /// Every pass of every shard is complete.
     Succeeded,
-    /// Ended with a reason; what was reclaimed before stays counted.
+    /// Ended with a failure; what was reclaimed before stays counted.
     Failed,
     /// A person ended it.
     Cancelled,
@@ -78,7 +78,7 @@ words!(
 );
 
 impl TaskState {
-    /// Whether nothing happens to it any more by itself.
+    /// Whether the task has ended.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -94,28 +94,28 @@ impl TaskState {
     }
 }
 
-/// What can happen to a task.
+/// What changes the state of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// The first batch may be sent, now or again after an interruption.
     Start,
-    /// A person asks to hold.
+    /// A person pauses the task.
     Pause,
-    /// A person asks to go on.
+    /// A person lets a paused task go on.
     Resume,
-    /// A person asks to go on, and no process has the task: whichever takes it up next starts it.
+    /// A person lets a paused task go on that no process has: the process that takes it up next starts it.
     Requeue,
-    /// The process ends, the checkpoint stays.
+    /// The process ends before the task, whose checkpoint stays.
     Interrupt,
     /// Every pass is complete.
     Succeed,
     /// A keep run ends, whether it had begun or not: for another task of its instance, or for the next run.
     GiveWay,
-    /// It cannot go on.
+    /// The task cannot go on.
     Fail,
-    /// A person ends it.
+    /// A person cancels the task.
     Cancel,
-    /// A person has one that failed go on from its checkpoint.
+    /// A person lets a failed task go on from its checkpoint.
     Retry,
 }
 
@@ -135,13 +135,13 @@ impl Command {
     ];
 }
 
-/// A command that makes no sense in the task's present state.
+/// A command that the task's state does not take.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a task that is {state} cannot take the command {command:?}")]
 pub struct IllegalTransition {
-    /// The state it is in.
+    /// The state of the task.
     pub state: TaskState,
-    /// What was asked.
+    /// The command that was refused.
     pub command: Command,
 }
 
@@ -173,7 +173,7 @@ pub type SweepTexts = BTreeMap<String, String>;
 /// A task as it is recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
-    /// Its name.
+    /// The id.
     pub id: TaskId,
     /// The instance it sweeps.
     pub instance_id: String,
@@ -181,33 +181,33 @@ pub struct Task {
     pub project_id: String,
     /// The instance's address, without any secret.
     pub target: String,
-    /// The settings used.
+    /// The settings that it uses.
     pub sweep: SweepTexts,
     /// Whether it sweeps only while the instance's window is open.
     pub respect_window: bool,
-    /// Who asked.
+    /// What asked for it.
     pub cause: Cause,
-    /// Where it stands.
+    /// Its state; changed by [`Task::apply`] only.
     pub state: TaskState,
-    /// When it was asked for.
+    /// When it was created.
     pub created_at: Timestamp,
-    /// When its first batch was sent.
+    /// When it first began to sweep.
     pub started_at: Option<Timestamp>,
     /// When it reached a final state.
     pub finished_at: Option<Timestamp>,
-    /// Expired keys that it freed.
+    /// Expired keys that it has reclaimed.
     pub num: u64,
-    /// How much of the time allowed it has used: not the time that a person or a window held it.
+    /// How much of its time budget it has used: the time that a person or a window held it does not count.
     pub spent: Duration,
-    /// Why it failed, or why it waits interrupted.
+    /// Why it failed or was interrupted.
     pub failure: Option<Failure>,
-    /// What is worth knowing of its end and is no failure.
+    /// What an operator should know about its end beside a failure.
     pub note: Option<String>,
-    /// The daemon that has it, where several share the records.
+    /// The daemon that sweeps it, where several share the records; `None`: no daemon.
     pub owner: Option<String>,
     /// The fencing number: raised whenever the owner changes, so that a late write of an earlier owner is void.
     pub fence: u64,
-    /// The label that a daemon needs to reach the instance; empty: each daemon does.
+    /// The label that a daemon needs to claim it; empty: each daemon may.
     pub place: String,
 }
 
@@ -231,7 +231,7 @@ impl Task {
         Ok(())
     }
 
-    /// Whether it keeps a bound, and does not end by itself.
+    /// Whether it is a keep run, which does not end by itself.
     pub fn keeps(&self) -> bool {
         ["max-backlog", "max-delay"].iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
     }

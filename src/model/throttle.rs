@@ -1,54 +1,53 @@
-//! Why a sweep holds, and the limits that make it.
+//! Why a sweep holds, and the limits on load that make it hold or give up.
 
 use crate::model::words::words;
 
-/// Why the sweep of a shard stands still for a while. The operator's sentence and the metric label both come
-/// from here.
+/// Why the sweep of a shard holds: a word for metrics and records, and a sentence for the operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
     /// The connection was lost and is being made again.
     Reconnecting,
-    /// The master is gone or demoted, and the one that takes its place is looked for.
+    /// The master is gone or is a replica now; the sweep looks for the master that takes its place.
     NoMaster,
-    /// The shard is swept, and slots have come to its master since: they are given time to arrive before it is swept again.
+    /// Slots have come to the master since the sweep of the shard ended; they are given time to arrive before it is swept again.
     SlotsMoving,
     /// The server loads its data set.
     Loading,
     /// A script or a module keeps the server busy.
     Busy,
-    /// The server hides expired keys and does not delete them: CLIENT PAUSE, or something that acts like it.
+    /// The server hides expired keys and does not delete them: CLIENT PAUSE, or something with the same effect.
     DeletionBlocked,
     /// A coordinated failover is under way.
     Failover,
     /// The server answers PING more slowly than the limit.
     Latency,
-    /// A replica has acknowledged too little of what it was sent.
+    /// A replica is too far behind.
     ReplicaLag,
     /// A replica has not been heard of for too long.
     ReplicaSilent,
-    /// Too much waits in the output buffers of replicas.
+    /// The output buffers of the replicas hold too much.
     ReplicaBuffer,
-    /// A child process saves or rewrites: each page that changes meanwhile is copied.
+    /// A child process saves or rewrites the data; each page that changes meanwhile is copied.
     Fork,
-    /// A replica is being given the whole data set.
+    /// A replica is receiving the whole data set.
     FullSync,
-    /// The background frees lag behind.
+    /// Too many objects wait to be freed in the background.
     LazyFree,
     /// Other clients send more commands than the limit.
     Ops,
     /// Others take more of the main thread's time than the limit.
     Cpu,
-    /// A figure that a limit was set on cannot be read.
+    /// The load that a limit was set on cannot be read.
     Unreadable,
     /// A person paused the task.
     Paused,
     /// The off-peak window is closed.
     OutsideWindow,
-    /// As many tasks run as may run at once.
+    /// All slots for tasks are taken.
     Queued,
-    /// As many masters of the instance are swept as may be at a time.
+    /// As many masters of the instance are being swept as may be at a time.
     Parallel,
-    /// The records that several daemons share cannot be reached, and another daemon may take the task over.
+    /// The records that several daemons share cannot be reached, so another daemon may take the task over.
     StoreUnreachable,
 }
 
@@ -113,33 +112,33 @@ impl Reason {
     }
 }
 
-/// What a limit can be set on.
+/// A measure of load that a limit can be set on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Load {
+pub enum Measure {
     /// Mean round trip of PING.
     Latency,
-    /// What the replica furthest behind has not acknowledged.
+    /// Replication stream that the replica furthest behind has not acknowledged.
     ReplicaLag,
-    /// Since a replica last acknowledged anything.
+    /// Time since the replica that is silent longest was heard of.
     ReplicaSilence,
-    /// What waits in the output buffers of all replicas.
+    /// Contents of the output buffers of all replicas.
     ReplicaBuffer,
     /// Objects that wait to be freed in the background.
     LazyFree,
-    /// Commands of others per second.
+    /// Commands per second of other clients.
     Ops,
-    /// Share of the main thread's time that others take.
+    /// Share of the main thread's time that other clients take.
     Cpu,
 }
 
-impl Load {
-    /// Whether every server tells it: one that is unknown was not asked for yet.
-    pub fn is_always_told(self) -> bool {
+impl Measure {
+    /// Whether every server shows it: where it is unknown, it was not measured yet.
+    pub fn is_always_shown(self) -> bool {
         self == Self::Latency
     }
 }
 
-/// How the amounts of a load are counted, read from a setting, and shown.
+/// The unit of a measure: how a setting is read and how people are shown an amount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Seconds; shown as milliseconds.
@@ -159,9 +158,9 @@ pub enum Unit {
 pub enum Auto {
     /// No limit.
     Off,
-    /// So much more than before, so that a replica that was far behind already does not hold the sweep for ever.
+    /// So much more than before, so that a replica that was far behind already does not hold the sweep forever.
     More(f64),
-    /// So many times as much as before, and so much more. No limit where it is unknown what was before.
+    /// So many times as much as before, plus so much. No limit where the amount before is unknown.
     Times(f64, f64),
 }
 
@@ -179,60 +178,67 @@ pub enum Above {
 pub struct LimitRow {
     /// The setting.
     pub key: &'static str,
-    /// What the limit is on.
-    pub load: Load,
-    /// How that is counted.
+    /// The measure that it limits.
+    pub measure: Measure,
+    /// The unit of the measure.
     pub unit: Unit,
     /// What `auto` means.
     pub auto: Auto,
-    /// What happens above the limit.
+    /// What a load above the limit does.
     pub above: Above,
-    /// What the operator reads before the amount.
+    /// The text that an operator reads before the amount.
     pub says: &'static str,
 }
 
-const fn hold(key: &'static str, load: Load, unit: Unit, auto: Auto, reason: Reason, says: &'static str) -> LimitRow {
-    LimitRow { key, load, unit, auto, above: Above::Hold(reason), says }
+const fn hold(
+    key: &'static str,
+    measure: Measure,
+    unit: Unit,
+    auto: Auto,
+    reason: Reason,
+    says: &'static str,
+) -> LimitRow {
+    LimitRow { key, measure, unit, auto, above: Above::Hold(reason), says }
 }
 
-const fn give_up(key: &'static str, load: Load, unit: Unit, says: &'static str) -> LimitRow {
-    LimitRow { key, load, unit, auto: Auto::Off, above: Above::GiveUp, says }
+const fn give_up(key: &'static str, measure: Measure, unit: Unit, says: &'static str) -> LimitRow {
+    LimitRow { key, measure, unit, auto: Auto::Off, above: Above::GiveUp, says }
 }
 
 const MIB: f64 = 1_048_576.0;
 
-/// Every limit on load. Of several that are passed, the first gives the reason. Settings, tuning, what is shown and what is
-/// decided are made of this table.
+/// Every limit on load. Where the load is above several, the first row gives the reason. The settings, the API and the throttle
+/// read this table.
 #[rustfmt::skip]
 pub const LIMITS: [LimitRow; 9] = [
-    hold("max-latency", Load::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),
-    hold("max-replica-lag", Load::ReplicaLag, Unit::Bytes, Auto::More(16.0 * MIB), Reason::ReplicaLag, "behind by"),
-    hold("max-replica-silence", Load::ReplicaSilence, Unit::Seconds, Auto::More(10.0), Reason::ReplicaSilent, "silent for"),
-    hold("max-replica-buffer", Load::ReplicaBuffer, Unit::Bytes, Auto::More(32.0 * MIB), Reason::ReplicaBuffer, "waiting:"),
-    hold("max-lazyfree", Load::LazyFree, Unit::Number, Auto::More(100_000.0), Reason::LazyFree, "objects:"),
-    hold("max-ops", Load::Ops, Unit::Number, Auto::Off, Reason::Ops, "commands a second:"),
-    hold("max-cpu", Load::Cpu, Unit::Share, Auto::Off, Reason::Cpu, "share of the main thread:"),
-    give_up("abort-latency", Load::Latency, Unit::Milliseconds, "PING took"),
-    give_up("abort-replica-lag", Load::ReplicaLag, Unit::Bytes, "a replica is behind by"),
+    hold("max-latency", Measure::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),
+    hold("max-replica-lag", Measure::ReplicaLag, Unit::Bytes, Auto::More(16.0 * MIB), Reason::ReplicaLag, "behind by"),
+    hold("max-replica-silence", Measure::ReplicaSilence, Unit::Seconds, Auto::More(10.0), Reason::ReplicaSilent, "silent for"),
+    hold("max-replica-buffer", Measure::ReplicaBuffer, Unit::Bytes, Auto::More(32.0 * MIB), Reason::ReplicaBuffer, "waiting:"),
+    hold("max-lazyfree", Measure::LazyFree, Unit::Number, Auto::More(100_000.0), Reason::LazyFree, "objects:"),
+    hold("max-ops", Measure::Ops, Unit::Number, Auto::Off, Reason::Ops, "commands a second:"),
+    hold("max-cpu", Measure::Cpu, Unit::Share, Auto::Off, Reason::Cpu, "share of the main thread:"),
+    give_up("abort-latency", Measure::Latency, Unit::Milliseconds, "PING took"),
+    give_up("abort-replica-lag", Measure::ReplicaLag, Unit::Bytes, "a replica is behind by"),
 ];
 
-/// A limit that is in force.
+/// The value of a limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Limit {
-    /// None.
+    /// No limit.
     Off,
-    /// What fits most servers: see [`Auto`]. Skipped where the load is unknown.
+    /// What fits most servers: see [`Auto`]. Where the load is unknown there is no limit.
     Auto,
     /// What the operator set, in the unit of its row. Where the load is unknown the sweep holds.
     At(f64),
 }
 
-/// The limits in force. Passing any of them suffices.
+/// The limits in force. A load above any of them suffices.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// In the order of [`LIMITS`].
     limits: [Limit; LIMITS.len()],
-    /// Hold while a child process saves or rewrites, and while a replica is given the whole data set.
+    /// Hold while a child process saves or rewrites, and while a replica receives the whole data set.
     pub hold_during_fork: bool,
 }
 
@@ -255,8 +261,8 @@ impl Limits {
         self
     }
 
-    /// Whether an amount of this load holds or ends the sweep.
-    pub fn is_set_on(&self, load: Load) -> bool {
-        self.iter().any(|(row, limit)| row.load == load && matches!(limit, Limit::At(_)))
+    /// Whether a limit on this measure has a value of its own.
+    pub fn is_set_on(&self, measure: Measure) -> bool {
+        self.iter().any(|(row, limit)| row.measure == measure && matches!(limit, Limit::At(_)))
     }
 }

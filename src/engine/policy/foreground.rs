@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::throttle::Load;
+use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
 /// How often the sweep stands still to see what others need, and for how long: a fiftieth of its time.
@@ -28,7 +28,7 @@ pub struct Foreground {
 impl Foreground {
     /// Whether it is time to look again. Where nothing depends on it, it never is.
     pub fn look_is_due(&self, tuning: &Tuning) -> bool {
-        let is_limited = [Load::Ops, Load::Cpu].into_iter().any(|load| tuning.limits.is_set_on(load));
+        let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
         let wanted = tuning.min_intensity < tuning.intensity || is_limited;
         wanted && self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY)
     }

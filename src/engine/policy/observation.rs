@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::model::shard::RunId;
-use crate::model::throttle::Load;
+use crate::model::throttle::Measure;
 use crate::node::info::{CommandStat, Info};
 
 /// What was last seen of a master. What a right or a version hides is `None` or its harmless value.
@@ -95,17 +95,17 @@ impl Observation {
     }
 
     /// The amount of a load, in the unit of its row of [`LIMITS`](crate::model::throttle::LIMITS); `None`: unknown.
-    pub fn amount(&self, load: Load) -> Option<f64> {
+    pub fn amount(&self, measure: Measure) -> Option<f64> {
         let seconds = |span: Option<Duration>| span.map(|span| span.as_secs_f64());
         let number = |number: Option<u64>| number.map(|number| number as f64);
-        match load {
-            Load::Latency => seconds(self.latency),
-            Load::ReplicaLag => number(self.replica_lag),
-            Load::ReplicaSilence => seconds(self.replica_silence),
-            Load::ReplicaBuffer => number(self.replica_buffer),
-            Load::LazyFree => number(self.lazyfree_pending),
-            Load::Ops => number(self.ops),
-            Load::Cpu => self.others_cpu,
+        match measure {
+            Measure::Latency => seconds(self.latency),
+            Measure::ReplicaLag => number(self.replica_lag),
+            Measure::ReplicaSilence => seconds(self.replica_silence),
+            Measure::ReplicaBuffer => number(self.replica_buffer),
+            Measure::LazyFree => number(self.lazyfree_pending),
+            Measure::Ops => number(self.ops),
+            Measure::Cpu => self.others_cpu,
         }
     }
 }

@@ -69,10 +69,11 @@ pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
 }
 
 fn over_a_hard_limit(seen: &Observation, limits: &Limits) -> Option<Failure> {
-    let (row, now, limit) = limits.iter().find_map(|(row, limit)| match (row.above, limit, seen.amount(row.load)) {
-        (Above::GiveUp, Limit::At(limit), Some(now)) if now > limit => Some((row, now, limit)),
-        _ => None,
-    })?;
+    let (row, now, limit) =
+        limits.iter().find_map(|(row, limit)| match (row.above, limit, seen.amount(row.measure)) {
+            (Above::GiveUp, Limit::At(limit), Some(now)) if now > limit => Some((row, now, limit)),
+            _ => None,
+        })?;
     let (now, limit) = (show_amount(row.unit, now), show_amount(row.unit, limit));
     let message = format!("{} {now}; the hard limit {} is {limit}", row.says, row.key);
     let failure = Failure::new(FailureKind::LimitPassed, message);
@@ -111,7 +112,7 @@ fn over(
     before: &Observation,
     held: Option<Reason>,
 ) -> Option<(Reason, String)> {
-    let before = before.amount(row.load);
+    let before = before.amount(row.measure);
     // A hold begins above the first and ends at the second.
     let (bound, release) = match (limit, row.auto) {
         (Limit::Off, _) | (Limit::Auto, Auto::Off) => return None,
@@ -125,8 +126,8 @@ fn over(
         }
         (Limit::At(bound), _) => (bound, bound * RELEASE),
     };
-    let Some(now) = seen.amount(row.load) else {
-        let holds = matches!(limit, Limit::At(_)) && !row.load.is_always_told();
+    let Some(now) = seen.amount(row.measure) else {
+        let holds = matches!(limit, Limit::At(_)) && !row.measure.is_always_shown();
         return holds.then(|| (Reason::Unreadable, format!("{} is set, and the server does not tell", row.key)));
     };
     let in_force = if held == Some(reason) { release } else { bound };
@@ -139,7 +140,7 @@ fn over(
 pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
     let hidden = limits.iter().filter(|(row, limit)| {
         let is_auto = *limit == Limit::Auto && row.auto != Auto::Off;
-        is_auto && !row.load.is_always_told() && seen.amount(row.load).is_none()
+        is_auto && !row.measure.is_always_shown() && seen.amount(row.measure).is_none()
     });
     hidden.map(|(row, _)| row.key).collect()
 }
