@@ -24,8 +24,8 @@ impl Bounds {
     }
 }
 
-/// How well a keep run keeps to its bounds on one master. Numbers of keys are estimates, made from what the laps reclaimed; times are
-/// exact.
+/// How well a keep run keeps to its bounds on one master. Numbers of keys are estimates, made from what the laps
+/// reclaimed; times are exact.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct KeepFigures {
     /// Laps, complete walks over all DBs, so far.
@@ -36,7 +36,8 @@ pub struct KeepFigures {
     pub max_backlog: Option<u64>,
     /// Keys per second that expire and that only the keep run reclaims.
     pub inflow: f64,
-    /// The longest time that a key can have been in memory after it expired: the age of the oldest visit to any part of the keyspace.
+    /// The longest time that a key can have been in memory after it expired: the age of the oldest visit to any part of
+    /// the keyspace.
     pub delay: Option<Duration>,
     /// How long a lap should take now; zero: as fast as the limits allow.
     pub lap: Duration,

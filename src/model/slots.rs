@@ -127,8 +127,8 @@ impl fmt::Display for SlotSet {
     }
 }
 
-/// The slot of a key: CRC16 (XMODEM) of its name modulo 16384, or of the part in the first braces where that is not empty.
-/// By the cluster specification.
+/// The slot of a key: CRC16 (XMODEM) of its name modulo 16384, or of the part in the first braces where that is not
+/// empty. By the cluster specification.
 pub fn slot_of(name: &[u8]) -> u16 {
     let tag = name.iter().position(|&byte| byte == b'{').and_then(|open| {
         let rest = &name[open + 1..];
@@ -176,9 +176,9 @@ impl CursorSpace {
         }
     }
 
-    /// With the pass cut into `2^bits` parts, where the part behind the one of `position` begins; [`ScanPosition::Finished`]
-    /// where that is the last one. A SCAN may begin at any bucket: a walk from one place that ends at or behind a later one
-    /// meets each key that is there meanwhile between the two, as a whole pass does.
+    /// With the pass cut into `2^bits` parts, where the part behind the one of `position` begins;
+    /// [`ScanPosition::Finished`] where that is the last one. A SCAN may begin at any bucket: a walk from one place
+    /// that ends at or behind a later one meets each key that is there meanwhile between the two, as a whole pass does.
     pub fn cut_after(&self, position: ScanPosition, bits: u32) -> ScanPosition {
         let (slot, inside) = self.rank(position);
         let cursor = match self {

@@ -46,7 +46,8 @@ pub enum Cause {
 
 words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule", Keep = "keep");
 
-/// The state of a task, as it is stored. Being throttled or outside a window is a live condition of `Running`, not a state.
+/// The state of a task, as it is stored. Being throttled or outside a window is a live condition of `Running`, not a
+/// state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TaskState {
     /// Recorded; no batch was sent yet.

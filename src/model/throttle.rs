@@ -9,7 +9,8 @@ pub enum Reason {
     Reconnecting,
     /// The master is gone or is a replica now; the sweep looks for the master that takes its place.
     NoMaster,
-    /// Slots have come to the master since the sweep of the shard ended; they are given time to arrive before it is swept again.
+    /// Slots have come to the master since the sweep of the shard ended; they are given time to arrive before it is
+    /// swept again.
     SlotsMoving,
     /// The server loads its data set.
     Loading,
@@ -207,8 +208,8 @@ const fn give_up(key: &'static str, measure: Measure, unit: Unit, says: &'static
 
 const MIB: f64 = 1_048_576.0;
 
-/// Every limit on load. Where the load is above several, the first row gives the reason. The settings, the API and the throttle
-/// read this table.
+/// Every limit on load. Where the load is above several, the first row gives the reason. The settings, the API and the
+/// throttle read this table.
 #[rustfmt::skip]
 pub const LIMITS: [LimitRow; 9] = [
     hold("max-latency", Measure::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),

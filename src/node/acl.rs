@@ -1,20 +1,22 @@
-//! The rights that a user needs, as the lines that grant them.
+//! The rights that a user needs, as ACL rules that grant them.
 
-/// The line that gives a user exactly what a sweep needs: no key, no channel, no command that writes. AUTH needs no
-/// right; CLIENT SETNAME is a courtesy. Quoted for a shell, which would take the bar for a pipe, and for redis-cli's prompt.
+/// Creates a user with exactly the rights that a sweep needs: no key, no channel, no command that writes. AUTH needs no
+/// right; CLIENT SETNAME only helps who reads CLIENT LIST. Quoted for a shell, which would take the bar for a pipe, and
+/// for redis-cli's prompt.
 pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select '+client|setname'";
 
-/// What a cluster needs beside that: to be asked who its masters are, and (it works without) whether it is well.
+/// The rights that a cluster needs beside that: CLUSTER SLOTS names the masters; CLUSTER INFO, which is optional, tells
+/// whether the cluster is well.
 pub const ACL_CLUSTER: &str = "'+cluster|slots' '+cluster|info'";
 
-/// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
+/// The rights that the touch needs beside that. EXISTS and TTL have a key, so the user needs a right to the names too.
 pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep '~*' +exists +ttl";
 
-/// What the user of the sentinels needs.
+/// The right that the user of the sentinels needs.
 pub const ACL_SENTINEL: &str = "'+sentinel|get-master-addr-by-name'";
 
-/// What to do where the server refuses a command.
-pub(super) fn missing_right(command: &str, code: &str) -> String {
+/// The hint where the server refuses a command for lack of a right.
+pub(super) fn right_hint(command: &str, code: &str) -> String {
     match command {
         _ if code == "DENIED" => {
             "the server is in protected mode: connect through its loopback address, or give it a password".to_owned()

@@ -1,4 +1,4 @@
-//! What others need of a master.
+//! The load that other clients put on a master.
 
 use std::time::Duration;
 
@@ -7,33 +7,33 @@ use tokio::time::Instant;
 use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
-/// How often the sweep stands still to see what others need, and for how long: a fiftieth of its time.
+/// How often the sweep pauses to measure the load of other clients: with [`LOOK_FOR`], a fiftieth of its time.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// See [`LOOK_EVERY`].
+/// How long it pauses for that.
 pub const LOOK_FOR: Duration = Duration::from_millis(20);
-/// How much a new look weighs against the ones before: more where the load has risen, so that the sweep gives way at once and
-/// comes back slowly.
+/// The weight of a new measurement against those before: larger where the load has risen, so that the sweep gives way
+/// at once and comes back slowly.
 const WEIGHT: (f64, f64) = (0.7, 0.3);
 
-/// What others need of a master, by looks during which the sweep stands still.
+/// The load of other clients, by measurements for which the sweep pauses.
 #[derive(Debug, Default)]
 pub struct Foreground {
-    /// Share of the main thread's time that they take, smoothed.
+    /// Share of the main thread's time that they take, from 0 to 1, smoothed; `None`: unknown.
     pub cpu: Option<f64>,
-    /// Their commands per second, smoothed.
+    /// Their commands per second, smoothed; `None`: unknown.
     pub ops: Option<u64>,
     looked: Option<Instant>,
 }
 
 impl Foreground {
-    /// Whether it is time to look again. Where nothing depends on it, it never is.
+    /// Whether it is time to measure again. Never where no limit and no intensity depends on it.
     pub fn look_is_due(&self, tuning: &Tuning) -> bool {
         let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
         let wanted = tuning.min_intensity < tuning.intensity || is_limited;
         wanted && self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY)
     }
 
-    /// Takes a look in.
+    /// Adds a measurement.
     pub fn learn(&mut self, cpu: Option<f64>, ops: Option<u64>) {
         let smooth = |before: Option<f64>, now: f64| match before {
             Some(before) => before + (now - before) * if now > before { WEIGHT.0 } else { WEIGHT.1 },
@@ -45,7 +45,7 @@ impl Foreground {
     }
 }
 
-/// Share of a span in which a thread worked, by its CPU time at both ends.
+/// The share of a time span in which a thread worked, by its CPU time before and after.
 pub fn busy_share(before: Option<Duration>, after: Option<Duration>, span: Duration) -> Option<f64> {
     let worked = after?.checked_sub(before?)?;
     (!span.is_zero()).then(|| (worked.as_secs_f64() / span.as_secs_f64()).min(1.0))

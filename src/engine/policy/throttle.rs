@@ -1,36 +1,36 @@
-//! What the observations mean for the sweep. Pure: the table of tests below is its whole behaviour.
+//! Whether the sweep may go on, by what was observed of the master. Pure: the tests below show all of its behaviour.
 //!
-//! Any reason suffices to hold. A hold that was begun ends at four fifths of its limit, so that a figure that wavers about the
-//! limit does not make the sweep flap. What is over a hard limit is looked at twice before the sweep gives up; the
-//! loop does that.
+//! One reason suffices to hold. A hold ends at four fifths of the limit that began it, so that a load that wavers about
+//! the limit does not hold and release the sweep again and again. A load above a hard limit has to be observed twice
+//! before the sweep gives up; the caller sees to that.
 
 use crate::engine::policy::observation::Observation;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::throttle::{Above, Auto, Limit, LimitRow, Limits, Reason, Unit};
 use crate::settings::{Tuning, show_duration, span};
 
-/// A hold ends at this share of its limit.
+/// A hold ends at this share of the limit that began it.
 const RELEASE: f64 = 0.8;
 
-/// What others may take of the main thread's time before the sweep takes less than all of the rest.
+/// Share of the main thread's time that other clients may take before the sweep lowers its intensity.
 const CALM: f64 = 0.45;
-/// Where they take this much, the sweep takes the least.
+/// Share of the main thread's time of other clients from which the sweep has its least intensity.
 const BUSY: f64 = 0.85;
 
-/// What the loop is to do.
+/// What the sweep of a shard is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Decision {
     /// Send the next batch, at the intensity that the operator set.
     Proceed,
     /// Send the next batch, and rest between batches for this lower intensity.
     Rest(f64),
-    /// Stand still until the next observation.
+    /// Hold until the next observation, for this reason and with these facts.
     Hold(Reason, Option<String>),
-    /// End the sweep of this shard; a passed limit only when it is seen twice.
+    /// End the sweep of the shard; where a limit was passed, only once that was decided twice in a row.
     Abort(Failure),
 }
 
-/// Decides by what was last observed, what was observed before the first batch, and why the sweep holds now, if it does.
+/// Decides by the last observation, the one before the first batch, and the reason for which the sweep holds now.
 pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: Option<Reason>) -> Decision {
     if let Some(decision) = impossible(seen) {
         return decision;
@@ -46,7 +46,7 @@ pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: O
     if share < tuning.intensity { Decision::Rest(share) } else { Decision::Proceed }
 }
 
-/// What makes a sweep impossible, whatever the limits: expired keys would be hidden and not freed.
+/// What makes a sweep impossible, whatever the limits: the server would hide expired keys and not reclaim them.
 pub fn impossible(seen: &Observation) -> Option<Decision> {
     if seen.is_master == Some(false) {
         return Some(Decision::Abort(not_a_master(seen.master.as_deref())));
@@ -60,8 +60,8 @@ pub fn impossible(seen: &Observation) -> Option<Decision> {
     Some(Decision::Hold(reason, None))
 }
 
-/// The share of its time that the master can spare: all where others take less than half of it, falling in a straight
-/// line to the least where they take nearly all. Where it is unknown what they take, the operator's word stands.
+/// The share of its time that the master can spare: `intensity` while other clients take less than `CALM`, falling in
+/// a straight line to `min_intensity` where they take `BUSY`. Where it is unknown what they take, `intensity`.
 pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
     let Some(others) = others_cpu else { return tuning.intensity };
     let spare = (BUSY - others) / (BUSY - CALM);
@@ -103,7 +103,7 @@ fn over_a_soft_limit(
     })
 }
 
-/// Whether a load is over its soft limit, and what to tell of it.
+/// The reason and the facts of a hold where the load of a row is above its soft limit.
 fn over(
     row: &LimitRow,
     reason: Reason,
@@ -113,7 +113,7 @@ fn over(
     held: Option<Reason>,
 ) -> Option<(Reason, String)> {
     let before = before.amount(row.measure);
-    // A hold begins above the first and ends at the second.
+    // A hold begins above `bound` and ends at `release`.
     let (bound, release) = match (limit, row.auto) {
         (Limit::Off, _) | (Limit::Auto, Auto::Off) => return None,
         (Limit::Auto, Auto::More(margin)) => {
@@ -136,7 +136,7 @@ fn over(
     (now > in_force).then(|| (reason, detail()))
 }
 
-/// The `auto` limits that cannot be watched on this server, since it does not tell the load.
+/// The `auto` limits that cannot be watched on this server, which does not show the load.
 pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
     let hidden = limits.iter().filter(|(row, limit)| {
         let is_auto = *limit == Limit::Auto && row.auto != Auto::Off;
@@ -145,7 +145,7 @@ pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
     hidden.map(|(row, _)| row.key).collect()
 }
 
-/// An amount of load, for people.
+/// An amount of load as people read it.
 fn show_amount(unit: Unit, amount: f64) -> String {
     match unit {
         Unit::Milliseconds if amount < 0.001 => format!("{:.0} us", amount * 1e6),
