@@ -253,11 +253,13 @@ impl Limits {
         ROWS.iter().zip(self.limits)
     }
 
-    /// Sets the limit of this key; one that has no row is left alone.
+    /// The same limits with another one for this key, which must be that of a row.
     #[must_use]
     pub fn with(mut self, key: &str, limit: Limit) -> Self {
-        if let Some(place) = LIMITS.iter().position(|row| row.key == key) {
-            self.limits[place] = limit;
+        let row = LIMITS.iter().position(|row| row.key == key);
+        debug_assert!(row.is_some(), "no limit is called {key}");
+        if let Some(row) = row {
+            self.limits[row] = limit;
         }
         self
     }
