@@ -350,7 +350,7 @@ impl TaskService {
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn views(&self, tasks: Vec<Task>) -> Result<Vec<Arc<TaskView>>, TaskError> {
-        let here = self.on_hand();
+        let here = self.active_views();
         let away: Vec<_> = tasks.iter().map(|task| task.id).filter(|id| !here.contains_key(id)).collect();
         let mut shards = self.store.shards_of(&away).await?;
         let views = tasks.into_iter().map(|task| match here.get(&task.id) {
@@ -364,7 +364,7 @@ impl TaskService {
     }
 
     /// The views of all active tasks of this process, as they change. Each ends with its task.
-    pub fn on_hand(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
+    pub fn active_views(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
         self.queue.active().iter().map(|(id, task)| (*id, task.view.clone())).collect()
     }
 
@@ -382,7 +382,7 @@ impl TaskService {
             return Ok(Vec::new());
         }
         let mut tasks = self.store.unfinished().await?;
-        let here = self.on_hand();
+        let here = self.active_views();
         tasks.retain(|task| !here.contains_key(&task.id));
         self.views(tasks).await
     }
