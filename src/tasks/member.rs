@@ -385,7 +385,7 @@ impl Member {
                 metrics.fleet(daemons.len(), !others.is_empty());
                 if !others.is_empty() && !differed {
                     let others = others.join(", ");
-                    tracing::warn!(others, "the settings of these daemons differ from those of this one");
+                    tracing::warn!(others, "these daemons have other settings than this one");
                 }
                 differed = !others.is_empty();
             }
