@@ -221,7 +221,7 @@ impl Member {
         match self.fleet.reap().await {
             Ok(gone) => {
                 for daemon in gone {
-                    tracing::warn!(daemon, "the lease of a daemon has run out; other daemons may claim its tasks");
+                    tracing::warn!(daemon, "a daemon is gone; other daemons may claim its tasks");
                     self.wake_claims();
                 }
             }
