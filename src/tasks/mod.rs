@@ -442,7 +442,7 @@ impl Job {
         let is_hourly = self.recorder.task.cause == Cause::Keep;
         let (clock, view) = (self.recorder.store.clock(), self.recorder.view.subscribe());
         let engine = tokio::spawn(async move {
-            let run = engine::run(plan, control.orders(), sender);
+            let run = engine::run(plan, control.watch(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
@@ -450,7 +450,7 @@ impl Job {
                     control.stop(StopReason::Kept);
                     run.await
                 }
-                () = budget.used_up(control.orders()) => {
+                () = budget.used_up(control.watch()) => {
                     control.stop(StopReason::TimedOut);
                     run.await
                 }

@@ -152,7 +152,7 @@ impl Recorder {
 
     /// Waits until the task may begin, or is told to stop.
     pub(super) async fn wait_for_turn(&mut self) -> Result<(), StopReason> {
-        let mut orders = self.control.orders();
+        let mut orders = self.control.watch();
         loop {
             let now = *orders.borrow_and_update();
             if let Some(reason) = now.stop {
@@ -179,7 +179,7 @@ impl Recorder {
 
     /// Does something that takes its time, and takes orders in meanwhile. Ends early where the task is told to stop.
     pub(super) async fn obeying<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
-        let mut orders = self.control.orders();
+        let mut orders = self.control.watch();
         let mut work = std::pin::pin!(work);
         loop {
             if let Some(reason) = orders.borrow_and_update().stop {

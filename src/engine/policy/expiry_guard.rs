@@ -91,7 +91,7 @@ pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettin
 
 /// What counts of expiry have been seen.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Seen {
+struct Sample {
     at: Duration,
     expired: u64,
     reclaimed: u64,
@@ -118,9 +118,9 @@ pub struct ExpiryGuard {
     /// has begun.
     most: f64,
     keys_at_start: u64,
-    window: VecDeque<Seen>,
-    /// When it looked last.
-    looked: Duration,
+    window: VecDeque<Sample>,
+    /// When it advised last.
+    advised: Duration,
     troubled: Duration,
     /// Whether it has said that the sweep does harm.
     told: bool,
@@ -135,20 +135,20 @@ impl ExpiryGuard {
             most: expire_per_sec.unwrap_or(0.0),
             keys_at_start: keys,
             window: VecDeque::new(),
-            looked: Duration::ZERO,
+            advised: Duration::ZERO,
             troubled: Duration::ZERO,
             told: false,
         }
     }
 
     /// A look at a time since the pass began: what the server says, the sweep's own figures, and DBSIZE.
-    pub fn look(&mut self, at: Duration, seen: &Observation, figures: &PassFigures, keys: u64) -> Advice {
+    pub fn advise(&mut self, at: Duration, seen: &Observation, figures: &PassFigures, keys: u64) -> Advice {
         let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };
         // What lies behind a hold is not the sweep's doing.
-        let since = at.saturating_sub(std::mem::replace(&mut self.looked, at)).min(LONGEST_BETWEEN);
-        let now = Seen { at, expired, reclaimed: figures.reclaimed, scanned: figures.scanned };
+        let since = at.saturating_sub(std::mem::replace(&mut self.advised, at)).min(LONGEST_BETWEEN);
+        let now = Sample { at, expired, reclaimed: figures.reclaimed, scanned: figures.scanned };
         self.window.push_back(now);
         while self.window.get(1).is_some_and(|second| at.saturating_sub(second.at) >= WINDOW) {
             self.window.pop_front();
@@ -158,7 +158,7 @@ impl ExpiryGuard {
         if span < WINDOW {
             return Advice::Fine;
         }
-        let per_sec = |of: fn(&Seen) -> u64| of(&now).saturating_sub(of(&first)) as f64 / span.as_secs_f64();
+        let per_sec = |of: fn(&Sample) -> u64| of(&now).saturating_sub(of(&first)) as f64 / span.as_secs_f64();
         let by_us = per_sec(|seen| seen.reclaimed);
         let expired = per_sec(|seen| seen.expired);
         // `expired_keys` counts ours among them.
@@ -236,7 +236,7 @@ mod tests {
             // It went on from a checkpoint that knew a million more.
             let reclaimed = 1_000_000 + by_us;
             let figures = PassFigures { reclaimed, scanned: read, ..PassFigures::default() };
-            advice.push(guard.look(Duration::from_millis(250) * quarter as u32, &seen, &figures, 200_000 + growth));
+            advice.push(guard.advise(Duration::from_millis(250) * quarter as u32, &seen, &figures, 200_000 + growth));
             sums.iter_mut().zip(rates).for_each(|(sum, rate)| *sum += rate / 4);
         }
         advice.dedup();

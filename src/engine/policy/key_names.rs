@@ -29,12 +29,12 @@ pub struct KeyNames {
     since_audit: u64,
     audited: Option<Instant>,
     freed: u64,
-    left_dead: u64,
+    left_expired: u64,
 }
 
 /// How a batch is to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Names {
+pub enum NamesMode {
     /// With names.
     Read,
     /// Without names.
@@ -51,7 +51,7 @@ impl KeyNames {
             Payload::Names => false,
             Payload::None => true,
         };
-        Self { nameless, since_audit: 0, audited: None, freed: 0, left_dead: 0 }
+        Self { nameless, since_audit: 0, audited: None, freed: 0, left_expired: 0 }
     }
 
     /// Whether batches come without names.
@@ -60,16 +60,16 @@ impl KeyNames {
     }
 
     /// A batch is sent: how it is to come. The first one without names is asked again.
-    pub fn next_batch(&mut self) -> Names {
+    pub fn next_batch(&mut self) -> NamesMode {
         if !self.nameless {
-            return Names::Read;
+            return NamesMode::Read;
         }
         self.since_audit += 1;
         if self.since_audit < AUDIT_EVERY && self.audited.is_some_and(|at| at.elapsed() < AUDIT_AFTER) {
-            return Names::Left;
+            return NamesMode::Left;
         }
         (self.since_audit, self.audited) = (0, Some(Instant::now()));
-        Names::Audited
+        NamesMode::Audited
     }
 
     /// COUNT of the second SCAN of a batch. It has to stay within the keys that the first one looked at: of those, so many are
@@ -83,9 +83,9 @@ impl KeyNames {
     /// the proof that SCAN without names leaves dead keys.
     pub fn learn(&mut self, freed: u64, audit: Option<u64>) -> bool {
         self.freed += freed;
-        self.left_dead += audit.unwrap_or(0);
+        self.left_expired += audit.unwrap_or(0);
         // The second SCAN saw one batch in so many, and half of it.
-        self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed
+        self.left_expired >= PROOF && self.left_expired * AUDIT_EVERY > self.freed
     }
 
     /// It does not do here. Returns whether that is news.
@@ -108,7 +108,7 @@ mod tests {
         ] {
             assert_eq!(KeyNames::new(asked, frees_all).are_left(), left, "{asked} {frees_all}");
         }
-        assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), Names::Read);
+        assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), NamesMode::Read);
     }
 
     #[tokio::test(start_paused = true)]
@@ -117,7 +117,7 @@ mod tests {
         let mut audits = async |batches: u32, pause: Duration| {
             let mut audits = 0;
             for _ in 0..batches {
-                audits += u32::from(names.next_batch() == Names::Audited);
+                audits += u32::from(names.next_batch() == NamesMode::Audited);
                 tokio::time::advance(pause).await;
             }
             audits
@@ -130,7 +130,7 @@ mod tests {
     fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
         let mut left = KeyNames::new(Payload::None, false);
         assert!(!left.learn(0, Some(2)), "two may have expired in between");
-        assert!(left.learn(0, Some(2)) && left.give_up() && left.next_batch() == Names::Read);
+        assert!(left.learn(0, Some(2)) && left.give_up() && left.next_batch() == NamesMode::Read);
         assert!(!left.give_up(), "that is known");
         let mut fine = KeyNames::new(Payload::Auto, true);
         assert!((0..10_000).all(|n| !fine.learn(5, (n % 64 == 0).then_some(1))), "keys that expired in between");

@@ -34,7 +34,7 @@ pub struct TouchAudit {
     may_ask: bool,
     sent: u64,
     freed_by_scan: u64,
-    left_dead: u64,
+    left_expired: u64,
 }
 
 impl TouchAudit {
@@ -46,7 +46,7 @@ impl TouchAudit {
             Touch::None => TouchOutcome::Off,
             Touch::Exists | Touch::Ttl => TouchOutcome::Asked,
         };
-        Self { mode, audit, outcome, may_ask: false, sent: 0, freed_by_scan: 0, left_dead: 0 }
+        Self { mode, audit, outcome, may_ask: false, sent: 0, freed_by_scan: 0, left_expired: 0 }
     }
 
     /// What is known so far.
@@ -105,10 +105,10 @@ impl TouchAudit {
     }
 
     /// A batch went by, with a touch or without. Returns the outcome where it changed.
-    pub fn learn(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
+    pub fn learn(&mut self, freed_by_scan: u64, left_expired: u64) -> Option<TouchOutcome> {
         self.freed_by_scan += freed_by_scan;
-        self.left_dead += left_dead;
-        let found = if self.left_dead >= PROOF && self.left_dead > self.freed_by_scan {
+        self.left_expired += left_expired;
+        let found = if self.left_expired >= PROOF && self.left_expired > self.freed_by_scan {
             TouchOutcome::ScanLeavesDead
         } else if self.freed_by_scan > 0 {
             TouchOutcome::ScanReclaims
@@ -163,8 +163,8 @@ mod tests {
         assert_eq!(audits(&mut touch, 6400, 0), 4 + 63 + 92);
         assert_eq!(touch.outcome(), TouchOutcome::NothingDead);
         for _ in 0..64 {
-            let left_dead = u64::from(touch.next_batch().is_some()) * 3;
-            touch.learn(0, left_dead);
+            let left_expired = u64::from(touch.next_batch().is_some()) * 3;
+            touch.learn(0, left_expired);
         }
         assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesDead);
     }

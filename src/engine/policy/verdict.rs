@@ -45,7 +45,7 @@ pub enum Answer {
     /// Of a touch.
     Touched {
         /// Keys that SCAN had left dead and the touch has freed.
-        left_dead: u64,
+        left_expired: u64,
     },
 }
 
@@ -100,7 +100,7 @@ pub enum Verdict {
 
 /// What is known of the pass when the reply comes.
 #[derive(Debug, Clone, Copy)]
-pub struct Known<'a> {
+pub struct Context<'a> {
     /// How cursors are to be read.
     pub space: &'a CursorSpace,
     /// Whether they follow the order of a hash table.
@@ -120,91 +120,99 @@ pub struct Known<'a> {
 }
 
 /// Judges the answer to `request`, which was sent in the segment `id` for a purpose.
-pub fn judge(known: &Known<'_>, id: SegmentId, purpose: Purpose, request: &Request, answer: Answer) -> Verdict {
+pub fn judge(context: &Context<'_>, id: SegmentId, purpose: Purpose, request: &Request, answer: Answer) -> Verdict {
     match (purpose, answer) {
-        (Purpose::Touch { command, scanned }, Answer::Touched { left_dead }) => {
-            judge_touch(known, id, command, scanned, left_dead)
+        (Purpose::Touch { command, scanned }, Answer::Touched { left_expired }) => {
+            judge_touch(context, id, command, scanned, left_expired)
         }
-        (Purpose::AuditNames { first }, Answer::Scanned(reply)) => judge_audit(known, id, request, first, reply),
-        (_, Answer::Scanned(reply)) if known.segments.is_walked_closely(id) => judge_closely(known, id, request, reply),
-        (purpose, Answer::Scanned(reply)) => judge_walk(known, id, purpose, request, reply),
+        (Purpose::AuditNames { first }, Answer::Scanned(reply)) => judge_audit(context, id, request, first, reply),
+        (_, Answer::Scanned(reply)) if context.segments.is_walked_closely(id) => {
+            judge_closely(context, id, request, reply)
+        }
+        (purpose, Answer::Scanned(reply)) => judge_walk(context, id, purpose, request, reply),
         // A touch is answered by a touch.
         (_, Answer::Touched { .. }) => Verdict::Broken("a touch was answered that was not sent".to_owned()),
     }
 }
 
-fn judge_walk(known: &Known<'_>, id: SegmentId, purpose: Purpose, request: &Request, reply: Reply) -> Verdict {
-    let rank = |position| known.space.rank(position);
-    if known.ordered && rank(reply.to) < rank(request.from) {
+fn judge_walk(context: &Context<'_>, id: SegmentId, purpose: Purpose, request: &Request, reply: Reply) -> Verdict {
+    let rank = |position| context.space.rank(position);
+    if context.ordered && rank(reply.to) < rank(request.from) {
         return Verdict::Restart(Restart::Unordered);
     }
-    let mut still = *known.still;
+    let mut still = *context.still;
     if !request.nameless {
         still.add(&reply);
-        if let Some(verdict) = hidden_in(known, request, &reply) {
+        if let Some(verdict) = hidden_in(context, request, &reply) {
             return verdict;
         }
     }
-    if known.ordered && !request.nameless && known.segments.finishes(id, reply.to) && still.hidden() > 0 {
+    if context.ordered && !request.nameless && context.segments.finishes(id, reply.to) && still.hidden() > 0 {
         return Verdict::Suspect { hidden: still.hidden(), at: reply.to };
     }
-    if let Some(why) = { *known.cursors }.add(&reply) {
+    if let Some(why) = { *context.cursors }.add(&reply) {
         return Verdict::Broken(why);
     }
     match purpose {
         Purpose::WalkToTouch(command) if reply.returned > 0 => Verdict::TouchKeys(command),
         Purpose::WalkToAudit => Verdict::AuditNames,
-        _ => go_on(known, id, reply.to),
+        _ => go_on(context, id, reply.to),
     }
 }
 
 /// Hidden keys of a batch with names, unless that is settled.
-fn hidden_in(known: &Known<'_>, request: &Request, reply: &Reply) -> Option<Verdict> {
-    if !known.ordered {
+fn hidden_in(context: &Context<'_>, request: &Request, reply: &Reply) -> Option<Verdict> {
+    if !context.ordered {
         return None;
     }
-    match hidden(known.space, request.from, request.count, reply) {
+    match hidden(context.space, request.from, request.count, reply) {
         Hidden::Unproven => None,
         Hidden::Keys(hidden) => Some(Verdict::Suspect { hidden, at: reply.to }),
-        Hidden::Open if known.segments.is_set_aside(request.from) => None,
+        Hidden::Open if context.segments.is_set_aside(request.from) => None,
         Hidden::Open => Some(Verdict::WalkClosely(reply.to)),
     }
 }
 
-fn judge_closely(known: &Known<'_>, id: SegmentId, request: &Request, reply: Reply) -> Verdict {
-    if let Hidden::Keys(hidden) = hidden(known.space, request.from, request.count, &reply) {
+fn judge_closely(context: &Context<'_>, id: SegmentId, request: &Request, reply: Reply) -> Verdict {
+    if let Hidden::Keys(hidden) = hidden(context.space, request.from, request.count, &reply) {
         return Verdict::Suspect { hidden, at: reply.to };
     }
-    if known.space.rank(reply.to) <= known.space.rank(request.from) {
+    if context.space.rank(reply.to) <= context.space.rank(request.from) {
         return Verdict::Restart(Restart::Unordered);
     }
-    go_on(known, id, reply.to)
+    go_on(context, id, reply.to)
 }
 
-fn judge_audit(known: &Known<'_>, id: SegmentId, request: &Request, first: Reply, reply: Reply) -> Verdict {
-    if let Some(verdict) = hidden_in(known, request, &reply) {
+fn judge_audit(context: &Context<'_>, id: SegmentId, request: &Request, first: Reply, reply: Reply) -> Verdict {
+    if let Some(verdict) = hidden_in(context, request, &reply) {
         return verdict;
     }
-    if { known.names.clone() }.learn(first.reclaimed(), Some(reply.reclaimed())) {
+    if { context.names.clone() }.learn(first.reclaimed(), Some(reply.reclaimed())) {
         return Verdict::Restart(Restart::NamesNeeded);
     }
-    go_on(known, id, first.to)
+    go_on(context, id, first.to)
 }
 
-fn judge_touch(known: &Known<'_>, id: SegmentId, command: &'static str, scanned: Reply, left_dead: u64) -> Verdict {
-    if !known.touch.may_ask() {
+fn judge_touch(
+    context: &Context<'_>,
+    id: SegmentId,
+    command: &'static str,
+    scanned: Reply,
+    left_expired: u64,
+) -> Verdict {
+    if !context.touch.may_ask() {
         // That was the question whether we may. Now for the keys.
         return Verdict::TouchKeys(command);
     }
-    let found = { known.touch.clone() }.learn(scanned.reclaimed(), left_dead);
-    if found == Some(TouchOutcome::ScanLeavesDead) && known.untouched {
+    let found = { context.touch.clone() }.learn(scanned.reclaimed(), left_expired);
+    if found == Some(TouchOutcome::ScanLeavesDead) && context.untouched {
         return Verdict::Restart(Restart::TouchNeeded);
     }
-    go_on(known, id, scanned.to)
+    go_on(context, id, scanned.to)
 }
 
-fn go_on(known: &Known<'_>, id: SegmentId, to: ScanPosition) -> Verdict {
-    if known.segments.finishes(id, to) { Verdict::Finished } else { Verdict::Advance(to) }
+fn go_on(context: &Context<'_>, id: SegmentId, to: ScanPosition) -> Verdict {
+    if context.segments.finishes(id, to) { Verdict::Finished } else { Verdict::Advance(to) }
 }
 
 #[cfg(test)]
@@ -333,14 +341,14 @@ mod tests {
             })
         }
 
-        fn touched(self, left_dead: u64) -> Self {
+        fn touched(self, left_expired: u64) -> Self {
             let scanned = reply(at(1124), 100, 0);
             self.purpose(Purpose::Touch { command: "EXISTS", scanned })
-                .with(|case| case.answer = Answer::Touched { left_dead })
+                .with(|case| case.answer = Answer::Touched { left_expired })
         }
 
         fn judge(&self) -> Verdict {
-            let known = Known {
+            let context = Context {
                 space: &self.space,
                 ordered: self.ordered,
                 segments: &self.segments,
@@ -351,7 +359,7 @@ mod tests {
                 untouched: self.untouched,
             };
             let request = Request { from: self.from, count: self.count, nameless: self.nameless, gauge: Gauge::Dbsize };
-            judge(&known, self.id, self.purpose, &request, self.answer)
+            judge(&context, self.id, self.purpose, &request, self.answer)
         }
     }
 

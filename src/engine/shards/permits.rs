@@ -14,14 +14,14 @@ use crate::model::shard::NodeAddr;
 
 /// The permits of one task.
 #[derive(Debug, Clone)]
-pub(in crate::engine) struct Permits(Arc<Kind>);
+pub(in crate::engine) struct Permits(Arc<Limit>);
 
 #[derive(Debug)]
-enum Kind {
+enum Limit {
     /// So many in all, wherever their masters are.
-    InAll(Arc<Semaphore>),
+    InTotal(Arc<Semaphore>),
     /// One for each host.
-    OnEachHost(Mutex<HashMap<String, Arc<Semaphore>>>),
+    PerHost(Mutex<HashMap<String, Arc<Semaphore>>>),
 }
 
 /// A place in the line for a permit.
@@ -36,14 +36,14 @@ pub(in crate::engine) struct Permit {
 impl Permits {
     pub(in crate::engine) fn new(parallel: Option<NonZeroUsize>) -> Self {
         Self(Arc::new(match parallel {
-            Some(all) => Kind::InAll(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
-            None => Kind::OnEachHost(Mutex::default()),
+            Some(all) => Limit::InTotal(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
+            None => Limit::PerHost(Mutex::default()),
         }))
     }
 
     /// A permit for everybody at once.
     pub(in crate::engine) fn for_all() -> Self {
-        Self(Arc::new(Kind::InAll(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
+        Self(Arc::new(Limit::InTotal(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
     }
 
     /// Stands in line for a permit now, in the order of the calls, whenever the line is awaited.
@@ -71,8 +71,8 @@ impl Permits {
 
     fn of(&self, master: &NodeAddr) -> Arc<Semaphore> {
         match &*self.0 {
-            Kind::InAll(semaphore) => semaphore.clone(),
-            Kind::OnEachHost(hosts) => {
+            Limit::InTotal(semaphore) => semaphore.clone(),
+            Limit::PerHost(hosts) => {
                 let mut hosts = hosts.lock().unwrap_or_else(PoisonError::into_inner);
                 hosts.entry(host(master)).or_insert_with(|| Arc::new(Semaphore::new(1))).clone()
             }

@@ -41,7 +41,7 @@ impl Member {
 
 /// Where a shard is.
 #[derive(Debug, Clone, PartialEq)]
-pub(in crate::engine) enum Found {
+pub(in crate::engine) enum Location {
     /// This is its master now.
     At(Master),
     /// It is no more: other shards own all of its slots.
@@ -120,9 +120,9 @@ impl ShardMap {
     ///
     /// # Errors
     /// [`NodeError`]: nobody could say.
-    pub(in crate::engine) async fn find(&self, id: &ShardId, last: &Master) -> Result<Found, NodeError> {
+    pub(in crate::engine) async fn find(&self, id: &ShardId, last: &Master) -> Result<Location, NodeError> {
         if !self.follows() {
-            return Ok(Found::At(last.clone()));
+            return Ok(Location::At(last.clone()));
         }
         let view = self.topology.view(Some(self.kind)).await?;
         let mut members = self.lock();
@@ -131,12 +131,12 @@ impl ShardMap {
             if let Some(member) = members.get_mut(id) {
                 member.update(master);
             }
-            return Ok(Found::At(master.clone()));
+            return Ok(Location::At(master.clone()));
         }
         let slots = members.get(id).map(|member| member.slots.clone()).unwrap_or_default();
         let orphaned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
         if orphaned.is_empty() {
-            return Ok(Found::Dissolved);
+            return Ok(Location::Dissolved);
         }
         Err(NodeError::NoMaster {
             problem: format!("no node owns the slots {orphaned} of the shard `{id}`"),

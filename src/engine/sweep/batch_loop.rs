@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use crate::engine::control::stop_ordered;
-use crate::engine::policy::key_names::{KeyNames, Names};
+use crate::engine::control::stop_requested;
+use crate::engine::policy::key_names::{KeyNames, NamesMode};
 use crate::engine::policy::pacer::Wait;
 use crate::engine::policy::profile::may_be_swept;
 use crate::engine::policy::segments::SegmentId;
 use crate::engine::policy::touch_audit::TouchAudit;
-use crate::engine::policy::verdict::{self, Answer, Known, Purpose, Restart, Verdict};
+use crate::engine::policy::verdict::{self, Answer, Context, Purpose, Restart, Verdict};
 use crate::engine::sweep::pass::{Pass, REPORT_EVERY};
 use crate::engine::sweep::pipeline::Exchange;
 use crate::engine::sweep::session::Session;
@@ -26,11 +26,11 @@ use crate::node::error::{Class, NodeError};
 
 /// How often hidden keys that a batch proved are looked for again before we say so: a table that was resized in the middle
 /// of a SCAN can look like it once, but not again at the same cursor.
-const DOUBTS: u32 = 2;
+const SUSPICIONS_BEFORE_HOLD: u32 = 2;
 /// Pause between looks at a server that does not delete.
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
 /// After an error on one connection, the replies on the others are waited for this long in all.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const DRAIN_WITHIN: Duration = Duration::from_secs(1);
 
 /// What was received.
 enum Received {
@@ -116,7 +116,7 @@ impl ShardSweep {
     /// How many batches may be under way.
     fn depth_of(&self, pass: &Pass) -> usize {
         // Where deletions may be blocked, batch after batch tells.
-        if pass.doubts > 0 || !pass.segments.is_cut() { 1 } else { pass.pipeline.depth.now() }
+        if pass.suspicions > 0 || !pass.segments.is_cut() { 1 } else { pass.pipeline.depth.now() }
     }
 
     /// What tells how many keys a batch frees.
@@ -133,7 +133,7 @@ impl ShardSweep {
         let Exchange { purpose, segment, .. } = exchange;
         // A process that was stopped for a while may have sent for the last time.
         let free = go_on
-            && self.orders.borrow().holds().is_none()
+            && self.control.borrow().holds().is_none()
             && purpose == Purpose::Walk
             && pass.pipeline.under_way() < depth
             && !pass.segments.is_walked_closely(segment)
@@ -198,7 +198,7 @@ impl ShardSweep {
     ) -> Result<(), End> {
         let answer = match &received {
             Received::Scanned(reply) => Answer::Scanned(*reply),
-            Received::Touched(reply) => Answer::Touched { left_dead: left_dead(exchange.purpose, reply) },
+            Received::Touched(reply) => Answer::Touched { left_expired: left_expired(exchange.purpose, reply) },
         };
         let mut verdict = self.judge(&exchange, answer, pass);
         let mut is_open = false;
@@ -211,7 +211,7 @@ impl ShardSweep {
         self.count(&exchange, &received, timing, pass);
         // What is set aside may still turn out to hide keys.
         if !is_open && !matches!(verdict, Verdict::Suspect { .. }) {
-            self.dispel_doubts(&exchange, answer, pass).await;
+            self.clear_suspicions(&exchange, answer, pass).await;
         }
         match (verdict, answer) {
             (Verdict::AuditNames, Answer::Scanned(first)) => {
@@ -249,7 +249,7 @@ impl ShardSweep {
     }
 
     fn judge(&self, exchange: &Exchange, answer: Answer, pass: &Pass) -> Verdict {
-        let known = Known {
+        let context = Context {
             space: &self.session.space,
             ordered: self.session.ordered,
             segments: &pass.segments,
@@ -259,7 +259,7 @@ impl ShardSweep {
             names: &self.session.names,
             untouched: pass.untouched,
         };
-        verdict::judge(&known, exchange.segment, exchange.purpose, &exchange.request, answer)
+        verdict::judge(&context, exchange.segment, exchange.purpose, &exchange.request, answer)
     }
 
     fn go_on_at(&self, segment: SegmentId, to: ScanPosition, pass: &Pass) -> Verdict {
@@ -301,10 +301,10 @@ impl ShardSweep {
             }
             Received::Touched(reply) => {
                 self.ledger.worked(self.pacer.worked_beside(wait));
-                let left_dead = left_dead(exchange.purpose, reply);
+                let left_expired = left_expired(exchange.purpose, reply);
                 let figures = &mut pass.figures;
-                figures.found_by_touch += left_dead;
-                figures.reclaimed += left_dead;
+                figures.found_by_touch += left_expired;
+                figures.reclaimed += left_expired;
                 // The key that asks for the right is asked again with the others.
                 if self.session.touch.may_ask() {
                     let answers = reply.answers.iter().flatten();
@@ -361,14 +361,14 @@ impl ShardSweep {
     }
 
     /// A batch whose keys were not hidden, at a place that was doubted or with keys that were freed.
-    async fn dispel_doubts(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
+    async fn clear_suspicions(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
         let Answer::Scanned(reply) = answer else { return };
         // Without names nothing shows what was hidden. Going back may have led far back: the batches up to the doubtful place prove nothing about it.
         let rank = |position| self.session.space.rank(position);
-        let is_past = !exchange.request.nameless && rank(reply.to) >= rank(pass.doubted);
+        let is_past = !exchange.request.nameless && rank(reply.to) >= rank(pass.suspected_at);
         if is_past || reply.reclaimed() > 0 {
-            pass.doubts = 0;
-            pass.doubted = ScanPosition::NotStarted;
+            pass.suspicions = 0;
+            pass.suspected_at = ScanPosition::NotStarted;
             self.end_hold().await;
         }
     }
@@ -376,8 +376,8 @@ impl ShardSweep {
     /// Takes in what the range that is done tells about the server.
     async fn learn(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
         let outcome = match (exchange.purpose, answer) {
-            (Purpose::Touch { scanned, .. }, Answer::Touched { left_dead }) => {
-                self.session.touch.learn(scanned.reclaimed(), left_dead)
+            (Purpose::Touch { scanned, .. }, Answer::Touched { left_expired }) => {
+                self.session.touch.learn(scanned.reclaimed(), left_expired)
             }
             (Purpose::AuditNames { first }, Answer::Scanned(reply)) => {
                 self.session.names.learn(first.reclaimed(), Some(reply.reclaimed()));
@@ -458,7 +458,7 @@ impl ShardSweep {
     /// the sweep has gone back.
     async fn settle(&mut self, pass: &mut Pass) -> Result<bool, End> {
         while let Some(worker) = pass.pipeline.next(&self.session) {
-            match self.take_in(worker, pass).await {
+            match self.receive_and_count(worker, pass).await {
                 Ok(()) => {}
                 Err(error) => return self.lost(error, pass).await.map(|()| false),
             }
@@ -467,7 +467,7 @@ impl ShardSweep {
         Ok(true)
     }
 
-    async fn take_in(&mut self, worker: usize, pass: &mut Pass) -> Result<(), NodeError> {
+    async fn receive_and_count(&mut self, worker: usize, pass: &mut Pass) -> Result<(), NodeError> {
         let Some(exchange) = pass.pipeline.workers[worker].exchange else { return Ok(()) };
         let conn = &mut self.session.conns[worker];
         let received = match exchange.purpose {
@@ -493,15 +493,15 @@ impl ShardSweep {
         if !matches!(error, NodeError::Server { .. }) {
             pass.figures.lost_replies += 1;
         }
-        self.last_words(pass).await;
+        self.drain(pass).await;
         self.recover(error, Some(pass)).await
     }
 
     /// Takes in what is still under way when the pass ends or its connections do.
-    pub(super) async fn last_words(&mut self, pass: &mut Pass) {
-        let deadline = Instant::now() + LAST_WORDS;
+    pub(super) async fn drain(&mut self, pass: &mut Pass) {
+        let deadline = Instant::now() + DRAIN_WITHIN;
         while let Some(worker) = pass.pipeline.next(&self.session) {
-            if !matches!(timeout_at(deadline, self.take_in(worker, pass)).await, Ok(Ok(()))) {
+            if !matches!(timeout_at(deadline, self.receive_and_count(worker, pass)).await, Ok(Ok(()))) {
                 pass.pipeline.workers[worker].exchange = None;
                 self.session.conns[worker].forget();
                 pass.figures.lost_replies += 1;
@@ -517,9 +517,9 @@ impl ShardSweep {
         }
         pass.go_back();
         self.write_journal(pass).await;
-        pass.doubts += 1;
-        pass.doubted = at;
-        if pass.doubts > DOUBTS {
+        pass.suspicions += 1;
+        pass.suspected_at = at;
+        if pass.suspicions > SUSPICIONS_BEFORE_HOLD {
             let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
             self.begin_hold(Reason::DeletionBlocked, Some(detail)).await;
             self.report(pass).await;
@@ -528,7 +528,7 @@ impl ShardSweep {
             // It may have become a replica, and the sampler may look at another server: its connection is another one.
             let info = tokio::select! {
                 info = commands::info(self.session.conn()) => info,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
             };
             match info {
                 Ok(info) => {
@@ -606,9 +606,9 @@ fn compose(
         // A batch without names cannot be touched.
         Some(command) => (Purpose::WalkToTouch(command), false),
         None => match names.next_batch() {
-            Names::Read => (Purpose::Walk, false),
-            Names::Left => (Purpose::Walk, true),
-            Names::Audited => (Purpose::WalkToAudit, true),
+            NamesMode::Read => (Purpose::Walk, false),
+            NamesMode::Left => (Purpose::Walk, true),
+            NamesMode::Audited => (Purpose::WalkToAudit, true),
         },
     };
     Exchange { purpose, request: Request { from, count, nameless, gauge }, segment }
@@ -616,7 +616,7 @@ fn compose(
 
 /// Keys that SCAN had left dead and a touch has freed. A key may also be gone because its owner has deleted it since the SCAN.
 /// And a long touch is not run back to back: what others did in between is not ours.
-fn left_dead(purpose: Purpose, reply: &TouchReply) -> u64 {
+fn left_expired(purpose: Purpose, reply: &TouchReply) -> u64 {
     let no_key = if matches!(purpose, Purpose::Touch { command: "TTL", .. }) { -2 } else { 0 };
     let gone = reply.answers.iter().filter(|answer| **answer == Some(no_key)).count() as u64;
     reply.reclaimed().min(gone)

@@ -33,13 +33,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 impl ShardSweep {
     /// Puts back what sweeps before this one could not, or this one on a server that did not answer.
-    pub(super) async fn put_back_what_was_left(&mut self) {
+    pub(super) async fn restore_from_notes(&mut self) {
         let Some(dir) = &self.job.journals else { return };
         let target = self.job.map.topology().target().to_string();
         let ours = |undo: &Undo| undo.target == target || undo.addr == *self.session.addr();
         for note in UndoNote::left(dir, ours) {
             let Undo { addr, parameter, value, .. } = note.undo.clone();
-            if self.put_back(note).await {
+            if self.restore(note).await {
                 let message = format!("{parameter} of {addr} had been left at {MOST}: it was put back to {value}");
                 self.reporter.warn(message).await;
             }
@@ -58,14 +58,14 @@ impl ShardSweep {
                 self.recover(error, None).await?;
                 self.reporter.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
                 // The answer was lost, and perhaps not the order.
-                self.put_back_what_was_left().await;
+                self.restore_from_notes().await;
                 return Ok(());
             }
         };
         let (begun, before, addr) = (Instant::now(), self.session.baseline.stale_share, note.undo.addr.clone());
         let watched = self.watch_expiry(at_most, &note.undo.value).await;
         self.end_hold().await;
-        self.put_back(note).await;
+        self.restore(note).await;
         let what = match watched? {
             Some((stale, freed)) => format!(
                 "the server freed {freed} keys itself, and its sample of stale keys went from {} to {}",
@@ -115,20 +115,20 @@ impl ShardSweep {
             if self.session.number != process {
                 return Ok(None);
             }
-            let orders = *self.orders.borrow();
-            if self.session.foreground.look_is_due(&orders.tuning)
-                && let Err(error) = self.measure_others().await
+            let control = *self.control.borrow();
+            if self.session.foreground.look_is_due(&control.tuning)
+                && let Err(error) = self.measure_foreground().await
             {
                 self.recover(error, None).await?;
                 continue;
             }
             let seen = Observation { latency: self.session.sampler.latency(), ..Observation::from_info(&info) };
-            let seen = self.session.beside_others(seen);
+            let seen = self.session.with_foreground(seen);
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
             let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
-            let is_over = begun.elapsed() >= at_most || orders.holds().is_some();
-            match throttle::decide(&seen, &self.session.baseline, &orders.tuning, held) {
+            let is_over = begun.elapsed() >= at_most || control.holds().is_some();
+            match throttle::decide(&seen, &self.session.baseline, &control.tuning, held) {
                 // A hold that was ordered is the sweep's own to tell, and ends this.
                 Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {
                     return Ok(Some((seen.stale_share, freed)));
@@ -158,7 +158,7 @@ impl ShardSweep {
     }
 
     /// Puts the old value back where it was changed, and says so if that fails. Then the note stays for the next attempt.
-    async fn put_back(&mut self, note: UndoNote) -> bool {
+    async fn restore(&mut self, note: UndoNote) -> bool {
         let Undo { addr, parameter, value, .. } = &note.undo;
         let mut done = Ok(());
         // A full server has no room for another connection.

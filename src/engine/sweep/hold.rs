@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, StopReason, stop_ordered};
+use crate::engine::control::{ControlState, StopReason, stop_requested};
 use crate::engine::policy::expiry_guard::Advice;
 use crate::engine::policy::foreground;
 use crate::engine::policy::ledger::Doing;
@@ -27,12 +27,12 @@ const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
 impl ShardSweep {
     /// Takes in what is new and changes only the pace. Returns whether the loop has to stand still, once nothing is under way.
     pub(super) async fn must_stand_still(&mut self, pass: &mut Pass) -> Result<bool, End> {
-        let orders = *self.orders.borrow();
-        if orders.stop.is_some() || orders.holds().is_some() || self.ordered_hold {
+        let control = *self.control.borrow();
+        if control.stop.is_some() || control.holds().is_some() || self.requested_hold {
             return Ok(true);
         }
-        self.tune(orders.tuning);
-        if self.permit.is_none() || self.session.foreground.look_is_due(&orders.tuning) {
+        self.tune(control.tuning);
+        if self.permit.is_none() || self.session.foreground.look_is_due(&control.tuning) {
             return Ok(true);
         }
         match self.session.sampler.take_new() {
@@ -46,7 +46,7 @@ impl ShardSweep {
                 self.session.decided = false;
                 Ok(true)
             }
-            (seen, Decision::Proceed) => self.go_on(pass, &seen, orders.tuning.intensity).await.map(|()| false),
+            (seen, Decision::Proceed) => self.go_on(pass, &seen, control.tuning.intensity).await.map(|()| false),
             (seen, Decision::Rest(share)) => self.go_on(pass, &seen, share).await.map(|()| false),
         }
     }
@@ -54,7 +54,7 @@ impl ShardSweep {
     /// Stands still as long as anything wants that. Called with nothing under way.
     pub(super) async fn stand_still(&mut self, pass: &mut Pass) -> Result<(), End> {
         self.obey(pass).await?;
-        self.look_around(pass).await?;
+        self.measure_foreground_if_due(pass).await?;
         self.throttle(pass).await?;
         self.take_permit(pass).await
     }
@@ -70,19 +70,19 @@ impl ShardSweep {
     /// Takes new orders in. Holds while they say so.
     async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
         loop {
-            let orders = *self.orders.borrow_and_update();
-            stop_of(&orders)?;
-            self.tune(orders.tuning);
-            let Some(reason) = orders.holds() else {
-                if std::mem::take(&mut self.ordered_hold) {
+            let control = *self.control.borrow_and_update();
+            check_stop(&control)?;
+            self.tune(control.tuning);
+            let Some(reason) = control.holds() else {
+                if std::mem::take(&mut self.requested_hold) {
                     self.end_hold().await;
                 }
                 return Ok(());
             };
-            self.ordered_hold = true;
+            self.requested_hold = true;
             self.begin_hold(reason, None).await;
             self.report(pass).await;
-            if self.orders.changed().await.is_err() {
+            if self.control.changed().await.is_err() {
                 // Nobody is left who could say "go on", and nobody who could say "stop".
                 return Err(End::Stopped(StopReason::Interrupted));
             }
@@ -90,14 +90,14 @@ impl ShardSweep {
     }
 
     /// Stands still for a moment, now and then, to see what others need.
-    async fn look_around(&mut self, pass: &mut Pass) -> Result<(), End> {
-        if !self.session.foreground.look_is_due(&self.orders.borrow().tuning) {
+    async fn measure_foreground_if_due(&mut self, pass: &mut Pass) -> Result<(), End> {
+        if !self.session.foreground.look_is_due(&self.control.borrow().tuning) {
             return Ok(());
         }
         if self.hold.is_none() {
             self.ledger.turn_to(Doing::Resting);
         }
-        let measured = self.measure_others().await;
+        let measured = self.measure_foreground().await;
         if self.hold.is_none() {
             self.ledger.turn_to(Doing::Exchanging);
         }
@@ -110,7 +110,7 @@ impl ShardSweep {
         }
     }
 
-    pub(super) async fn measure_others(&mut self) -> Result<(), NodeError> {
+    pub(super) async fn measure_foreground(&mut self) -> Result<(), NodeError> {
         let before = commands::load(self.session.conn()).await?;
         let from = Instant::now();
         tokio::time::sleep(foreground::LOOK_FOR).await;
@@ -125,12 +125,12 @@ impl ShardSweep {
 
     /// What was last seen, and what it means.
     fn decide(&mut self) -> (Observation, Decision) {
-        let seen = self.session.beside_others(self.session.seen.clone());
+        let seen = self.session.with_foreground(self.session.seen.clone());
         if let Some(stat) = seen.scan_stat {
             self.pacer.observe(stat);
         }
         let held = self.hold.map(|(reason, _)| reason);
-        let decision = throttle::decide(&seen, &self.session.baseline, &self.orders.borrow().tuning, held);
+        let decision = throttle::decide(&seen, &self.session.baseline, &self.control.borrow().tuning, held);
         (seen, decision)
     }
 
@@ -143,7 +143,7 @@ impl ShardSweep {
         }
         let mut suspect = false;
         loop {
-            let tuning = self.orders.borrow().tuning;
+            let tuning = self.control.borrow().tuning;
             let (seen, decision) = self.decide();
             match decision {
                 Decision::Proceed => return self.go_on(pass, &seen, tuning.intensity).await,
@@ -170,7 +170,7 @@ impl ShardSweep {
             self.write_journal(pass).await;
             self.session.seen = tokio::select! {
                 next = self.session.sampler.next() => next,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
                 () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(self.session.conn()).await {
                     Ok(()) => continue,
                     // The server is gone, and nothing else can tell that the hold is over.
@@ -178,7 +178,7 @@ impl ShardSweep {
                 },
             };
             if self.session.foreground.look_is_due(&tuning)
-                && let Err(error) = self.measure_others().await
+                && let Err(error) = self.measure_foreground().await
             {
                 return self.recover(error, Some(pass)).await;
             }
@@ -191,8 +191,8 @@ impl ShardSweep {
         if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
             self.end_hold().await;
         }
-        let advice = pass.guard.look(pass.begun.elapsed(), seen, &pass.figures, pass.keys);
-        let most = self.orders.borrow().tuning.intensity;
+        let advice = pass.guard.advise(pass.begun.elapsed(), seen, &pass.figures, pass.keys);
+        let most = self.control.borrow().tuning.intensity;
         self.session.decided = true;
         match advice {
             Advice::Fine => self.pacer.set_intensity(share),
@@ -218,7 +218,7 @@ impl ShardSweep {
             self.session.sampler.slow_down(true);
             let permit = tokio::select! {
                 permit = self.job.permits.take(&self.session.master.addr) => permit,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
             };
             self.session.sampler.slow_down(false);
             self.permit = Some(permit);
@@ -236,7 +236,7 @@ impl ShardSweep {
         self.ledger.turn_to(Doing::Resting);
         let rested = tokio::select! {
             () = pass.pipeline.timer.until(until) => Ok(()),
-            reason = stop_ordered(&mut self.orders) => Err(End::Stopped(reason)),
+            reason = stop_requested(&mut self.control) => Err(End::Stopped(reason)),
         };
         self.ledger.turn_to(Doing::Exchanging);
         rested
@@ -265,6 +265,6 @@ impl ShardSweep {
     }
 }
 
-fn stop_of(orders: &Orders) -> Result<(), End> {
-    orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
+fn check_stop(control: &ControlState) -> Result<(), End> {
+    control.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
 }

@@ -26,4 +26,4 @@ mod session;
 mod shard;
 mod timer;
 
-pub(super) use shard::{Ended, Job, run};
+pub(super) use shard::{ShardJob, ShardResult, run};

@@ -40,9 +40,9 @@ pub(super) struct Pass {
     /// Keys that had been freed then.
     pub(super) freed_at_proof: u64,
     /// How often hidden keys were proven since a batch without any.
-    pub(super) doubts: u32,
+    pub(super) suspicions: u32,
     /// How far the pass has to come before those doubts are gone: where hidden keys were last proven.
-    pub(super) doubted: ScanPosition,
+    pub(super) suspected_at: ScanPosition,
     pub(super) still: StillPass,
     /// Whether keys were returned that were not touched.
     pub(super) untouched: bool,
@@ -93,7 +93,7 @@ impl ShardSweep {
         figures.position = position;
         if was_begun && position == ScanPosition::NotStarted {
             figures.restarts += 1;
-            let why = self.session.again.clone().or_else(|| self.job.shard.again.clone());
+            let why = self.session.restart_reason.clone().or_else(|| self.job.shard.restart_reason.clone());
             let why = why.unwrap_or_else(|| "another server process answers".to_owned());
             self.reporter.say(ScanEventKind::PassRestarted { db, why, figures: figures.clone() }).await;
         }
@@ -105,8 +105,8 @@ impl ShardSweep {
             figures,
             segments: Segments::new(CursorSpace::default(), 0, position),
             pipeline: Pipeline::new(self.pacer.intensity()),
-            doubts: 0,
-            doubted: ScanPosition::NotStarted,
+            suspicions: 0,
+            suspected_at: ScanPosition::NotStarted,
             still: StillPass::default(),
             cursors: CursorLoop::default(),
             reported: Instant::now(),
@@ -124,11 +124,11 @@ impl ShardSweep {
             self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
         }
         let ended = self.begin_and_walk(&mut pass).await;
-        self.last_words(&mut pass).await;
+        self.drain(&mut pass).await;
         pass.pipeline.forget();
         self.session.conns.truncate(1);
         self.end_hold().await;
-        self.fill_in(&mut pass);
+        self.update_figures(&mut pass);
         let figures = pass.figures;
         self.job.shard.passes.insert(db, figures.clone());
         match ended {
@@ -245,7 +245,7 @@ impl ShardSweep {
         pass.figures.process = self.session.fingerprint();
         pass.proven = ScanPosition::NotStarted;
         pass.untouched = false;
-        pass.doubted = ScanPosition::NotStarted;
+        pass.suspected_at = ScanPosition::NotStarted;
         pass.go_back();
         self.cut(pass, ScanPosition::NotStarted);
         self.write_journal(pass).await;
@@ -253,7 +253,7 @@ impl ShardSweep {
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
     }
 
-    fn fill_in(&mut self, pass: &mut Pass) {
+    fn update_figures(&mut self, pass: &mut Pass) {
         let figures = &mut pass.figures;
         self.ledger.settle(figures);
         figures.slice = self.pacer.slices();
@@ -264,7 +264,7 @@ impl ShardSweep {
     }
 
     pub(super) async fn report(&mut self, pass: &mut Pass) {
-        self.fill_in(pass);
+        self.update_figures(pass);
         pass.reported = Instant::now();
         self.reporter.say(ScanEventKind::Progressed { db: pass.db, figures: pass.figures.clone() }).await;
         if let Some(keep) = &self.keep {

@@ -86,14 +86,14 @@ impl Pipeline {
             session.conns.extend(opening.await.unwrap_or_default());
             if session.conns.len() == asked {
                 tracing::debug!(addr = %session.addr(), asked, "the server lends no more connections");
-                session.lends = asked;
+                session.max_conns = asked;
             }
         }
         while self.workers.len() < session.conns.len() {
             self.workers.push(Worker::default());
         }
-        self.depth.limit(session.lends);
-        let more = wanted.min(session.lends).saturating_sub(session.conns.len());
+        self.depth.limit(session.max_conns);
+        let more = wanted.min(session.max_conns).saturating_sub(session.conns.len());
         if more > 0 && self.opening.is_none() {
             let (addr, run_id) = (session.addr().clone(), session.run_id.clone());
             let options = options.clone();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, stop_ordered};
+use crate::engine::control::{ControlState, stop_requested};
 use crate::engine::policy::ledger::{Doing, Ledger};
 use crate::engine::policy::observation::Observation;
 use crate::engine::policy::pacer::Pacer;
@@ -17,11 +17,11 @@ use crate::engine::policy::profile::may_be_swept;
 use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle::{self, Decision};
 use crate::engine::shards::permits::Permit;
-use crate::engine::shards::shard_map::Found;
+use crate::engine::shards::shard_map::Location;
 use crate::engine::sweep::keep::Keep;
 use crate::engine::sweep::pass::Pass;
 use crate::engine::sweep::session::{Reached, Session};
-use crate::engine::sweep::shard::{End, Job, Reporter, ShardSweep};
+use crate::engine::sweep::shard::{End, Reporter, ShardJob, ShardSweep};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::ScanEventKind;
 use crate::model::shard::ScanPosition;
@@ -52,14 +52,14 @@ impl From<NodeError> for Trouble {
 }
 
 /// Finds the shard's master, connects, and looks whether it may be swept.
-async fn reach(job: &Job, last: &Master) -> Result<Reached, Trouble> {
+async fn reach(job: &ShardJob, last: &Master) -> Result<Reached, Trouble> {
     match job.map.find(&job.shard.id, last).await? {
-        Found::At(master) => reach_at(job, master).await,
-        Found::Dissolved => Err(Trouble::End(End::Dissolved)),
+        Location::At(master) => reach_at(job, master).await,
+        Location::Dissolved => Err(Trouble::End(End::Dissolved)),
     }
 }
 
-async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
+async fn reach_at(job: &ShardJob, master: Master) -> Result<Reached, Trouble> {
     let mut conn = Conn::open(&master.addr, job.map.topology().options()).await?;
     let info = commands::info(&mut conn).await?;
     if info.flag("loading") == Some(true) {
@@ -72,7 +72,7 @@ async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
 }
 
 /// A replica where the master was said to be: the word of its promotion, or of its demotion, is still on its way.
-fn refused(job: &Job, failure: Failure) -> Trouble {
+fn refused(job: &ShardJob, failure: Failure) -> Trouble {
     if failure.kind == FailureKind::NotAMaster && job.map.follows() {
         return Trouble::Node(no_master(failure));
     }
@@ -104,22 +104,22 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
 }
 
 /// Sleeps, unless a stop is ordered.
-async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Result<(), End> {
+async fn wait(control: &mut watch::Receiver<ControlState>, duration: Duration) -> Result<(), End> {
     tokio::select! {
         () = tokio::time::sleep(duration) => Ok(()),
-        reason = stop_ordered(orders) => Err(End::Stopped(reason)),
+        reason = stop_requested(control) => Err(End::Stopped(reason)),
     }
 }
 
 impl ShardSweep {
     pub(super) async fn connect(
-        mut job: Job,
+        mut job: ShardJob,
         reporter: Reporter,
-        orders: watch::Receiver<Orders>,
+        control: watch::Receiver<ControlState>,
     ) -> Result<Self, End> {
         let mut ledger = Ledger::default();
-        let (reached, permit) = Self::first_contact(&mut job, &reporter, orders.clone(), &mut ledger).await?;
-        let tuning = orders.borrow().tuning;
+        let (reached, permit) = Self::first_contact(&mut job, &reporter, control.clone(), &mut ledger).await?;
+        let tuning = control.borrow().tuning;
         let pacer = Pacer::new(job.settings.count, job.settings.max_slice, tuning, reached.floor);
         let keep = job.settings.tuning.bounds.any().then(|| Keep::new(tuning.bounds, job.shard.kept));
         Ok(Self {
@@ -128,21 +128,21 @@ impl ShardSweep {
             pacer,
             ledger,
             hold: None,
-            ordered_hold: false,
+            requested_hold: false,
             retry: None,
             permit: Some(permit),
             job,
             reporter,
-            orders,
+            control,
         })
     }
 
     /// A server that is loading or busy is waited for. One that cannot be reached when the sweep begins is the
     /// operator's to mend, unless somebody can say who takes its place: a failover may be under way.
     async fn first_contact(
-        job: &mut Job,
+        job: &mut ShardJob,
         reporter: &Reporter,
-        mut orders: watch::Receiver<Orders>,
+        mut control: watch::Receiver<ControlState>,
         ledger: &mut Ledger,
     ) -> Result<(Reached, Permit), End> {
         let mut budget: Option<RetryBudget> = None;
@@ -167,7 +167,7 @@ impl ShardSweep {
             };
             let attempt = tokio::select! {
                 attempt = attempt => attempt,
-                reason = stop_ordered(&mut orders) => break Err(End::Stopped(reason)),
+                reason = stop_requested(&mut control) => break Err(End::Stopped(reason)),
             };
             let error = match attempt {
                 Ok(reached) => break Ok(reached),
@@ -192,7 +192,7 @@ impl ShardSweep {
                 Ok(pause) => pause,
                 Err(failure) => break Err(failure.into()),
             };
-            if let Err(end) = wait(&mut orders, pause).await {
+            if let Err(end) = wait(&mut control, pause).await {
                 break Err(end);
             }
         };
@@ -205,7 +205,7 @@ impl ShardSweep {
 
     /// Sleeps, unless a stop is ordered.
     pub(super) async fn wait(&mut self, duration: Duration) -> Result<(), End> {
-        wait(&mut self.orders, duration).await
+        wait(&mut self.control, duration).await
     }
 
     /// INFO, however often the connection is lost, outside of a pass.
@@ -291,7 +291,7 @@ impl ShardSweep {
     }
 
     async fn reconnect(&mut self, pass: Option<&mut Pass>) -> Result<(), Trouble> {
-        let mut orders = self.orders.clone();
+        let mut control = self.control.clone();
         let db = pass.as_ref().map(|pass| pass.db);
         let attempt = async {
             let mut reached = reach(&self.job, &self.session.master).await?;
@@ -302,7 +302,7 @@ impl ShardSweep {
         };
         let reached = tokio::select! {
             reached = attempt => reached?,
-            reason = stop_ordered(&mut orders) => return Err(Trouble::End(End::Stopped(reason))),
+            reason = stop_requested(&mut control) => return Err(Trouble::End(End::Stopped(reason))),
         };
         self.pacer.set_floor(reached.floor);
         self.end_hold().await;

@@ -59,9 +59,9 @@ pub(super) struct Session {
     /// DBs that are finished.
     pub(super) finished: BTreeSet<DbIndex>,
     /// Why DBs that were finished are swept again.
-    pub(super) again: Option<String>,
+    pub(super) restart_reason: Option<String>,
     /// Most connections that it lends us.
-    pub(super) lends: usize,
+    pub(super) max_conns: usize,
 }
 
 impl Session {
@@ -86,8 +86,8 @@ impl Session {
             names: KeyNames::new(settings.payload, profile.type_frees_all),
             profile,
             finished: BTreeSet::new(),
-            again: None,
-            lends: lends(&info),
+            restart_reason: None,
+            max_conns: max_conns(&info),
         }
     }
 
@@ -100,7 +100,7 @@ impl Session {
         self.conns = vec![conn];
         self.seen = baseline;
         self.decided = false;
-        self.lends = lends(&info);
+        self.max_conns = max_conns(&info);
         // Slots that came meanwhile were not there when the pass began: they are not covered by it.
         self.master.slots = self.master.slots.common(&master.slots);
         self.master.addr = master.addr;
@@ -139,7 +139,7 @@ impl Session {
     /// What was finished is worth nothing.
     pub(super) fn sweep_again(&mut self, why: &str) {
         self.finished.clear();
-        self.again = Some(why.to_owned());
+        self.restart_reason = Some(why.to_owned());
     }
 
     /// What it is, for people.
@@ -148,7 +148,7 @@ impl Session {
     }
 
     /// An observation with what others need beside it.
-    pub(super) fn beside_others(&self, seen: Observation) -> Observation {
+    pub(super) fn with_foreground(&self, seen: Observation) -> Observation {
         Observation { others_cpu: self.foreground.cpu, ops: self.foreground.ops, ..seen }
     }
 }
@@ -165,7 +165,7 @@ fn lifetime_rate(info: &Info) -> Option<f64> {
 }
 
 /// Most connections for us: a quarter of those that are free, where the server tells.
-fn lends(info: &Info) -> usize {
+fn max_conns(info: &Info) -> usize {
     let free = info.parsed::<usize>("maxclients").zip(info.parsed::<usize>("connected_clients"));
     free.map_or(usize::MAX, |(most, taken)| most.saturating_sub(taken) / 4).max(1)
 }

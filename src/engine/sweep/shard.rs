@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, StopReason};
+use crate::engine::control::{ControlState, StopReason};
 use crate::engine::plan::{Outcome, ShardPlan, uncounted};
 use crate::engine::policy::ledger::Ledger;
 use crate::engine::policy::observation::Observation;
@@ -48,7 +48,7 @@ impl From<Failure> for End {
 }
 
 /// Everything that the sweep of one shard needs to know.
-pub(in crate::engine) struct Job {
+pub(in crate::engine) struct ShardJob {
     pub(in crate::engine) shard: ShardPlan,
     pub(in crate::engine) task: TaskId,
     pub(in crate::engine) journals: Option<JournalDir>,
@@ -60,7 +60,7 @@ pub(in crate::engine) struct Job {
 }
 
 /// How the sweep of one shard ended.
-pub(in crate::engine) struct Ended {
+pub(in crate::engine) struct ShardResult {
     pub(in crate::engine) outcome: Outcome,
     /// What was swept completely: the node, and the slots that it owned from beginning to end.
     pub(in crate::engine) swept: Option<Master>,
@@ -70,16 +70,16 @@ pub(in crate::engine) struct Ended {
 
 /// Sweeps one shard to its end.
 pub(in crate::engine) async fn run(
-    job: Job,
-    orders: watch::Receiver<Orders>,
+    job: ShardJob,
+    control: watch::Receiver<ControlState>,
     events: mpsc::Sender<ScanEvent>,
-) -> Ended {
+) -> ShardResult {
     let reporter = Reporter { shard: job.shard.id.clone(), events };
     let passes = job.shard.passes.clone();
-    let (ended, swept, passes) = match ShardSweep::connect(job, reporter.clone(), orders).await {
+    let (ended, swept, passes) = match ShardSweep::connect(job, reporter.clone(), control).await {
         Ok(mut sweep) => {
             let ended = sweep.sweep().await;
-            sweep.put_back_what_was_left().await;
+            sweep.restore_from_notes().await;
             (ended, Some(sweep.session.master), sweep.job.shard.passes)
         }
         Err(end) => (Err(end), None, passes),
@@ -99,7 +99,7 @@ pub(in crate::engine) async fn run(
             (Outcome::Failed(failure), None)
         }
     };
-    Ended { outcome, swept, passes }
+    ShardResult { outcome, swept, passes }
 }
 
 /// Says what happened. A consumer that is gone has ended the task: nothing is left to tell it.
@@ -121,16 +121,16 @@ impl Reporter {
 
 /// The sweep of one shard. What belongs to one server process is in its `session`.
 pub(super) struct ShardSweep {
-    pub(super) job: Job,
+    pub(super) job: ShardJob,
     pub(super) reporter: Reporter,
-    pub(super) orders: watch::Receiver<Orders>,
+    pub(super) control: watch::Receiver<ControlState>,
     pub(super) session: Session,
     pub(super) pacer: Pacer,
     pub(super) ledger: Ledger,
     /// Why it holds, and since when.
     pub(super) hold: Option<(Reason, Instant)>,
     /// Whether the hold is one that the orders asked for, and only they can end.
-    pub(super) ordered_hold: bool,
+    pub(super) requested_hold: bool,
     /// How long trouble is still borne. Gone once a batch was answered.
     pub(super) retry: Option<RetryBudget>,
     /// The right to sweep now. Given back while the server is away.
@@ -157,7 +157,7 @@ impl ShardSweep {
         } else {
             self.check_checkpoint().await;
         }
-        self.put_back_what_was_left().await;
+        self.restore_from_notes().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
             self.assist(at_most).await?;
         }
@@ -205,7 +205,7 @@ impl ShardSweep {
 
     /// A cursor of the checkpoint is worth nothing to another process, and neither is a pass that it finished.
     async fn check_checkpoint(&mut self) {
-        let again = self.job.shard.again.is_some();
+        let again = self.job.shard.restart_reason.is_some();
         let mut lost = false;
         for (&db, figures) in &mut self.job.shard.passes {
             let ours = !again && self.session.owns(figures);
