@@ -84,7 +84,8 @@ struct Rounds {
 impl Rounds {
     async fn all(&mut self, shards: Vec<(ShardId, Master)>) -> Result<(), StopReason> {
         for id in self.plan.known.keys().filter(|id| !shards.iter().any(|(found, _)| found == *id)) {
-            let message = "its slots have gone to other shards since the checkpoint; those are swept instead".to_owned();
+            let message =
+                "its slots have gone to other shards since the checkpoint; those are swept instead".to_owned();
             self.say(id, ScanEventKind::Warned { message }).await;
         }
         for (id, known) in self.plan.known.iter().filter(|(id, _)| !shards.iter().any(|(found, _)| found == *id)) {
