@@ -1,7 +1,7 @@
 //! Holds the documents against the program: links lead somewhere, the tables list every setting with its default, every reason, exit
 //! code and metric, and every code block is checked. A block in a language, or with a program, that no check knows is a failure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -161,8 +161,10 @@ fn shown(default: &toml::Value) -> String {
         toml::Value::String(text) => text.clone(),
         // A default that depends on the server or the URL is in the last column.
         toml::Value::Array(_) => String::new(),
-        toml::Value::Integer(0) => "0".to_owned(),
-        other => other.to_string().trim_end_matches(".0").to_owned(),
+        toml::Value::Integer(number) => number.to_string(),
+        toml::Value::Float(number) => number.to_string(),
+        toml::Value::Boolean(yes) => yes.to_string(),
+        other => panic!("no row shows {other:?}"),
     }
 }
 
@@ -206,8 +208,8 @@ fn every_command_block_is_one_that_would_run() {
     for (path, block) in blocks("sh") {
         for line in block.replace("\\\n", " ").lines() {
             let line = line.split(" #").next().unwrap_or_default().trim();
-            let words = shlex(line);
-            let words: Vec<String> = words.into_iter().skip_while(|word| word.split('=').count() == 2).collect();
+            let words: Vec<String> =
+                words_of(line).into_iter().skip_while(|word| word.split('=').count() == 2).collect();
             let Some((program, arguments)) = words.split_first() else { continue };
             let place = path.display();
             match program.as_str() {
@@ -231,12 +233,13 @@ fn every_command_block_is_one_that_would_run() {
     assert!(tried >= 12, "only {tried} commands were found");
 }
 
-/// Splits a line as a shell does, as far as the documents need it: quotes hold words together.
-fn shlex(line: &str) -> Vec<String> {
+/// Splits a line as a shell does, as far as the documents need it: quotes and `$(...)` hold words together.
+fn words_of(line: &str) -> Vec<String> {
     let (mut words, mut quote) = (vec![String::new()], None);
     for c in line.chars() {
         match quote {
             Some(open) if c == open => quote = None,
+            None if c == '(' => quote = Some(')'),
             None if c == '"' || c == '\'' => quote = Some(c),
             None if c == ' ' => words.push(String::new()),
             _ => words.last_mut().expect("a word").push(c),
@@ -292,7 +295,7 @@ fn every_call_in_the_text_is_a_route_of_the_api() {
 #[test]
 fn every_settings_block_is_accepted() {
     let instance = "[[instances]]\nid = \"a\"\nproject_id = \"p\"\nurl = \"redis://cache:6379\"\n";
-    let token = "[[api.tokens]]\nsha256 = \"0000000000000000000000000000000000000000000000000000000000000000\"\nrole = \"reader\"\n";
+    let token = "[[api.tokens]]\nsha256 = \"0000000000000000000000000000000000000000000000000000000000000000\"\nname = \"a\"\nrole = \"reader\"\nprojects = [\"p\"]\n";
     for (path, block) in blocks("toml") {
         let folder = tempfile::tempdir().expect("a folder");
         // A fragment is completed; files that it names lie beside it.
@@ -308,7 +311,12 @@ fn every_settings_block_is_accepted() {
         let file = folder.path().join("ttlsweep.settings");
         std::fs::write(&file, text).expect("a file");
         let program = env!("CARGO_BIN_EXE_ttlsweep");
-        let checked = Command::new(program).args(["settings", "check"]).arg(&file).output().expect("the program");
+        let checked = Command::new(program)
+            .args(["settings", "check"])
+            .arg(&file)
+            .current_dir(folder.path())
+            .output()
+            .expect("the program");
         assert!(checked.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&checked.stderr));
     }
 }
