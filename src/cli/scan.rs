@@ -76,25 +76,27 @@ pub enum Show {
     Quiet,
 }
 
+impl Show {
+    /// As the options say; clap lets nobody give both.
+    pub fn of(json: bool, quiet: bool) -> Self {
+        match (json, quiet) {
+            (true, _) => Self::Json,
+            (false, true) => Self::Quiet,
+            (false, false) => Self::Text,
+        }
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// What cannot be put as an exit code with its own message.
 pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
-    let settings = match load(&args.server, matches) {
-        Ok(settings) => settings,
+    let (settings, conn) = match load(&args.server, matches) {
+        Ok(loaded) => loaded,
         Err(problems) => return Ok(usage(&problems)),
     };
-    let show = match (args.json, args.quiet) {
-        (true, _) => Show::Json,
-        (false, true) => Show::Quiet,
-        (false, false) => Show::Text,
-    };
-    let conn = match tasks::conn_options(&settings).map_err(|problem| vec![problem]) {
-        Ok(conn) => conn,
-        Err(problems) => return Ok(usage(&problems)),
-    };
-    sweep(settings, conn, args.resume, show, Until::Done).await
+    sweep(settings, conn, args.resume, Show::of(args.json, args.quiet), Until::Done).await
 }
 
 /// When a sweep from the command line ends.
@@ -106,12 +108,14 @@ pub enum Until {
     Stopped(Option<Duration>),
 }
 
-/// Settings of one sweep, out of what was typed.
+/// Settings of one sweep, out of what was typed, and how to connect.
 ///
 /// # Errors
 /// Every problem.
-pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
-    load_with_bounds(server, matches).map(Settings::without_bounds)
+pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, ConnOptions), Vec<Problem>> {
+    let settings = load_with_bounds(server, matches)?.without_bounds();
+    let conn = tasks::conn_options(&settings).map_err(|problem| vec![problem])?;
+    Ok((settings, conn))
 }
 
 /// Settings out of what was typed, with the bounds of a keep run.
