@@ -155,7 +155,7 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
     let mut servers = Vec::new();
     for _ in 0..count {
         let server = Server::start().await;
-        server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+        server.stop_active_expiry().await;
         servers.push(server);
     }
     let journal = tempfile::tempdir().expect("a temporary folder");

@@ -49,7 +49,7 @@ async fn check_frees_nothing_and_looks_at_no_key() {
     let keys = Keyspace::of(&server, 0);
     keys.live(300, "live:").await;
     keys.live_ttl(300, "ttl:").await;
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     let (expired, before) = (server.expired_keys().await, calls(&server).await);
 
     let (object, code) = check_json(&[&server.url()]);
@@ -76,7 +76,7 @@ async fn the_estimate_is_near_the_dead_keys_that_active_expiry_leaves() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live_ttl(18_400, "ttl:").await;
-    keys.dead(1_600, "dead:").await;
+    keys.expired(1_600, "expired:").await;
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     probe("the server's sample has followed", PATIENCE, async || {
         let stats = server.info("stats").await;
@@ -98,9 +98,9 @@ async fn the_estimate_is_near_the_dead_keys_that_active_expiry_leaves() {
 async fn a_replica_tells_the_exact_backlog_and_the_master_is_left_alone() {
     let master = Server::start().await;
     Keyspace::of(&master, 0).live(2000, "live:").await;
-    Keyspace::of(&master, 0).dead(3000, "dead:").await;
+    Keyspace::of(&master, 0).expired(3000, "expired:").await;
     Keyspace::of(&master, 3).live_ttl(100, "ttl:").await;
-    Keyspace::of(&master, 3).dead(50, "dead:").await;
+    Keyspace::of(&master, 3).expired(50, "expired:").await;
     Keyspace::of(&master, 5).live(10, "live:").await;
     let replica = Server::start().await;
     replica.replica_of(&master).await;
@@ -123,9 +123,9 @@ async fn a_replica_tells_the_exact_backlog_and_the_master_is_left_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_replica_of_this_master_is_counted_on() {
     let master = Server::start().await;
-    Keyspace::of(&master, 0).dead(10, "dead:").await;
+    Keyspace::of(&master, 0).expired(10, "expired:").await;
     let other = Server::start().await;
-    Keyspace::of(&other, 0).dead(10, "dead:").await;
+    Keyspace::of(&other, 0).expired(10, "expired:").await;
     let others_replica = Server::start().await;
     others_replica.replica_of(&other).await;
     let nobody = format!("redis://127.0.0.1:{}", free_port());
@@ -154,7 +154,7 @@ async fn only_a_replica_of_this_master_is_counted_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_user_with_the_least_rights_learns_that_they_suffice() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     let words = shell_words(&ACL_LINE.replace("PASSWORD", "secret"));
     server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
 

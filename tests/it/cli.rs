@@ -117,7 +117,7 @@ async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() {
     let server = Server::options().with_password("right").start().await;
-    Keyspace::of(&server, 3).dead(10, "d").await;
+    Keyspace::of(&server, 3).expired(10, "d").await;
     let mut scan = ttlsweep();
     scan.args(["scan", &format!("{}/3", server.url()), "--quiet"]);
     let output = scan.env("TTLSWEEP_DB", "0").env("REDISCLI_AUTH", "wrong").output().unwrap();
@@ -130,7 +130,7 @@ async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_o
     // Whoever runs the tests may ignore the signal, and so would the sweep.
     for (starters, code) in [(&["env", "--default-signal=HUP"][..], 130), (&["nohup"], 0)] {
         let server = Server::start().await;
-        Keyspace::of(&server, 0).dead(2_000, "d").await;
+        Keyspace::of(&server, 0).expired(2_000, "d").await;
         let mut command = tokio::process::Command::from(by(starters));
         command.args(["scan", &server.url(), "--json", "--max-keys-per-sec", "1000"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
@@ -204,7 +204,7 @@ async fn no_server_there_is_said_with_the_next_step() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unix_socket_works_and_a_missing_one_is_explained() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(10, "d").await;
+    Keyspace::of(&server, 0).expired(10, "d").await;
     assert_eq!(scan(&format!("unix://{}", server.socket().display()), &[]).await.expect(0).num(), 10);
     let run = scan("unix:///nonexistent/redis.sock", &[]).await.expect(3);
     assert!(run.stderr.contains("no socket is at this path"), "{}", run.stderr);
@@ -240,7 +240,7 @@ async fn passwords_come_from_the_environment_or_a_file_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_process_list_does_not_show_the_password_of_the_url() {
     let server = Server::options().with_password("hunter2").start().await;
-    Keyspace::of(&server, 0).dead(3_000, "d").await;
+    Keyspace::of(&server, 0).expired(3_000, "d").await;
     let running = Running::scan(&server.url(), &["--max-keys-per-sec", "2000"]);
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 100).await;
     let arguments = std::fs::read(format!("/proc/{}/cmdline", running.pid())).unwrap();
@@ -253,7 +253,7 @@ async fn the_process_list_does_not_show_the_password_of_the_url() {
 async fn the_most_talkative_log_holds_no_secret_and_no_key_name() {
     let server = Server::options().with_password("hunter2").start().await;
     Keyspace::of(&server, 0).live(50, "secret-key-").await;
-    Keyspace::of(&server, 0).dead(50, "secret-dead-").await;
+    Keyspace::of(&server, 0).expired(50, "secret-expired-").await;
     let mut command = ttlsweep();
     command.args(["scan", &server.url(), "-vv", "--touch", "ttl"]).env("TTLSWEEP_LOG", "trace");
     let output = command.output().unwrap();
@@ -274,7 +274,7 @@ async fn a_closed_pipe_is_success() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(6_000, "d").await;
+    Keyspace::of(&server, 0).expired(6_000, "d").await;
     let running = Running::start(["scan", &server.url(), "--max-keys-per-sec", "3000"]);
     running.says("db0").await;
     let run = running.end().await.expect(0);
@@ -286,7 +286,7 @@ async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
 async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     keys.live(2_000, "live").await;
     let text = on_a_terminal(&server, "xterm").await;
     let bar = text.find("keys/s").expect("a bar with the speed");
@@ -313,7 +313,7 @@ async fn on_a_terminal(server: &Server, kind: &str) -> String {
 async fn a_terminal_that_cannot_move_its_cursor_gets_lines() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     // Long enough for a line, which comes each few seconds.
     keys.live(12_000, "live").await;
     let text = on_a_terminal(&server, "dumb").await;
@@ -393,7 +393,7 @@ impl Drop for Spinning {
 #[tokio::test]
 async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(6_000, "dead").await;
+    Keyspace::of(&server, 0).expired(6_000, "expired").await;
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
     let cpu = allowed.split(['-', ',']).next().unwrap();

@@ -19,7 +19,7 @@ async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
 async fn a_task_is_created_followed_and_listed_from_the_command_line() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     keys.live_ttl(2_500, "live:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
 
@@ -233,7 +233,7 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
 async fn a_followed_task_ends_with_the_code_that_scan_would_end_with() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(3_000, "dead:").await;
+    keys.expired(3_000, "expired:").await;
     let proxy = Proxy::start(server.addr()).await;
     let pace = "max-keys-per-sec = 1000\nthrottle = false\nretry-for = \"10ms\"";
     let daemon = Daemon::start(&instance("cache", &proxy.url(), pace)).await;

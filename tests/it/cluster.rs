@@ -6,7 +6,7 @@ use crate::support::{
     PATIENCE,
     cluster::Cluster,
     probe,
-    proxy::Proxy,
+    proxy::before_each_node,
     run::{Run, Running, run, scan, state_file},
     server::Server,
 };
@@ -14,14 +14,10 @@ use crate::support::{
 /// Slow enough that a test can do something meanwhile.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
-fn shards(run: &Run) -> Vec<Value> {
-    run.json()["report"]["shards"].as_array().expect("a list of shards").clone()
-}
-
 /// The shard whose name begins with this.
 #[track_caller]
 fn shard(run: &Run, name: &str) -> Value {
-    let found = shards(run).into_iter().find(|shard| shard["shard"].as_str().unwrap().starts_with(name));
+    let found = run.shards().into_iter().find(|shard| shard["shard"].as_str().unwrap().starts_with(name));
     found.unwrap_or_else(|| panic!("no shard {name}: {run:#?}"))
 }
 
@@ -41,9 +37,9 @@ async fn one_seed_is_enough_to_sweep_every_master_exactly() {
     let run = scan(&cluster.replica_of(1).url(), &[]).await.expect(0);
     assert_eq!(run.num(), 6_000);
     cluster.assert_only(&live).await;
-    let names: Vec<_> = shards(&run).iter().map(|shard| shard["shard"].as_str().unwrap().to_owned()).collect();
+    let names: Vec<_> = run.shards().iter().map(|shard| shard["shard"].as_str().unwrap().to_owned()).collect();
     assert_eq!(names, ["slots 0-5460", "slots 10922-16383", "slots 5461-10921"]);
-    for shard in shards(&run) {
+    for shard in run.shards() {
         assert_eq!(shard["dbs"][0]["complete"], true);
         assert_eq!(shard["dbs"][0]["restarts"], 0);
         let port = shard["server"]["addr"].as_str().unwrap().rsplit_once(':').unwrap().1.to_owned();
@@ -105,7 +101,7 @@ async fn the_fraction_follows_the_keys() {
     probe("half of it is done", PATIENCE, async || cluster.freed_by(0).await > 1_500).await;
     running.signal("INT");
     let run = running.end().await.expect(130);
-    let pass = &shards(&run)[0]["dbs"][0];
+    let pass = &run.shards()[0]["dbs"][0];
     let (fraction, scanned) = (pass["fraction"].as_f64().unwrap(), pass["scanned"].as_f64().unwrap());
     assert!((fraction - scanned / 6_000.0).abs() < 0.05, "{fraction} of the pass after {scanned} of 6000 keys");
 }
@@ -167,7 +163,7 @@ async fn a_master_that_another_took_over_from_gets_its_old_effort_back() {
     old.sigcont();
     let run = running.end().await.expect(0);
     // The first shard that ends afterwards does it.
-    let said: String = shards(&run).iter().map(warnings).collect();
+    let said: String = run.shards().iter().map(warnings).collect();
     assert!(
         said.contains(&format!("active-expire-effort of {} was raised to 10 and cannot be put back", old.addr())),
         "{said}"
@@ -252,7 +248,7 @@ async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
     let run = running.end().await.expect(0);
     cluster.nodes.remove(1);
     cluster.assert_only(&live).await;
-    assert_eq!(shards(&run).len(), 3, "{run:#?}");
+    assert_eq!(run.shards().len(), 3, "{run:#?}");
     assert_eq!(shard(&run, "slots 0-99")["dbs"][0]["complete"], true);
     assert!(restarts(&shard(&run, "slots 0-8191")) >= 1);
 }
@@ -302,14 +298,8 @@ async fn a_missing_right_is_reported_for_the_node_that_lacks_it() {
 async fn announced_addresses_are_reached_by_the_node_map() {
     let cluster = Cluster::start(3, false).await;
     let live = cluster.fill(100, 3_000).await;
-    let mut proxies = Vec::new();
-    let mut map = Vec::new();
-    for node in &cluster.nodes {
-        let proxy = Proxy::start(node.addr()).await;
-        map.push(format!("{}={}", node.addr(), proxy.addr()));
-        proxies.push(proxy);
-    }
-    let run = scan(&proxies[0].url(), &["--node-map", &map.join(",")]).await.expect(0);
+    let (proxies, map) = before_each_node(&cluster).await;
+    let run = scan(&proxies[0].url(), &["--node-map", &map]).await.expect(0);
     assert_eq!(run.num(), 3_000);
     cluster.assert_only(&live).await;
     for (proxy, shard) in proxies.iter().zip(["slots 0-", "slots 5461-", "slots 10922-"]) {
@@ -334,7 +324,7 @@ async fn a_killed_sweep_of_a_cluster_goes_on_where_it_was() {
     cluster.assert_only(&live).await;
     // What is lost is the one batch under way, of one thousand keys at most.
     assert!(run.num() <= 9_000 && run.num() >= 8_000, "{}", run.num());
-    assert_eq!(shards(&run).iter().map(restarts).sum::<u64>(), 0, "every cursor was good");
+    assert_eq!(run.shards().iter().map(restarts).sum::<u64>(), 0, "every cursor was good");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -358,14 +348,19 @@ async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_a_paused_master_only_hides_are_never_reported_as_done() {
+    assert_waits_for_a_paused_master(1_000, 4_000).await;
+}
+
+/// Sweeps a paused master: nothing is freed until the pause is over, and then everything.
+async fn assert_waits_for_a_paused_master(live: u64, expired: u64) {
     let cluster = Cluster::start(1, false).await;
-    let live = cluster.fill(1_000, 4_000).await;
+    let live = cluster.fill(live, expired).await;
     cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
     let running = Running::scan(&cluster.url(), &[]);
     running.says("holding: the server hides expired keys").await;
     assert_eq!(cluster.freed_by(0).await, 0);
     cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
-    assert_eq!(running.end().await.expect(0).num(), 4_000);
+    assert_eq!(running.end().await.expect(0).num(), expired);
     cluster.assert_only(&live).await;
 }
 
@@ -389,7 +384,7 @@ async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
     }
     let options = ["--db", "0", "--count", "50", "--max-slice", "0s", "--touch", "none", "--timeout", "20s"];
     let run = scan(&cluster.url(), &options).await.expect(0);
-    let pass = &shards(&run)[0]["dbs"][0];
+    let pass = &run.shards()[0]["dbs"][0];
     assert_eq!(pass["held_s"]["deletion_blocked"], Value::Null, "{pass}");
     // What was looked at closely is not counted twice, but for what is walked again after it.
     let live = f64::from(slots * left);
@@ -400,15 +395,7 @@ async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
 /// A pass in which few keys are hidden, in tables so small that each batch goes through several.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_few_keys_that_a_paused_master_hides_in_small_tables_are_never_reported_as_done() {
-    let cluster = Cluster::start(1, false).await;
-    let live = cluster.fill(40_000, 2_000).await;
-    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
-    let running = Running::scan(&cluster.url(), &[]);
-    running.says("holding: the server hides expired keys").await;
-    assert_eq!(cluster.freed_by(0).await, 0);
-    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
-    assert_eq!(running.end().await.expect(0).num(), 2_000);
-    cluster.assert_only(&live).await;
+    assert_waits_for_a_paused_master(40_000, 2_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -19,14 +19,14 @@ fn since_valkey(version: Version, what: &str) -> bool {
 }
 
 /// Writes so many dead keys into a DB of each master.
-async fn dead_keys(cluster: &Cluster, db: u32, of_each: usize) {
+async fn write_expired(cluster: &Cluster, db: u32, of_each: usize) {
     for node in &cluster.nodes {
         let mut conn = node.conn_to(db).await;
         let mut written = 0;
         for n in 0.. {
             let mut set = redis::cmd("SET");
             // Keys of others are refused with MOVED.
-            if set.arg(format!("dead:{n}")).arg("x").arg("PX").arg(1).query_async::<()>(&mut conn).await.is_ok() {
+            if set.arg(format!("expired:{n}")).arg("x").arg("PX").arg(1).query_async::<()>(&mut conn).await.is_ok() {
                 written += 1;
             }
             if written == of_each {
@@ -59,8 +59,8 @@ async fn every_db_of_a_cluster_with_several_is_swept_and_counted() {
     }
     let cluster = Cluster::start_as(2, Server::options().with_config("cluster-databases", "16")).await;
     let live = cluster.fill(500, 0).await;
-    dead_keys(&cluster, 0, 300).await;
-    dead_keys(&cluster, 3, 700).await;
+    write_expired(&cluster, 0, 300).await;
+    write_expired(&cluster, 3, 700).await;
     let found = run(["check", &cluster.url(), "--json"]).await.json();
     let dbs = |shard: usize| found["shards"][shard]["dbs"].clone();
     assert_eq!((&dbs(0)[1]["db"], &dbs(1)[1]["db"]), (&json!(3), &json!(3)), "{found:#}");

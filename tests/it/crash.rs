@@ -15,7 +15,7 @@ use crate::support::{PATIENCE, probe};
 /// Kills in one run.
 const KILLS: u64 = 50;
 /// Dead keys that are there for each round.
-const DEAD: u64 = 400;
+const EXPIRED: u64 = 400;
 /// Batches of ten keys: the one that was under way at a kill may be uncounted, and nothing else.
 const PACE: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 20000\n";
 /// What such batches may leave uncounted in all. Kills hit a batch under way in one of ten cases; without the batch journal
@@ -27,7 +27,7 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live_ttl(2_000, "live:").await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), PACE)).await;
     let seed = u64::from(std::process::id());
     let mut random = Random(seed);
@@ -66,7 +66,7 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
     assert!(records.iter().all(|record| record["status"] == "success"), "seed {seed}: {history:#}");
     let total = history["total"].as_u64().expect("a number");
     let freed = server.expired_keys().await;
-    assert_eq!(freed, KILLS * DEAD, "everything that was dead is gone");
+    assert_eq!(freed, KILLS * EXPIRED, "everything that was dead is gone");
     assert!(total <= freed, "seed {seed}: counted {total} of {freed}: nothing is counted twice");
     assert!(total + UNCOUNTED >= freed, "seed {seed}: counted {total} of {freed}");
     assert_eq!(keys.dbsize().await, 2_000, "every live key is there");
@@ -75,8 +75,8 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
 /// Writes keys that die in a moment, while a sweep may be running.
 async fn short_lived(server: &Server, round: u64) {
     let mut pipeline = redis::pipe();
-    for n in 0..DEAD {
-        pipeline.cmd("SET").arg(format!("dead:{round}:{n}")).arg(n).arg("PX").arg(50).ignore();
+    for n in 0..EXPIRED {
+        pipeline.cmd("SET").arg(format!("expired:{round}:{n}")).arg(n).arg("PX").arg(50).ignore();
     }
     let written: redis::RedisResult<()> = pipeline.query_async(&mut server.conn().await).await;
     written.expect("the keys are written");
@@ -93,7 +93,7 @@ async fn lock_the_store(daemon: &Daemon) -> sqlx::SqliteConnection {
 async fn a_kill_before_the_first_checkpoint_loses_no_count() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(2_000, "dead:").await;
+    keys.expired(2_000, "expired:").await;
     keys.live_ttl(1_000, "live:").await;
     let proxy = Proxy::start(server.addr()).await;
     let pace = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 1000\n";
@@ -127,7 +127,7 @@ async fn a_kill_before_the_first_checkpoint_loses_no_count() {
 async fn a_full_disk_is_said_and_survived() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(300, "dead:").await;
+    keys.expired(300, "expired:").await;
     keys.live_ttl(3_000, "live:").await;
     let settings = instance("cache", &server.url(), "max-keys-per-sec = 1500");
     // The signal of the limit below is ignored, so that writes fail as they do on a full disk.
@@ -168,7 +168,7 @@ fn limit_files(daemon: &Daemon, bytes: u64) {
 #[tokio::test]
 async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_nobody_runs() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(100, "dead:").await;
+    Keyspace::of(&server, 0).expired(100, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let mut lock = lock_the_store(&daemon).await;
     let scan = daemon.request(reqwest::Method::POST, &Daemon::path("cache", "scan-expire-keys-task"));

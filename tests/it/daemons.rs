@@ -14,7 +14,7 @@ use crate::sdk;
 use crate::support::clients::{client, output, root};
 use crate::support::daemon::{Daemon, EACH_SECOND, PROJECT, instance};
 use crate::support::hook::Hook;
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::Server;
@@ -24,7 +24,7 @@ use crate::support::{PATIENCE, probe};
 const LEASE: Duration = Duration::from_secs(3);
 /// Slow enough to be met while it runs.
 const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 400\n";
-const DEAD: u64 = 3_000;
+const EXPIRED: u64 = 3_000;
 
 /// The settings that all daemons have: the records, and these instances.
 fn settings(url: &str, journal: &str, instances: &str) -> String {
@@ -80,7 +80,7 @@ struct Sweeping {
 }
 
 async fn sweeping(daemons: usize) -> Option<Sweeping> {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let fleet = Fleet::start(daemons, &instance("cache", &server.url(), SLOW)).await?;
     let (id, owner) = fleet.scan("cache", 0).await;
     probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
@@ -104,13 +104,6 @@ fn owner_in(daemons: &[Value], id: &str) -> Option<usize> {
     name.trim_start_matches('d').parse().ok()
 }
 
-async fn dead(dead: u64) -> Server {
-    let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(dead, "dead:").await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
-    server
-}
-
 fn lost(task: &Value) -> u64 {
     let dbs = task["shards"].as_array().into_iter().flatten().flat_map(|shard| shard["dbs"].as_array().cloned());
     dbs.flatten().filter_map(|db| db["lost_replies"].as_u64()).sum()
@@ -118,7 +111,7 @@ fn lost(task: &Value) -> u64 {
 
 #[tokio::test]
 async fn any_daemon_answers_for_a_task_that_another_has() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
     let (id, owner) = fleet.scan("cache", 0).await;
     let other = &fleet.daemons[1 - owner];
@@ -137,15 +130,15 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert!(String::from_utf8_lossy(&first).contains(&id));
     other.hurry(&id).await;
     let done = other.until(&id, "succeeded").await;
-    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(DEAD), &json!("0")));
+    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(EXPIRED), &json!("0")));
     let mut rest = String::new();
     while let Ok(Some(chunk)) = events.chunk().await {
         rest.push_str(&String::from_utf8_lossy(&chunk));
     }
     assert!(rest.contains("\"state\":\"succeeded\""), "the stream ends with the task: {rest}");
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
-    assert_eq!(other.history("cache").await["records"][0]["num"], DEAD);
-    Keyspace::of(&server, 0).dead(DEAD, "more:").await;
+    assert_eq!(other.history("cache").await["records"][0]["num"], EXPIRED);
+    Keyspace::of(&server, 0).expired(EXPIRED, "more:").await;
     // At the pace of the instance: one that is much slower may be refused as slower than keys expire.
     let (next, owner) = fleet.scan("cache", owner).await;
     let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
@@ -154,7 +147,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
 
 #[tokio::test]
 async fn a_cancel_by_another_daemon_is_done_also_where_the_end_is_recorded_before_the_answer() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
     let late = "CREATE FUNCTION late() RETURNS trigger AS 'BEGIN PERFORM pg_sleep(2); RETURN NEW; END' LANGUAGE plpgsql; \
                 CREATE TRIGGER late BEFORE UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION late()";
@@ -181,14 +174,14 @@ async fn a_task_goes_on_elsewhere_within_two_leases_of_a_kill_and_counts_exactly
     let task = fleet.daemons[asked].until(&id, "succeeded").await;
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
     // Batches of ten keys that were under way at the kill may be uncounted; then the record says so.
-    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert!(reclaimed == EXPIRED || reclaimed + 20 >= EXPIRED && lost(&task) > 0, "{task:#}");
+    assert_eq!(server.expired_keys().await, EXPIRED);
     assert!(took < 3 * LEASE, "{took:?}: two leases, and a machine that others use");
 }
 
 #[tokio::test]
 async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is_a_lower_bound() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(postgres) = Postgres::start().await else { return };
     let cache = instance("cache", &server.url(), SLOW);
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -201,13 +194,13 @@ async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is
     probe("the other has it", PATIENCE, async || owner_in(&daemons(&second).await, &id).is_some()).await;
     second.hurry(&id).await;
     let task = second.until(&id, "succeeded").await;
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert_eq!(server.expired_keys().await, EXPIRED);
     assert!(lost(&task) > 0, "{task:#}");
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
     let warnings = task["shards"][0]["warnings"].to_string();
     let bound = warnings.split("at most ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
     let bound = bound.unwrap_or_else(|| panic!("no bound: {warnings}"));
-    assert!((DEAD - bound..=DEAD).contains(&reclaimed), "{reclaimed} and at most {bound} more");
+    assert!((EXPIRED - bound..=EXPIRED).contains(&reclaimed), "{reclaimed} and at most {bound} more");
     // The last checkpoint was written within a second or two before the kill, at 400 keys a second.
     assert!(bound < 1_500, "{bound}");
 }
@@ -225,9 +218,9 @@ async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_no
     // It has no task by now, and serves those of the other.
     fleet.daemons[owner].hurry(&id).await;
     let task = fleet.daemons[owner].until(&id, "succeeded").await;
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert_eq!(server.expired_keys().await, EXPIRED);
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
-    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
+    assert!(reclaimed == EXPIRED || reclaimed + 20 >= EXPIRED && lost(&task) > 0, "{task:#}");
     assert_eq!(daemons(other).await.len(), 2, "it has joined anew");
 }
 
@@ -241,13 +234,13 @@ async fn a_daemon_that_stops_in_order_hands_its_tasks_over_at_once() {
     assert!(stopped.elapsed() < LEASE, "it need not wait for the lease: {:?}", stopped.elapsed());
     other.hurry(&id).await;
     let task = other.until(&id, "succeeded").await;
-    assert_eq!((&task["reclaimed"], lost(&task)), (&json!(DEAD), 0));
+    assert_eq!((&task["reclaimed"], lost(&task)), (&json!(EXPIRED), 0));
     assert_eq!(daemons(other).await.len(), 1);
 }
 
 #[tokio::test]
 async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_then_holds() {
-    let server = dead(6_000).await;
+    let server = filled(0, 6_000).await;
     let Some(mut postgres) = Postgres::start().await else { return };
     let proxy = Proxy::start(([127, 0, 0, 1], postgres.port()).into()).await;
     let journal = tempfile::tempdir().unwrap();
@@ -291,7 +284,7 @@ async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_t
 
 #[tokio::test]
 async fn a_due_time_runs_once_however_many_daemons_look() {
-    let server = dead(10).await;
+    let server = filled(0, 10).await;
     let Some(fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
     probe("some were due", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() >= Some(5))
         .await;
@@ -310,7 +303,7 @@ async fn a_due_time_runs_once_however_many_daemons_look() {
 
 #[tokio::test]
 async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
-    let server = dead(100).await;
+    let server = filled(0, 100).await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let far = instance("far", &server.url(), "where = \"net=far\"\n");
@@ -336,7 +329,7 @@ async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
 
 #[tokio::test]
 async fn daemons_with_other_settings_are_named() {
-    let server = dead(1).await;
+    let server = filled(0, 1).await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let journal = journal.path().display().to_string();
@@ -361,7 +354,7 @@ async fn a_paused_task_of_a_lost_daemon_waits_for_a_person_and_goes_on_elsewhere
     other.hurry(&id).await;
     assert_ne!(other.post(&format!("/api/v1/tasks/{id}/resume")).await.ok()["state"], "paused");
     let task = other.until(&id, "succeeded").await;
-    assert_eq!(task["reclaimed"], DEAD, "{task:#}");
+    assert_eq!(task["reclaimed"], EXPIRED, "{task:#}");
 }
 
 /// Hands each connection to the next of several addresses, as the service of an orchestrator does.
@@ -381,7 +374,7 @@ async fn balancer(upstreams: Vec<String>) -> (String, tokio::task::JoinHandle<()
 #[tokio::test]
 async fn the_public_sdk_runs_all_five_calls_against_several_daemons_behind_one_address() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(sdk::DEAD, "dead:").await;
+    Keyspace::of(&server, 0).expired(sdk::EXPIRED, "expired:").await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let instances = format!("{}{}", sdk::CREDENTIALS, instance("cache", &server.url(), ""));
@@ -406,7 +399,7 @@ async fn the_public_sdk_runs_all_five_calls_against_several_daemons_behind_one_a
 
 #[tokio::test]
 async fn a_rolling_update_loses_and_doubles_no_task() {
-    let server = dead(10).await;
+    let server = filled(0, 10).await;
     let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
     let settings = std::fs::read_to_string(fleet.daemons[0].settings_path()).expect("its settings");
     for number in 3..6 {
@@ -432,7 +425,7 @@ async fn a_rolling_update_loses_and_doubles_no_task() {
 
 #[tokio::test]
 async fn instances_come_from_a_folder_of_files_too() {
-    let (one, two) = (dead(5).await, dead(7).await);
+    let (one, two) = (filled(0, 5).await, filled(0, 7).await);
     let listen = "[api]\nlisten = \"127.0.0.1:0\"\n";
     let settings = format!("include = \"instances.d/*.toml\"\n{listen}{}", instance("one", &one.url(), ""));
     let daemon = Daemon::prepare(&settings);
@@ -523,12 +516,12 @@ async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
     other.hurry(id).await;
     until(&mut stream, &mut text, "succeeded").await;
     let after = other.get("/api/v1/instances/cache").await.ok();
-    assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == DEAD, "{after:#}");
+    assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == EXPIRED, "{after:#}");
 }
 
 #[tokio::test]
 async fn a_keep_run_goes_on_with_another_daemon_and_gives_way_to_a_scan_that_any_of_them_is_asked_for() {
-    let server = dead(500).await;
+    let server = filled(0, 500).await;
     Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
     let kept = instance("cache", &server.url(), "[instances.keep]\nmax-delay = \"2s\"\n");
     let Some(mut fleet) = Fleet::start(2, &kept).await else { return };

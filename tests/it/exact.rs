@@ -17,22 +17,22 @@ use crate::support::{
 #[tokio::test(flavor = "multi_thread")]
 async fn sixteen_dbs_of_all_types_lose_their_dead_keys_and_nothing_else() {
     let server = Server::start().await;
-    let (mut before, mut dead) = (BTreeMap::new(), 0);
+    let (mut before, mut expired) = (BTreeMap::new(), 0);
     for db in 0..16 {
         let keys = Keyspace::of(&server, db);
         keys.zoo(60, "", Life::Forever, u64::from(db)).await;
         keys.zoo(60, "long", Life::Long, 100 + u64::from(db)).await;
         // One DB without dead keys, to be passed over as well.
         let n = 13 * u64::from(db);
-        keys.zoo(n, "dead", Life::Dead, 200 + u64::from(db)).await;
-        dead += n;
+        keys.zoo(n, "expired", Life::Expired, 200 + u64::from(db)).await;
+        expired += n;
     }
     for db in 0..16 {
         before.insert(db, Keyspace::of(&server, db).snapshot_live().await);
     }
     let run = scan(&server.url(), &[]).await.expect(0);
-    assert_eq!(run.num(), dead);
-    assert_eq!(server.expired_keys().await, dead);
+    assert_eq!(run.num(), expired);
+    assert_eq!(server.expired_keys().await, expired);
     let json = run.json();
     let dbs = json["report"]["shards"][0]["dbs"].as_array().unwrap();
     for db in 0..16 {
@@ -89,7 +89,7 @@ async fn the_count_is_exact_while_other_clients_write() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(10_000, "live").await;
-    keys.dead(7_000, "dead").await;
+    keys.expired(7_000, "expired").await;
     let stop = Arc::new(AtomicBool::new(false));
     let writers = [write_until(&server, stop.clone()).await, write_until(&server, stop.clone()).await];
     let run = scan(&server.url(), &["--max-keys-per-sec", "20000"]).await.expect(0);
@@ -108,7 +108,7 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
         let server = Server::start().await;
         let keys = Keyspace::of(&server, 0);
         keys.live(60_000, "live").await;
-        keys.dead(30_000, "dead").await;
+        keys.expired(30_000, "expired").await;
         let used = server.info_number("memory", "used_memory").await;
         server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
         server.cmd(&["CONFIG", "SET", "maxmemory", &(used + 200_000).to_string()]).await;
@@ -145,7 +145,7 @@ async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(3_000, "live").await;
-    keys.dead(3_000, "dead").await;
+    keys.expired(3_000, "expired").await;
     let running = Running::scan(&server.url(), &["--max-keys-per-sec", "4000", "--count", "10"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
     // Four doublings of the table, and back.
@@ -173,19 +173,19 @@ fn any_keyspace_is_swept_exactly() {
     let mut runner = TestRunner::new(Config { cases: 12, failure_persistence: None, ..Config::default() });
     let strategy = (0..400_u64, 0..400_u64, 0..700_u64, 0..16_u32, 10..300_u32, 0_u64..);
     runner
-        .run(&strategy, |(forever, long, dead, db, count, seed)| {
+        .run(&strategy, |(forever, long, expired, db, count, seed)| {
             runtime.block_on(async {
                 server.cmd(&["FLUSHALL"]).await;
                 let before_expired = server.expired_keys().await;
                 let keys = Keyspace::of(&server, db);
                 keys.zoo(forever, "f", Life::Forever, seed).await;
                 keys.zoo(long, "l", Life::Long, seed ^ 1).await;
-                keys.zoo(dead, "d", Life::Dead, seed ^ 2).await;
+                keys.zoo(expired, "d", Life::Expired, seed ^ 2).await;
                 let before = keys.snapshot_live().await;
                 let run =
                     scan(&server.url(), &["--db", &db.to_string(), "--count", &count.to_string()]).await.expect(0);
-                assert_eq!(run.num(), dead);
-                assert_eq!(server.expired_keys().await - before_expired, dead);
+                assert_eq!(run.num(), expired);
+                assert_eq!(server.expired_keys().await - before_expired, expired);
                 assert_same_live(&before, &keys.snapshot_live().await);
             });
             Ok(())
@@ -207,7 +207,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lru() {
     let server = Server::options().with_config("maxmemory-policy", "allkeys-lru").start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
-    keys.dead(100, "dead").await;
+    keys.expired(100, "expired").await;
     // The clock of LRU ticks in seconds: wait until every key was idle for two.
     probe("keys are idle", PATIENCE, async || object(&server, "IDLETIME", 1).await[0] >= 2).await;
     scan(&server.url(), &[]).await.expect(0);
@@ -227,7 +227,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lfu() {
         .await;
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
-    keys.dead(100, "dead").await;
+    keys.expired(100, "expired").await;
     let before = object(&server, "FREQ", 100).await;
     scan(&server.url(), &[]).await.expect(0);
     assert_eq!(object(&server, "FREQ", 100).await, before);
@@ -240,7 +240,7 @@ async fn only_the_commands_that_we_promise_are_sent() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(2_000, "live").await;
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     for (touch, allowed) in [("none", None), ("auto", Some("exists")), ("ttl", Some("ttl")), ("exists", Some("exists"))]
     {
         server.cmd(&["CONFIG", "RESETSTAT"]).await;
@@ -259,7 +259,7 @@ async fn only_the_commands_that_we_promise_are_sent() {
 #[tokio::test]
 async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
     let server = Server::start().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let mut conn = server.conn().await;
     let value = "x".repeat(300);
     // Each page holds keys that live beside those that die.
@@ -268,7 +268,7 @@ async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
         for n in 0..1_000 {
             let name = format!("{chunk}:{n}");
             pipeline.cmd("SET").arg(format!("live:{name}")).arg(&value).ignore();
-            pipeline.cmd("SET").arg(format!("dead:{name}")).arg(&value).arg("PX").arg(1).ignore();
+            pipeline.cmd("SET").arg(format!("expired:{name}")).arg(&value).arg("PX").arg(1).ignore();
         }
         let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
         written.expect("the keys are written");

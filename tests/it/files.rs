@@ -99,7 +99,7 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
         return;
     }
     let encrypted = Encrypted::start().await;
-    Keyspace::of(&encrypted.server, 0).dead(300, "dead:").await;
+    Keyspace::of(&encrypted.server, 0).expired(300, "expired:").await;
     Keyspace::of(&encrypted.server, 0).live_ttl(3_000, "live:").await;
     let mut daemon = Daemon::start(&encrypted.settings("")).await;
     let bring_back = encrypted.hide();

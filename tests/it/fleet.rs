@@ -122,7 +122,7 @@ async fn a_killed_daemon_goes_on_with_every_shard_where_it_was() {
 async fn a_master_behind_a_sentinel_is_found_again_after_a_kill() {
     let master = Server::start().await;
     let keys = Keyspace::of(&master, 0);
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     keys.live_ttl(1_500, "live:").await;
     let monitor = format!("main 127.0.0.1 {} 1", master.port());
     let sentinel = Server::options().with_arg("--sentinel").with_config("sentinel monitor", &monitor).start().await;

@@ -9,17 +9,10 @@ use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::run;
-use crate::support::server::Server;
+use crate::support::server::{Server, pair};
 use crate::support::{PATIENCE, probe};
 
 const HOUR_MS: u64 = 3_600_000;
-
-/// A master with a replica that has taken over its keys. Nothing expires by itself.
-async fn pair() -> (Server, Server) {
-    let (master, replica) = (Server::start().await, Server::start().await);
-    replica.replica_of(&master).await;
-    (master, replica)
-}
 
 /// Writes keys with these TTLs; 0: none.
 async fn write(server: &Server, prefix: &str, ttls_ms: impl Iterator<Item = u64>) -> u64 {
@@ -128,7 +121,7 @@ async fn names_are_grouped_by_their_first_parts_and_no_last_part_is_shown() {
 #[tokio::test]
 async fn expired_keys_that_a_replica_hides_are_estimated() {
     let (master, replica) = pair().await;
-    Keyspace::of(&master, 0).dead(400, "dead:").await;
+    Keyspace::of(&master, 0).expired(400, "expired:").await;
     Keyspace::of(&master, 0).live_ttl(1_000, "live:").await;
     until_there(&replica, 1_400).await;
     let found = forecast(&master.url(), &[]).await;

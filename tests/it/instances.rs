@@ -147,9 +147,9 @@ async fn a_page_of_a_thousand_instances_costs_as_many_statements_as_one_of_ten()
 async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(300, "dead:").await;
+    keys.expired(300, "expired:").await;
     keys.live_ttl(1_000, "live:").await;
-    Keyspace::of(&server, 3).dead(50, "dead:").await;
+    Keyspace::of(&server, 3).expired(50, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let first = daemon.create(json!({"instance_id": "cache", "max_keys_per_sec": 500})).await;
     daemon.until(&first, "running").await;
@@ -216,7 +216,7 @@ async fn one_stream_tells_of_all_tasks_from_the_first_to_the_last_view() {
     let (one, two) = (Server::start().await, Server::start().await);
     for server in [&one, &two] {
         Keyspace::of(server, 0).live_ttl(3_000, "live:").await;
-        Keyspace::of(server, 0).dead(200, "dead:").await;
+        Keyspace::of(server, 0).expired(200, "expired:").await;
     }
     let other = instance("two", &two.url(), "").replace(PROJECT, OTHER_PROJECT);
     // SHA-256 of `figures` and of `secret`.

@@ -20,7 +20,7 @@ const KEEP: &str = "[instances.keep]\nmax-delay = \"2s\"\n";
 /// A server whose own expiry is off: what goes, the walk has freed.
 async fn server() -> Server {
     let server = Server::start().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     server
 }
 
@@ -115,7 +115,7 @@ async fn without_a_bound_there_is_nothing_to_keep_and_a_scan_keeps_none() {
         assert!(wrong.stderr.contains(option), "{wrong:?}");
     }
     let server = server().await;
-    Keyspace::of(&server, 0).dead(100, "dead:").await;
+    Keyspace::of(&server, 0).expired(100, "expired:").await;
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "max-delay = \"1s\"\n").expect("written");
     let path = file.path().to_str().expect("a path");
@@ -165,7 +165,7 @@ async fn a_server_that_is_restarted_is_kept_again() {
     wave(&server, "first", 100).await;
     until_left(&server, 200).await;
     server.restart().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let left = server.dbsize(0).await;
     wave(&server, "second", 100).await;
     until_left(&server, left).await;
@@ -193,7 +193,7 @@ async fn an_instance_with_a_bound_is_kept_and_the_contract_shows_its_run_as_auto
     assert_eq!(task["shards"][0]["keep"]["is_missed"], false, "{task:#}");
     // What is known of a backlog is shown, and the instance with the largest comes first.
     let other = self::server().await;
-    Keyspace::of(&other, 0).dead(70, "dead:").await;
+    Keyspace::of(&other, 0).expired(70, "expired:").await;
     let both = [instance("other", &other.url(), ""), instance("cache", &server.url(), KEEP)].concat();
     daemon.write_settings(&both);
     daemon.post("/api/v1/reload").await.ok();

@@ -5,24 +5,14 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::daemon::{Daemon, instance};
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::proxy::{Mode, Proxy};
-use crate::support::run::{Run, Running, run, scan, state_file};
+use crate::support::run::{Run, Running, run, scan, scan_under_way, state_file};
 use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe, skipped};
 
 /// Slow enough to meet a sweep half way, and too short a pass for the guard to mind.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
-
-fn held(run: &Run, reason: &str) -> f64 {
-    run.json()["report"]["shards"][0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
-}
-
-async fn with_dead_keys(n: u64) -> Server {
-    let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(n, "dead").await;
-    server
-}
 
 /// A replica that is online, and what lies between it and its master.
 async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
@@ -44,15 +34,13 @@ fn slow_sweeps_harm() -> bool {
 
 /// Sweeps slowly with more arguments, and waits until it is under way.
 async fn under_way(server: &Server, more: &[&str]) -> Running {
-    let running = Running::scan(&server.url(), &[&SLOW[..], more].concat());
-    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
-    running
+    scan_under_way(server, &server.url(), &[&SLOW[..], more].concat(), 300).await
 }
 
 /// The sweep ends by itself, has held for this reason, and freed so many keys.
 async fn ends(running: Running, reason: &str, freed: u64) {
     let run = running.end().await.expect(0);
-    assert!(held(&run, reason) > 0.0, "{}", run.stdout);
+    assert!(run.held(reason) > 0.0, "{}", run.stdout);
     assert_eq!(run.num(), freed);
 }
 
@@ -63,7 +51,7 @@ fn time_told(run: &Run) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_ends() {
-    let server = with_dead_keys(20_000).await;
+    let server = filled(0, 20_000).await;
     let over = scan(&server.url(), &["--max-keys-per-sec", "100", "--timeout", "4s"]).await.expect(4);
     let hint = over.json()["report"]["failure"]["hint"].clone();
     assert_eq!(
@@ -98,7 +86,7 @@ async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let running = under_way(&server, &[]).await;
     server.cmd(&["DEBUG", "SLEEP", "0.6"]).await;
     ends(running, "latency", 6_000).await;
@@ -106,7 +94,7 @@ async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     Keyspace::of(&server, 0).live(4_000, "live").await;
     let running = under_way(&server, &[]).await;
     // A millisecond for each key: seconds in all.
@@ -114,13 +102,13 @@ async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
     server.cmd(&["BGSAVE"]).await;
     running.says("holding: the server saves or rewrites its data in a child process").await;
     let run = running.end().await.expect(0);
-    assert!(held(&run, "fork") > 0.2, "{}", run.stdout);
+    assert!(run.held("fork") > 0.2, "{}", run.stdout);
     assert_eq!(run.num(), 6_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     let running = under_way(&server, &["--max-replica-lag", "8KiB"]).await;
     proxy.set(Mode::Stall);
@@ -133,7 +121,7 @@ async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
-    let server = with_dead_keys(20_000).await;
+    let server = filled(0, 20_000).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     proxy.set(Mode::Stall);
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--max-replica-silence", "2s"]].concat());
@@ -145,7 +133,7 @@ async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
-    let server = with_dead_keys(20_000).await;
+    let server = filled(0, 20_000).await;
     // Nobody can come in later, the test neither.
     let mut inside = server.conn().await;
     let running = under_way(&server, &[]).await;
@@ -163,7 +151,7 @@ async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     // It waits for more replicas before it begins: for that long one is there and not online.
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync", "yes"]).await;
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync-delay", "2"]).await;
@@ -177,7 +165,7 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_for_a_replica_holds_the_sweep_until_it_is_sent() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     // The backlog does not count as waiting.
     server.cmd(&["CONFIG", "SET", "repl-backlog-size", "16384"]).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
@@ -200,7 +188,7 @@ async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
     if Server::version() < Version(7, 0, 0) && Server::kind() == Kind::Redis {
         return skipped("this server frees two million keys in less time than lies between two readings of INFO");
     }
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let mut other = server.conn_to(1).await;
     redis::cmd("DEBUG").arg(&["POPULATE", "2000000"]).exec_async(&mut other).await.unwrap();
     let running = under_way(&server, &["--max-lazyfree", "1000"]).await;
@@ -211,7 +199,7 @@ async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let running = under_way(&server, &["--max-ops", "2000"]).await;
     let mut conn = server.conn().await;
     let load = tokio::spawn(async move {
@@ -230,13 +218,13 @@ async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
-    let server = with_dead_keys(1_000).await;
+    let server = filled(0, 1_000).await;
     let run = scan(&server.url(), &["--abort-latency", "1us"]).await;
     // A sweep of a thousand keys may be over before two looks at the latency.
     if run.code == Some(1) {
         assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
     }
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let run = scan(&server.url(), &[&SLOW[..], &["--abort-latency", "1us"]].concat()).await.expect(1);
     assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
     let run = scan(&server.url(), &["--no-throttle", "--abort-latency", "1us", "--max-latency", "1us"]).await.expect(2);
@@ -245,13 +233,13 @@ async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
     std::fs::write(&file, "abort-latency = \"1us\"\nmax-latency = \"1us\"\n").expect("a file");
     let file = file.to_str().expect("a path");
     let run = scan(&server.url(), &["--no-throttle", "--config", file]).await.expect(0);
-    assert_eq!(held(&run, "latency"), 0.0);
+    assert_eq!(run.held("latency"), 0.0);
     assert_eq!(server.dbsize(0).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_limits_of_a_task_can_be_changed_while_it_runs() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 3000")).await;
     let id = daemon.create(json!({"instance_id": "cache", "limits": {"max_latency": "1us"}})).await;
     probe("it holds for the latency", PATIENCE, async || daemon.task(&id).await["holds"][0]["reason"] == "latency")
@@ -297,10 +285,10 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_same_db() {
-    let server = with_dead_keys(200).await;
+    let server = filled(0, 200).await;
     let third = Keyspace::of(&server, 3);
     third.live_ttl(18_000, "live").await;
-    third.dead(2_000, "dead").await;
+    third.expired(2_000, "expired").await;
     let proxy = Proxy::start(server.addr()).await;
     // Slow enough for the flow of expiry to be watched first, for a while, where slow sweeps can harm.
     let selects = async || server.info("commandstats").await.get("cmdstat_select").cloned();
@@ -317,7 +305,7 @@ async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_sa
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
@@ -326,7 +314,7 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
     assert!(run.stdout.contains("active-expire-effort was 10 for"), "{}", run.stdout);
     assert_eq!((effort().await.as_str(), server.dbsize(0).await), ("1", 0));
 
-    Keyspace::of(&server, 0).dead(3_000, "more").await;
+    Keyspace::of(&server, 0).expired(3_000, "more").await;
     let running = Running::scan(&server.url(), &args);
     probe("the effort is raised", PATIENCE, async || effort().await == "10").await;
     running.signal("KILL");
@@ -342,7 +330,7 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assisted_expiry_knows_the_load_that_others_make() {
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     let (_dir, state) = state_file();
     let limits = ["--max-ops", "1000000", "--max-cpu", "1", "--timeout", "30s"];
     let assist = ["--assist-expiry", "5s", "--state", state.to_str().unwrap()];
@@ -352,7 +340,7 @@ async fn assisted_expiry_knows_the_load_that_others_make() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_without_names_frees_the_same_and_finds_a_server_out_where_it_does_not() {
-    let server = with_dead_keys(30_000).await;
+    let server = filled(0, 30_000).await;
     let keys = Keyspace::of(&server, 0);
     keys.live(30_000, "live").await;
     let run = scan(&server.url(), &["--payload", "none"]).await.expect(0);
@@ -375,7 +363,7 @@ async fn a_pause_is_noticed_without_names_too() {
     if Server::kind() == Kind::Valkey {
         return skipped("Valkey sends names, so a sweep without them is refused");
     }
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     Keyspace::of(&server, 0).live(6_000, "live").await;
     let running = under_way(&server, &["--payload", "none"]).await;
     server.cmd(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;

@@ -54,7 +54,7 @@ async fn a_log_of_everything_is_json_and_holds_no_secret_and_no_key_name() {
     let server = Server::options().with_password(PASSWORD).start().await;
     let refused = Server::options().with_password("another-one").start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(200, KEY_NAMES).await;
+    keys.expired(200, KEY_NAMES).await;
     keys.live_ttl(800, KEY_NAMES).await;
     let wrong = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(wrong.path(), WRONG_PASSWORD).expect("it is written");

@@ -114,7 +114,7 @@ fn expressions(dashboard: &Value) -> Vec<(String, String)> {
 #[tokio::test]
 async fn a_real_prometheus_answers_every_panel_of_the_dashboard() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     Keyspace::of(&server, 0).live_ttl(2_000, "live:").await;
     let daemon = daemon(&server).await;
     let prometheus = Prometheus::start(&daemon);

@@ -9,11 +9,9 @@ use std::{
 use crate::support::{
     PATIENCE,
     cluster::Cluster,
-    keyspace::Keyspace,
     probe,
-    proxy::{Direction, Mode, Proxy},
+    proxy::{Direction, Mode, before_each_node, behind_proxy},
     run::{Run, Running, scan},
-    server::Server,
     standin::{StandIn, bulk, info, page},
 };
 
@@ -22,21 +20,11 @@ const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 /// Waits that a test can wait for. The first connection is tried once only.
 const SHORT: [&str; 4] = ["--response-timeout", "500ms", "--connect-timeout", "3s"];
 
-/// A server with so many live and dead keys behind a proxy.
-async fn behind_proxy(live: u64, dead: u64) -> (Server, Proxy) {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    keys.live(live, "live").await;
-    keys.dead(dead, "dead").await;
-    let proxy = Proxy::start(server.addr()).await;
-    (server, proxy)
-}
-
 /// The count is exact where no reply was lost; the deletions are complete in any case.
 #[track_caller]
-fn assert_counted(run: &Run, dead: u64) {
+fn assert_counted(run: &Run, expired: u64) {
     let lost = run.total("lost_replies") as u64;
-    assert!(run.num() <= dead && run.num() + lost * 1_000 >= dead, "{} of {dead}, {lost} lost", run.num());
+    assert!(run.num() <= expired && run.num() + lost * 1_000 >= expired, "{} of {expired}, {lost} lost", run.num());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -111,16 +99,9 @@ async fn garbage_in_the_middle_ends_in_a_clear_error() {
 async fn a_shard_that_is_silent_holds_up_nobody() {
     let cluster = Cluster::start(3, false).await;
     cluster.fill(0, 3_000).await;
-    let mut proxies = Vec::new();
-    let mut map = Vec::new();
-    for node in &cluster.nodes {
-        let proxy = Proxy::start(node.addr()).await;
-        map.push(format!("{}={}", node.addr(), proxy.addr()));
-        proxies.push(proxy);
-    }
+    let (proxies, map) = before_each_node(&cluster).await;
     // The first in line is the one that is silent, and only one is swept at a time.
     proxies[0].set(Mode::Stall);
-    let map = map.join(",");
     let more = ["--node-map", &map, "--parallel", "1"];
     let running = Running::scan(&proxies[1].url(), &[&more[..], &SHORT].concat());
     for place in [1, 2] {

@@ -117,7 +117,7 @@ async fn a_webhook_that_refuses_is_not_asked_again_and_its_address_stays_secret(
 #[tokio::test]
 async fn a_webhook_that_never_answers_slows_neither_sweeps_nor_the_end() {
     let (hook, server) = (Hook::start(&[Answer::Never; 9]).await, Server::start().await);
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     let well = instance("well", &server.url(), "");
     let mut daemon = Daemon::start(&(settings(hook.url(), "") + well.as_str())).await;
     let id = daemon.scan("gone").await;

@@ -7,21 +7,12 @@ use thirtyfour::Key;
 
 use crate::support::browser::{Browser, ZONE};
 use crate::support::daemon::{Daemon, PROJECT, instance, window};
-use crate::support::keyspace::Keyspace;
-use crate::support::server::Server;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::{PATIENCE, free_port, probe};
 
 const OTHER_PROJECT: &str = "fedcba9876543210fedcba9876543210";
 /// More than one page of the list.
 const AWAY: usize = 64;
-
-async fn filled(live: u64, dead: u64) -> Server {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    keys.dead(dead, "dead:").await;
-    keys.live_ttl(live, "live:").await;
-    server
-}
 
 /// Instances at addresses where nobody listens, some of them of another project.
 fn away() -> String {
@@ -193,7 +184,7 @@ async fn an_instance_shows_what_its_sweeps_brought_and_what_held_them() {
     daemon.hurry(&first).await;
     daemon.until(&first, "succeeded").await;
     for round in 1..=3 {
-        Keyspace::of(&server, 0).dead(round * 400, &format!("more:{round}:")).await;
+        Keyspace::of(&server, 0).expired(round * 400, &format!("more:{round}:")).await;
         let id = daemon.scan("cache").await;
         daemon.until(&id, "succeeded").await;
     }

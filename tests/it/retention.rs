@@ -45,8 +45,8 @@ async fn listed(daemon: &Daemon) -> Vec<String> {
 async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the_last_of_an_instance() {
     let (held, quiet, busy) = (Server::start().await, Server::start().await, Server::start().await);
     Keyspace::of(&held, 0).live_ttl(3_000, "live:").await;
-    Keyspace::of(&held, 0).dead(40, "dead:").await;
-    Keyspace::of(&quiet, 0).dead(7, "dead:").await;
+    Keyspace::of(&held, 0).expired(40, "expired:").await;
+    Keyspace::of(&quiet, 0).expired(7, "expired:").await;
     Keyspace::of(&busy, 0).live_ttl(20, "live:").await;
     let instances = [
         instance("held", &held.url(), "max-keys-per-sec = 500"),

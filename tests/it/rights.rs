@@ -24,7 +24,7 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;
     let keys = Keyspace::of(&server, 0);
     keys.live(500, "live").await;
-    keys.dead(500, "dead").await;
+    keys.expired(500, "expired").await;
     let url = server.url_as("ttlsweep", "pw");
     let run = scan(&url, &[]).await.expect(0);
     assert_eq!(run.num(), 500);
@@ -53,7 +53,7 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_missing_right_is_named_with_the_line_that_grants_it() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(10, "d").await;
+    Keyspace::of(&server, 0).expired(10, "d").await;
     for (missing, command) in
         [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
     {
@@ -85,7 +85,7 @@ async fn a_right_that_is_missing_is_asked_for_once() {
 async fn another_server_process_is_asked_anew_what_it_allows() {
     let mut server = Server::start().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;
-    Keyspace::of(&server, 0).dead(4_000, "first").await;
+    Keyspace::of(&server, 0).expired(4_000, "first").await;
     let url = server.url_as("ttlsweep", "pw");
     let running = Running::scan(&url, &["--max-keys-per-sec", "1500", "--db", "0"]);
     probe("the first is swept", PATIENCE, async || server.expired_keys().await > 300).await;
@@ -93,7 +93,7 @@ async fn another_server_process_is_asked_anew_what_it_allows() {
     server.restart().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;
     server.cmd(&["ACL", "SETUSER", "ttlsweep", "~*", "+exists"]).await;
-    Keyspace::of(&server, 0).dead(2_000, "second").await;
+    Keyspace::of(&server, 0).expired(2_000, "second").await;
     running.signal("CONT");
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 0);
@@ -114,7 +114,7 @@ async fn a_touch_that_was_asked_for_needs_its_right() {
 async fn a_right_that_is_taken_away_during_the_sweep_ends_it_and_what_was_freed_stays_counted() {
     let server = Server::start().await;
     grant(&server, ttlsweep::node::commands::ACL_LINE).await;
-    Keyspace::of(&server, 0).dead(5_000, "d").await;
+    Keyspace::of(&server, 0).expired(5_000, "d").await;
     let running = Running::scan(&server.url_as("ttlsweep", "pw"), &["--max-keys-per-sec", "2000"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
     server.cmd(&["ACL", "SETUSER", "ttlsweep", "-scan"]).await;

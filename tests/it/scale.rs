@@ -20,7 +20,7 @@ use crate::support::{
 /// Real servers, each of some megabytes; `benches/shards.rs` goes up to 200.
 const SHARDS: usize = 60;
 const LIVE: u64 = 20;
-const DEAD: u64 = 80;
+const EXPIRED: u64 = 80;
 
 /// So many real servers with dead keys in them. They are no cluster nodes: those would, in this number, spend the machine
 /// on talking to each other.
@@ -34,7 +34,7 @@ async fn start(shards: usize) -> Vec<Server> {
                     let server = Server::start().await;
                     let keys = Keyspace::of(&server, 0);
                     keys.live(LIVE, "live").await;
-                    keys.dead(DEAD, "dead").await;
+                    keys.expired(EXPIRED, "expired").await;
                     server
                 });
             }
@@ -122,11 +122,11 @@ async fn many_shards_are_swept_at_a_time_and_none_waits_for_the_slowest() {
         true
     })
     .await;
-    assert_eq!(servers[0].dbsize(0).await, LIVE + DEAD, "the silent one has not even begun");
+    assert_eq!(servers[0].dbsize(0).await, LIVE + EXPIRED, "the silent one has not even begun");
     let memory = peak_kib(&running);
     proxy.set(Mode::Pass);
     let run = running.end().await.expect(0);
-    assert_eq!(run.num(), SHARDS as u64 * DEAD);
+    assert_eq!(run.num(), SHARDS as u64 * EXPIRED);
     assert_eq!(run.json()["report"]["shards"].as_array().unwrap().len(), SHARDS);
     // With eight shards at a time, sixty cost little more than eight; a debug build counts in here.
     assert!(memory < 64 << 10, "{memory} KiB");

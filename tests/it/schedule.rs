@@ -29,7 +29,7 @@ fn soon() -> Timestamp {
 #[tokio::test]
 async fn an_interval_of_zero_runs_once_with_the_count_that_was_set() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(200, "dead:").await;
+    Keyspace::of(&server, 0).expired(200, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     set(&daemon, &config(soon(), 0)).await;
     probe("the scan has run", PATIENCE, async || daemon.history("cache").await["total"] == 200).await;
@@ -76,7 +76,7 @@ async fn due_times_come_one_after_the_other_and_survive_kills_without_doubling()
 #[tokio::test]
 async fn a_daemon_that_was_down_at_the_due_time_catches_up_once() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(50, "dead:").await;
+    Keyspace::of(&server, 0).expired(50, "expired:").await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let first = soon();
     set(&daemon, &config(first, 3600)).await;
@@ -206,7 +206,7 @@ async fn outcome(daemon: &Daemon, word: &str) -> u64 {
 async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyond_it() {
     for passed in [INSIDE, BEYOND] {
         let servers = two_servers().await;
-        Keyspace::of(&servers[0], 0).dead(30, "dead:").await;
+        Keyspace::of(&servers[0], 0).expired(30, "expired:").await;
         let first = first_before(passed);
         let mut daemon = after_an_absence(&servers, first, "").await;
         probe("it was caught up", PATIENCE, async || daemon.history("cache").await["total"] == 30).await;

@@ -10,7 +10,7 @@ use crate::support::daemon::{Daemon, PROJECT, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 
-pub const DEAD: u64 = 1_500;
+pub const EXPIRED: u64 = 1_500;
 
 /// A key pair whose secret is in the environment, and tokens of the SHA-256 of `secret` and of `figures`.
 pub const CREDENTIALS: &str = r#"
@@ -47,7 +47,7 @@ pub async fn daemon(server: &Server) -> Daemon {
 
 async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(DEAD, "dead:").await;
+    Keyspace::of(&server, 0).expired(EXPIRED, "expired:").await;
     let daemon = daemon(&server).await;
     let mut sdk = Command::new(client("python"));
     sdk.arg(root().join("tests/it/sdk.py")).args([daemon.url(), "cache", PROJECT, "AKEXAMPLE", secret]).args(more);
@@ -59,8 +59,8 @@ async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) 
 
 pub fn check(seen: &Value) {
     assert_eq!(seen["created"]["status"], "waiting");
-    assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(DEAD), &json!(1)));
-    assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(DEAD), &json!(2)));
+    assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(EXPIRED), &json!(1)));
+    assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(EXPIRED), &json!(2)));
     assert_eq!(seen["second"]["records"][0]["id"], seen["again"]["id"], "newest first");
     assert_eq!(seen["filtered"]["records"].as_array().map(Vec::len), Some(1));
     assert_eq!(seen["shown"]["interval"], 3600);

@@ -8,24 +8,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::daemon::{Daemon, EACH_SECOND, instance, window};
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::proxy::Proxy;
-use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, ttlsweep};
 
 /// Slow enough to be met while it runs, and fast enough to be waited for once the ceiling is lifted.
 const SLOW: &str = "max-keys-per-sec = 500";
-
-/// A server with so many live and dead keys.
-async fn filled(live: u64, dead: u64) -> Server {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    if dead > 0 {
-        keys.dead(dead, "dead:").await;
-    }
-    keys.live_ttl(live, "live:").await;
-    server
-}
 
 fn hold(task: &Value) -> &str {
     task["holds"][0]["reason"].as_str().unwrap_or("")
@@ -162,7 +150,7 @@ async fn a_pause_ends_the_help_for_the_servers_own_expiry() {
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     let stale = async || server.info("stats").await["expired_stale_perc"].parse::<f64>().expect("a share");
     probe("it has sampled stale keys", PATIENCE, async || stale().await > 3.0).await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "assist-expiry = \"10min\"")).await;
     let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
     let id = daemon.scan("cache").await;
@@ -259,7 +247,7 @@ async fn a_scan_that_goes_on_waits_for_a_server_that_is_up_later_than_the_daemon
 #[tokio::test]
 async fn the_db_of_an_instances_url_is_swept_and_no_other_whoever_asks() {
     let server = filled(10, 100).await;
-    Keyspace::of(&server, 3).dead(50, "dead:").await;
+    Keyspace::of(&server, 3).expired(50, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &format!("{}/3", server.url()), "")).await;
     let id = daemon.create(json!({"instance_id": "cache"})).await;
     let task = daemon.until(&id, "succeeded").await;

@@ -109,7 +109,7 @@ async fn replica_hides_dead_keys_and_counts_them() {
     let replica = Server::start().await;
     Keyspace::of(&master, 0).live(100, "live").await;
     replica.replica_of(&master).await;
-    Keyspace::of(&master, 0).dead(1_000, "dead").await;
+    Keyspace::of(&master, 0).expired(1_000, "expired").await;
     probe("the replica has all keys", PATIENCE, async || replica.dbsize(0).await == 1_100).await;
     probe("the replica hides the dead ones", PATIENCE, async || {
         Keyspace::of(&replica, 0).snapshot_live().await.keys.len() == 100
@@ -124,12 +124,12 @@ async fn dead_keys_are_exact_and_only_hidden() {
     let space = Keyspace::of(&server, 3);
     space.live(2_500, "live").await;
     space.live_ttl(1_500, "ttl").await;
-    space.dead(3_001, "dead").await;
-    space.zoo(600, "zoo-dead", Life::Dead, 1).await;
+    space.expired(3_001, "expired").await;
+    space.zoo(600, "zoo-expired", Life::Expired, 1).await;
     space.zoo(600, "", Life::Long, 2).await;
     space.zoo(60, "zoo", Life::Forever, 3).await;
-    let (live, dead) = (2_500 + 1_500 + 600 + 60, 3_001 + 600);
-    assert_eq!(space.dbsize().await, live + dead);
+    let (live, expired) = (2_500 + 1_500 + 600 + 60, 3_001 + 600);
+    assert_eq!(space.dbsize().await, live + expired);
 
     let before = space.snapshot_live().await;
     assert_eq!(before.keys.len() as u64, live);
@@ -140,7 +140,7 @@ async fn dead_keys_are_exact_and_only_hidden() {
     kinds.sort_unstable();
     kinds.dedup();
     assert_eq!(kinds, ["hash", "list", "set", "stream", "string", "zset"]);
-    assert_eq!(space.dbsize().await, live + dead, "the snapshot frees none");
+    assert_eq!(space.dbsize().await, live + expired, "the snapshot frees none");
     assert_eq!(server.expired_keys().await, 0);
 
     // SCAN frees exactly the dead ones, and leaves the live ones as they are.
@@ -158,7 +158,7 @@ async fn dead_keys_are_exact_and_only_hidden() {
             break;
         }
     }
-    assert_eq!(server.expired_keys().await, dead);
+    assert_eq!(server.expired_keys().await, expired);
     assert_eq!(space.dbsize().await, live);
     assert_same_live(&before, &space.snapshot_live().await);
 }

@@ -65,7 +65,7 @@ async fn a_sweep_by_tls_is_exact() {
     let Some(tls) = TlsServer::start(&["localhost", "127.0.0.1"], Validity::Now, &[]).await else { return };
     let keys = Keyspace::of(&tls.server, 0);
     keys.live(500, "live").await;
-    keys.dead(3_000, "dead").await;
+    keys.expired(3_000, "expired").await;
     let run = tls.scan("localhost", &[]).await.expect(0);
     assert_eq!(run.num(), 3_000);
     assert_eq!(run.json()["report"]["target"], tls.url("localhost"));
@@ -77,7 +77,7 @@ async fn a_sweep_by_tls_is_exact() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
     let Some(tls) = TlsServer::start(&["127.0.0.1"], Validity::Now, &[]).await else { return };
-    Keyspace::of(&tls.server, 0).dead(6_000, "dead").await;
+    Keyspace::of(&tls.server, 0).expired(6_000, "expired").await;
     let proxy = Proxy::start(SocketAddr::from(([127, 0, 0, 1], tls.port))).await;
     let (url, cacert) = (format!("rediss://{}", proxy.addr()), tls.authority.cacert());
     let running =
@@ -97,7 +97,7 @@ async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
 async fn a_server_that_asks_for_our_certificate_gets_it() {
     let asks = [("tls-auth-clients", "yes")];
     let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &asks).await else { return };
-    Keyspace::of(&tls.server, 0).dead(1_000, "dead").await;
+    Keyspace::of(&tls.server, 0).expired(1_000, "expired").await;
     refused(tls.scan("localhost", &[]).await, "does not accept our certificate", "--cert FILE");
     let Identity { cert, key } = tls.authority.issue("client", &["sweeper"], Validity::Now);
     let mine = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];

@@ -43,7 +43,7 @@ fn received(hook: &Hook) -> (BTreeMap<String, String>, BTreeMap<String, Vec<Span
 #[tokio::test]
 async fn a_receiver_gets_the_task_with_its_shards_passes_and_holds() {
     let (hook, server) = (Hook::start(&[]).await, Server::start().await);
-    Keyspace::of(&server, 0).dead(300, "dead:").await;
+    Keyspace::of(&server, 0).expired(300, "expired:").await;
     Keyspace::of(&server, 3).live_ttl(50, "live:").await;
     let gone = instance("gone", &format!("redis://127.0.0.1:{}", free_port()), "retry-for = \"1ms\"");
     let mut daemon = Daemon::prepare(&(instance("cache", &server.url(), "") + gone.as_str()))
@@ -93,7 +93,7 @@ async fn a_receiver_that_never_answers_or_is_not_there_changes_no_sweep() {
     let (hook, server) = (Hook::start(&[Answer::Never; 9]).await, Server::start().await);
     let nobody = format!("http://127.0.0.1:{}", free_port());
     for receiver in [hook.url(), &nobody] {
-        Keyspace::of(&server, 0).dead(300, "dead:").await;
+        Keyspace::of(&server, 0).expired(300, "expired:").await;
         let mut scan = ttlsweep();
         scan.args(["scan", &server.url(), "--json"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", receiver);
         let began = std::time::Instant::now();

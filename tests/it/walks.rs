@@ -3,33 +3,26 @@
 use std::time::Duration;
 
 use crate::support::keyspace::Keyspace;
-use crate::support::proxy::{Mode, Proxy};
-use crate::support::run::{Run, Running, scan, state_file};
+use crate::support::proxy::{Mode, Proxy, behind_proxy};
+use crate::support::run::{Run, Running, scan, scan_under_way, state_file};
 use crate::support::server::Server;
 use crate::support::sharded::Sharded;
 use crate::support::{PATIENCE, probe};
 
 /// Each way of a batch to its server and back: there is time for many.
 const AWAY: Duration = Duration::from_millis(5);
-const DEAD: u64 = 40_000;
+const EXPIRED: u64 = 40_000;
 const LIVE: u64 = 20_000;
 
 /// A server with keys, far away.
 async fn filled() -> (Server, Proxy) {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    keys.live(LIVE, "live").await;
-    keys.dead(DEAD, "dead").await;
-    let proxy = Proxy::start(server.addr()).await;
+    let (server, proxy) = behind_proxy(LIVE, EXPIRED).await;
     proxy.set(Mode::Delay(AWAY));
     (server, proxy)
 }
 
 async fn under_way(server: &Server, proxy: &Proxy, more: &[&str]) -> Running {
-    let before = server.expired_keys().await;
-    let running = Running::scan(&proxy.url(), &[&["--max-latency", "off"][..], more].concat());
-    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 2_000).await;
-    running
+    scan_under_way(server, &proxy.url(), &[&["--max-latency", "off"][..], more].concat(), 2_000).await
 }
 
 async fn sweeping_connections(server: &Server) -> usize {
@@ -39,11 +32,11 @@ async fn sweeping_connections(server: &Server) -> usize {
 
 /// What no sweep could leave, and what may be uncounted.
 async fn assert_clean(server: &Server, run: &Run) {
-    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (LIVE, DEAD));
+    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (LIVE, EXPIRED));
     let lost = run.total("lost_replies") as u64;
-    assert!(run.num() <= DEAD && run.num() + lost * 1_000 >= DEAD, "{} of {DEAD}, {lost} lost", run.num());
+    assert!(run.num() <= EXPIRED && run.num() + lost * 1_000 >= EXPIRED, "{} of {EXPIRED}, {lost} lost", run.num());
     if lost == 0 {
-        assert_eq!(run.num(), DEAD);
+        assert_eq!(run.num(), EXPIRED);
     }
 }
 
@@ -55,7 +48,7 @@ async fn a_far_server_is_swept_over_several_connections_that_look_at_few_keys_tw
     let run = running.end().await.expect(0);
     assert_clean(&server, &run).await;
     let scanned = run.total("scanned") as u64;
-    assert!((LIVE + DEAD..(LIVE + DEAD) * 105 / 100).contains(&scanned), "{scanned}");
+    assert!((LIVE + EXPIRED..(LIVE + EXPIRED) * 105 / 100).contains(&scanned), "{scanned}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -63,10 +56,10 @@ async fn a_table_that_grows_and_is_written_to_meanwhile_is_swept_to_the_last_key
     let (server, proxy) = filled().await;
     let running = under_way(&server, &proxy, &[]).await;
     // Twice as many keys: the table is doubled under the sweep.
-    Keyspace::of(&server, 0).live(2 * (LIVE + DEAD), "more").await;
+    Keyspace::of(&server, 0).live(2 * (LIVE + EXPIRED), "more").await;
     let run = running.end().await.expect(0);
-    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (2 * (LIVE + DEAD) + LIVE, DEAD));
-    assert_eq!(run.num(), DEAD);
+    assert_eq!((server.dbsize(0).await, server.expired_keys().await), (2 * (LIVE + EXPIRED) + LIVE, EXPIRED));
+    assert_eq!(run.num(), EXPIRED);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,7 +85,7 @@ async fn keys_that_are_hidden_for_a_while_are_freed_in_the_end() {
     }
     let run = running.end().await.expect(0);
     assert_clean(&server, &run).await;
-    assert_eq!(run.num(), DEAD);
+    assert_eq!(run.num(), EXPIRED);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,7 +114,7 @@ async fn a_server_that_has_room_for_no_second_connection_is_swept_over_one() {
     let room = (clients.lines().count() + 2).to_string();
     server.cmd(&["CONFIG", "SET", "maxclients", &room]).await;
     let run = scan(&server.url(), &[]).await.expect(0);
-    assert_eq!((run.num(), server.dbsize(0).await), (DEAD, LIVE));
+    assert_eq!((run.num(), server.dbsize(0).await), (EXPIRED, LIVE));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -132,7 +125,7 @@ async fn cursors_that_follow_no_hash_table_are_walked_to_the_last_key() {
             let server = Server::start().await;
             let keys = Keyspace::of(&server, 0);
             keys.live(15_000, &format!("live{shard}:")).await;
-            keys.dead(1_500, &format!("dead{shard}:")).await;
+            keys.expired(1_500, &format!("expired{shard}:")).await;
             servers.push(server);
         }
         let proxy = Sharded::start(&servers, mode).await;

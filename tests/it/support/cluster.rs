@@ -109,7 +109,7 @@ impl Cluster {
             .await;
         }
         for node in &cluster.nodes {
-            node.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+            node.stop_active_expiry().await;
         }
         cluster
     }
@@ -132,7 +132,7 @@ impl Cluster {
     /// Adds an empty node and returns its place.
     pub async fn join(&mut self) -> usize {
         let node = node(Server::options()).await;
-        node.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+        node.stop_active_expiry().await;
         self.nodes.push(node);
         let place = self.nodes.len() - 1;
         self.meet(&self.nodes[place]).await;
@@ -168,14 +168,14 @@ impl Cluster {
 
     /// Writes so many keys that live for ever and so many that are dead, spread over all slots. Returns the names of those
     /// that live.
-    pub async fn fill(&self, live: u64, dead: u64) -> BTreeSet<String> {
+    pub async fn fill(&self, live: u64, expired: u64) -> BTreeSet<String> {
         let before = self.keys_in_memory().await;
         let names: BTreeSet<String> = (0..live).map(|n| format!("live{n}")).collect();
         self.write(&names, None).await;
-        let mortal: BTreeSet<String> = (0..dead).map(|n| format!("dead{before}:{n}")).collect();
+        let mortal: BTreeSet<String> = (0..expired).map(|n| format!("expired{before}:{n}")).collect();
         self.write(&mortal, Some(SHORT_MS)).await;
         self.until_short_ttls_are_over().await;
-        assert_eq!(self.keys_in_memory().await, before + live + dead, "all dead keys are in memory");
+        assert_eq!(self.keys_in_memory().await, before + live + expired, "all dead keys are in memory");
         for replica in self.masters..self.nodes.len().min(2 * self.masters) {
             let (master, replica) = (&self.nodes[replica - self.masters], &self.nodes[replica]);
             if replica.info("replication").await.get("role").map(String::as_str) == Some("slave") {

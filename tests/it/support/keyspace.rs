@@ -38,10 +38,21 @@ pub enum Life {
     /// A TTL of one to two hours.
     Long,
     /// Expired already.
-    Dead,
+    Expired,
 }
 
-/// One database of a server, to be filled and looked at.
+/// A server of its own with `live` keys that have a long TTL, and `expired` ones.
+pub async fn filled(live: u64, expired: u64) -> Server {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    if expired > 0 {
+        keys.expired(expired, "expired:").await;
+    }
+    keys.live_ttl(live, "live:").await;
+    server
+}
+
+/// One database of a server.
 pub struct Keyspace<'a> {
     server: &'a Server,
     db: u32,
@@ -57,11 +68,11 @@ impl<'a> Keyspace<'a> {
     ///
     /// Active expiry is off afterwards, on the whole server. On a replica the keys may die a little later than
     /// on their master, since servers before 7.0 hand on the time to live and not the time of death.
-    pub async fn dead(&self, n: u64, prefix: &str) {
-        self.keep_dead_keys().await;
+    pub async fn expired(&self, n: u64, prefix: &str) {
+        self.keep_expired_keys().await;
         let before = self.dbsize().await;
         self.set_all(n, |i| (format!("{prefix}{i}"), Some(SHORT_MS))).await;
-        self.until_dead(before + n).await;
+        self.until_expired(before + n).await;
     }
 
     /// Writes `n` string keys without a TTL, named `{prefix}{0..n}`.
@@ -79,8 +90,8 @@ impl<'a> Keyspace<'a> {
     ///
     /// The first key's name is the prefix itself, which makes the empty name with an empty prefix.
     pub async fn zoo(&self, n: u64, prefix: &str, life: Life, seed: u64) {
-        if life == Life::Dead {
-            self.keep_dead_keys().await;
+        if life == Life::Expired {
+            self.keep_expired_keys().await;
         }
         let before = self.dbsize().await;
         let mut connection = self.connection().await;
@@ -93,15 +104,15 @@ impl<'a> Keyspace<'a> {
                 let ttl = match life {
                     Life::Forever => continue,
                     Life::Long => LONG_MS + random.below(LONG_MS),
-                    Life::Dead => SHORT_MS,
+                    Life::Expired => SHORT_MS,
                 };
                 pipeline.cmd("PEXPIRE").arg(&key).arg(ttl).ignore();
             }
             let written: RedisResult<()> = pipeline.query_async(&mut connection).await;
             written.expect("the zoo is written");
         }
-        if life == Life::Dead {
-            self.until_dead(before + n).await;
+        if life == Life::Expired {
+            self.until_expired(before + n).await;
         } else {
             assert_eq!(self.dbsize().await, before + n, "every name is new");
         }
@@ -141,14 +152,14 @@ impl<'a> Keyspace<'a> {
     }
 
     /// Stops active expiry, which would free dead keys behind the test's back.
-    async fn keep_dead_keys(&self) {
-        self.server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    async fn keep_expired_keys(&self) {
+        self.server.stop_active_expiry().await;
     }
 
     /// Waits until everything written with [`SHORT_MS`] is dead, and checks that all of it is still there.
     ///
     /// The server's clock says so: asking for a key would free it.
-    async fn until_dead(&self, expected: u64) {
+    async fn until_expired(&self, expected: u64) {
         let mut connection = self.connection().await;
         let written_ms = time_ms(&mut connection).await;
         probe("the short TTL is over", PATIENCE, async || time_ms(&mut connection).await > written_ms + SHORT_MS).await;

@@ -19,7 +19,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{PATIENCE, PROBE_TICK, free_port, probe, server::Server};
+use super::{PATIENCE, PROBE_TICK, cluster::Cluster, free_port, keyspace::Keyspace, probe, server::Server};
 
 /// What happens to bytes on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,27 @@ pub enum Mode {
 pub enum Direction {
     ToServer,
     ToClient,
+}
+
+/// A server with `live` keys without a TTL and `expired` ones, behind a proxy.
+pub async fn behind_proxy(live: u64, expired: u64) -> (Server, Proxy) {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(live, "live").await;
+    keys.expired(expired, "expired").await;
+    let proxy = Proxy::start(server.addr()).await;
+    (server, proxy)
+}
+
+/// A proxy in front of each node of a cluster, and the `--node-map` that leads to them.
+pub async fn before_each_node(cluster: &Cluster) -> (Vec<Proxy>, String) {
+    let (mut proxies, mut map) = (Vec::new(), Vec::new());
+    for node in &cluster.nodes {
+        let proxy = Proxy::start(node.addr()).await;
+        map.push(format!("{}={}", node.addr(), proxy.addr()));
+        proxies.push(proxy);
+    }
+    (proxies, map.join(","))
 }
 
 /// A running proxy.

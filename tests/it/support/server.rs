@@ -262,6 +262,11 @@ impl Server {
         redis::cmd("DBSIZE").query_async(&mut connection).await.expect("DBSIZE")
     }
 
+    /// Switches active expiry off: only a client that touches an expired key frees it from now on.
+    pub async fn stop_active_expiry(&self) {
+        self.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    }
+
     /// The id of this run of the process; another after a restart.
     pub async fn run_id(&self) -> String {
         self.info("server").await["run_id"].clone()
@@ -395,6 +400,19 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill9();
     }
+}
+
+/// A master and its replica.
+pub async fn pair() -> (Server, Server) {
+    let (master, replica) = (Server::start().await, Server::start().await);
+    replica.replica_of(&master).await;
+    (master, replica)
+}
+
+/// Waits until a replica holds as many keys as its master: it is "in step" before the master begins to stream to it.
+pub async fn until_copied(master: &Server, replica: &Server) {
+    let keys = master.dbsize(0).await;
+    probe("the replica has the keys", PATIENCE, async || replica.dbsize(0).await == keys).await;
 }
 
 /// Does the server answer? Asked over its private socket, which no other server can have, and which is opened
