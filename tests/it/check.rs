@@ -1,4 +1,4 @@
-//! `ttlsweep check`: it sees what is there and touches nothing.
+//! `ttlsweep check` reports what is there and touches no key.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -60,7 +60,7 @@ async fn check_frees_nothing_and_looks_at_no_key() {
     let after = calls(&server).await;
     let changed = after.iter().filter(|(name, calls)| before.get(*name) != Some(calls));
     let changed: BTreeSet<&str> = changed.map(|(name, _)| name.as_str()).collect();
-    // What check may send, and what this test itself sent.
+    // The commands that check may send, and those of this test.
     let harmless = BTreeSet::from(["acl", "client", "command", "config", "dbsize", "hello", "info", "ping", "select"]);
     assert!(changed.is_subset(&harmless), "{changed:?}");
     assert_eq!(object["role"], "master");
@@ -141,7 +141,7 @@ async fn only_a_replica_of_this_master_is_counted_on() {
         assert!(finding["message"].as_str().unwrap().contains(why), "{finding}");
         assert_eq!(object["backlog"]["expired_is"], "estimated");
     }
-    // A count on a master would have freed them.
+    // A count on a master would have freed the keys.
     assert_eq!((other.dbsize(0).await, other.expired_keys().await), (10, 0));
 
     let (object, code) = check_json(&[&others_replica.url()]);
@@ -172,7 +172,7 @@ async fn the_user_with_the_least_rights_learns_that_they_suffice() {
     assert_eq!(object["rights"]["EXISTS"], "unknown");
     assert_eq!(object["expiry"]["lazyfree_lazy_expire"], Value::Null);
     assert_eq!(object["sweep"]["can_run"], true);
-    // Even the way in which the right to SCAN was found out has looked at no key.
+    // Even the test of the right to SCAN has visited no key.
     assert_eq!((server.dbsize(0).await, server.expired_keys().await), (500, 0));
 }
 
@@ -225,7 +225,7 @@ async fn no_connection_and_no_password_are_exit_3_and_bad_usage_is_2() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_replicas_password_is_not_in_the_process_list() {
-    // Accepts and never answers, so that the program stays where it can be looked at.
+    // Accepts and never answers, so that the program stays alive to be inspected.
     let silent = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
     let url = format!("redis://{}", silent.local_addr().expect("an address"));
     let mut program = ttlsweep();

@@ -113,7 +113,7 @@ async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The password in the URL has the program start itself again, and what was typed is still that.
+/// A password in the URL makes the program start itself again, with the same arguments.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() {
     let server = Server::options().with_password("right").start().await;
@@ -127,7 +127,7 @@ async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_outlive_it() {
-    // Whoever runs the tests may ignore the signal, and so would the sweep.
+    // If the test runner ignores the signal, the sweep inherits that.
     for (starters, code) in [(&["env", "--default-signal=HUP"][..], 130), (&["nohup"], 0)] {
         let server = Server::start().await;
         Keyspace::of(&server, 0).expired(2_000, "d").await;
@@ -151,7 +151,7 @@ async fn what_is_typed_wins_over_the_environment_also_where_it_is_its_contrary()
     assert!(text.contains("--no-throttle"), "{text}");
 }
 
-/// What a server says that cannot be swept, and the advice that fits it. Nothing was swept, so each ends with 3.
+/// Errors of servers that cannot be swept, each with the advice for it. Nothing is swept, so the exit code is 3.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_refusal_has_advice_that_fits() {
     let (one, other) = (Server::start().await, Server::start().await);
@@ -295,7 +295,7 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     assert_eq!(server.dbsize(0).await, 2_000);
 }
 
-/// What a sweep of some seconds shows on a terminal of this kind.
+/// The output of a sweep of some seconds on a terminal of this kind.
 async fn on_a_terminal(server: &Server, kind: &str) -> String {
     // `script` gives its child a terminal of its own.
     let line = format!("{} scan {} --max-keys-per-sec 2000", env!("CARGO_BIN_EXE_ttlsweep"), server.url());
@@ -314,13 +314,13 @@ async fn a_terminal_that_cannot_move_its_cursor_gets_lines() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.expired(1_000, "expired").await;
-    // Long enough for a line, which comes each few seconds.
+    // Long enough for a status line, which comes every few seconds.
     keys.live(12_000, "live").await;
     let text = on_a_terminal(&server, "dumb").await;
     assert!(text.contains("keys/s") && !text.contains('\u{1b}'), "{text:?}");
 }
 
-/// Types something where the program asks for the password, and returns what the terminal has shown once it has ended.
+/// Types something at the password prompt, and returns the terminal's output after the end.
 async fn ask_on_a_terminal(url: &str, typed: &[u8]) -> String {
     let seen = tempfile::NamedTempFile::new().unwrap();
     let line = format!("{} scan {url} --quiet --askpass; echo code $?; stty -a", env!("CARGO_BIN_EXE_ttlsweep"));
@@ -401,12 +401,12 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
         let pinned = std::process::Command::new("taskset").args(["-acp", cpu, &sweep.pid().to_string()]).output();
         assert!(pinned.unwrap().status.success());
     };
-    // Whether it gets as far as its first batch before that is not asked: on a busy machine it does not.
+    // It need not reach its first batch before that: on a busy machine it does not.
     let starved = Running::scan(&server.url(), &["--priority", "idle", "--max-keys-per-sec", "500"]);
     let spinning = Spinning::on(cpu);
     pin(&starved);
     starved.says("no processor time to spare").await;
-    // Before others free the keys that it still has to read, and it is done.
+    // Before another client frees the keys that it still has to read, which would end it.
     starved.signal("INT");
     let low = Running::scan(&server.url(), &["--priority", "low", "--max-keys-per-sec", "1000"]);
     pin(&low);

@@ -1,4 +1,4 @@
-//! Several daemons on one PostgreSQL database: whoever is killed, stopped, cut off or ends in order, each task comes to one end, and no
+//! Several daemons on one PostgreSQL database: if one is killed, suspended, cut off or stopped, each task still has one end, and no
 //! two daemons sweep one instance.
 
 use std::collections::BTreeSet;
@@ -20,18 +20,18 @@ use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe};
 
-/// A lease that a test can wait for, renewed each second.
+/// A lease that is short enough for a test, renewed each second.
 const LEASE: Duration = Duration::from_secs(3);
-/// Slow enough to be met while it runs.
+/// Slow enough for a test to act during the sweep.
 const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 400\n";
 const EXPIRED: u64 = 3_000;
 
-/// The settings that all daemons have: the records, and these instances.
+/// The settings of all daemons: the shared records and these instances.
 fn settings(url: &str, journal: &str, instances: &str) -> String {
     format!("[daemon]\nlease = \"3s\"\n{instances}\n[store]\nurl = \"{url}\"\njournal = \"{journal}\"\n")
 }
 
-/// Daemons with one folder for their batch journals, as on shared storage.
+/// Daemons that share a folder for their batch journals, as on shared storage.
 struct Fleet {
     daemons: Vec<Daemon>,
     postgres: Postgres,
@@ -51,7 +51,7 @@ impl Fleet {
         Some(Self { daemons, postgres, _journal: journal })
     }
 
-    /// The place of the daemon that has a task, once one has.
+    /// Waits until a daemon owns the task, and returns the daemon's place.
     async fn owner_of(&self, id: &str, asked: usize) -> usize {
         let mut owner = None;
         probe("a daemon has the task", PATIENCE, async || {
@@ -62,7 +62,7 @@ impl Fleet {
         owner.expect("found")
     }
 
-    /// Asks each daemon in turn for a scan until one begins it, and gives its id with the place of its owner.
+    /// Asks each daemon in turn for a scan until one accepts, and returns the task's id with the place of its owner.
     async fn scan(&self, instance: &str, asked: usize) -> (String, usize) {
         let id = self.daemons[asked].scan(instance).await;
         let owner = self.owner_of(&id, asked).await;
@@ -70,7 +70,7 @@ impl Fleet {
     }
 }
 
-/// Daemons of which one sweeps a server slowly, and has freed something.
+/// Daemons, one of which sweeps a server slowly and has freed some keys.
 struct Sweeping {
     server: Server,
     fleet: Fleet,
@@ -121,7 +121,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     let order = async |what: &str| other.post(&format!("/api/v1/tasks/{id}/{what}")).await;
     assert_eq!(order("pause").await.ok()["state"], "paused");
     assert_eq!(fleet.daemons[owner].task(&id).await["state"], "paused");
-    // Why it stands still is said by the other one too.
+    // The other daemon reports the reason of the hold too.
     probe("the reason is said", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
     assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
     assert_eq!(order("resume").await.ok()["state"], "running");
@@ -139,7 +139,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
     assert_eq!(other.history("cache").await["records"][0]["num"], EXPIRED);
     Keyspace::of(&server, 0).expired(EXPIRED, "more:").await;
-    // At the pace of the instance: one that is much slower may be refused as slower than keys expire.
+    // At the pace of the instance: a much slower sweep might be refused as slower than keys expire.
     let (next, owner) = fleet.scan("cache", owner).await;
     let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
     assert_eq!(cancelled["state"], "cancelled");
@@ -213,9 +213,9 @@ async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_no
     probe("the other has it", PATIENCE, async || owner_in(&daemons(other).await, &id) == Some(1 - owner)).await;
     fleet.daemons[owner].signal("CONT");
     probe("it learns of it", PATIENCE, async || fleet.daemons[owner].log().contains("joining anew")).await;
-    // The late one has not touched the record.
+    // The late daemon has not changed the record.
     other.until(&id, "running").await;
-    // It has no task by now, and serves those of the other.
+    // It owns no task now, and serves those of the other daemon.
     fleet.daemons[owner].hurry(&id).await;
     let task = fleet.daemons[owner].until(&id, "succeeded").await;
     assert_eq!(server.expired_keys().await, EXPIRED);
@@ -267,7 +267,7 @@ async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_t
     assert_eq!(answer.code(), (503, "DCS.5000"), "{}", answer.body);
     assert!(answer.body["error_msg"].to_string().contains("records"), "{}", answer.body);
     assert_eq!(daemon.get("/readyz").await.status, 503);
-    // It stays alive: whoever restarts it would help nobody.
+    // It stays alive: a restart by an orchestrator would not help.
     assert_eq!(daemon.get("/healthz").await.status, 200);
     proxy.set(Mode::Pass);
     probe("it goes on", PATIENCE, async || server.expired_keys().await > last.0).await;
@@ -292,7 +292,7 @@ async fn a_due_time_runs_once_however_many_daemons_look() {
     let rows =
         sqlx::query("SELECT due, outcome, task_id FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
     let dues: Vec<i64> = rows.iter().map(|row| row.get("due")).collect();
-    // One second after another, none left out.
+    // Every second once.
     assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == 1_000), "{dues:?}");
     let ran: BTreeSet<String> = rows.iter().filter_map(|row| row.get::<Option<String>, _>("task_id")).collect();
     let tasks = sqlx::query("SELECT id FROM tasks WHERE created_at < $1").bind(dues[dues.len() - 1] + 900);
@@ -403,7 +403,7 @@ async fn a_rolling_update_loses_and_doubles_no_task() {
     let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
     let settings = std::fs::read_to_string(fleet.daemons[0].settings_path()).expect("its settings");
     for number in 3..6 {
-        // As an orchestrator does it: a new one, once it is ready an old one ends.
+        // As an orchestrator does: start a new daemon, and when it is ready, stop an old one.
         let new = Daemon::prepare(&settings).launched(|command| named(command, &format!("d{number}"))).await;
         probe("it is ready", PATIENCE, async || new.get("/readyz").await.status == 200).await;
         fleet.daemons.push(new);
@@ -435,7 +435,7 @@ async fn instances_come_from_a_folder_of_files_too() {
     let daemon = daemon.launched(|command| command).await;
     let id = daemon.scan("two").await;
     assert_eq!(daemon.until(&id, "succeeded").await["reclaimed"], 7);
-    // What is wrong in one of them is named with its own line, and nothing is put in force.
+    // A problem in one of the files is reported with its own line, and nothing is applied.
     std::fs::write(
         folder.join("c.toml"),
         format!("\n{}\n[api]\nlisten = \"127.0.0.1:1\"\n", instance("two", "redis://x", "")),
@@ -460,7 +460,7 @@ async fn one_of_several_daemons_tells_what_is_not_swept_and_another_does_once_th
     let settings = format!("[notify]\nurl = \"{}\"\n{}", hook.url(), instance("late", &server.url(), far));
     let Some(mut fleet) = Fleet::start(2, &settings).await else { return };
     let id = hook.wait_for(1).await[0].json()["id"].clone();
-    // A reload has it look at once.
+    // A reload makes the daemon check at once.
     let reload = async |daemon: &Daemon| {
         let before = daemon.log().matches("settings read again").count();
         daemon.signal("HUP");
@@ -507,7 +507,7 @@ async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
         let seen = &list["instances"][0];
         assert_eq!((&seen["latest"]["id"], seen["used_memory"].is_u64()), (&json!(id), true), "{query}: {seen:#}");
     }
-    // As its checkpoints tell it, which come each second.
+    // By its checkpoints, which come each second.
     probe("its history goes on", PATIENCE, async || {
         let history = other.get("/api/v1/instances/cache/history").await.ok();
         history["sweeps"][0]["totals"]["reclaimed"].as_u64() > Some(0)
@@ -532,7 +532,7 @@ async fn a_keep_run_goes_on_with_another_daemon_and_gives_way_to_a_scan_that_any
     })
     .await;
     let id = runs["tasks"][0]["id"].as_str().expect("an id").to_owned();
-    probe("what was dead is gone", PATIENCE, async || server.dbsize(0).await == 1_000).await;
+    probe("the expired keys are gone", PATIENCE, async || server.dbsize(0).await == 1_000).await;
     let owner = fleet.owner_of(&id, 0).await;
     fleet.daemons[owner].kill9();
     let heir = &fleet.daemons[1 - owner];

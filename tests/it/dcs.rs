@@ -177,7 +177,7 @@ async fn what_an_instance_left_behind_in_one_project_is_not_the_next_projects() 
     assert_eq!(seen(&daemon, PROJECT).await, (true, true, true), "and it is there where it belongs");
 }
 
-/// Tokens that are called as their role is; `{hash of ...}` is filled in.
+/// Tokens named after their roles; `{hash of ...}` is filled in.
 const TOKENS: &str = r#"
 [api]
 listen = "127.0.0.1:0"

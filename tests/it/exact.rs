@@ -1,4 +1,4 @@
-//! The count is exact, every dead key goes, and nothing else is touched.
+//! The count is exact, every expired key is freed, and nothing else is touched.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ async fn sixteen_dbs_of_all_types_lose_their_dead_keys_and_nothing_else() {
         let keys = Keyspace::of(&server, db);
         keys.zoo(60, "", Life::Forever, u64::from(db)).await;
         keys.zoo(60, "long", Life::Long, 100 + u64::from(db)).await;
-        // One DB without dead keys, to be passed over as well.
+        // One DB has no expired keys, and is swept as well.
         let n = 13 * u64::from(db);
         keys.zoo(n, "expired", Life::Expired, 200 + u64::from(db)).await;
         expired += n;
@@ -60,7 +60,7 @@ async fn a_db_without_ttls_is_left_alone_unless_it_is_named() {
     assert_eq!(scanned(scan(&named_by_url, &[]).await.expect(0)), 50.0);
 }
 
-/// Writes, overwrites and deletes keys of its own until told to stop. None of them expires.
+/// Writes, overwrites and deletes its own keys until it is told to stop. None of them expires.
 async fn write_until(server: &Server, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<u64> {
     let mut conn = server.conn().await;
     tokio::spawn(async move {
@@ -101,7 +101,7 @@ async fn the_count_is_exact_while_other_clients_write() {
     assert_eq!(server.expired_keys().await, 7_000);
 }
 
-/// A full server that evicts keys, dead and live ones alike, before any command: also between those of one batch.
+/// A full server evicts keys, expired or live, before any command, also between the commands of one batch.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
     for more in [["--touch", "auto"], ["--touch", "exists"], ["--payload", "none"]] {
@@ -148,7 +148,7 @@ async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
     keys.expired(3_000, "expired").await;
     let running = Running::scan(&server.url(), &["--max-keys-per-sec", "4000", "--count", "10"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
-    // Four doublings of the table, and back.
+    // The table is doubled four times, and shrinks again.
     keys.live(50_000, "more").await;
     let grown = server.expired_keys().await;
     let mut conn = server.conn().await;
@@ -193,7 +193,7 @@ fn any_keyspace_is_swept_exactly() {
         .unwrap();
 }
 
-/// What the server says about each live key's use, in one field of OBJECT.
+/// One field of OBJECT for each live key, such as its idle time.
 async fn object(server: &Server, field: &str, n: u64) -> Vec<u64> {
     let mut values = Vec::new();
     for i in 0..n {
@@ -208,7 +208,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lru() {
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
     keys.expired(100, "expired").await;
-    // The clock of LRU ticks in seconds: wait until every key was idle for two.
+    // The LRU clock ticks in seconds: wait until every key was idle for two.
     probe("keys are idle", PATIENCE, async || object(&server, "IDLETIME", 1).await[0] >= 2).await;
     scan(&server.url(), &[]).await.expect(0);
     let idle = object(&server, "IDLETIME", 100).await;
@@ -218,7 +218,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lru() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_is_no_use_of_a_key_for_lfu() {
     let policy = ("maxmemory-policy", "allkeys-lfu");
-    // Any use counts at once, and nothing decays.
+    // Every use counts at once, and the counter does not decay.
     let server = Server::options()
         .with_config(policy.0, policy.1)
         .with_config("lfu-log-factor", "0")
@@ -248,7 +248,7 @@ async fn only_the_commands_that_we_promise_are_sent() {
         let stats = server.info("commandstats").await;
         for command in stats.keys().filter_map(|field| field.strip_prefix("cmdstat_")) {
             let ours = ["scan", "dbsize", "info", "ping", "select", "client|setname", "client"];
-            // Of the tests' own connections.
+            // Commands of the test's own connections.
             let tests = ["config|resetstat", "config", "client|setinfo", "hello"];
             let known = ours.contains(&command) || tests.contains(&command) || Some(command) == allowed;
             assert!(known, "touch {touch} sent {command}");
@@ -262,7 +262,7 @@ async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
     server.stop_active_expiry().await;
     let mut conn = server.conn().await;
     let value = "x".repeat(300);
-    // Each page holds keys that live beside those that die.
+    // Each page has live keys as well as keys that expire.
     for chunk in 0..30 {
         let mut pipeline = redis::pipe();
         for n in 0..1_000 {

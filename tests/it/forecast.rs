@@ -1,4 +1,4 @@
-//! A forecast is right within the error that it names, looks at replicas and leaves masters alone, and shows no name of a key.
+//! A forecast is right within its stated error, reads replicas and not masters, and shows no name of a key.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::support::{PATIENCE, probe};
 
 const HOUR_MS: u64 = 3_600_000;
 
-/// Writes keys with these TTLs; 0: none.
+/// Writes keys with these TTLs in milliseconds; 0: no TTL.
 async fn write(server: &Server, prefix: &str, ttls_ms: impl Iterator<Item = u64>) -> u64 {
     let mut conn = server.conn().await;
     let ttls: Vec<u64> = ttls_ms.collect();
@@ -47,7 +47,7 @@ fn keys(figure: &Value) -> u64 {
     figure["keys"].as_u64().expect("a number of keys")
 }
 
-/// Panics where a figure is further from the truth than five standard errors.
+/// Panics if a figure is further from the truth than five standard errors.
 #[track_caller]
 fn near(figure: &Value, truth: u64, what: &str) {
     let error = figure["keys_error"].as_u64().expect("an error") as f64 / 1.96 * 5.0;
@@ -196,7 +196,7 @@ async fn a_sample_of_a_cluster_is_as_near_as_it_says_also_where_hash_tags_put_mo
     assert!(!found["report"].as_str().expect("a text").contains("countkeysinslot"), "{found:#}");
 }
 
-/// A forecast once the replicas have every key.
+/// The forecast, as soon as the replicas have every key.
 async fn probe_forecast(url: &str, all: u64) -> Value {
     let mut found = json!(null);
     probe("the replicas have every key", PATIENCE, async || {

@@ -1,4 +1,4 @@
-//! A sweep gives way: each hold is made for real, seen with its reason, and ends by itself.
+//! A sweep gives way: each hold is provoked on a real server, reported with its reason, and ends by itself.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use crate::support::run::{Run, Running, run, scan, scan_under_way, state_file};
 use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe, skipped};
 
-/// Slow enough to meet a sweep half way, and too short a pass for the guard to mind.
+/// Slow enough for a test to act during the sweep, with a pass too short for the guard.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
-/// A replica that is online, and what lies between it and its master.
+/// A replica that is online, and the proxy between it and its master.
 async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
     let (replica, proxy) = (Server::start().await, Proxy::start(master.addr()).await);
     let port = proxy.addr().port().to_string();
@@ -27,24 +27,24 @@ async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
     (replica, proxy)
 }
 
-/// Before, active expiry walks in an order of its own.
+/// Before 7.2, active expiry does not walk in the order of SCAN.
 fn slow_sweeps_harm() -> bool {
     Server::version() >= Version(7, 2, 0) || Server::kind() == Kind::Valkey
 }
 
-/// Sweeps slowly with more arguments, and waits until it is under way.
+/// A slow sweep with more arguments that is under way.
 async fn under_way(server: &Server, more: &[&str]) -> Running {
     scan_under_way(server, &server.url(), &[&SLOW[..], more].concat(), 300).await
 }
 
-/// The sweep ends by itself, has held for this reason, and freed so many keys.
+/// Waits for the end of the sweep, and checks that it held for this reason and freed this many keys.
 async fn ends(running: Running, reason: &str, freed: u64) {
     let run = running.end().await.expect(0);
     assert!(run.held(reason) > 0.0, "{}", run.stdout);
     assert_eq!(run.num(), freed);
 }
 
-/// The sum of what a report says the time went to.
+/// The sum of the four times in the report.
 fn time_told(run: &Run) -> f64 {
     ["active_s", "waited_s", "rested_s", "held_s"].iter().map(|time| run.total(time)).sum()
 }
@@ -73,13 +73,13 @@ async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_
     probe("about a second of it", PATIENCE, async || server.expired_keys().await > freed + 2_000).await;
     interrupted.signal("INT");
     let interrupted = interrupted.end().await.expect(130);
-    // It has not ended, so its record tells no time; the program's own start is in this one.
+    // The interrupted record has no duration; this one includes the start of the program.
     let (told, taken) = (time_told(&interrupted), begun.elapsed().as_secs_f64());
     assert!((0.9..=taken).contains(&told), "interrupted: {taken} s, {told} s told: {}", interrupted.stdout);
     let complete = scan(&server.url(), &["--max-keys-per-sec", "5000"]).await.expect(0);
     for (run, what) in [(over, "over"), (held, "held"), (complete, "complete")] {
         let (taken, told) = (run.total("elapsed_s"), time_told(&run));
-        // The first connection and the last record are not the sweep's, and a busy machine takes its time for them.
+        // The first connection and the last record are not part of the sweep, and take long on a busy machine.
         assert!((taken - told).abs() <= taken * 0.01 + 0.15, "{what}: {taken} s, {told} s told: {}", run.stdout);
     }
 }
@@ -134,7 +134,7 @@ async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
     let server = filled(0, 20_000).await;
-    // Nobody can come in later, the test neither.
+    // No client can connect later, not even the test.
     let mut inside = server.conn().await;
     let running = under_way(&server, &[]).await;
     redis::cmd("CONFIG").arg("SET").arg("maxclients").arg(1).exec_async(&mut inside).await.unwrap();
@@ -152,7 +152,7 @@ async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
     let server = filled(0, 6_000).await;
-    // It waits for more replicas before it begins: for that long one is there and not online.
+    // The master waits for more replicas before it begins: during that time the replica is not online.
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync", "yes"]).await;
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync-delay", "2"]).await;
     let replica = Server::start().await;
@@ -166,7 +166,7 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_for_a_replica_holds_the_sweep_until_it_is_sent() {
     let server = filled(0, 6_000).await;
-    // The backlog does not count as waiting.
+    // The replication backlog does not count.
     server.cmd(&["CONFIG", "SET", "repl-backlog-size", "16384"]).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     let limits = ["--max-replica-buffer", "1MiB", "--max-replica-lag", "off", "--max-replica-silence", "off"];
@@ -220,7 +220,7 @@ async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
 async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
     let server = filled(0, 1_000).await;
     let run = scan(&server.url(), &["--abort-latency", "1us"]).await;
-    // A sweep of a thousand keys may be over before two looks at the latency.
+    // A sweep of a thousand keys may be over before the latency is sampled twice.
     if run.code == Some(1) {
         assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
     }
@@ -259,7 +259,7 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     let flow = flow(&server).await;
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
-    // A twentieth of the flow: the server expires in bursts, and a short look may see few of them.
+    // A twentieth of the flow: the server expires in bursts, and a short window may see few of them.
     let slow = ["--max-keys-per-sec", "300"];
     let predicted = run(["check", &server.url(), "--json"].into_iter().chain(slow)).await;
     let findings = predicted.json()["findings"].to_string();
@@ -290,7 +290,7 @@ async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_sa
     third.live_ttl(18_000, "live").await;
     third.expired(2_000, "expired").await;
     let proxy = Proxy::start(server.addr()).await;
-    // Slow enough for the flow of expiry to be watched first, for a while, where slow sweeps can harm.
+    // Slow enough that the flow of expiry is watched first, on servers on which slow sweeps can do harm.
     let selects = async || server.info("commandstats").await.get("cmdstat_select").cloned();
     let before = selects().await;
     let running = Running::scan(&proxy.url(), &["--db", "3", "--max-keys-per-sec", "1500"]);
@@ -373,7 +373,7 @@ async fn a_pause_is_noticed_without_names_too() {
     assert_eq!(server.dbsize(0).await, 6_000);
 }
 
-/// Writes keys that live for six seconds, 3,000 a second, until it is aborted.
+/// Writes 3,000 keys a second with a TTL of six seconds, until this task is aborted.
 async fn flow(server: &Server) -> tokio::task::JoinHandle<()> {
     let mut conn = server.conn().await;
     tokio::spawn(async move {
@@ -399,7 +399,7 @@ async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() 
     let flow = flow(&server).await;
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
     let slow = ["-v", "--max-keys-per-sec", "1000", "--allow-slow"];
-    // Five seconds until it is known what the server does, and sixteen of patience or more. Where the server's expiry wakes up now
+    // Five seconds until the flow is known, and sixteen of patience or more. If active expiry wakes up now
     // and then, a pass may end before that.
     for pass in 1.. {
         let mut running = Running::scan(&server.url(), &slow);
@@ -419,7 +419,7 @@ async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() 
         assert!(pass < 4, "the harm is not seen");
     }
     flow.abort();
-    // As fast as it can is no harm, and frees what the slow one left.
+    // A sweep at full speed does no harm, and frees what the slow one left.
     let fast = scan(&server.url(), &[]).await.expect(0);
     assert!(!fast.stdout.contains("harm"), "{}", fast.stdout);
 }

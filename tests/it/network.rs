@@ -1,5 +1,5 @@
-//! Networks that misbehave in front of real servers, and peers that are hostile: every wait ends, every failure is gone on
-//! from or said, and nothing that a peer sends costs more memory than it may.
+//! Networks that misbehave in front of real servers, and hostile peers: every wait ends, the sweep goes on after every failure
+//! or reports it, and no peer can make it use more memory than it may.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -15,12 +15,12 @@ use crate::support::{
     standin::{StandIn, bulk, info, page},
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
-/// Waits that a test can wait for. The first connection is tried once only.
+/// Timeouts that are short enough for a test. The first connection is tried only once.
 const SHORT: [&str; 4] = ["--response-timeout", "500ms", "--connect-timeout", "3s"];
 
-/// The count is exact where no reply was lost; the deletions are complete in any case.
+/// The count is exact if no reply was lost; the deletions are always complete.
 #[track_caller]
 fn assert_counted(run: &Run, expired: u64) {
     let lost = run.total("lost_replies") as u64;
@@ -82,14 +82,14 @@ async fn garbage_in_the_middle_ends_in_a_clear_error() {
         probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
         proxy.garbage(garbage);
         let run = running.end().await;
-        // The sampler's connection may have met it instead, which harms nobody.
+        // The sampler's connection may have got the garbage instead, which is harmless.
         match run.code {
             Some(0) => assert_counted(&run, 4_000),
             _ => {
                 let run = run.expect(1);
                 assert!(run.stderr.contains("not a valid reply"), "{}", run.stderr);
                 assert_eq!(run.json()["report"]["failure"]["kind"], "protocol");
-                assert!(run.num() > 0, "what was freed before stays counted");
+                assert!(run.num() > 0, "keys that were freed before stay counted");
             }
         }
     }
@@ -100,7 +100,7 @@ async fn a_shard_that_is_silent_holds_up_nobody() {
     let cluster = Cluster::start(3, false).await;
     cluster.fill(0, 3_000).await;
     let (proxies, map) = before_each_node(&cluster).await;
-    // The first in line is the one that is silent, and only one is swept at a time.
+    // The first shard in the queue is the silent one, and only one is swept at a time.
     proxies[0].set(Mode::Stall);
     let more = ["--node-map", &map, "--parallel", "1"];
     let running = Running::scan(&proxies[1].url(), &[&more[..], &SHORT].concat());
@@ -113,7 +113,7 @@ async fn a_shard_that_is_silent_holds_up_nobody() {
     assert_counted(&run, 3_000);
 }
 
-/// Runs a sweep of a stand-in to its end and returns it with its peak memory in MiB.
+/// Runs a sweep of a simulated server to its end, and returns the run with its peak memory in MiB.
 async fn scan_hostile(url: &str, more: &[&str]) -> (Run, u64) {
     let mut running = Running::scan(url, &[&["--timeout", "60s"][..], more].concat());
     let status = format!("/proc/{}/status", running.pid());
@@ -129,7 +129,7 @@ async fn scan_hostile(url: &str, more: &[&str]) -> (Run, u64) {
     (running.end().await, peak_kib / 1024)
 }
 
-/// A peer that answers SCAN like this ends the sweep with this text, in bounded memory.
+/// A peer that answers SCAN with `scan` ends the sweep with this text, within a memory limit.
 async fn check_hostile(scan: impl Fn(u64) -> Vec<u8> + Send + Sync + 'static, said: &str) {
     let asked = AtomicU64::new(0);
     let peer =
@@ -142,7 +142,7 @@ async fn check_hostile(scan: impl Fn(u64) -> Vec<u8> + Send + Sync + 'static, sa
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cursors_that_never_end_are_given_up() {
-    // As many names as the largest COUNT: fewer would be taken for hidden keys, and waited for.
+    // As many names as the largest COUNT: fewer would look like hidden keys, and the sweep would hold.
     let full = |cursor| page(cursor, &["name"; 1_000]);
     check_hostile(move |_| full(7), "lead nowhere").await;
     check_hostile(move |n| full([8, 4, 12, 2][n as usize % 4]), "lead nowhere").await;
@@ -162,7 +162,7 @@ async fn replies_that_are_none_are_refused_before_memory_is_spent() {
 async fn a_flood_of_huge_names_costs_no_memory() {
     let name = "x".repeat(1 << 20);
     let flood = page(1 << 40, &vec![name.as_str(); 200]);
-    // Counted and dropped while they stream by, audit or not; then the pass ends.
+    // The names are counted and dropped while they are read, with or without an audit; then the pass ends.
     let peer = StandIn::start(move |words| {
         let first = words.get(1).is_some_and(|cursor| cursor == "0");
         match words[0].as_str() {

@@ -1,4 +1,4 @@
-//! A sweep that is interrupted or killed goes on where it was, and its count is right.
+//! A sweep that was interrupted or killed goes on where it was, and its count is correct.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::support::{
     server::Server,
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,7 +59,7 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
     for kill in 0..KILLS {
         let before = server.expired_keys().await;
         let resume = if kill > 0 { &["--resume"][..] } else { &[] };
-        // COUNT cannot grow here: a batch is one hundred keys or fewer, and one key more by the last bucket.
+        // COUNT cannot grow here: a batch has at most one hundred keys, and those of one more bucket.
         let more = ["--max-slice", "1us", "--count", "100", "--state", state];
         let running = Running::scan(&server.url(), &[&SLOW[..], &more, resume].concat());
         probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 500).await;
@@ -67,10 +67,10 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
         assert_eq!(running.end().await.code, None);
     }
     let ended = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
-    assert_eq!(server.expired_keys().await, 8_000, "every dead key is gone");
+    assert_eq!(server.expired_keys().await, 8_000, "every expired key is gone");
     let num = ended.num();
     assert!(num <= 8_000 && num + KILLS * 110 >= 8_000, "{num}");
-    // Each kill may have lost the batches of two workers, or of one in the end, and one that was being counted; the report says so.
+    // Each kill may have lost the batches of two workers, or of one at the end, and one that was being counted; the report says so.
     let lost = ended.total("lost_replies") as u64;
     assert!((2 * KILLS..=3 * KILLS).contains(&lost), "{ended:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
@@ -167,7 +167,7 @@ async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_be
     let before = server.expired_keys().await;
     let running = Running::scan(&server.url(), &[&SLOW[..], &with_state, &["--resume"]].concat());
     probe("the DB before is under way", PATIENCE, async || server.expired_keys().await > before + 300).await;
-    // Or it would find the new process empty, and be done.
+    // Otherwise the sweep would find the new process empty, and end.
     running.signal("STOP");
     server.restart().await;
     Keyspace::of(&server, 1).expired(9_000, "second").await;
@@ -215,7 +215,7 @@ async fn resume_without_something_to_resume_is_a_usage_error() {
     assert!(no_file.stderr.contains("--state FILE"), "{}", no_file.stderr);
     let missing = scan(&server.url(), &["--resume", "--state", state]).await.expect(2);
     assert!(missing.stderr.contains("there is no state file"), "{}", missing.stderr);
-    // What a timer runs each night: it begins where there is nothing to go on with.
+    // As a timer runs it each night: it begins a new sweep if there is none to go on with.
     for _ in 0..2 {
         scan(&server.url(), &["--resume=auto", "--state", state]).await.expect(0);
     }
@@ -298,7 +298,7 @@ async fn a_database_of_another_program_is_refused_and_left_as_it_is() {
     }
 }
 
-/// As versions made it that put no mark into it.
+/// A file of an earlier version, without an application id.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_ours_without_the_mark_is_gone_on_with() {
     let server = Server::start().await;
@@ -324,7 +324,7 @@ async fn a_damaged_state_file_is_said_with_what_to_do() {
     let (_dir, state) = state_file();
     let path = state.to_str().unwrap();
     scan(&server.url(), &["--state", path]).await.expect(0);
-    // Else the file could be made anew from its log.
+    // Otherwise SQLite could restore the file from its log.
     let mut file = SqliteConnectOptions::new().filename(&state).connect().await.unwrap();
     sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut file).await.unwrap();
     file.close().await.unwrap();
@@ -368,7 +368,7 @@ async fn what_an_earlier_process_finished_is_not_finished_after_a_restart_and_a_
     let state = state.to_str().unwrap();
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--db", "0,1", "--state", state]].concat());
     probe("the second DB is under way", PATIENCE, async || server.expired_keys().await > 400).await;
-    // Or it would find the new process empty, and be done.
+    // Otherwise the sweep would find the new process empty, and end.
     running.signal("STOP");
     server.restart().await;
     Keyspace::of(&server, 0).expired(500, "again").await;

@@ -1,4 +1,4 @@
-//! A user who may read no value and write no key can sweep; what is missing is named.
+//! A user who may read no value and write no key can sweep; missing rights are named.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,7 +12,7 @@ use crate::support::{
     shell_words,
 };
 
-/// Runs the line that we tell operators to run.
+/// Runs the ACL line of the documentation.
 async fn grant(server: &Server, line: &str) {
     let words = shell_words(&line.replace("PASSWORD", "pw"));
     server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
@@ -140,7 +140,7 @@ async fn a_wrong_or_missing_password_is_said_without_showing_it() {
     }
 }
 
-/// Whoever asks for a password may have made it of any bytes.
+/// A password may consist of any bytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_of_any_bytes_lets_in_by_each_way_to_give_one() {
     let server = Server::start().await;
@@ -187,7 +187,7 @@ async fn a_command_that_was_renamed_away_is_no_missing_right() {
         let check = crate::support::run::run(["check", &server.url()]).await;
         let said = format!("{}{}", check.stdout, check.stderr);
         assert!(said.contains(command) && said.contains("rename-command") && !said.contains("ACL SETUSER"), "{said}");
-        // Without INFO there is nothing to look at.
+        // Without INFO the sweep cannot begin.
         assert_eq!(check.code, Some(if command == "INFO" { 3 } else { 1 }), "{said}");
     }
 }

@@ -1,4 +1,4 @@
-//! Scans that run by themselves, in real time: intervals of a second, and a daemon that dies in between.
+//! Scheduled scans in real time: intervals of a second, and a daemon that is killed in between.
 
 use std::collections::BTreeSet;
 
@@ -59,7 +59,7 @@ async fn due_times_come_one_after_the_other_and_survive_kills_without_doubling()
     set(&daemon, &json!({"enable_auto_scan": false})).await;
     let history = daemon.history("cache").await;
     let records = history["records"].as_array().expect("a list");
-    // Each was created in the second after its own due time: none was run twice.
+    // Each task was created in the second after its own due time: none was run twice.
     let turns: Vec<i64> = records
         .iter()
         .map(|record| {
@@ -132,45 +132,45 @@ async fn due_times_that_overtake_each_other_while_the_instance_is_busy_are_count
     assert_eq!(daemon.history("cache").await["count"], 1, "the first one still runs");
 }
 
-/// How far back the first due time lies in the tests of the grace, which is five minutes.
+/// How long ago the first due time is in the tests of the grace period of five minutes.
 const INSIDE: SignedDuration = SignedDuration::from_mins(4);
 const BEYOND: SignedDuration = SignedDuration::from_mins(6);
 
-/// A first due time that has passed by this much, on whole seconds, with an hour to the next one.
+/// A first due time this long ago, in whole seconds, with an hour to the next one.
 fn first_before(passed: SignedDuration) -> Timestamp {
     let at = Timestamp::now() - passed;
     Timestamp::from_second(at.as_second()).expect("a time")
 }
 
-/// Two servers: of the instance `cache` whose schedule is tested, and of `other`, which is due each second.
+/// Two servers: that of the instance `cache`, whose schedule is tested, and that of `other`, which is due each second.
 async fn two_servers() -> [Server; 2] {
     [Server::start().await, Server::start().await]
 }
 
-/// An automatic scan that is due each hour from then on, if it is on.
+/// The settings of an automatic scan that is due each hour from `first` on.
 fn hourly(enabled: bool, first: Timestamp) -> String {
     format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
 }
 
-/// The settings of both instances, with these of `cache`.
+/// The settings of both instances, with this schedule of `cache`.
 fn both(servers: &[Server; 2], cache: &str) -> String {
     let [one, other] = servers.each_ref().map(Server::url);
     [instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat()
 }
 
-/// The same, where the first due time of `cache` was then.
+/// The same, with the first due time of `cache` at `first`.
 fn due_at(servers: &[Server; 2], first: Timestamp, more: &str) -> String {
     both(servers, &format!("{more}\n{}", hourly(true, first)))
 }
 
-/// Waits until the daemon has looked at the schedule of `cache` again: it has once `other` has run twice.
+/// Waits until the daemon has checked the schedule of `cache` again, which is certain once `other` has run twice.
 async fn looked_again(daemon: &Daemon) {
     let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
     let before = count().await;
     probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
 }
 
-/// Makes it look as if the daemon had been there before the due time: its mark of what was dealt with is older.
+/// Sets the daemon's record of the last due time back, as if the daemon had run before the due time.
 async fn rewind(daemon: &Daemon) {
     let mut conn = daemon.records().await;
     let sql = "UPDATE dues SET handled = handled - 600000 WHERE instance_id = 'cache'";
@@ -178,7 +178,7 @@ async fn rewind(daemon: &Daemon) {
     assert_eq!(changed, 1, "the daemon has looked at the schedule");
 }
 
-/// A daemon that was there ten minutes ago and not since, with a due time in between.
+/// A daemon that ran until ten minutes ago, with a due time since then.
 async fn after_an_absence(servers: &[Server; 2], first: Timestamp, more: &str) -> Daemon {
     let mut daemon = Daemon::start(&due_at(servers, first, more)).await;
     probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
@@ -236,7 +236,7 @@ async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window
     assert_eq!((daemon.history("cache").await["count"].clone(), outcome(&daemon, "missed").await), (json!(0), 0));
 }
 
-/// A daemon whose instance has a paused task, and a due time that has passed by this much.
+/// A daemon whose instance has a paused task and a due time this long ago.
 async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, String) {
     Keyspace::of(&servers[0], 0).live_ttl(3_000, "live:").await;
     let slow = "max-keys-per-sec = 500";
@@ -255,7 +255,7 @@ async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, S
 async fn a_due_time_waits_for_a_busy_instance_inside_the_grace() {
     let servers = two_servers().await;
     let (mut daemon, id) = busy_since(&servers, INSIDE).await;
-    // Killed while it waits, it waits again.
+    // Killed while the due scan waits: it waits again after the restart.
     looked_again(&daemon).await;
     daemon.restart().await;
     looked_again(&daemon).await;
@@ -283,7 +283,7 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
     assert!(daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].is_string());
 }
 
-/// Gives the daemon another schedule of `cache`, and waits until it has looked at that.
+/// Gives the daemon another schedule of `cache`, and waits until it has checked that.
 async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
     daemon.write_settings(&both(servers, cache));
     daemon.post("/api/v1/reload").await.ok();
@@ -295,12 +295,12 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
     let servers = two_servers().await;
     let first = Timestamp::now() + SignedDuration::from_secs(2);
     let daemon = Daemon::start(&instance("cache", &servers[0].url(), &hourly(false, first))).await;
-    // A due time passes while it is switched off.
+    // A due time passes while the schedule is switched off.
     looked_at_after(&daemon, &servers, &hourly(false, first)).await;
     probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
     looked_at_after(&daemon, &servers, &hourly(true, first)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
-    // A recurrence that would have been due a second ago.
+    // A schedule that would have been due a second ago.
     let earlier = Timestamp::now() - SignedDuration::from_secs(1);
     looked_at_after(&daemon, &servers, &hourly(true, earlier)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");

@@ -1,4 +1,4 @@
-//! Real clients: the public Python SDK runs all five calls, a fuzzer that reads the API's own description finds nothing
+//! Real clients: the public Python SDK runs all five calls, and a fuzzer that reads the API's own description finds nothing
 //! wrong. `make clients` gets them.
 
 use std::process::Command;
@@ -35,7 +35,7 @@ sha256 = "dc2e3999e6b3e23f3327c0e6cb9a3d6cde4ab7cc16a46ec0fe716df8ce2717b9"
 "#;
 const TOKEN: &str = "secret";
 
-/// A daemon with the credentials that the clients have.
+/// A daemon with the clients' credentials.
 pub async fn daemon(server: &Server) -> Daemon {
     let settings = format!("{CREDENTIALS}{}", instance("cache", &server.url(), ""));
     let secret = |mut command: Command| {
@@ -101,7 +101,7 @@ async fn a_fuzzer_that_reads_the_description_finds_nothing_wrong() {
     fuzz.arg("--config-file").arg(root().join("tests/it/schemathesis.toml"));
     fuzz.args(["run", &format!("{}/openapi.json", daemon.url()), "--header", &format!("X-Auth-Token: {TOKEN}")]);
     fuzz.args(["--max-examples", "15", "--seed", "1", "--no-color", "--phases", "examples,coverage,fuzzing"]);
-    // It keeps what it found in its folder: a run must not depend on those before it.
+    // The fuzzer keeps its findings in its folder: a run must not depend on earlier ones.
     let folder = tempfile::tempdir().expect("a temporary folder");
     fuzz.args(["--request-timeout", "20"]).current_dir(folder.path());
     let run = output(fuzz).await;

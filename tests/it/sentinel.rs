@@ -8,10 +8,10 @@ use crate::support::{
     server::{self, Options, Server, until_copied},
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
 
-/// How many sentinels, and how many must agree.
+/// How many sentinels there are, and how many must agree.
 const SENTINELS: usize = 3;
 const QUORUM: usize = 2;
 
@@ -57,7 +57,7 @@ impl Watched {
     }
 }
 
-/// A master and its replica, neither of which frees dead keys by itself.
+/// A master and its replica without active expiry.
 async fn pair() -> (Server, Server) {
     let (master, replica) = server::pair().await;
     for server in [&master, &replica] {
@@ -66,7 +66,7 @@ async fn pair() -> (Server, Server) {
     (master, replica)
 }
 
-/// Every dead key is gone from the master that is left, and every live one is there.
+/// Checks that the remaining master has no expired key and every live one.
 async fn assert_swept(master: &Server, live: u64) {
     let there: Vec<Vec<u8>> = master.query(&["KEYS", "*"]).await;
     assert_eq!((there.len() as u64, master.dbsize(0).await), (live, live));
@@ -92,7 +92,7 @@ async fn the_master_that_sentinels_name_is_swept_exactly() {
     assert_eq!(run.shards()[0]["server"]["addr"], watched.master.addr().to_string());
     assert_swept(&watched.master, 500).await;
 
-    // One that answers is enough.
+    // One sentinel that answers is enough.
     watched.sentinels[0].kill9();
     scan(&watched.url(), &[]).await.expect(0);
 
@@ -114,7 +114,7 @@ async fn the_master_that_sentinels_name_is_swept_exactly() {
 async fn sentinels_have_credentials_of_their_own() {
     let watched = Watched::start(Server::options()).await;
     Keyspace::of(&watched.master, 0).expired(1_000, "expired").await;
-    // The sentinels ask for a password, the master for another one.
+    // The sentinels and the master have different passwords.
     for sentinel in &watched.sentinels {
         sentinel.cmd(&["ACL", "SETUSER", "watcher", "on", ">spw", "+@all", "~*"]).await;
         sentinel.cmd(&["ACL", "SETUSER", "default", "resetpass", "-@all"]).await;
@@ -144,7 +144,7 @@ async fn a_failover_that_sentinels_order_is_followed() {
     let shard = run.shards().remove(0);
     assert_eq!(shard["server"]["addr"], watched.replica.addr().to_string());
     assert!(shard["dbs"][0]["restarts"].as_u64() >= Some(1), "{shard}");
-    // The old master stays one for seconds: its pass may even end, and the promotion is seen afterwards.
+    // The old master keeps its role for seconds: its pass may even end before the promotion is noticed.
     let said = shard["warnings"].to_string();
     assert!(said.contains("is the master now") || said.contains("became the master after"), "{shard}");
     assert_swept(&watched.replica, 1_000).await;

@@ -1,4 +1,4 @@
-//! Touching: what it finds, what it counts, and that it is used where SCAN itself does not reclaim.
+//! The touch: what it finds and counts, and that it is used if SCAN itself does not reclaim.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -67,8 +67,8 @@ async fn where_scan_leaves_keys_dead_every_key_is_touched_and_counted() {
     assert_eq!(server.dbsize(0).await, 600);
 }
 
-/// A stand-in for an engine or a proxy whose SCAN answers from an index of its own and frees nothing. Everything else
-/// goes to a real server. No server that can be had here behaves so.
+/// Simulates an engine or a proxy whose SCAN answers from an index of its own and frees nothing. Everything else
+/// goes to a real server. No server in the tests behaves so.
 struct ScanFromIndex(SocketAddr);
 
 impl ScanFromIndex {
@@ -123,7 +123,7 @@ fn command(buf: &[u8]) -> Option<(Vec<Vec<u8>>, usize)> {
     }
 }
 
-/// The page behind a cursor that is a place in the index.
+/// The page at a cursor, which is a place in the index.
 fn page(words: &[Vec<u8>], names: &[String]) -> Vec<u8> {
     let number = |i: usize| -> usize { std::str::from_utf8(&words[i]).unwrap().parse().unwrap() };
     let (from, count) = (number(1), number(3));

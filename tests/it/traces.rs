@@ -1,4 +1,4 @@
-//! Spans of tasks, as a receiver of OTLP gets them.
+//! Spans of tasks, as an OTLP receiver gets them.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     attributes.iter().map(|pair| (pair.key.clone(), text(pair).unwrap_or_default())).collect()
 }
 
-/// What a receiver got: the attributes of who sent it, and every span by its name, in the order in which they ended.
+/// What a receiver got: the sender's attributes, and the spans by name, in the order in which they ended.
 fn received(hook: &Hook) -> (BTreeMap<String, String>, BTreeMap<String, Vec<Span>>) {
     let (mut resource, mut spans) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
     for call in hook.calls() {
@@ -61,7 +61,7 @@ async fn a_receiver_gets_the_task_with_its_shards_passes_and_holds() {
     daemon.until(&slow, "succeeded").await;
     let failed = daemon.scan("gone").await;
     let why = daemon.until(&failed, "failed").await["failure"]["message"].clone();
-    // It sends what is left before it ends.
+    // The remaining spans are sent before the end.
     assert_eq!(daemon.stop().await, Some(0));
 
     let (resource, spans) = received(&hook);

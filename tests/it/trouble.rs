@@ -1,4 +1,4 @@
-//! Each trouble that a server or a network can make, made for real.
+//! Failures of servers and networks, provoked on real ones.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::support::{
     server::Server,
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 /// A slow sweep that is under way.
@@ -33,7 +33,7 @@ async fn a_cut_connection_is_made_again_and_the_sweep_goes_on_from_the_last_curs
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 1_000);
     assert_eq!(server.expired_keys().await, 4_000);
-    // A reply that was lost takes its count along; the report says how many those were.
+    // The count of a lost reply is lost; the report says how many replies those were.
     let lost = run.total("lost_replies") as u64;
     assert!(lost <= 3 && run.num() <= 4_000 && run.num() + lost * 1_000 >= 4_000, "{} {lost}", run.num());
     if lost == 0 {
@@ -83,7 +83,7 @@ async fn a_frozen_server_is_waited_for() {
     assert!(run.held("reconnecting") > 0.0);
 }
 
-/// CLIENT PAUSE ... WRITE is there from 6.2 on.
+/// CLIENT PAUSE ... WRITE exists from 6.2 on.
 async fn pause(server: &Server) {
     server.cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
 }
@@ -150,7 +150,7 @@ async fn a_sparse_table_is_not_taken_for_hidden_keys() {
     keys.live(30_000, "gone").await;
     keys.live(50, "live").await;
     keys.expired(50, "expired").await;
-    // A child process holds the table at its size.
+    // While a child process runs, the table is not resized.
     let resized = server.try_query::<String>(&["DEBUG", "DICT-RESIZING", "0"]).await.is_ok();
     let mut conn = server.conn().await;
     let mut pipeline = redis::pipe();
@@ -187,7 +187,7 @@ async fn a_master_that_becomes_a_replica_ends_the_sweep_with_the_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_loads_its_data_is_waited_for() {
-    // While it loads, a server looks at its clients every two megabytes.
+    // While it loads, a server answers its clients every two megabytes.
     let server = Server::options().with_config("rdbcompression", "no").start().await;
     let value = "v".repeat(3 << 20);
     for i in 0..10 {
@@ -273,7 +273,7 @@ async fn a_huge_key_is_freed_within_the_sweep_whatever_time_that_takes() {
     let script = "for i = 1, 400 do local m = {} for j = 1, 1000 do m[j] = i * 1000 + j end \
                   redis.call('SADD', KEYS[1], unpack(m)) end return redis.call('PEXPIRE', KEYS[1], 100)";
     server.cmd(&["EVAL", script, "1", "huge"]).await;
-    probe("it is dead", PATIENCE, async || is_hidden(&server).await).await;
+    probe("the key has expired", PATIENCE, async || is_hidden(&server).await).await;
     assert_eq!(server.dbsize(0).await, 1);
     assert_eq!(scan(&server.url(), &[]).await.expect(0).num(), 1);
     assert_eq!(server.dbsize(0).await, 0);
@@ -283,7 +283,7 @@ async fn a_huge_key_is_freed_within_the_sweep_whatever_time_that_takes() {
 async fn a_server_that_cannot_save_refuses_ping_and_is_swept_all_the_same() {
     let server = Server::options().with_config("save", "3600 100000000").start().await;
     Keyspace::of(&server, 0).expired(500, "expired").await;
-    // What was saved beside it cannot take its place.
+    // No snapshot on disk can restore it.
     std::fs::create_dir(server.dir().join("dump.rdb")).expect("a folder");
     server.cmd(&["BGSAVE"]).await;
     probe("PING is refused", PATIENCE, async || {
@@ -294,7 +294,7 @@ async fn a_server_that_cannot_save_refuses_ping_and_is_swept_all_the_same() {
     assert_eq!(server.dbsize(0).await, 0);
 }
 
-/// KEYS hides what has expired and frees nothing.
+/// KEYS hides expired keys and frees none.
 async fn is_hidden(server: &Server) -> bool {
     server.query::<Vec<String>>(&["KEYS", "*"]).await.is_empty()
 }

@@ -1,4 +1,4 @@
-//! Several workers at once on one table: nothing is missed, nothing counted twice, whatever happens in between.
+//! Several workers on one table: no key is missed and none is counted twice, whatever happens during the pass.
 
 use std::time::Duration;
 
@@ -9,12 +9,12 @@ use crate::support::server::Server;
 use crate::support::sharded::Sharded;
 use crate::support::{PATIENCE, probe};
 
-/// Each way of a batch to its server and back: there is time for many.
+/// The delay of each direction: many batches fit into a round trip.
 const AWAY: Duration = Duration::from_millis(5);
 const EXPIRED: u64 = 40_000;
 const LIVE: u64 = 20_000;
 
-/// A server with keys, far away.
+/// A server with keys, behind a slow network.
 async fn filled() -> (Server, Proxy) {
     let (server, proxy) = behind_proxy(LIVE, EXPIRED).await;
     proxy.set(Mode::Delay(AWAY));
@@ -30,7 +30,7 @@ async fn sweeping_connections(server: &Server) -> usize {
     clients.lines().filter(|client| client.contains("cmd=dbsize") || client.contains("cmd=scan")).count()
 }
 
-/// What no sweep could leave, and what may be uncounted.
+/// Checks that every expired key was freed, and that only lost replies are uncounted.
 async fn assert_clean(server: &Server, run: &Run) {
     assert_eq!((server.dbsize(0).await, server.expired_keys().await), (LIVE, EXPIRED));
     let lost = run.total("lost_replies") as u64;
@@ -55,7 +55,7 @@ async fn a_far_server_is_swept_over_several_connections_that_look_at_few_keys_tw
 async fn a_table_that_grows_and_is_written_to_meanwhile_is_swept_to_the_last_key() {
     let (server, proxy) = filled().await;
     let running = under_way(&server, &proxy, &[]).await;
-    // Twice as many keys: the table is doubled under the sweep.
+    // Twice as many keys: the table is doubled during the sweep.
     Keyspace::of(&server, 0).live(2 * (LIVE + EXPIRED), "more").await;
     let run = running.end().await.expect(0);
     assert_eq!((server.dbsize(0).await, server.expired_keys().await), (2 * (LIVE + EXPIRED) + LIVE, EXPIRED));
@@ -109,7 +109,7 @@ async fn an_interrupt_and_a_kill_are_gone_on_from() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_has_room_for_no_second_connection_is_swept_over_one() {
     let (server, _proxy) = filled().await;
-    // Ours: the test's own, the sweep's, and its sampler's.
+    // The connections of the test, the sweep and its sampler.
     let clients: String = server.query(&["CLIENT", "LIST"]).await;
     let room = (clients.lines().count() + 2).to_string();
     server.cmd(&["CONFIG", "SET", "maxclients", &room]).await;
@@ -133,7 +133,7 @@ async fn cursors_that_follow_no_hash_table_are_walked_to_the_last_key() {
         for server in &servers {
             assert_eq!(server.dbsize(0).await, 15_000, "{mode}: {run:#?}");
         }
-        // One that passes for a server gets several workers at first, and does not keep the commands of each together.
+        // A proxy that looks like a server gets several workers at first, and does not keep the commands of a batch together.
         assert!(run.num() == 4_500 || mode == "standalone" && run.num() > 4_500, "{mode}: {}", run.num());
     }
 }

@@ -1,6 +1,6 @@
-//! Keyspaces of known content: so many dead keys, so many live ones, of every type and with every kind of name.
+//! Keyspaces of known content: expired and live keys, of every type and with every kind of name.
 //!
-//! "Dead" means expired and still in memory. The content follows from the arguments alone, so that a failing
+//! "Expired" means expired and still in memory. The content follows from the arguments alone, so that a failing
 //! test fails again. One writer at a time: the counts are checked, and a test's own writers begin afterwards.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -23,14 +23,14 @@ const CHUNK: u64 = 1_000;
 /// Keys that live and have a TTL keep it for at least this long, longer than any test.
 const LONG_MS: u64 = 3_600_000;
 
-/// The TTL of keys that shall be dead soon. It is long against the time within one command: a key whose TTL is
-/// over before its command has ended is deleted at once and never becomes a dead one.
+/// The TTL of keys that are to expire soon. It is long against the time within one command: a key whose TTL is
+/// over before its command has ended is deleted at once and never stays in memory as an expired one.
 const SHORT_MS: u64 = 100;
 
 /// How far two readings of the same expiry may differ on servers that tell only the time left.
 const EXPIRY_TOLERANCE_MS: u64 = 250;
 
-/// How long a key of [`Keyspace::zoo`] lives.
+/// The TTL of the keys of [`Keyspace::zoo`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
     /// No TTL.
@@ -66,8 +66,8 @@ impl<'a> Keyspace<'a> {
 
     /// Writes exactly `n` keys that have expired and are still in memory, named `{prefix}{0..n}`.
     ///
-    /// Active expiry is off afterwards, on the whole server. On a replica the keys may die a little later than
-    /// on their master, since servers before 7.0 hand on the time to live and not the time of death.
+    /// Active expiry is off afterwards, on the whole server. On a replica the keys may expire a little later than
+    /// on their master, since servers before 7.0 pass on the TTL and not the time of expiry.
     pub async fn expired(&self, n: u64, prefix: &str) {
         self.keep_expired_keys().await;
         let before = self.dbsize().await;
@@ -118,12 +118,12 @@ impl<'a> Keyspace<'a> {
         }
     }
 
-    /// How many keys the database holds, the dead ones included.
+    /// How many keys the database holds, expired ones included.
     pub async fn dbsize(&self) -> u64 {
         self.server.dbsize(self.db).await
     }
 
-    /// Every live key with its value and expiry. Frees no dead key (KEYS does not), but counts as a use of
+    /// Every live key with its value and expiry. Frees no expired key (KEYS does not), but counts as a use of
     /// each live one: read LRU and LFU data before.
     pub async fn snapshot_live(&self) -> LiveKeys {
         let mut connection = self.connection().await;
@@ -151,19 +151,19 @@ impl<'a> Keyspace<'a> {
         self.server.conn_to(self.db).await
     }
 
-    /// Stops active expiry, which would free dead keys behind the test's back.
+    /// Switches off active expiry, which would free expired keys during the test.
     async fn keep_expired_keys(&self) {
         self.server.stop_active_expiry().await;
     }
 
-    /// Waits until everything written with [`SHORT_MS`] is dead, and checks that all of it is still there.
+    /// Waits until every key written with [`SHORT_MS`] has expired, and checks that all are still in memory.
     ///
-    /// The server's clock says so: asking for a key would free it.
+    /// Uses the server's clock: asking for a key would free it.
     async fn until_expired(&self, expected: u64) {
         let mut connection = self.connection().await;
         let written_ms = time_ms(&mut connection).await;
         probe("the short TTL is over", PATIENCE, async || time_ms(&mut connection).await > written_ms + SHORT_MS).await;
-        assert_eq!(self.dbsize().await, expected, "all dead keys are in memory");
+        assert_eq!(self.dbsize().await, expected, "all expired keys are in memory");
     }
 
     /// Sets `n` string keys, as fast as the server takes them.

@@ -16,9 +16,9 @@ use super::{PATIENCE, probe, server::Server, ttlsweep};
 pub struct Run {
     /// The exit code; `None` when a signal ended it.
     pub code: Option<i32>,
-    /// What stood on stdout.
+    /// The content of stdout.
     pub stdout: String,
-    /// What stood on stderr.
+    /// The content of stderr.
     pub stderr: String,
 }
 
