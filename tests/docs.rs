@@ -187,7 +187,7 @@ fn the_settings_table_of_the_reference_has_every_key_with_its_default() {
     assert!(missing.is_empty(), "{missing:?} are not in the table");
 }
 
-/// Whether the program takes a command, as far as it is given: a part of one that must be longer is taken as well.
+/// Whether the program accepts a command. The beginning of a longer command is accepted as well.
 fn is_taken(words: &[String]) -> Result<(), clap::Error> {
     match ttlsweep::cli::Cli::command().try_get_matches_from(words) {
         Ok(_) => Ok(()),
