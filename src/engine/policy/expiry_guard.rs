@@ -82,7 +82,7 @@ pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettin
     );
     let hint = format!(
         "raise max-keys-per-sec above {:.0} and the intensity towards 1, or sweep when fewer keys expire; --allow-slow \
-         sweeps all the same",
+         sweeps anyway",
         OUTRUN * expire_per_sec
     );
     Some(Failure::new(FailureKind::TooSlow, message).hint(hint))
@@ -186,7 +186,7 @@ impl ExpiryGuard {
             self.keys_at_start
         );
         let hint = "let it read more keys a second (max-keys-per-sec, intensity), or sweep when fewer keys expire; \
-                    --allow-slow sweeps all the same";
+                    --allow-slow sweeps anyway";
         Advice::Stop(Failure::new(FailureKind::TooSlow, message).hint(hint))
     }
 }

@@ -576,7 +576,7 @@ mod tests {
                 suspect(30, at(1074)),
             ),
             ("the audit of the last batch", walk(at(1074), 50, 0).audited(reply(end, 0, 9)), Finished),
-            ("names that come all the same are no audit", walk(at(1124), 100, 0).purpose(Walk), Advance(at(1124))),
+            ("names without an audit", walk(at(1124), 100, 0).purpose(Walk), Advance(at(1124))),
         ];
         for (what, case, expected) in table {
             assert_eq!(case.judge(), expected, "{what}");
