@@ -114,7 +114,7 @@ impl Rounds {
             if round > ROUNDS {
                 for plan in plans {
                     let why = plan.restart_reason.unwrap_or_default();
-                    let message = format!("{why}, after {ROUNDS} more passes each time");
+                    let message = format!("{why}, even after {ROUNDS} more passes");
                     let failure = Failure::new(FailureKind::TopologyChanged, message)
                         .hint("sweep again when no slots are being moved");
                     self.fail(plan.id, failure).await;
@@ -231,7 +231,7 @@ impl Rounds {
         Ok(settled.map_err(|error| {
             let mut failure = error.into_failure();
             failure.message =
-                format!("every shard was swept, but whether one moved meanwhile is unknown: {}", failure.message);
+                format!("every shard was swept, but it is unknown whether one moved meanwhile: {}", failure.message);
             failure
         }))
     }

@@ -61,7 +61,7 @@ impl ShardSweep {
                 _ if stand_still => self.stand_still(pass).await,
                 Some(until) => self.rest(pass, until).await,
                 None => {
-                    let what = "nothing of the pass is left to walk, and it is not at its end";
+                    let what = "nothing of the pass is left to walk, but it is not complete";
                     Err(Failure::new(FailureKind::Protocol, what).into())
                 }
             };
@@ -422,7 +422,7 @@ impl ShardSweep {
             Verdict::Broken(why) => {
                 let message = format!("the cursors of {} lead nowhere: {why}", self.session.addr());
                 let failure = Failure::new(FailureKind::Protocol, message);
-                let hint = "is this a Redis or Valkey server, and is nothing in between that answers for it?";
+                let hint = "is this a Redis or Valkey server, or does a proxy answer in its place?";
                 return Err(failure.hint(hint).into());
             }
             // `take` has sent the follow-up.

@@ -50,12 +50,12 @@ impl ShardSweep {
         let note = match self.raise().await {
             Ok(Ok(note)) => note,
             Ok(Err(why)) => {
-                self.reporter.warn(format!("the server's own expiry was not helped: {why}")).await;
+                self.reporter.warn(format!("active-expire-effort was not raised: {why}")).await;
                 return Ok(());
             }
             Err(error) => {
                 self.recover(error, None).await?;
-                self.reporter.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
+                self.reporter.warn("active-expire-effort was not raised: the connection was lost".to_owned()).await;
                 // The answer was lost, but the server may have carried out the CONFIG SET.
                 self.restore_from_notes().await;
                 return Ok(());
@@ -71,7 +71,7 @@ impl ShardSweep {
                 percent(before),
                 percent(left)
             ),
-            None => format!("then {addr} was restarted, or another took over from it"),
+            None => format!("then {addr} was restarted, or another server took over"),
         };
         self.reporter.warn(format!("{PARAMETER} was {MOST} for {:.1} s: {what}", begun.elapsed().as_secs_f64())).await;
         Ok(())

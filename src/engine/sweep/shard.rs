@@ -186,7 +186,7 @@ impl ShardSweep {
         let skipped = throttle::skipped(&self.session.baseline, &self.job.settings.tuning.limits);
         if !skipped.is_empty() {
             let message = format!(
-                "the server does not tell what these limits need, so they are not watched: {}",
+                "the server does not report what these limits need, so they are not watched: {}",
                 skipped.join(", ")
             );
             self.reporter.warn(message).await;
