@@ -44,7 +44,7 @@ async fn calls(server: &Server) -> BTreeMap<String, u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_frees_nothing_and_looks_at_no_key() {
+async fn check_frees_nothing_and_visits_no_key() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(300, "live:").await;
@@ -72,7 +72,7 @@ async fn check_frees_nothing_and_looks_at_no_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_estimate_is_near_the_dead_keys_that_active_expiry_leaves() {
+async fn the_estimate_is_near_the_expired_keys_that_active_expiry_leaves() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live_ttl(18_400, "ttl:").await;

@@ -15,7 +15,7 @@ use crate::support::{
 };
 
 #[tokio::test]
-async fn help_is_as_it_was_read() {
+async fn help_texts_match_their_snapshots() {
     for (name, args) in [
         ("help", &["--help"][..]),
         ("help_scan", &["scan", "--help"]),
@@ -82,7 +82,7 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
+async fn a_misspelt_variable_is_an_error_and_one_of_another_program_is_not() {
     let server = Server::start().await;
     let scan = |name: &str| ttlsweep().args(["scan", &server.url()]).env(name, "0.1").output().unwrap();
     for (typed, meant) in [
@@ -102,7 +102,7 @@ async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
+async fn empty_variables_and_those_of_the_client_are_ignored() {
     let server = Server::start().await;
     let mut scan = ttlsweep();
     scan.args(["scan", &server.url(), "--quiet"]).env("TTLSWEEP_TOKEN", "try-me");

@@ -99,7 +99,7 @@ async fn the_check_of_an_instance_says_what_the_check_of_a_server_says() {
 }
 
 #[tokio::test]
-async fn orders_are_given_from_the_command_line() {
+async fn tasks_are_controlled_from_the_command_line() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).live_ttl(3_000, "live:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 200")).await;
@@ -154,7 +154,7 @@ async fn health_tells_a_daemon_that_is_well_from_one_that_is_not_and_from_none()
 }
 
 #[tokio::test]
-async fn a_system_without_certificates_of_authorities_asks_a_daemon_without_tls() {
+async fn a_client_without_system_certificates_can_use_a_daemon_without_tls() {
     let daemon = Daemon::start("").await;
     for what in [&["instance", "list"][..], &["health"]] {
         let mut command = ttlsweep();

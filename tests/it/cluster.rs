@@ -399,7 +399,7 @@ async fn a_few_keys_that_a_paused_master_hides_in_small_tables_are_never_reporte
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_looks_at_every_master_and_touches_nothing() {
+async fn check_inspects_every_master_and_touches_no_key() {
     let mut cluster = Cluster::start(3, false).await;
     cluster.fill(300, 900).await;
     let run = run(["check", &cluster.url(), "--json"]).await.expect(0);

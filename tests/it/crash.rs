@@ -124,7 +124,7 @@ async fn a_kill_before_the_first_checkpoint_loses_no_count() {
 }
 
 #[tokio::test]
-async fn a_full_disk_is_said_and_survived() {
+async fn a_full_disk_is_reported_and_survived() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.expired(300, "expired:").await;
@@ -166,7 +166,7 @@ fn limit_files(daemon: &Daemon, bytes: u64) {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_nobody_runs() {
+async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_never_runs() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).expired(100, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;

@@ -17,7 +17,7 @@ fn fields(record: &Value) -> BTreeSet<&str> {
 }
 
 #[tokio::test]
-async fn a_scan_is_on_record_from_the_moment_it_is_asked_for_and_frees_exactly_what_was_dead() {
+async fn a_scan_is_on_record_from_its_request_on_and_frees_exactly_the_expired_keys() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.expired(EXPIRED, "expired:").await;

@@ -90,7 +90,7 @@ fn numbers(text: &str, word: &str) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_demo_frees_the_dead_keys_and_keeps_the_live_ones() {
+async fn the_demo_frees_the_expired_keys_and_keeps_the_live_ones() {
     let mut demo = Demo::new(&["--keys", "20000", "--watch", "1s"]);
     let (code, stdout, stderr) = demo.run();
     assert_eq!(code, 0, "{stdout}{stderr}");

@@ -179,7 +179,7 @@ fn systemd_itself_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
-fn systemd_calls_the_services_well_confined() {
+fn systemd_rates_the_services_as_well_confined() {
     for unit in ["ttlsweep.service", "ttlsweep-scan.service"] {
         let mut security = Command::new("systemd-analyze");
         security.args(["security", "--offline=true", "--no-pager", "--threshold=20"]);

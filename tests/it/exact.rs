@@ -15,7 +15,7 @@ use crate::support::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sixteen_dbs_of_all_types_lose_their_dead_keys_and_nothing_else() {
+async fn sixteen_dbs_of_all_types_lose_their_expired_keys_and_nothing_else() {
     let server = Server::start().await;
     let (mut before, mut expired) = (BTreeMap::new(), 0);
     for db in 0..16 {
@@ -141,7 +141,7 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
+async fn no_expired_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(3_000, "live").await;
@@ -203,7 +203,7 @@ async fn object(server: &Server, field: &str, n: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_is_no_use_of_a_key_for_lru() {
+async fn a_sweep_does_not_count_as_a_use_of_a_key_for_lru() {
     let server = Server::options().with_config("maxmemory-policy", "allkeys-lru").start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
@@ -216,7 +216,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lru() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_is_no_use_of_a_key_for_lfu() {
+async fn a_sweep_does_not_count_as_a_use_of_a_key_for_lfu() {
     let policy = ("maxmemory-policy", "allkeys-lfu");
     // Every use counts at once, and the counter does not decay.
     let server = Server::options()

@@ -96,7 +96,7 @@ async fn garbage_in_the_middle_ends_in_a_clear_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shard_that_is_silent_holds_up_nobody() {
+async fn a_silent_shard_delays_no_other() {
     let cluster = Cluster::start(3, false).await;
     cluster.fill(0, 3_000).await;
     let (proxies, map) = before_each_node(&cluster).await;
@@ -150,7 +150,7 @@ async fn cursors_that_never_end_are_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replies_that_are_none_are_refused_before_memory_is_spent() {
+async fn invalid_replies_are_refused_before_memory_is_spent() {
     check_hostile(|_| b"*2\r\n$1\r\n5\r\n*999999999\r\n".to_vec(), "SCAN announces 999999999 keys").await;
     check_hostile(|_| b"*2\r\n$1\r\n5\r\n*1\r\n$99999999999999\r\n".to_vec(), "a key name announces").await;
     check_hostile(|_| b":5\r\n".to_vec(), "stands where SCAN has something else").await;

@@ -58,7 +58,7 @@ async fn a_failed_task_is_told_signed_and_a_complete_one_is_not() {
 }
 
 #[tokio::test]
-async fn nobody_is_told_unless_asked_for() {
+async fn no_notification_is_sent_without_a_url() {
     let hook = Hook::start(&[]).await;
     for more in ["events = []", "events = [\"not_swept\"]"] {
         let mut daemon = Daemon::start(&settings(hook.url(), more)).await;
@@ -84,7 +84,7 @@ async fn what_is_not_taken_is_sent_again_with_the_same_id() {
 }
 
 #[tokio::test]
-async fn a_webhook_that_is_down_is_told_once_it_is_up() {
+async fn a_webhook_that_was_down_gets_the_event_once_it_is_up() {
     let port = free_port();
     let daemon = Daemon::prepare(&settings(&format!("http://127.0.0.1:{port}/hooks/geheim"), ""));
     // As on a system without certificates of public authorities.

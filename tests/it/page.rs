@@ -337,7 +337,7 @@ async fn an_instance_is_kept_to_bounds_that_are_set_and_shown_there() {
 }
 
 #[tokio::test]
-async fn a_reader_looks_and_gives_no_orders_and_a_wrong_token_is_refused() {
+async fn a_reader_may_only_read_and_a_wrong_token_is_refused() {
     let Some(browser) = Browser::start().await else { return };
     let server = filled(10, 10).await;
     // SHA-256 of `figures`.

@@ -193,7 +193,7 @@ async fn a_command_that_was_renamed_away_is_no_missing_right() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_repeats_what_it_does_not_know_makes_us_repeat_no_secret() {
+async fn errors_of_a_server_that_quotes_its_commands_show_no_secret() {
     let no_auth = Server::options().with_config("rename-command", "AUTH \"\"").start().await;
     let run = scan(&format!("redis://:hunter2@127.0.0.1:{}", no_auth.port()), &[]).await;
     assert!(run.stderr.contains("unknown command") && !format!("{run:?}").contains("hunter2"), "{run:?}");

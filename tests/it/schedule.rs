@@ -164,10 +164,10 @@ fn due_at(servers: &[Server; 2], first: Timestamp, more: &str) -> String {
 }
 
 /// Waits until the daemon has checked the schedule of `cache` again, which is certain once `other` has run twice.
-async fn looked_again(daemon: &Daemon) {
+async fn checked_again(daemon: &Daemon) {
     let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
     let before = count().await;
-    probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
+    probe("schedules are checked", PATIENCE, async || count().await >= before + 2).await;
 }
 
 /// Sets the daemon's record of the last due time back, as if the daemon had run before the due time.
@@ -175,20 +175,20 @@ async fn rewind(daemon: &Daemon) {
     let mut conn = daemon.records().await;
     let sql = "UPDATE dues SET handled = handled - 600000 WHERE instance_id = 'cache'";
     let changed = sqlx::query(sql).execute(&mut conn).await.expect("it is written").rows_affected();
-    assert_eq!(changed, 1, "the daemon has looked at the schedule");
+    assert_eq!(changed, 1, "the daemon has checked the schedule");
 }
 
 /// A daemon that ran until ten minutes ago, with a due time since then.
 async fn after_an_absence(servers: &[Server; 2], first: Timestamp, more: &str) -> Daemon {
     let mut daemon = Daemon::start(&due_at(servers, first, more)).await;
-    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    probe("the schedule was checked", PATIENCE, async || has_checked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
     daemon.restart().await;
     daemon
 }
 
-async fn has_looked(daemon: &Daemon) -> bool {
+async fn has_checked(daemon: &Daemon) -> bool {
     let options = SqliteConnectOptions::new().filename(daemon.store()).read_only(true);
     let Ok(mut conn) = SqliteConnection::connect_with(&options).await else { return false };
     let sql = "SELECT COUNT(*) FROM dues WHERE instance_id = 'cache'";
@@ -203,7 +203,7 @@ async fn outcome(daemon: &Daemon, word: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyond_it() {
+async fn a_missed_due_time_is_caught_up_once_inside_the_grace_and_beyond_it() {
     for passed in [INSIDE, BEYOND] {
         let servers = two_servers().await;
         Keyspace::of(&servers[0], 0).expired(30, "expired:").await;
@@ -216,14 +216,14 @@ async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyon
         assert_eq!(next, first + SignedDuration::from_mins(60), "an hour after the first one, not after the catch-up");
         for _ in 0..2 {
             daemon.restart().await;
-            looked_again(&daemon).await;
+            checked_again(&daemon).await;
             assert_eq!(daemon.history("cache").await["count"], 1, "{passed}: never doubled");
         }
     }
 }
 
 #[tokio::test]
-async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window_is_closed() {
+async fn a_missed_due_time_is_skipped_beyond_the_grace_if_the_window_is_closed() {
     let servers = two_servers().await;
     let now = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
     let hour = |ahead: i64| (&now + SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
@@ -232,7 +232,7 @@ async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window
     probe("it is skipped", PATIENCE, async || outcome(&daemon, "missed").await == 1).await;
     assert_eq!(daemon.history("cache").await["count"], 0);
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!((daemon.history("cache").await["count"].clone(), outcome(&daemon, "missed").await), (json!(0), 0));
 }
 
@@ -244,7 +244,7 @@ async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, S
     let id = daemon.scan("cache").await;
     daemon.until(&id, "running").await;
     daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
-    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    probe("the schedule was checked", PATIENCE, async || has_checked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
     daemon.restart().await;
@@ -256,15 +256,15 @@ async fn a_due_time_waits_for_a_busy_instance_inside_the_grace() {
     let servers = two_servers().await;
     let (mut daemon, id) = busy_since(&servers, INSIDE).await;
     // Killed while the due scan waits: it waits again after the restart.
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "the paused task is there, and nothing else");
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     probe("the due scan follows", PATIENCE, async || daemon.history("cache").await["count"] == 2).await;
     assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 2, "once");
 }
 
@@ -276,7 +276,7 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
     assert!(daemon.log().contains("a due scan is skipped"), "{}", daemon.log());
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     for _ in 0..2 {
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 1, "it waits for the next due time");
         daemon.restart().await;
     }
@@ -284,10 +284,10 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
 }
 
 /// Gives the daemon another schedule of `cache`, and waits until it has checked that.
-async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
+async fn set_and_checked(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
     daemon.write_settings(&both(servers, cache));
     daemon.post("/api/v1/reload").await.ok();
-    looked_again(daemon).await;
+    checked_again(daemon).await;
 }
 
 #[tokio::test]
@@ -296,18 +296,18 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
     let first = Timestamp::now() + SignedDuration::from_secs(2);
     let daemon = Daemon::start(&instance("cache", &servers[0].url(), &hourly(false, first))).await;
     // A due time passes while the schedule is switched off.
-    looked_at_after(&daemon, &servers, &hourly(false, first)).await;
+    set_and_checked(&daemon, &servers, &hourly(false, first)).await;
     probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
-    looked_at_after(&daemon, &servers, &hourly(true, first)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, first)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
     // A schedule that would have been due a second ago.
     let earlier = Timestamp::now() - SignedDuration::from_secs(1);
-    looked_at_after(&daemon, &servers, &hourly(true, earlier)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, earlier)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");
     let soon = soon();
-    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, soon)).await;
     probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
-    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, soon)).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
 }
 
@@ -316,12 +316,12 @@ async fn a_schedule_that_is_new_or_changed_at_a_restart_runs_nothing_for_the_tim
     let servers = two_servers().await;
     let mut daemon = Daemon::start(&both(&servers, "")).await;
     for (what, passed) in [("new", INSIDE), ("changed", BEYOND)] {
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         daemon.kill9();
         rewind(&daemon).await;
         daemon.write_settings(&due_at(&servers, first_before(passed), ""));
         daemon.restart().await;
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 0, "{what}");
         assert_eq!(outcome(&daemon, "missed").await, 0, "{what}");
     }

@@ -451,7 +451,7 @@ async fn a_second_daemon_is_kept_away_from_the_records() {
 }
 
 #[tokio::test]
-async fn an_instance_is_looked_at_without_touching_it() {
+async fn an_instance_is_checked_without_touching_a_key() {
     let server = filled(100, 50).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let seen = daemon.post("/api/v1/instances/cache/check").await.ok();
@@ -493,7 +493,7 @@ async fn a_due_scan_that_weighs_the_backlog_of_a_server_that_hangs_can_be_cancel
 }
 
 #[tokio::test]
-async fn a_stranger_is_answered_before_its_body_is_read() {
+async fn a_caller_without_credentials_is_answered_before_its_body_is_read() {
     let hash = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
     let token = format!("[[api.tokens]]\nname = \"t\"\nrole = \"operator\"\nprojects = \"*\"\nsha256 = \"{hash}\"\n");
     let daemon = Daemon::start(&format!("[api]\nlisten = \"127.0.0.1:0\"\n{token}")).await;

@@ -104,7 +104,7 @@ async fn password_and_users_are_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replica_hides_dead_keys_and_counts_them() {
+async fn replica_hides_expired_keys_and_counts_them() {
     let master = Server::options().with_password("secret").start().await;
     let replica = Server::start().await;
     Keyspace::of(&master, 0).live(100, "live").await;
@@ -119,7 +119,7 @@ async fn replica_hides_dead_keys_and_counts_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_keys_are_exact_and_only_hidden() {
+async fn expired_keys_are_exact_and_only_hidden() {
     let server = Server::start().await;
     let space = Keyspace::of(&server, 3);
     space.live(2_500, "live").await;

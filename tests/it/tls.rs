@@ -117,7 +117,7 @@ async fn a_certificate_for_another_name_is_refused_unless_that_name_is_given() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_authority_that_nobody_trusts_is_named_as_the_problem() {
+async fn an_untrusted_authority_is_named_as_the_problem() {
     let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &[]).await else { return };
     let other = Authority::new();
     let url = tls.url("localhost");

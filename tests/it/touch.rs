@@ -51,7 +51,7 @@ async fn the_audit_looks_at_a_few_batches_and_trusts_scan() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_scan_leaves_keys_dead_every_key_is_touched_and_counted() {
+async fn if_scan_leaves_expired_keys_every_key_is_touched_and_counted() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(600, "live").await;

@@ -236,7 +236,7 @@ async fn the_time_allowed_ends_the_sweep_and_what_was_freed_stays_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_hangs_where_nobody_answers() {
+async fn nothing_hangs_if_a_peer_does_not_answer() {
     let server = Server::start().await;
     let proxy = Proxy::start(server.addr()).await;
     proxy.set(Mode::Stall);

@@ -89,7 +89,7 @@ async fn keys_that_are_hidden_for_a_while_are_freed_in_the_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_interrupt_and_a_kill_are_gone_on_from() {
+async fn a_sweep_goes_on_after_an_interrupt_and_after_a_kill() {
     let (server, proxy) = filled().await;
     let (_dir, state) = state_file();
     let state = ["--state", state.to_str().unwrap()];
