@@ -19,7 +19,8 @@
 //!
 //! Gentle: batches are short and spaced; see [`pacer`](policy::pacer). [`throttle`](policy::throttle) decides from what the
 //! [`sampler`] saw whether the sweep may go on, and how much of the master's time it may take. The
-//! [`expiry_guard`](policy::expiry_guard) ends a sweep that would leave more expired keys behind than no sweep.
+//! [`expiry_guard`](policy::expiry_guard) refuses or ends a sweep that would leave more expired keys behind than
+//! no sweep.
 //!
 //! # How it stays truthful
 //!
