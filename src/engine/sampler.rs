@@ -44,7 +44,7 @@ pub struct Sampler {
 
 impl Sampler {
     /// Starts sampling. `first`: what was observed when the sweep connected, so that there is an observation from the first batch on.
-    /// While the server is unreachable the last observation stays in place, and after [`BLIND_AFTER`] it is marked as blind.
+    /// While the server is unreachable the last observation stays in place, and after `BLIND_AFTER` it is marked as blind.
     pub fn start(addr: NodeAddr, options: ConnOptions, first: Observation) -> Self {
         let (sender, seen) = watch::channel(first);
         let stop = CancellationToken::new();
@@ -70,7 +70,7 @@ impl Sampler {
         self.slow.store(slow, Ordering::Relaxed);
     }
 
-    /// The mean round trip of the last [`PINGS`] PINGs.
+    /// The mean round trip of the last `PINGS` PINGs.
     pub fn latency(&self) -> Option<Duration> {
         self.seen.borrow().latency
     }
@@ -165,7 +165,7 @@ impl Sampling {
         Ok(())
     }
 
-    /// The mean of the last [`PINGS`]; missing ones count as zero, since the first few are no mean. `under_way`: the age of a PING
+    /// The mean of the last `PINGS`; missing ones count as zero, since the first few are no mean. `under_way`: the age of a PING
     /// without an answer.
     fn latency(&self, under_way: Option<Duration>) -> Option<Duration> {
         let known: Duration = self.round_trips.iter().chain(&under_way).sum();
