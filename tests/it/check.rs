@@ -193,7 +193,7 @@ async fn a_missing_right_is_found_with_and_without_dry_run() {
         assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains("error: this user may not run SCAN, which a sweep sends"), "{text}");
         let grant = if *user == "asks" { "grant it: ACL SETUSER asks +scan\n" } else { ACL_LINE };
-        assert!(text.contains(grant), "to whom it is where the server tells: {text}");
+        assert!(text.contains(grant), "for this user, if the server names it: {text}");
     }
     let (object, code) = check_json(&[&server.url_as("nothing", "pw")]);
     assert_eq!((code, &object["server"], &object["role"]), (1, &Value::Null, &"unknown".into()));

@@ -185,7 +185,7 @@ async fn a_sweep_after_a_kill_and_a_failover_gives_the_old_master_its_effort_bac
     running.signal("KILL");
     running.end().await;
     cluster.failover(0).await;
-    assert_eq!(effort(&cluster.nodes[0]).await, "10", "nobody was there to put it back");
+    assert_eq!(effort(&cluster.nodes[0]).await, "10", "no process was left to put it back");
     let run = scan(&cluster.url(), &options).await.expect(0);
     assert!(run.stdout.contains("had been left at 10: it was put back to 1"), "{}", run.stdout);
     assert_eq!(effort(&cluster.nodes[0]).await, "1");
@@ -426,7 +426,7 @@ async fn slots_that_no_master_owns_are_said_with_their_ranges() {
     }
     cluster.fill(0, 900).await;
     // A node that does not know yet tells the others that the slots have an owner.
-    probe("the slots are nobody's", PATIENCE, async || {
+    probe("the slots have no owner", PATIENCE, async || {
         for node in &cluster.nodes {
             for slot in ["100", "101", "16383"] {
                 let _ = node.try_query::<()>(&["CLUSTER", "DELSLOTS", slot]).await;

@@ -122,7 +122,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert_eq!(order("pause").await.ok()["state"], "paused");
     assert_eq!(fleet.daemons[owner].task(&id).await["state"], "paused");
     // The other daemon reports the reason of the hold too.
-    probe("the reason is said", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
+    probe("the reason is reported", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
     assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
     assert_eq!(order("resume").await.ok()["state"], "running");
     let mut events = other.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");

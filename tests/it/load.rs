@@ -297,7 +297,7 @@ async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_sa
     probe("it has selected its DB", PATIENCE, async || selects().await != before).await;
     proxy.cut_until_back(&server).await;
     probe("it sweeps", PATIENCE, async || server.expired_keys().await > 50).await;
-    assert_eq!(server.dbsize(0).await, 200, "another DB is none of it");
+    assert_eq!(server.dbsize(0).await, 200, "another DB is not swept");
     assert!(server.dbsize(3).await < 20_000);
     running.signal("INT");
     running.end().await.expect(130);
@@ -319,7 +319,7 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
     probe("the effort is raised", PATIENCE, async || effort().await == "10").await;
     running.signal("KILL");
     running.end().await;
-    assert_eq!(effort().await, "10", "nobody was there to put it back");
+    assert_eq!(effort().await, "10", "no process was left to put it back");
     args.truncate(2);
     let run = scan(&server.url(), &args).await.expect(0);
     assert!(run.stdout.contains("it was put back to 1"), "{}", run.stdout);

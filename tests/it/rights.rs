@@ -65,7 +65,7 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_allowed");
         assert_eq!(run.code, Some(3), "{missing}");
     }
-    assert_eq!(server.expired_keys().await, 0, "nothing was freed that nobody counted");
+    assert_eq!(server.expired_keys().await, 0, "nothing was freed uncounted");
 }
 
 #[tokio::test(flavor = "multi_thread")]

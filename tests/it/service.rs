@@ -226,7 +226,7 @@ async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
     // The batch under way at the kill, of at most 100 keys, may be uncounted; those of a second would be 2,000.
     assert!((1_900..=2_000).contains(&counted), "{counted}");
     assert_eq!(task["shards"][0]["dbs"][0]["restarts"], 0, "the same process: from the same cursor");
-    assert_eq!(task["shards"][0]["dbs"][0]["lost_replies"], 2, "what may be uncounted is said");
+    assert_eq!(task["shards"][0]["dbs"][0]["lost_replies"], 2, "what may be uncounted is reported");
     assert_eq!(daemon.history("cache").await["count"], 1);
 }
 

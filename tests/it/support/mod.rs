@@ -76,7 +76,7 @@ pub fn signal(pid: u32, name: &str) {
     kill_process(process(pid), signal).unwrap_or_else(|error| panic!("SIG{name} cannot be sent to {pid}: {error}"));
 }
 
-/// Whether a process of this id is there, be it only one that nobody has waited for.
+/// Whether a process of this id exists, be it a zombie.
 pub fn is_there(pid: u32) -> bool {
     test_kill_process(process(pid)).is_ok()
 }
