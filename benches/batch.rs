@@ -1,6 +1,6 @@
 //! The pure parts of a batch: reading the reply, judging it, pacing. `cargo bench --bench batch`.
 //!
-//! The rival in the same run is the redis crate's parser on the same bytes, which allocates each key name.
+//! For comparison the redis crate's parser, which allocates each key name, reads the same bytes.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use ttlsweep::node::conn::{Reading, Reply};
 use ttlsweep::node::wire::{Names, ScanReader, ScanReply, frame_len};
 use ttlsweep::settings::Tuning;
 
-/// A SCAN reply with names as operators have them.
+/// A SCAN reply with typical names.
 fn reply(names: usize) -> Vec<u8> {
     let mut bytes = format!("*2\r\n$7\r\n1234567\r\n*{names}\r\n").into_bytes();
     for i in 0..names {

@@ -1,14 +1,14 @@
-//! What many instances and several daemons cost the database and the machine, and how long work waits.
+//! What many instances and several daemons cost the database and the machine, and how late sweeps begin.
 //!
 //! `make bench`, or `cargo bench --bench fleet`. For each number of daemons on one PostgreSQL: idle, then a burst of due times at one
-//! moment, then the due times of an hour. Then daemons are killed, and the time until another one sends the next batch is taken. The
-//! instances are stand-ins that answer as small masters, one at each address 127.x.x.x.
+//! moment, then the due times of an hour. Then daemons are killed, and the time until another one sends the next batch is measured. The
+//! instances are simulated small masters, one at each address 127.x.x.x.
 //!
 //! By environment: `TTLSWEEP_BENCH_INSTANCES` (10000), `TTLSWEEP_BENCH_DAEMONS` (1,2,4), `TTLSWEEP_BENCH_BURST` (1000),
 //! `TTLSWEEP_BENCH_KILLS` (8), `TTLSWEEP_TEST_POSTGRES` (the folder with PostgreSQL's programs, from scripts/servers.sh),
 //! `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH). Linux only: CPU time and memory are read from /proc.
 
-#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+#![allow(clippy::print_stdout, reason = "it prints a table")]
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -32,16 +32,16 @@ use common::{Server, cpu_s};
 use masters::Everywhere;
 use postgres::Postgres;
 
-/// Keys of a stand-in, as a power of two.
+/// Keys of a simulated master, as a power of two.
 const BITS: u32 = 8;
-/// The same of the one that is swept while daemons are killed: half an hour at its pace.
+/// Keys of the simulated master that is swept while daemons are killed, as a power of two: half an hour at its pace.
 const SLOW_BITS: u32 = 14;
 /// How long each quiet stretch is measured.
 const STRETCH: Duration = Duration::from_secs(30);
-/// What a daemon takes to start, at most: ten thousand instances are read and their schedules recorded.
+/// The longest time that a daemon takes to start: it reads ten thousand instances and records their schedules.
 const START: Duration = Duration::from_secs(15);
 
-// What the server of the tests needs beside it.
+// `postgres.rs` of the tests needs these.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn free_port() -> u16 {
@@ -142,7 +142,7 @@ fn settings(
     file
 }
 
-/// Statements that the database has logged since it was last asked.
+/// Statements that the database has logged since the last call.
 struct Statements(usize);
 
 impl Statements {
@@ -154,7 +154,7 @@ impl Statements {
     }
 }
 
-/// The milliseconds at a share of a sorted list.
+/// The value at a share of a sorted list.
 fn quantile(sorted: &[i64], share: f64) -> i64 {
     sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1))).copied().unwrap_or(0)
 }
@@ -228,7 +228,7 @@ async fn table(standins: &Everywhere, instances: usize, daemons: usize, burst: u
     true
 }
 
-/// Kills the daemon that sweeps, again and again. Returns the times until another one sent a batch, sorted, in milliseconds.
+/// Kills the daemon that sweeps, again and again. Returns the times until another daemon sent a batch, sorted, in milliseconds.
 async fn kills(standins: &Everywhere, kills: usize) -> Vec<i64> {
     let Some(postgres) = Postgres::start().await else { return Vec::new() };
     let mut conn = postgres.conn().await;

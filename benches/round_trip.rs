@@ -1,13 +1,13 @@
-//! How fast the loop is over a network: ours beside bare sockets and redis-cli, through a proxy that delays and does nothing else.
+//! How fast the loop is over a network, compared with bare sockets and redis-cli, through a proxy that only delays.
 //!
 //! `make bench`, or `cargo bench --bench round_trip`. By environment: `TTLSWEEP_BENCH_RTT_KEYS` (2,000,000),
 //! `TTLSWEEP_BENCH_RTTS` in microseconds (0,200,500,1000,4000; 0 is without the proxy), `TTLSWEEP_BENCH_ROUNDS` (3),
-//! `TTLSWEEP_BENCH_RTT_ONLY` (contenders whose names begin so, cut by semicolons), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
+//! `TTLSWEEP_BENCH_RTT_ONLY` (prefixes of contenders, separated by semicolons), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
 //!
-//! The proxy is a process of its own and takes CPU time as well: beside a server, a sweep and a machine of two cores it is what limits
-//! the fastest rows. The contenders take turns, and the medians are shown. Linux only.
+//! The proxy is a process of its own and takes CPU time as well: with a server and a sweep on a machine of two cores it limits
+//! the fastest rows. The contenders take turns, and medians are shown. Linux only.
 
-#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+#![allow(clippy::print_stdout, reason = "it prints a table")]
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -93,7 +93,7 @@ fn main() {
     }
 }
 
-/// The median of 200 PINGs in microseconds: what the proxy makes of its delay.
+/// The median of 200 PINGs in microseconds: the real round trip of the proxy.
 fn ping(port: u16) -> u128 {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
     stream.set_nodelay(true).expect("a TCP socket");

@@ -1,12 +1,12 @@
-//! How fast the loop is: ours beside a bare socket and redis-cli, on one real server, in one run.
+//! How fast the loop is, compared with a bare socket and redis-cli, on one real server, in one run.
 //!
 //! `make bench`, or `cargo bench --bench scan_loop`. By environment: `TTLSWEEP_BENCH_KEYS` (5,000,000),
 //! `TTLSWEEP_BENCH_ROUNDS` (3), `TTLSWEEP_BENCH_SERVER` (redis-server on the PATH).
 //!
-//! Every contender is a process of its own, so that CPU time and peak memory are its alone; they take turns, and the
+//! Every contender is a process of its own, so that CPU time and peak memory are only its own; they take turns, and the
 //! medians are shown. Linux only: CPU time and memory are read from /proc.
 
-#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+#![allow(clippy::print_stdout, reason = "it prints a table")]
 
 use std::process::Command;
 

@@ -2,16 +2,16 @@
 //!
 //! `make bench`, or `cargo bench --bench shards`. Two tables:
 //!
-//! - One process sweeps 1, 10, 50 and 200 real servers as fast as it can. The servers are real; stand-ins in front of them make them
+//! - One process sweeps 1, 10, 50 and 200 real servers as fast as it can. Relays in front of the servers make them
 //!   look like the masters of one cluster.
-//! - One process sweeps 10, 200 and 1,000 stand-ins, each with the same few keys a second, so that neither servers nor machine are
-//!   the limit: what does one more shard cost while it is swept?
+//! - One process sweeps 10, 200 and 1,000 simulated masters, each at the same few keys a second, so that neither servers nor machine are
+//!   the limit: this shows what one more shard costs while it is swept.
 //!
 //! By environment: `TTLSWEEP_BENCH_SHARDS` (1,10,50,200), `TTLSWEEP_BENCH_SHARD_KEYS` (20,000 keys in each of those),
 //! `TTLSWEEP_BENCH_STANDINS` (10,200,1000), `TTLSWEEP_BENCH_ROUNDS` (3, of the second table), `TTLSWEEP_BENCH_SERVER`
 //! (redis-server on the PATH). Linux only: CPU time and memory are read from /proc.
 
-#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+#![allow(clippy::print_stdout, reason = "it prints a table")]
 
 use std::process::Command;
 
@@ -22,7 +22,7 @@ mod masters;
 mod seed;
 use common::{Server, measure};
 
-/// Keys of a stand-in, as a power of two, and how many of them are swept in a second: a pass takes ten seconds and more, and the
+/// Keys of a simulated master, as a power of two, and how many of them are swept in a second: a pass takes ten seconds and more, and the
 /// largest number of shards leaves cores idle.
 const STANDIN_BITS: u32 = 12;
 const STANDIN_RATE: u32 = 300;

@@ -1,10 +1,12 @@
-//! The documents say what is: their links lead somewhere, their tables know every setting, reason, exit code and metric, and their
-//! commands are ones that the program takes.
+//! Holds the documents against the program: links lead somewhere, the tables list every setting with its default, every reason, exit
+//! code and metric, and every code block is checked. A block in a language, or with a program, that no check knows is a failure.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use clap::CommandFactory;
+use clap::error::ErrorKind;
 use pulldown_cmark::{CodeBlockKind, Event, Parser, Tag, TagEnd};
 use ttlsweep::model::throttle::Reason;
 
@@ -50,24 +52,66 @@ fn anchors(text: &str) -> BTreeSet<String> {
     anchors
 }
 
-/// The code blocks in this language.
-fn blocks(text: &str, language: &str) -> Vec<String> {
-    let (mut blocks, mut block) = (Vec::new(), None::<String>);
-    for event in Parser::new(text) {
-        match event {
-            Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(info))) if &*info == language => {
-                block = Some(String::new())
-            }
-            Event::Text(part) => {
-                if let Some(block) = &mut block {
-                    block.push_str(&part);
+/// The code blocks of every document, in this language.
+fn blocks(language: &str) -> Vec<(PathBuf, String)> {
+    let mut blocks = Vec::new();
+    for (path, text) in documents() {
+        let mut block = None::<String>;
+        for event in Parser::new(&text) {
+            match event {
+                Event::Start(Tag::CodeBlock(CodeBlockKind::Fenced(info))) if &*info == language => {
+                    block = Some(String::new())
                 }
+                Event::Text(part) => {
+                    if let Some(block) = &mut block {
+                        block.push_str(&part);
+                    }
+                }
+                Event::End(TagEnd::CodeBlock) => blocks.extend(block.take().map(|block| (path.clone(), block))),
+                _ => {}
             }
-            Event::End(TagEnd::CodeBlock) => blocks.extend(block.take()),
-            _ => {}
         }
     }
     blocks
+}
+
+/// The code spans of every document that begin with this word.
+fn spans(first: &str) -> Vec<(PathBuf, String)> {
+    let begins = |code: &str| code.split(' ').next() == Some(first) && code.contains(' ');
+    let mut spans = Vec::new();
+    for (path, text) in documents() {
+        for event in Parser::new(&text) {
+            if let Event::Code(code) = event
+                && begins(&code)
+            {
+                spans.push((path.clone(), code.to_string()));
+            }
+        }
+    }
+    spans
+}
+
+/// The path without the names in braces, the query and the brackets that mark what is optional.
+fn bare(path: &str) -> String {
+    let path = path.split('?').next().unwrap_or_default().replace(['[', ']'], "");
+    let parts = path.split('/').map(|part| if part.starts_with('{') || part.starts_with('$') { "*" } else { part });
+    parts.collect::<Vec<_>>().join("/").replace("/session-cache/", "/*/")
+}
+
+/// The paths of the API, from the table of its routes.
+fn routes() -> BTreeSet<String> {
+    let code = read(&root().join("src/api/mod.rs"));
+    let literals = code.split('"').skip(1).step_by(2).filter(|literal| literal.starts_with('/'));
+    literals.map(bare).collect()
+}
+
+fn assert_is_a_route(path: &Path, call: &str, routes: &BTreeSet<String>) {
+    let call = bare(call);
+    let found = match call.strip_prefix("...") {
+        Some(end) => routes.iter().any(|route| route.ends_with(end)),
+        None => routes.contains(&call),
+    };
+    assert!(found, "{}: {call} is no route", path.display());
 }
 
 #[test]
@@ -80,7 +124,7 @@ fn every_link_inside_the_repository_leads_somewhere() {
             }
             let (file, anchor) = dest_url.split_once('#').unwrap_or((&dest_url, ""));
             let target = if file.is_empty() { path.clone() } else { path.parent().expect("a folder").join(file) };
-            assert!(target.exists(), "{}: {dest_url} is not there", path.display());
+            assert!(target.exists(), "{}: {dest_url} does not exist", path.display());
             assert!(
                 anchor.is_empty() || anchors(&read(&target)).contains(anchor),
                 "{}: {dest_url} names no heading",
@@ -110,52 +154,204 @@ fn the_reference_knows_every_setting_reason_exit_code_and_metric() {
     }
 }
 
-#[test]
-fn the_defaults_of_the_reference_are_those_in_force() {
-    let defaults: toml::Table = read(&root().join("src/settings/default.toml")).parse().expect("TOML");
-    let reference = reference();
-    let rows = reference.lines().filter_map(|line| {
-        let mut cells = line.strip_prefix("| `")?.split(" | ");
-        Some((cells.next()?.trim_end_matches('`').to_owned(), cells.next()?.to_owned()))
-    });
-    let rows: std::collections::BTreeMap<_, _> = rows.collect();
-    let mut compared = 0;
-    for (key, value) in &defaults {
-        let Some(told) = rows.get(key.as_str()) else { continue };
-        let value = match value {
-            toml::Value::String(text) if !text.is_empty() => text.clone(),
-            toml::Value::Integer(number) => number.to_string(),
-            toml::Value::Float(number) => number.to_string(),
-            toml::Value::Boolean(yes) => yes.to_string(),
-            _ => continue,
-        };
-        assert!(told.trim_matches('`') == value, "{key} is {value}, and the reference says {told}");
-        compared += 1;
+/// The cell that shows a default in the reference.
+fn shown(default: &toml::Value) -> String {
+    match default {
+        toml::Value::String(text) if text.contains("://") => format!("`{text}`"),
+        toml::Value::String(text) => text.clone(),
+        // A default that depends on the server or the URL is in the last column.
+        toml::Value::Array(_) => String::new(),
+        toml::Value::Integer(number) => number.to_string(),
+        toml::Value::Float(number) => number.to_string(),
+        toml::Value::Boolean(yes) => yes.to_string(),
+        other => panic!("no row shows {other:?}"),
     }
-    assert!(compared >= 12, "only {compared} defaults were compared");
 }
 
 #[test]
-fn every_command_of_the_documents_is_one_that_the_program_takes() {
+fn the_settings_table_of_the_reference_has_every_key_with_its_default() {
+    let defaults: toml::Table = read(&root().join("src/settings/default.toml")).parse().expect("TOML");
+    let reference = reference();
+    let table = reference.split("| key | default | |").nth(1).expect("the table of settings");
+    let mut listed = BTreeSet::new();
+    for row in table.lines().skip(2).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').splitn(3, '|').map(str::trim).collect();
+        let keys: Vec<&str> = cells[0].split(", ").map(|key| key.trim_matches('`')).collect();
+        let of = |key: &&str| shown(defaults.get(*key).unwrap_or_else(|| panic!("`{key}` is no setting")));
+        let mut each: Vec<String> = keys.iter().map(of).collect();
+        each.dedup();
+        assert_eq!(cells[1], each.join(", "), "the default of {}", cells[0]);
+        listed.extend(keys);
+    }
+    let missing: Vec<_> = defaults.keys().filter(|key| !listed.contains(key.as_str())).collect();
+    assert!(missing.is_empty(), "{missing:?} are not in the table");
+}
+
+/// Whether the program accepts a command. The beginning of a longer command is accepted as well.
+fn is_taken(words: &[String]) -> Result<(), clap::Error> {
+    match ttlsweep::cli::Cli::command().try_get_matches_from(words) {
+        Ok(_) => Ok(()),
+        Err(error) => match error.kind() {
+            ErrorKind::MissingRequiredArgument
+            | ErrorKind::MissingSubcommand
+            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Ok(()),
+            _ => Err(error),
+        },
+    }
+}
+
+#[test]
+fn every_command_block_is_one_that_would_run() {
+    let routes = routes();
+    let makefile = read(&root().join("Makefile"));
     let mut tried = 0;
-    for (path, text) in documents() {
-        for line in blocks(&text, "sh").iter().flat_map(|block| block.lines()) {
-            let line = line.split('#').next().unwrap_or_default().trim();
-            let words = line.split_whitespace().skip_while(|word| word.contains('=') && !word.starts_with('-'));
-            let words: Vec<&str> = words.collect();
-            if words.first() != Some(&"ttlsweep") {
-                continue;
+    for (path, block) in blocks("sh") {
+        for line in block.replace("\\\n", " ").lines() {
+            let line = line.split(" #").next().unwrap_or_default().trim();
+            let words: Vec<String> =
+                words_of(line).into_iter().skip_while(|word| word.split('=').count() == 2).collect();
+            let Some((program, arguments)) = words.split_first() else { continue };
+            let place = path.display();
+            match program.as_str() {
+                "ttlsweep" => {
+                    let taken = ttlsweep::cli::Cli::command().try_get_matches_from(&words);
+                    assert!(taken.is_ok(), "{place}: {line}: {}", taken.expect_err("it was refused"));
+                }
+                "make" => assert!(makefile.contains(&format!("\n{}:", arguments[0])), "{place}: {line}"),
+                "cargo" => assert!(root().join(format!("tests/{}", arguments[2])).exists(), "{place}: {line}"),
+                "helm" => assert!(root().join(&arguments[2]).join("Chart.yaml").exists(), "{place}: {line}"),
+                "curl" => {
+                    let url = arguments.iter().find_map(|word| word.strip_prefix("http://127.0.0.1:8080"));
+                    assert_is_a_route(&path, url.expect("the address of the daemon"), &routes);
+                }
+                script if script.starts_with("scripts/") => assert!(root().join(script).exists(), "{place}: {line}"),
+                other => panic!("{place}: no check knows `{other}`"),
             }
-            let parsed = ttlsweep::cli::Cli::command().try_get_matches_from(&words);
-            assert!(parsed.is_ok(), "{}: {line}: {}", path.display(), parsed.expect_err("it was refused"));
             tried += 1;
         }
     }
-    assert!(tried >= 4, "only {tried} commands were found");
+    assert!(tried >= 12, "only {tried} commands were found");
+}
+
+/// Splits a line as a shell does, as far as the documents need it: quotes and `$(...)` hold words together.
+fn words_of(line: &str) -> Vec<String> {
+    let (mut words, mut quote) = (vec![String::new()], None);
+    for c in line.chars() {
+        match quote {
+            Some(open) if c == open => quote = None,
+            None if c == '(' => quote = Some(')'),
+            None if c == '"' || c == '\'' => quote = Some(c),
+            None if c == ' ' => words.push(String::new()),
+            _ => words.last_mut().expect("a word").push(c),
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
 }
 
 #[test]
-fn the_readme_is_a_front_door_and_no_house() {
+fn every_command_in_the_text_is_one_that_the_program_takes() {
+    let placeholders = [("N", "1"), ("SHARE", "0.5"), ("SIZE", "5%"), ("TIME", "1h"), ("SHELL", "bash")];
+    let targets: BTreeSet<String> = read(&root().join("Makefile"))
+        .lines()
+        .filter_map(|line| line.split_once(':').filter(|_| !line.starts_with(['\t', '#', ' '])))
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    let commands = spans("ttlsweep");
+    for (path, span) in &commands {
+        let id = "00000000-0000-0000-0000-000000000000";
+        let word = |word: &str| match placeholders.iter().find(|(name, _)| *name == word) {
+            Some((_, value)) => (*value).to_owned(),
+            None if word == "ID" && span.starts_with("ttlsweep task") => id.to_owned(),
+            None => word.to_owned(),
+        };
+        let words: Vec<String> = span.replace(['[', ']'], "").split_whitespace().map(word).collect();
+        assert!(is_taken(&words).is_ok(), "{}: {span}: {}", path.display(), is_taken(&words).unwrap_err());
+    }
+    assert!(commands.len() >= 40, "only {} commands were found", commands.len());
+    for (path, span) in spans("make") {
+        for target in span.split(' ').skip(1).take_while(|word| !word.contains('=')) {
+            assert!(targets.contains(target), "{}: `{span}`: there is no target {target}", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_call_in_the_text_is_a_route_of_the_api() {
+    let routes = routes();
+    let mut tried = 0;
+    for (path, call) in ["GET", "POST", "PUT", "PATCH", "DELETE"].into_iter().flat_map(spans) {
+        let (_, target) = call.split_once(' ').expect("a method and a path");
+        // The paths with and without what is in brackets.
+        let optional = target.match_indices('[').map(|(at, _)| &target[..at]);
+        for target in optional.chain([target]) {
+            assert_is_a_route(&path, target, &routes);
+            tried += 1;
+        }
+    }
+    assert!(tried >= 20, "only {tried} calls were found");
+}
+
+#[test]
+fn every_settings_block_is_accepted() {
+    let instance = "[[instances]]\nid = \"a\"\nproject_id = \"p\"\nurl = \"redis://cache:6379\"\n";
+    let token = "[[api.tokens]]\nsha256 = \"0000000000000000000000000000000000000000000000000000000000000000\"\nname = \"a\"\nrole = \"reader\"\nprojects = [\"p\"]\n";
+    for (path, block) in blocks("toml") {
+        let folder = tempfile::tempdir().expect("a folder");
+        // A fragment is completed; files that it names lie beside it.
+        let mut text = match block.contains("[instances.") {
+            true => format!("{instance}{block}"),
+            false => format!("{block}{instance}"),
+        };
+        if text.contains("0.0.0.0") {
+            text = format!("{text}{token}");
+        }
+        text = text.replace("/etc/ttlsweep/", "").replace("instances.d/", "");
+        std::fs::write(folder.path().join("records-password"), "secret\n").expect("a file");
+        let file = folder.path().join("ttlsweep.settings");
+        std::fs::write(&file, text).expect("a file");
+        let program = env!("CARGO_BIN_EXE_ttlsweep");
+        let checked = Command::new(program)
+            .args(["settings", "check"])
+            .arg(&file)
+            .current_dir(folder.path())
+            .output()
+            .expect("the program");
+        assert!(checked.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+#[test]
+fn every_other_block_is_checked_or_is_output() {
+    let languages: BTreeSet<String> = documents()
+        .iter()
+        .flat_map(|(_, text)| {
+            let fences =
+                text.lines().filter_map(|line| line.strip_prefix("```")).filter(|language| !language.is_empty());
+            fences.map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect();
+    let known = ["json", "python", "sh", "sql", "text", "toml"].map(str::to_owned);
+    assert!(languages.is_subset(&BTreeSet::from(known)), "no check knows one of {languages:?}");
+    for (path, block) in blocks("json") {
+        let parsed = serde_json::from_str::<serde_json::Value>(&block);
+        assert!(parsed.is_ok(), "{}: {}", path.display(), parsed.expect_err("it is no JSON"));
+    }
+    for (path, block) in blocks("text").into_iter().filter(|(_, block)| block.starts_with("ACL ")) {
+        assert_eq!(block.trim(), ttlsweep::node::acl::ACL_LINE, "{}", path.display());
+    }
+    // `tests/it/sdk.rs` runs the SDK: what the documents show of it is what that test calls.
+    let sdk = read(&root().join("tests/it/sdk.py"));
+    for (path, block) in blocks("python") {
+        for name in ["BasicCredentials", "CreateAutoExpireScanTaskRequest", "DcsClient", "create_auto_expire_scan_task"]
+        {
+            assert!(block.contains(name) && sdk.contains(name), "{}: {name}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_readme_stays_short() {
     let words = read(&root().join("README.md")).split_whitespace().count();
     assert!(words <= 900, "{words} words");
 }

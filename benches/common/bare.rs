@@ -1,10 +1,10 @@
-//! A SCAN loop with nothing around it, to compare with.
+//! A bare SCAN loop, for comparison.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
-/// The least that a client can do: one blocking socket, no parsing beyond the lengths. `around` is sent before and
-/// after each SCAN; it must be answered with one line.
+/// The least that a client can do: one blocking socket, and parsing of lengths only. `around` is sent before and
+/// after each SCAN; its reply must be one line.
 pub fn bare(addr: &str, count: u32, around: &str) {
     let mut stream = TcpStream::connect(addr).expect("the server is there");
     stream.set_nodelay(true).expect("a TCP socket");

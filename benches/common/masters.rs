@@ -1,6 +1,6 @@
-//! Stand-ins for the masters of one cluster, so many that real servers would be the limit of what is measured. Each holds keys that
-//! live for ever, one in each bucket of a hash table, and walks it by cursors as a server does. What a stand-in does not know it
-//! asks a real server, once. [`everywhere`] are masters of their own instead, one at each address of this machine.
+//! Simulated masters of one cluster, in a number in which real servers would limit the measurement. Each holds keys that
+//! never expire, one in each bucket of a hash table, and walks it by cursors as a server does. Commands that it does not know it
+//! sends to a real server, once. [`everywhere`] starts masters without a cluster, one at each address of this machine.
 
 #![allow(dead_code, reason = "not every benchmark uses all of it")]
 
@@ -15,10 +15,10 @@ use tokio::net::{TcpListener, TcpStream};
 use super::common::Server;
 use super::seed;
 
-/// What all of them share.
+/// What all masters share.
 struct Cluster {
     slots: String,
-    /// Two to this power keys in each master.
+    /// Each master has two to this power keys.
     bits: u32,
     real: String,
     answers: Mutex<HashMap<Vec<u8>, Vec<u8>>>,
@@ -40,7 +40,7 @@ impl Everywhere {
     }
 }
 
-/// Starts them on the runtime that this is called on.
+/// Starts the masters on the current runtime.
 pub async fn everywhere(bits: u32, real: &Server) -> Everywhere {
     let listener = TcpListener::bind("0.0.0.0:0").await.expect("a free port");
     let port = listener.local_addr().expect("it is bound").port();
@@ -55,7 +55,7 @@ pub async fn everywhere(bits: u32, real: &Server) -> Everywhere {
     Everywhere { port, shared }
 }
 
-/// Starts so many masters on the runtime that this is called on. Returns the addresses of two of them.
+/// Starts masters on the current runtime. Returns the addresses of two of them.
 pub async fn start(masters: usize, bits: u32, real: &Server) -> String {
     let mut listeners = Vec::new();
     for _ in 0..masters {
@@ -98,7 +98,7 @@ async fn serve(mut client: TcpStream, number: u128, cluster: Arc<Cluster>) {
     }
 }
 
-/// The first command in the text, and how long it is. None while it has not come as a whole.
+/// The first command in the text, and its length. `None`: it is not complete yet.
 fn command(text: &[u8]) -> Option<(Vec<&str>, usize)> {
     let mut at = 0;
     let number = |at: &mut usize| -> Option<usize> {
@@ -136,7 +136,7 @@ impl Cluster {
             ["EXISTS", names @ ..] => output.extend(format!(":{}\r\n", names.len()).bytes()),
             ["INFO", ..] => {
                 let info = self.ask(raw).await;
-                // Each is a process of its own.
+                // Each master has a run id of its own.
                 let info = String::from_utf8_lossy(&info).into_owned();
                 let (before, id) = info.split_once("run_id:").unwrap_or((&info, ""));
                 output.extend(before.bytes());
@@ -148,7 +148,7 @@ impl Cluster {
         }
     }
 
-    /// So many buckets further. A cursor counts with its bits reversed.
+    /// Walks `count` buckets. A cursor counts with its bits reversed.
     fn scan(&self, cursor: u64, count: u64, output: &mut Vec<u8>) {
         let place = cursor.reverse_bits() >> (64 - self.bits);
         let next = (place + count).min(1 << self.bits);
@@ -160,14 +160,14 @@ impl Cluster {
         }
     }
 
-    /// What the real server answers. One answer stands for all.
+    /// The answer of the real server, which is asked only once for each command.
     async fn ask(&self, raw: &[u8]) -> Vec<u8> {
         let known = |answers: &HashMap<Vec<u8>, Vec<u8>>| answers.get(raw).cloned();
         if let Some(answer) = known(&self.answers.lock().expect("nobody panics")) {
             return answer;
         }
         let mut server = TcpStream::connect(&self.real).await.expect("the server is there");
-        // The answer to PING behind it tells where the answer ends.
+        // The answer to the PING after it shows where the answer ends.
         server.write_all(&[raw, b"*1\r\n$4\r\nPING\r\n"].concat()).await.expect("the server reads");
         let mut answer = Vec::new();
         while !answer.ends_with(b"+PONG\r\n") {

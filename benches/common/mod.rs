@@ -1,4 +1,4 @@
-//! A real server of a benchmark's own, killed on drop, and what a program costs that runs beside it.
+//! A real server of a benchmark's own, killed on drop, and the measured cost of a program that runs beside it.
 
 #![allow(dead_code, reason = "not every benchmark uses all of it")]
 
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 pub struct Server {
     child: Child,
     pub port: u16,
-    /// Where sweeps connect, if that is not where the others do: a proxy.
+    /// Where sweeps connect, if not directly: a proxy.
     pub way: Option<u16>,
     _dir: tempfile::TempDir,
 }
@@ -70,7 +70,7 @@ impl Server {
         String::from_utf8_lossy(&output.expect("redis-cli is on the PATH").stdout).trim().to_owned()
     }
 
-    /// Such as `Redis 7.0.15`. Valkey says as well which Redis it can stand in for, and that is not what it is.
+    /// Such as `Redis 7.0.15`. For Valkey its own version, not the Redis version that it also reports.
     pub fn version(&self) -> String {
         let info = self.cli(&["INFO", "server"]);
         let field = |name: &str| info.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
@@ -80,15 +80,15 @@ impl Server {
         }
     }
 
-    /// Begins to count anew how long each SCAN takes.
+    /// Resets the server's latency histograms.
     pub fn forget_scan_times(&self) {
-        // Before 7.0 there is nothing of the kind, and an error does no harm.
+        // Before 7.0 there is no such command, and an error does no harm.
         self.cli(&["CONFIG", "SET", "latency-tracking-info-percentiles", "99 99.9"]);
         self.cli(&["CONFIG", "RESETSTAT"]);
     }
 
-    /// How long SCANs took by the server's own clock since then, in microseconds: p99 and p99.9. None before Redis 7.0, and where
-    /// nobody scanned. This knows nothing of how busy the machine is with other programs but for what interrupts the server.
+    /// How long SCANs took since then by the server's own clock, in microseconds: p99 and p99.9. `None` before Redis 7.0, and if
+    /// there was no SCAN. Other programs on the machine count only as far as they interrupt the server.
     pub fn scan_times(&self) -> Option<[f64; 2]> {
         let info = self.cli(&["INFO", "latencystats"]);
         let scan = info.lines().find_map(|l| l.trim().strip_prefix("latency_percentiles_usec_scan:"))?.to_owned();
@@ -96,7 +96,7 @@ impl Server {
         Some([of("p99=")?, of("p99.9=")?])
     }
 
-    /// What the server has sent to its clients so far, in bytes.
+    /// Bytes that the server has sent to its clients so far.
     pub fn sent(&self) -> u64 {
         let info = self.cli(&["INFO", "stats"]);
         let sent = info.lines().find_map(|l| l.strip_prefix("total_net_output_bytes:")).map(str::trim);
@@ -127,17 +127,17 @@ pub fn cpu_s(pid: u32) -> f64 {
     (ticks(14) + ticks(15)) / TICKS
 }
 
-/// What a program took.
+/// The cost of a program.
 #[derive(Clone, Copy, Default)]
 pub struct Measured {
     pub wall: Duration,
     pub cpu_s: f64,
     pub peak_kib: f64,
-    /// What the server sent meanwhile, where somebody has filled it in.
+    /// Bytes that the server sent meanwhile, if the caller has set it.
     pub sent: f64,
 }
 
-/// Runs a program to its end, looking at /proc meanwhile.
+/// Runs a program to its end, and reads /proc meanwhile.
 pub fn measure(command: &mut Command) -> Measured {
     let begun = Instant::now();
     let mut child = command.stdout(Stdio::null()).spawn().unwrap_or_else(|e| panic!("{command:?} cannot be run: {e}"));

@@ -1,8 +1,8 @@
-//! A network of a given length: a proxy that holds each byte for half a round trip in each direction, and limits nothing else.
+//! A network with a given round trip: a proxy that holds each byte for half of it in each direction, and limits nothing else.
 //!
-//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread, which waits in one
-//! call for bytes and for the next ones that are due, and which the machine lets run before others, as a network needs no
-//! processor. Every byte is held for the same time, so what came first is due first, and one queue serves all connections.
+//! It is a process of its own: the benchmark's program, started again with the argument `proxy`. It has one thread, which waits in one
+//! call for bytes and for the next chunk that is due. It runs at a high priority, since a real network needs no processor. Every byte
+//! is held for the same time, so one queue serves all connections in order.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -33,7 +33,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one in front of a server, with a round trip of so many microseconds.
+    /// Starts one in front of a server, with a round trip in microseconds.
     pub fn start(upstream: &str, round_trip_us: u64) -> Self {
         let this = std::env::current_exe().expect("it has a path");
         let args = ["proxy", upstream, &(round_trip_us / 2).to_string()];
@@ -51,7 +51,7 @@ impl Drop for Proxy {
     }
 }
 
-/// Serves for ever where the arguments of this process say so.
+/// Serves for ever if the arguments of this process say so.
 pub fn serve_if_asked() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if let [word, upstream, one_way_us] = &args[..]

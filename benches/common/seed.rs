@@ -1,11 +1,11 @@
-//! Stand-ins for the nodes of a cluster, in front of real servers that are none: each says that all of them together are
-//! the masters of one cluster, and hands everything else on to its server. Two hundred real cluster nodes would spend the
-//! machine on talking to each other.
+//! Relays that make real servers look like the nodes of a cluster: each answers that all of them are
+//! the masters of one cluster, and passes everything else on to its server. Two hundred real cluster nodes would keep the
+//! machine busy with talking to each other.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-/// Puts a stand-in in front of each server, on threads that end with the process. Returns the addresses of two of them.
+/// Puts a relay in front of each server, on threads that end with the process. Returns the addresses of two of them.
 pub fn cluster_of(ports: &[u16]) -> String {
     let listeners: Vec<TcpListener> =
         ports.iter().map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
@@ -23,7 +23,7 @@ pub fn cluster_of(ports: &[u16]) -> String {
     seeds(&fronts)
 }
 
-/// What CLUSTER SLOTS answers where masters at these ports share the slots evenly.
+/// The answer to CLUSTER SLOTS of masters at these ports that share the slots evenly.
 pub fn cluster_slots(ports: &[u16]) -> String {
     let mut slots = format!("*{}\r\n", ports.len());
     for (place, port) in ports.iter().enumerate() {
@@ -39,7 +39,7 @@ pub fn seeds(ports: &[u16]) -> String {
     format!("127.0.0.1:{},127.0.0.1:{}", ports[0], ports[ports.len() - 1])
 }
 
-/// The client sends a question about the cluster alone, and waits for its answer.
+/// The client sends a command about the cluster on its own, and waits for the answer.
 fn relay(mut client: TcpStream, port: u16, slots: &str) {
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)) else { return };
     let (Ok(mut from_server), Ok(mut to_client)) = (server.try_clone(), client.try_clone()) else { return };

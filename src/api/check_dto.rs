@@ -6,10 +6,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::api::dto::{FailureDto, ServerDto, SettingsDto, seconds};
-use crate::check::facts::{Facts, Right, Role};
+use crate::check::facts::{Facts, Right, ServerRole};
 use crate::check::findings::Finding;
-use crate::check::instance::{Look, Seen, ShardLook};
-use crate::check::verdict::{DbLook, Verdict};
+use crate::check::instance::{InstanceCheck, MasterCheck, ShardCheck};
+use crate::check::verdict::{DbBacklog, Verdict};
 use crate::settings::{ScanSettings, Settings};
 
 /// Everything that was seen, and what it means.
@@ -103,16 +103,16 @@ pub enum ShardSeen {
 
 impl Checked {
     /// Puts it together. `order`: the command that sweeps the instance.
-    pub fn new(look: &Look, settings: &Settings, order: &str) -> Self {
-        let of = |target: String, seen: &Seen| {
+    pub fn new(look: &InstanceCheck, settings: &Settings, order: &str) -> Self {
+        let of = |target: String, seen: &MasterCheck| {
             Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
         };
         let target = settings.target.to_string();
         let (looks, findings) = match look {
-            Look::One(seen) => return Self::One(of(target, seen)),
-            Look::Cluster { shards, findings } => (shards, findings),
+            InstanceCheck::One(seen) => return Self::One(of(target, seen)),
+            InstanceCheck::Cluster { shards, findings } => (shards, findings),
         };
-        let shards = looks.iter().map(|ShardLook { shard, seen }| {
+        let shards = looks.iter().map(|ShardCheck { shard, seen }| {
             let seen = match seen {
                 Ok(seen) => ShardSeen::Looked(of(seen.facts.addr.to_string(), seen)),
                 Err(failure) => ShardSeen::Failed { failure: failure.into() },
@@ -160,13 +160,13 @@ pub struct BacklogDto {
     pub expired_bytes: Option<u64>,
 }
 
-impl From<&DbLook> for BacklogDto {
-    fn from(look: &DbLook) -> Self {
+impl From<&DbBacklog> for BacklogDto {
+    fn from(look: &DbBacklog) -> Self {
         Self {
             keys: look.size.keys,
             expires: look.size.expires,
             expired: look.expired.map(|expired| expired.keys),
-            expired_is: look.expired.map(|expired| expired.known.as_str()),
+            expired_is: look.expired.map(|expired| expired.basis.as_str()),
             moved: look.expired.map_or(0, |expired| expired.moved),
             expired_bytes: look.bytes,
         }
@@ -267,10 +267,10 @@ impl CheckOutput {
     /// Puts it together; `sentence` is the verdict in words.
     pub fn new(target: String, facts: &Facts, verdict: &Verdict, settings: &ScanSettings, sentence: String) -> Self {
         let (role, master) = match &facts.role {
-            Role::Master => ("master", None),
-            Role::Replica { master } => ("replica", master.clone()),
-            Role::Sentinel => ("sentinel", None),
-            Role::Unknown => ("unknown", None),
+            ServerRole::Master => ("master", None),
+            ServerRole::Replica { master } => ("replica", master.clone()),
+            ServerRole::Sentinel => ("sentinel", None),
+            ServerRole::Unknown => ("unknown", None),
         };
         let memory = &facts.memory;
         Self {
@@ -287,7 +287,7 @@ impl CheckOutput {
                 active_expire_effort: facts.expiry.effort,
                 hz: facts.expiry.hz,
                 // INFO gives the per cent with two digits.
-                stale_share: facts.stale_share.map(|share| (share * 1e4).round() / 1e4),
+                stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
             },
             memory: MemoryDto {
                 used_memory: memory.used,

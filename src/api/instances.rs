@@ -272,7 +272,8 @@ pub async fn check_instance(
     let settings = &instance.settings;
     let (view, options) = crate::tasks::masters(settings).await.map_err(ApiError::of_instance)?;
     let order = format!("ttlsweep task create {id}");
-    let look = check::instance::look(&view, &options, &settings.scan, &order).await.map_err(ApiError::of_instance)?;
+    let look =
+        check::instance::inspect(&view, &options, &settings.scan, &order).await.map_err(ApiError::of_instance)?;
     Ok(Json(Checked::new(&look, settings, &order).with_report(look.text(&settings.scan, &order))))
 }
 

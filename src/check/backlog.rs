@@ -1,13 +1,12 @@
 //! The exact backlog of a master, counted on one of its replicas.
 //!
-//! A replica hides expired keys from SCAN and deletes none before its master tells it to, and DBSIZE still counts them.
-//! So DBSIZE less the keys that one whole SCAN returned is the backlog: that of the master too where the replica is in
-//! step with it. The master is not asked for anything. On a server that turned out to be no replica nothing is counted:
-//! there SCAN would free keys.
+//! A replica hides expired keys from SCAN and deletes none before its master tells it to, but DBSIZE still counts them. So DBSIZE
+//! less the keys that one whole SCAN returned is the backlog, and that of the master too if the replica is in step with it. The
+//! master is not asked for anything. Nothing is counted on a server that turns out to be no replica: there SCAN would free keys.
 
 use std::collections::BTreeMap;
 
-use crate::check::facts::{Facts, Role};
+use crate::check::facts::{Facts, ServerRole};
 use crate::model::shard::{DbIndex, NodeAddr, ScanPosition};
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions, Gauge, Request};
@@ -15,28 +14,28 @@ use crate::node::error::NodeError;
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
 
-/// What one DB of the replica holds.
+/// The count of one DB of the replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counted {
     /// DBSIZE after the count, expired keys included.
     pub keys: u64,
-    /// Expired keys among them.
+    /// Expired keys among `keys`.
     pub expired: u64,
-    /// By how much DBSIZE moved during the count: `expired` may be wrong by as much. 0: it is exact.
+    /// By how many keys DBSIZE changed during the count: `expired` may be wrong by as much. 0: it is exact.
     pub moved: u64,
 }
 
-/// What the replica told.
+/// A count of expired keys on a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backlog {
-    /// Where it was counted.
+pub struct ReplicaCount {
+    /// The replica.
     pub replica: NodeAddr,
-    /// Each DB that holds keys with a TTL.
+    /// The DBs that a sweep would walk.
     pub dbs: BTreeMap<DbIndex, Counted>,
 }
 
-impl Backlog {
-    /// All DBs together.
+impl ReplicaCount {
+    /// The sum of all DBs.
     pub fn total(&self) -> Counted {
         self.dbs.values().fold(Counted { keys: 0, expired: 0, moved: 0 }, |sum, db| Counted {
             keys: sum.keys + db.keys,
@@ -49,29 +48,29 @@ impl Backlog {
 /// Why nothing could be counted.
 #[derive(Debug, thiserror::Error)]
 pub enum NoCount {
-    /// The server that was looked at is no master itself.
+    /// The server that is checked is no master itself.
     #[error("{0} is no master, so it has no replica to count on")]
     NotAMaster(NodeAddr),
-    /// It is a master, or does not say what it is.
+    /// The server named as the replica is a master, or does not say what it is.
     #[error("{0} is no replica")]
     NotAReplica(NodeAddr),
-    /// It replicates something else.
+    /// It is a replica of another master.
     #[error("{addr} is a replica of another master: {master}")]
     OtherMaster {
         /// The replica.
         addr: NodeAddr,
-        /// Its master as it names it.
+        /// Its master, as INFO names it.
         master: String,
     },
-    /// Its link is down, or it still takes over the data.
+    /// Its link is down, or its first synchronisation is not complete.
     #[error("{addr} is not in step with its master: {why}")]
     OutOfStep {
         /// The replica.
         addr: NodeAddr,
-        /// In which way.
+        /// Which of the two.
         why: String,
     },
-    /// It was lost, or it does not allow the count.
+    /// The connection was lost, or the replica refuses a command of the count.
     #[error(transparent)]
     Node(#[from] NodeError),
 }
@@ -79,14 +78,14 @@ pub enum NoCount {
 /// Counts the expired keys of `master` on the replica at `addr`.
 ///
 /// # Errors
-/// [`NoCount`]. Nothing but INFO was sent to a server that is no replica in step with this master.
+/// [`NoCount`]. Only INFO is sent to a server that is not a replica in step with this master.
 pub async fn count(
     addr: &NodeAddr,
     options: &ConnOptions,
     master: &Facts,
     settings: &ScanSettings,
-) -> Result<Backlog, NoCount> {
-    if master.role != Role::Master {
+) -> Result<ReplicaCount, NoCount> {
+    if master.role != ServerRole::Master {
         return Err(NoCount::NotAMaster(master.addr.clone()));
     }
     let mut conn = Conn::open(addr, options).await?;
@@ -110,15 +109,15 @@ pub async fn count(
         let expired = after.saturating_sub(returned);
         dbs.insert(db, Counted { keys: after, expired, moved: before.abs_diff(after) });
     }
-    // It may have been promoted or cut off while we counted.
+    // The replica may have been promoted or cut off during the count.
     in_step(addr, &commands::info(&mut conn).await?, master.replication_id.as_deref())?;
-    Ok(Backlog { replica: addr.clone(), dbs })
+    Ok(ReplicaCount { replica: addr.clone(), dbs })
 }
 
-/// Whether a server, by its INFO, is a replica that holds what the master of this replication history holds.
+/// Checks that a server, by its INFO, is a replica that holds what the master of this replication history holds.
 ///
 /// # Errors
-/// Why not.
+/// Why it does not.
 pub fn in_step(addr: &NodeAddr, info: &Info, history: Option<&str>) -> Result<(), NoCount> {
     let addr = addr.clone();
     if info.is_master() != Some(false) {

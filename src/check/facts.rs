@@ -1,4 +1,4 @@
-//! What was seen of a server. `None`: a right or a version hides it.
+//! What was read of a server. `None`: a missing right or an old version hides the value.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use crate::node::commands::Access;
 use crate::node::info::{DbKeys, Info, ReplicaLine};
 use crate::settings::{ScanSettings, Touch};
 
-/// What a server is to a sweep.
+/// The role of a server, as far as a sweep depends on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Role {
-    /// Frees expired keys.
+pub enum ServerRole {
+    /// It frees expired keys.
     Master,
-    /// Hides them.
+    /// It hides expired keys and frees none by itself.
     Replica {
         /// Its master as `host:port`.
         master: Option<String>,
     },
-    /// Holds no keys.
+    /// It holds no keys.
     Sentinel,
     /// INFO does not say.
     Unknown,
@@ -32,9 +32,9 @@ pub enum Role {
 pub struct Expiry {
     /// `lazyfree-lazy-expire`: whether the value of an expired key is freed in the background.
     pub lazyfree: Option<bool>,
-    /// `active-expire-effort`, 1 to 10; `None` also before Redis 6.
+    /// `active-expire-effort`, 1 to 10; also `None` before Redis 6.
     pub effort: Option<u32>,
-    /// How many cycles a second.
+    /// `hz`: cycles of active expiry per second.
     pub hz: Option<u32>,
 }
 
@@ -43,22 +43,22 @@ pub struct Expiry {
 pub struct Memory {
     /// `used_memory` in bytes.
     pub used: Option<u64>,
-    /// `used_memory_dataset` in bytes: without what the server needs for itself.
+    /// `used_memory_dataset` in bytes: without the server's own overhead.
     pub dataset: Option<u64>,
-    /// `maxmemory` in bytes; 0: no limit.
+    /// `maxmemory` in bytes; 0 means no limit.
     pub max: Option<u64>,
     /// `maxmemory_policy`.
     pub policy: Option<String>,
-    /// Keys evicted since the start.
+    /// Keys evicted since the server was started.
     pub evicted: Option<u64>,
 }
 
-/// What the server is busy with that a sweep should know of.
+/// What the server is busy with, as far as a sweep should know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Busy {
-    /// A child writes an RDB file or a full synchronisation; `None`: INFO does not say.
+    /// A child process writes an RDB file or a full synchronisation.
     pub bgsave: Option<bool>,
-    /// A child rewrites the AOF.
+    /// A child process rewrites the AOF.
     pub aof_rewrite: Option<bool>,
     /// The data set is being loaded.
     pub loading: bool,
@@ -70,7 +70,7 @@ pub struct Busy {
 
 /// A command that a sweep sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs, reason = "each is the command of its name")]
+#[allow(missing_docs, reason = "each variant is the command of its name")]
 pub enum Right {
     Scan,
     Dbsize,
@@ -96,7 +96,7 @@ words!(
 );
 
 impl Right {
-    /// The command with arguments that it can have.
+    /// The command with valid arguments, for ACL DRYRUN.
     pub fn example(self) -> &'static [&'static str] {
         match self {
             Self::Scan => &["SCAN", "0"],
@@ -117,7 +117,7 @@ impl Right {
         if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 
-    /// Whether a sweep with these settings cannot do without.
+    /// Whether a sweep with these settings fails without this right.
     pub fn is_needed(self, settings: &ScanSettings) -> bool {
         match self {
             Self::Scan | Self::Dbsize | Self::Info | Self::Ping | Self::Select => true,
@@ -128,65 +128,65 @@ impl Right {
     }
 }
 
-/// What this user may run.
+/// The commands that this user may run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rights(pub BTreeMap<Right, Access>);
 
 impl Rights {
-    /// Whether it may be run.
+    /// Whether this command may be run.
     pub fn get(&self, right: Right) -> Access {
         self.0.get(&right).copied().unwrap_or_default()
     }
 
-    /// Writes down what was answered.
+    /// Sets what the server answered.
     pub fn set(&mut self, right: Right, access: Access) {
         self.0.insert(right, access);
     }
 }
 
-/// Everything that was seen of a server.
+/// Everything that was read of a server.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
-    /// Where it was reached.
+    /// Where the server was reached.
     pub addr: NodeAddr,
-    /// Product and version; `None` where INFO does not tell.
+    /// Product and version.
     pub server: Option<ServerFacts>,
-    /// The Redis version whose commands it has, as (major, minor).
+    /// The Redis version whose commands the server has, as (major, minor).
     pub redis_version: Option<(u32, u32)>,
-    /// What it is to a sweep.
-    pub role: Role,
-    /// It is one node of a cluster.
+    /// The server's role.
+    pub role: ServerRole,
+    /// Whether the server is a node of a cluster.
     pub cluster: bool,
-    /// How long the process runs.
+    /// How long the process has been running.
     pub uptime: Option<Duration>,
     /// DBs that hold keys.
     pub dbs: BTreeMap<DbIndex, DbKeys>,
-    /// Share of the keys with a TTL that have expired and are still in memory: see [`Info::stale_share`].
-    pub stale_share: Option<f64>,
-    /// Keys that expire each second, where that was watched.
+    /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::stale_share`].
+    pub expired_share: Option<f64>,
+    /// Keys that expire each second; `None` also if that was not watched.
     pub expire_per_sec: Option<f64>,
-    /// How it frees expired keys.
+    /// How the server frees expired keys by itself.
     pub expiry: Expiry,
     /// Memory and eviction.
     pub memory: Memory,
-    /// Its replicas.
+    /// The server's replicas.
     pub replicas: Vec<ReplicaLine>,
-    /// Its own replication offset in bytes.
+    /// The server's own replication offset in bytes.
     pub replication_offset: Option<u64>,
-    /// The replication history that its data belongs to.
+    /// The replication history that the data belongs to.
     pub replication_id: Option<String>,
-    /// What it is busy with.
+    /// What the server is busy with.
     pub busy: Busy,
-    /// The ACL user, where the server tells.
+    /// The ACL user of the connection.
     pub user: Option<String>,
-    /// What this user may run.
+    /// The commands that this user may run.
     pub rights: Rights,
     /// The smallest PING round trip.
     pub round_trip: Option<Duration>,
 }
 
 impl Facts {
-    /// Puts together what was read.
+    /// Facts from what was read.
     pub fn new(addr: &NodeAddr, info: Info, expiry: Expiry, rights: Rights, round_trip: Option<Duration>) -> Self {
         let progress::Memory { used, max, evicted, .. } = info.memory();
         Self {
@@ -194,15 +194,15 @@ impl Facts {
             server: info.server(addr),
             redis_version: info.redis_version(),
             role: match (info.mode(), info.is_master()) {
-                (Some("sentinel"), _) => Role::Sentinel,
-                (_, Some(true)) => Role::Master,
-                (_, Some(false)) => Role::Replica { master: info.master_addr() },
-                (_, None) => Role::Unknown,
+                (Some("sentinel"), _) => ServerRole::Sentinel,
+                (_, Some(true)) => ServerRole::Master,
+                (_, Some(false)) => ServerRole::Replica { master: info.master_addr() },
+                (_, None) => ServerRole::Unknown,
             },
             cluster: info.flag("cluster_enabled") == Some(true),
             uptime: info.parsed("uptime_in_seconds").map(Duration::from_secs),
             dbs: info.keyspace(),
-            stale_share: info.stale_share(),
+            expired_share: info.stale_share(),
             expire_per_sec: None,
             expiry,
             memory: Memory {
@@ -228,12 +228,12 @@ impl Facts {
         }
     }
 
-    /// Sizes of all DBs together.
+    /// The sizes of all DBs together.
     pub fn total(&self) -> DbKeys {
         sum(self.dbs.values())
     }
 
-    /// The DBs that a sweep with these settings walks: those that are named, else each that holds keys with a TTL.
+    /// The DBs that a sweep with these settings walks: those that are named, or else each that holds keys with a TTL.
     pub fn swept(&self, settings: &ScanSettings) -> BTreeMap<DbIndex, DbKeys> {
         if settings.dbs.is_empty() {
             self.dbs.iter().filter(|(_, keys)| keys.expires > 0).map(|(db, keys)| (*db, *keys)).collect()
@@ -246,23 +246,23 @@ impl Facts {
     pub fn has_to_know_the_flow(&self, settings: &ScanSettings) -> bool {
         let keys = self.longest_pass(settings);
         let starves = profile::slow_scan_starves_expiry(self.redis_version);
-        self.role == Role::Master && expiry_guard::has_to_know_the_flow(starves, keys, settings)
+        self.role == ServerRole::Master && expiry_guard::has_to_know_the_flow(starves, keys, settings)
     }
 
-    /// Keys of the largest DB that would be swept.
+    /// Keys in the largest DB that would be swept.
     pub fn longest_pass(&self, settings: &ScanSettings) -> u64 {
         self.swept(settings).values().map(|db| db.keys).max().unwrap_or(0)
     }
 
-    /// Expired keys among these, by the sample of active expiry. A replica has no such sample: it expires nothing.
-    pub fn stale_keys(&self, keys: DbKeys) -> Option<u64> {
-        if matches!(self.role, Role::Replica { .. }) {
+    /// Expired keys in a DB of this size, by the sample of active expiry. A replica has no such sample, since it expires nothing.
+    pub fn expired_keys(&self, keys: DbKeys) -> Option<u64> {
+        if matches!(self.role, ServerRole::Replica { .. }) {
             return None;
         }
-        self.stale_share.map(|share| (keys.expires as f64 * share).round() as u64)
+        self.expired_share.map(|share| (keys.expires as f64 * share).round() as u64)
     }
 
-    /// Bytes that so many keys hold if they are as large as the mean of all: the data set over the number of keys.
+    /// Bytes that this many keys hold if each has the mean size: the data set divided by the number of all keys.
     pub fn bytes_of(&self, keys: u64) -> Option<u64> {
         let all = self.total().keys;
         if all == 0 {
@@ -271,13 +271,13 @@ impl Facts {
         self.memory.dataset.map(|dataset| (dataset as f64 / all as f64 * keys as f64) as u64)
     }
 
-    /// How many bytes a replica is behind.
+    /// How many bytes the replica is behind.
     pub fn behind(&self, replica: &ReplicaLine) -> Option<u64> {
         self.replication_offset.map(|offset| offset.saturating_sub(replica.offset))
     }
 }
 
-/// Sizes of several DBs together.
+/// The sizes of these DBs together.
 pub fn sum<'a>(dbs: impl IntoIterator<Item = &'a DbKeys>) -> DbKeys {
     dbs.into_iter()
         .fold(DbKeys::default(), |sum, db| DbKeys { keys: sum.keys + db.keys, expires: sum.expires + db.expires })

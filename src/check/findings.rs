@@ -1,7 +1,7 @@
-//! Everything that a look can find, one variant for each thing worth saying. [`super::verdict`] decides which apply.
+//! Everything that a check can find, one variant each. [`super::verdict`] decides which apply.
 //!
-//! A finding says what was seen, why it matters and what to do. Its numbers are fields; its sentences are written here
-//! once, so that text and JSON say the same.
+//! A finding says what was seen, why it matters and what to do. Its numbers are fields. Its sentences are written only here, so that
+//! text and JSON say the same.
 
 use std::time::Duration;
 
@@ -21,90 +21,90 @@ use crate::settings::show_duration;
 pub enum Severity {
     /// A sweep cannot run here.
     Error,
-    /// A sweep can run; look at this first.
+    /// A sweep can run, but the operator should consider this first.
     Warning,
-    /// Good to know.
+    /// Nothing has to be done first.
     Note,
 }
 
 words!(Severity, "severity", Error = "error", Warning = "warning", Note = "note");
 
-/// One thing worth saying.
+/// One finding.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Finding {
-    /// It is a replica of this master.
+    /// The server is a replica of this master, if INFO names one.
     Replica(Option<String>),
-    /// It watches others and holds no keys.
+    /// The server is a sentinel and holds no keys.
     Sentinel,
     /// INFO was read and names no version.
     NoRedis,
-    /// Older than [`OLDEST`].
+    /// The version, as (major, minor), is older than [`OLDEST`].
     TooOld((u32, u32)),
-    /// Commands that a sweep needs and this user may not run.
+    /// The user may not run commands that a sweep needs.
     MissingRights {
         /// The commands.
         rights: Vec<Right>,
-        /// The user, where the server tells.
+        /// The user, if the server names it.
         user: Option<String>,
     },
-    /// Commands that a sweep needs and the server does not have by these names.
+    /// The server has no commands by these names, and a sweep needs them.
     MissingCommands(Vec<Right>),
-    /// Hash slots that no master of the cluster owns.
+    /// No master of the cluster owns these hash slots.
     UnownedSlots(SlotSet),
-    /// The replica could not be used for the count.
+    /// The backlog could not be counted on the replica, and why.
     NotCounted(String),
-    /// It loads its data.
+    /// The server is loading its data set.
     Loading,
     /// A coordinated failover is under way.
     Failover,
     /// CLIENT PAUSE keeps writes back.
     WritesPaused,
-    /// A child process shares memory with it.
+    /// A child process shares memory with the server.
     Fork {
-        /// It writes an RDB file; otherwise it rewrites the AOF.
+        /// Whether the child writes an RDB file; otherwise it rewrites the AOF.
         bgsave: bool,
     },
     /// Values of expired keys are freed in the main thread.
     FreesInTheForeground,
-    /// A replica that is behind, silent, or still taking over the data.
+    /// A replica is behind by this many bytes, silent, or still synchronising.
     ReplicaBehind(ReplicaLine, Option<u64>),
-    /// Live keys are evicted while dead ones hold memory.
+    /// Live keys are evicted while expired ones hold memory.
     Evicting {
-        /// Keys evicted since the start.
+        /// Keys evicted since the server was started.
         evicted: u64,
         /// `maxmemory_policy`.
         policy: Option<String>,
     },
     /// The sweep would be too slow for the rate at which keys expire.
     TooSlow {
-        /// What a sweep would say.
+        /// The failure that the sweep would report.
         harm: Failure,
-        /// It would not begin.
+        /// Whether the sweep would be refused; otherwise `allow-slow` lets it run.
         refused: bool,
     },
-    /// The sweep may not end in the time allowed.
+    /// The sweep may take longer than its timeout.
     LongerThanTimeout {
-        /// How long it may take at most.
+        /// The longest time that it may take.
         most: Duration,
-        /// The time allowed.
+        /// The timeout.
         timeout: Duration,
     },
-    /// DBs that were named and hold no key with a TTL.
+    /// The settings name DBs that hold no key with a TTL.
     NothingIn(Vec<DbIndex>),
-    /// `touch` is `auto` and EXISTS cannot be sent.
+    /// `touch` is `auto`, and EXISTS cannot be sent.
     NoAudit {
-        /// Because the server has no such command; otherwise it is not allowed to this user.
+        /// Whether the server has no such command; otherwise the user may not run it.
         no_such_command: bool,
-        /// The user, where the server tells.
+        /// The user, if the server names it.
         user: Option<String>,
     },
     /// The backlog is an estimate that may be far too low.
     EstimateMayBeLow,
-    /// Active expiry works at low effort.
+    /// Active expiry runs at less than the highest effort.
     LowEffort {
         /// `active-expire-effort`.
         effort: u32,
-        /// What the two cures cost, where the backlog is known and more than effort 10 leaves.
+        /// What the two cures cost; `None`: the backlog is unknown, or effort 10 would leave as much.
         cures: Option<Cures>,
     },
 }
@@ -119,14 +119,14 @@ pub struct Cures {
 }
 
 impl Cures {
-    /// Whether raising the effort costs less than half of a sweep: it leaves keys behind, and holds the server for longer at a
-    /// time.
+    /// Whether raising the effort costs less than half of a sweep. Half, since it leaves keys behind and holds the server for longer
+    /// at a time.
     pub fn effort_is_cheaper(&self) -> bool {
         self.effort * 2 < self.sweep
     }
 }
 
-/// To two digits or so: it is an estimate.
+/// Rounds an estimate up to about two digits.
 fn rounded(time: Duration) -> Duration {
     let us = time.as_micros() as u64;
     let unit = 10_u64.pow(us.checked_ilog10().unwrap_or(0).saturating_sub(1));
@@ -134,7 +134,7 @@ fn rounded(time: Duration) -> Duration {
 }
 
 impl Finding {
-    /// A stable word for programs.
+    /// A stable name for programs.
     pub fn code(&self) -> &'static str {
         match self {
             Self::Replica(_) => "replica",
@@ -161,7 +161,7 @@ impl Finding {
         }
     }
 
-    /// How bad it is.
+    /// How bad the finding is.
     pub fn severity(&self) -> Severity {
         match self {
             Self::Replica(_)
@@ -207,7 +207,7 @@ impl Finding {
                 format!("the server knows no {} by this name, which a sweep sends", list(rights.iter().map(|r| r.as_str())))
             }
             Self::UnownedSlots(slots) => {
-                format!("no master owns the slots {slots}: a sweep goes past them, and clients are refused their keys")
+                format!("no master owns the slots {slots}: a sweep skips them, and clients are refused their keys")
             }
             Self::NotCounted(why) => format!("the backlog was not counted: {why}"),
             Self::Loading => "the server is loading its data set; a sweep would hold until that is done".to_owned(),
@@ -280,20 +280,20 @@ impl Finding {
         }
     }
 
-    /// What to do about it.
+    /// What the operator can do.
     pub fn advice(&self) -> String {
         match self {
-            Self::Replica(Some(master)) => format!("look at its master: ttlsweep check redis://{master}"),
-            Self::Replica(None) => "look at its master".to_owned(),
+            Self::Replica(Some(master)) => format!("check its master: ttlsweep check redis://{master}"),
+            Self::Replica(None) => "check its master".to_owned(),
             Self::Sentinel => "give the URL of the master that it watches".to_owned(),
             Self::NoRedis => "check the port".to_owned(),
             Self::TooOld(_) => "upgrade the server".to_owned(),
             Self::MissingRights { rights, user } => format!("grant it: {}", grant(user.as_deref(), rights)),
             Self::MissingCommands(_) => NO_SUCH_COMMAND.to_owned(),
             Self::UnownedSlots(_) => "see `redis-cli --cluster check`; `--cluster fix` gives them to a master".to_owned(),
-            Self::NotCounted(_) => "give --replica the URL of a replica of this very master that is in step".to_owned(),
+            Self::NotCounted(_) => "give --replica the URL of a replica of this master that is in step".to_owned(),
             Self::Loading => "wait until it is done".to_owned(),
-            Self::Failover => "wait for its end, then look at the new master".to_owned(),
+            Self::Failover => "wait for its end, then check the new master".to_owned(),
             Self::WritesPaused => "wait for its end, or CLIENT UNPAUSE".to_owned(),
             Self::Fork { .. } => "wait until it has ended".to_owned(),
             Self::FreesInTheForeground => {
@@ -319,8 +319,8 @@ impl Finding {
                 "count exactly on a replica, at no cost to this server: ttlsweep check with --replica redis://HOST:PORT".to_owned()
             }
             Self::LowEffort { cures: Some(cures), .. } if cures.effort_is_cheaper() => {
-                "that is the cheaper cure here: ttlsweep scan --assist-expiry 1min --state FILE frees most of them so before it \
-                 sweeps (its cycles can hold the server for 43 % of 1/hz)"
+                "a higher effort is the cheaper cure here: ttlsweep scan --assist-expiry 1min --state FILE frees most of them that \
+                 way before it sweeps (its cycles can hold the server for 43 % of 1/hz)"
                     .to_owned()
             }
             Self::LowEffort { cures: Some(_), .. } => "a sweep is the better cure here, and leaves nothing".to_owned(),
@@ -333,7 +333,7 @@ impl Finding {
     }
 }
 
-/// The line that gives these rights to the user that we are, or makes a user of our own where the server does not tell.
+/// The ACL command that gives these rights to the connection's user, or creates a user for ttlsweep if the server names none.
 fn grant(user: Option<&str>, rights: &[Right]) -> String {
     let touches = rights.iter().any(|right| matches!(right, Right::Exists | Right::Ttl));
     match user {

@@ -1,4 +1,4 @@
-//! The look at an instance: at its one master, or at each master of a cluster, with one verdict for all.
+//! The check of an instance: of its one master, or of each master of a cluster, with one verdict for all.
 
 use std::fmt::Write as _;
 
@@ -15,95 +15,100 @@ use crate::node::conn::ConnOptions;
 use crate::node::topology::{Kind, Master, View};
 use crate::settings::ScanSettings;
 
-/// What was seen of one master.
+/// The check of one master.
 #[derive(Debug)]
-pub struct Seen {
-    /// The facts.
+pub struct MasterCheck {
+    /// What was read of the master.
     pub facts: Facts,
-    /// What they mean.
+    /// What the facts mean for a sweep.
     pub verdict: Verdict,
-    /// The same in words.
+    /// The verdict as a sentence.
     pub sentence: String,
 }
 
-/// One master of a cluster, or why it was not seen.
+/// The check of one shard of a cluster.
 #[derive(Debug)]
-pub struct ShardLook {
-    /// Its slots.
+pub struct ShardCheck {
+    /// The shard, by its slots.
     pub shard: String,
-    /// What was seen of it.
-    pub seen: Result<Seen, Failure>,
+    /// The check of its master, or why it could not be checked.
+    pub seen: Result<MasterCheck, Failure>,
 }
 
-/// What was seen of an instance.
+/// The check of an instance.
 #[derive(Debug)]
-pub enum Look {
-    /// The one master of a standalone server or behind sentinels.
-    One(Box<Seen>),
+pub enum InstanceCheck {
+    /// A standalone server, or the master that sentinels name.
+    One(Box<MasterCheck>),
     /// A cluster.
     Cluster {
-        /// Each master.
-        shards: Vec<ShardLook>,
-        /// What was seen of the cluster itself.
+        /// Each shard.
+        shards: Vec<ShardCheck>,
+        /// Findings about the cluster as a whole.
         findings: Vec<Finding>,
     },
 }
 
-/// Looks at every master. `order`: the command that sweeps the instance.
+/// Inspects every master. `command`: the command that sweeps the instance.
 ///
 /// # Errors
-/// Why the only one cannot be looked at; a cluster's are said beside those that can.
-pub async fn look(view: &View, options: &ConnOptions, scan: &ScanSettings, order: &str) -> Result<Look, Failure> {
-    let look = async |master: &Master| match check::look(&master.addr, options, Some(scan)).await {
+/// Why the only master cannot be checked. A failure of one master of a cluster is part of the result.
+pub async fn inspect(
+    view: &View,
+    options: &ConnOptions,
+    scan: &ScanSettings,
+    command: &str,
+) -> Result<InstanceCheck, Failure> {
+    let check = async |master: &Master| match check::inspect(&master.addr, options, Some(scan)).await {
         Ok(facts) => {
-            let verdict = verdict::judge(&facts, None, scan);
-            let sentence = sentence(&facts, &verdict, order);
-            Ok(Seen { facts, verdict, sentence })
+            let verdict = verdict::assess(&facts, None, scan);
+            let sentence = sentence(&facts, &verdict, command);
+            Ok(MasterCheck { facts, verdict, sentence })
         }
         Err(error) => Err(error.into_failure()),
     };
     match &view.masters[..] {
-        [master] if view.kind != Kind::Cluster => look(master).await.map(|seen| Look::One(Box::new(seen))),
+        [master] if view.kind != Kind::Cluster => check(master).await.map(|seen| InstanceCheck::One(Box::new(seen))),
         masters => {
-            let looks = masters.iter().map(async |master| {
+            let checks = masters.iter().map(async |master| {
                 let shard = format!("slots {}", master.slots.name());
-                ShardLook { shard, seen: look(master).await }
+                ShardCheck { shard, seen: check(master).await }
             });
             let unowned = Some(view.unowned()).filter(|slots| !slots.is_empty());
             let findings = unowned.map(Finding::UnownedSlots).into_iter().collect();
-            Ok(Look::Cluster { shards: join_all(looks).await, findings })
+            Ok(InstanceCheck::Cluster { shards: join_all(checks).await, findings })
         }
     }
 }
 
-impl Look {
-    /// Whether a sweep could run everywhere.
+impl InstanceCheck {
+    /// Whether a sweep could run on every master.
     pub fn can_sweep(&self) -> bool {
         match self {
             Self::One(seen) => seen.verdict.can_sweep(),
             Self::Cluster { shards, .. } => {
-                shards.iter().all(|look| look.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
+                shards.iter().all(|shard| shard.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
             }
         }
     }
 
-    /// The verdict on the whole instance.
-    pub fn verdict(&self, order: &str) -> String {
+    /// The verdict on the whole instance, as a sentence.
+    pub fn verdict(&self, command: &str) -> String {
         match self {
             Self::One(seen) => seen.sentence.clone(),
-            Self::Cluster { shards, .. } => overall(shards, order),
+            Self::Cluster { shards, .. } => overall(shards, command),
         }
     }
 
-    /// Everything, for people.
-    pub fn text(&self, scan: &ScanSettings, order: &str) -> String {
-        let of = |seen: &Seen| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
-        let (looks, findings) = match self {
+    /// The report for people.
+    pub fn text(&self, scan: &ScanSettings, command: &str) -> String {
+        let of = |seen: &MasterCheck| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
+        let (checks, findings) = match self {
             Self::One(seen) => return of(seen),
             Self::Cluster { shards, findings } => (shards, findings),
         };
         let mut whole = String::new();
-        for ShardLook { shard, seen } in looks {
+        for ShardCheck { shard, seen } in checks {
             let _ = writeln!(whole, "== {shard}");
             match seen {
                 Ok(seen) => whole.push_str(&of(seen)),
@@ -112,17 +117,17 @@ impl Look {
             whole.push('\n');
         }
         findings.iter().for_each(|finding| whole.push_str(&finding_text(finding)));
-        format!("{whole}cluster: {}\n", overall(looks, order))
+        format!("{whole}cluster: {}\n", overall(checks, command))
     }
 }
 
 /// The verdict on all masters together.
-fn overall(looks: &[ShardLook], order: &str) -> String {
-    let seen = looks.iter().filter_map(|look| look.seen.as_ref().ok());
+fn overall(checks: &[ShardCheck], command: &str) -> String {
+    let seen = checks.iter().filter_map(|shard| shard.seen.as_ref().ok());
     let good: Vec<&Verdict> = seen.map(|seen| &seen.verdict).filter(|verdict| verdict.can_sweep()).collect();
-    let bad = looks.len() - good.len();
+    let bad = checks.len() - good.len();
     let mut text = if bad > 0 {
-        format!("{bad} of {} cannot be swept; see the errors. ", counted(looks.len(), "master"))
+        format!("{bad} of {} cannot be swept; see the errors. ", counted(checks.len(), "master"))
     } else {
         String::new()
     };
@@ -133,12 +138,12 @@ fn overall(looks: &[ShardLook], order: &str) -> String {
         _ if with_ttl == 0 => write!(text, "no key has a TTL: there is nothing to sweep"),
         Some(0) => write!(
             text,
-            "the servers' own samples show no backlog on {}, and can be far too low; a sweep tells: {order}",
+            "the servers' own samples show no backlog on {}, and can be far too low; a sweep tells: {command}",
             counted(good.len(), "master")
         ),
         Some(expired) => write!(
             text,
-            "about {} of {} keys with a TTL have expired on {}; a sweep frees them: {order}",
+            "about {} of {} keys with a TTL have expired on {}; a sweep frees them: {command}",
             grouped(expired),
             grouped(with_ttl),
             counted(good.len(), "master"),

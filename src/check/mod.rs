@@ -1,13 +1,13 @@
-//! The look at a server that touches nothing.
+//! `ttlsweep check`: what a sweep would meet, found out without touching a key.
 //!
-//! [`look`] reads facts, [`verdict::judge`] says what they mean for a sweep, [`estimate`] how long one would take,
-//! and [`backlog::count`] counts exactly, on a replica. [`instance::look`] does it for all masters of an instance, and
-//! [`report`] is what people read. Called by `cli::check` and by the API.
+//! [`inspect`] reads facts, [`verdict::assess`] says what they mean for a sweep, [`estimate`] says how long one would take, and
+//! [`backlog::count`] counts the backlog exactly, on a replica. [`instance::inspect`] does this for all masters of an instance, and
+//! [`report`] is what people read. Called by `cli::check`, by the API and by `tasks`.
 //!
-//! Nothing here frees a key, changes when one was last used, or writes: the commands are INFO, PING, DBSIZE, SELECT,
-//! CONFIG GET, COMMAND INFO, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. Where the server cannot be asked about a right, SCAN is sent with
-//! a cursor that is no number, which is refused after the check of rights and before any key is looked at. What a right
-//! or a version hides is unknown, never an error.
+//! Nothing here frees a key, changes when a key was last used, or writes: the commands are INFO, PING, DBSIZE, SELECT, CONFIG GET,
+//! COMMAND INFO, ACL WHOAMI, ACL DRYRUN and ACL GETUSER. If the server cannot be asked about a right, SCAN is sent with a cursor that
+//! is no number: the server refuses it after its check of rights and before it visits a key. What a missing right or an old version
+//! hides is unknown, never an error.
 
 pub mod backlog;
 pub mod estimate;
@@ -29,15 +29,19 @@ use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
 
-/// How many PINGs find the smallest round trip.
+/// The smallest round trip is that of this many PINGs.
 const PINGS: u32 = 10;
 
-/// Looks at a server. With the settings of a sweep that would be slow it takes [`expiry_guard::WATCH_FOR`], in which it watches how
+/// Reads the facts of a server. If a sweep with these settings would be slow, this takes [`expiry_guard::WATCH_FOR`], to watch how
 /// many keys expire.
 ///
 /// # Errors
-/// [`NodeError`] where it is not reached, does not let us in, or does not speak RESP.
-pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&ScanSettings>) -> Result<Facts, NodeError> {
+/// [`NodeError`]: the server is unreachable, refuses the login, does not speak RESP, or has no DB that the settings name.
+pub async fn inspect(
+    addr: &NodeAddr,
+    options: &ConnOptions,
+    settings: Option<&ScanSettings>,
+) -> Result<Facts, NodeError> {
     let mut conn = Conn::open(addr, options).await?;
     let (info, may_info) = match commands::info(&mut conn).await {
         Ok(info) => (info, Access::Allowed),
@@ -47,7 +51,7 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
     for db in settings.map_or(&[][..], |settings| &settings.dbs) {
         match conn.select(*db).await {
             Err(error) if matches!(error.class(), Class::Fatal(FailureKind::NoSuchDb)) => return Err(error),
-            // Whether SELECT may be run at all is told by the rights.
+            // `rights` finds out whether SELECT may be run at all.
             Ok(()) | Err(NodeError::Server { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -74,8 +78,8 @@ pub async fn look(addr: &NodeAddr, options: &ConnOptions, settings: Option<&Scan
     Ok(facts)
 }
 
-/// What this connection's user may run: by DRYRUN (Redis 7.0), by the user's flags (Redis 6), else by running what is
-/// harmless. EXISTS and TTL are not: they free an expired key.
+/// What this connection's user may run: by ACL DRYRUN (Redis 7.0), by the user's flags (Redis 6), or else by running the commands
+/// that are harmless. EXISTS and TTL are not: they free an expired key.
 async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError> {
     let mut rights = Rights::default();
     if let Some(user) = user {
@@ -90,7 +94,7 @@ async fn rights(conn: &mut Conn, user: Option<&str>) -> Result<Rights, NodeError
         }
         if commands::may_do_everything(conn, user).await? == Some(true) {
             for &right in Right::ALL {
-                // To do everything is to do what is there.
+                // A user who may run everything still cannot run a command that is not there.
                 let there = commands::has_command(conn, right.example()[0]).await? != Some(false);
                 rights.set(right, if there { Access::Allowed } else { Access::NoSuchCommand });
             }

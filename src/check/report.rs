@@ -1,27 +1,27 @@
-//! What `ttlsweep check` prints, and what the daemon's check of an instance says to people. Pure: facts in, text out.
+//! The text that `ttlsweep check` prints, and the report in the API's check of an instance. Pure: facts in, text out.
 
 use std::fmt::Write as _;
 
-use crate::check::backlog::{Backlog, NoCount};
+use crate::check::backlog::{NoCount, ReplicaCount};
 use crate::check::estimate::{COST, Span};
-use crate::check::facts::{Facts, Right, Role};
+use crate::check::facts::{Facts, Right, ServerRole};
 use crate::check::findings::{Finding, Severity};
-use crate::check::verdict::{DbLook, Expired, Known, Verdict};
+use crate::check::verdict::{Basis, DbBacklog, Expired, Verdict};
 use crate::model::format::{bytes, grouped, span, table};
 use crate::node::commands::Access;
 use crate::settings::{ScanSettings, show_duration};
 
-/// Everything that was seen of one server, and what it means.
+/// The facts of one server and what they mean.
 pub fn text(
     facts: &Facts,
-    counted: Option<&Result<Backlog, NoCount>>,
+    counted: Option<&Result<ReplicaCount, NoCount>>,
     verdict: &Verdict,
     settings: &ScanSettings,
     sentence: &str,
 ) -> String {
     let mut text = heading(facts);
     text.push_str(&db_table(facts, verdict));
-    text.push_str(&ways_of_knowing(counted, verdict));
+    text.push_str(&sources(counted, verdict));
     text.push('\n');
     for (name, value) in lines(facts, verdict, settings) {
         let _ = writeln!(text, "{name:<9} {value}");
@@ -32,7 +32,7 @@ pub fn text(
     text
 }
 
-/// One finding with its advice.
+/// A finding with its advice.
 pub fn finding_text(finding: &Finding) -> String {
     format!("{}: {}\n  hint: {}\n", finding.severity(), finding.message(), finding.advice())
 }
@@ -41,11 +41,11 @@ fn heading(facts: &Facts) -> String {
     let server = facts.server.as_ref();
     let server = server.map_or_else(|| "server unknown".to_owned(), |s| format!("{} {}", s.product, s.version));
     let role = match &facts.role {
-        Role::Master => "master".to_owned(),
-        Role::Replica { master: Some(master) } => format!("replica of {master}"),
-        Role::Replica { master: None } => "replica".to_owned(),
-        Role::Sentinel => "sentinel".to_owned(),
-        Role::Unknown => "role unknown".to_owned(),
+        ServerRole::Master => "master".to_owned(),
+        ServerRole::Replica { master: Some(master) } => format!("replica of {master}"),
+        ServerRole::Replica { master: None } => "replica".to_owned(),
+        ServerRole::Sentinel => "sentinel".to_owned(),
+        ServerRole::Unknown => "role unknown".to_owned(),
     };
     let cluster = if facts.cluster { ", cluster node" } else { "" };
     let up = facts.uptime.map_or_else(String::new, |uptime| format!(", up {}", span(uptime)));
@@ -60,27 +60,27 @@ fn db_table(facts: &Facts, verdict: &Verdict) -> String {
         return "no keys\n".to_owned();
     }
     let mut rows = vec![["", "keys", "with TTL", "expired", "of them", "hold about"].map(str::to_owned).to_vec()];
-    rows.extend(verdict.dbs.iter().map(|(db, look)| row(db.to_string(), look)));
+    rows.extend(verdict.dbs.iter().map(|(db, backlog)| row(db.to_string(), backlog)));
     if verdict.dbs.len() > 1 {
         rows.push(row("to sweep".to_owned(), &verdict.swept));
     }
     table(&rows)
 }
 
-fn row(name: String, look: &DbLook) -> Vec<String> {
+fn row(name: String, backlog: &DbBacklog) -> Vec<String> {
     let unknown = || "unknown".to_owned();
-    let expired = |Expired { keys, known, moved }| match (known, moved) {
-        (Known::Estimated, _) => format!("~{}", grouped(keys)),
-        (Known::Counted, 0) => grouped(keys),
-        (Known::Counted, moved) => format!("{} +/-{}", grouped(keys), grouped(moved)),
+    let expired = |Expired { keys, basis, moved }| match (basis, moved) {
+        (Basis::Estimated, _) => format!("~{}", grouped(keys)),
+        (Basis::Counted, 0) => grouped(keys),
+        (Basis::Counted, moved) => format!("{} +/-{}", grouped(keys), grouped(moved)),
     };
     vec![
         name,
-        grouped(look.size.keys),
-        grouped(look.size.expires),
-        look.expired.map_or_else(unknown, expired),
-        look.expired.map_or_else(unknown, |expired| share(expired.keys, look.size.expires)),
-        look.bytes.map_or_else(unknown, bytes),
+        grouped(backlog.size.keys),
+        grouped(backlog.size.expires),
+        backlog.expired.map_or_else(unknown, expired),
+        backlog.expired.map_or_else(unknown, |expired| share(expired.keys, backlog.size.expires)),
+        backlog.bytes.map_or_else(unknown, bytes),
     ]
 }
 
@@ -89,16 +89,16 @@ fn share(part: u64, whole: u64) -> String {
 }
 
 /// Where the numbers of the table come from.
-fn ways_of_knowing(counted: Option<&Result<Backlog, NoCount>>, verdict: &Verdict) -> String {
+fn sources(counted: Option<&Result<ReplicaCount, NoCount>>, verdict: &Verdict) -> String {
     let mut text = String::new();
-    let estimated = |look: &DbLook| look.expired.is_some_and(|expired| expired.known == Known::Estimated);
+    let estimated = |backlog: &DbBacklog| backlog.expired.is_some_and(|expired| expired.basis == Basis::Estimated);
     if verdict.dbs.values().any(estimated) {
         text.push_str("~ estimated: keys with a TTL x expired_stale_perc, one figure for all DBs\n");
     }
-    if let Some(Ok(Backlog { replica, .. })) = counted {
+    if let Some(Ok(ReplicaCount { replica, .. })) = counted {
         let _ = writeln!(text, "expired keys counted on the replica {replica}");
     }
-    if verdict.dbs.values().any(|look| look.bytes.is_some_and(|bytes| bytes > 0)) {
+    if verdict.dbs.values().any(|backlog| backlog.bytes.is_some_and(|bytes| bytes > 0)) {
         text.push_str("bytes estimated: expired keys x mean size of a key (used_memory_dataset / keys)\n");
     }
     text
@@ -131,7 +131,7 @@ fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'st
         ),
     ];
     if facts.replicas.is_empty() {
-        let none = if facts.role == Role::Unknown { "unknown" } else { "none" };
+        let none = if facts.role == ServerRole::Unknown { "unknown" } else { "none" };
         lines.push(("replicas", none.to_owned()));
     }
     for replica in &facts.replicas {
@@ -154,7 +154,7 @@ fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'st
     let groups = [
         ("", rights(Access::Allowed)),
         ("; not allowed: ", rights(Access::Denied)),
-        ("; not there by this name: ", rights(Access::NoSuchCommand)),
+        ("; not known by this name: ", rights(Access::NoSuchCommand)),
         ("; unknown until tried: ", rights(Access::Unknown)),
     ];
     let groups = groups.iter().filter(|(_, names)| !names.is_empty());
@@ -191,8 +191,8 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
     )
 }
 
-/// The verdict in words. `order`: the command that sweeps this.
-pub fn sentence(facts: &Facts, verdict: &Verdict, order: &str) -> String {
+/// The verdict as a sentence. `command`: the command that sweeps this server.
+pub fn sentence(facts: &Facts, verdict: &Verdict, command: &str) -> String {
     if !verdict.can_sweep() {
         return "a sweep cannot run here; see the errors".to_owned();
     }
@@ -203,21 +203,21 @@ pub fn sentence(facts: &Facts, verdict: &Verdict, order: &str) -> String {
     if facts.total().expires == 0 {
         return "no key has a TTL: there is nothing to sweep".to_owned();
     }
-    if expired.keys == 0 && expired.known == Known::Counted {
+    if expired.keys == 0 && expired.basis == Basis::Counted {
         return "no expired key is in memory: a sweep would free nothing".to_owned();
     }
     if expired.keys == 0 {
         return format!(
             "the server's own sample shows no backlog, and can be far too low: count with ttlsweep check --replica URL, or \
-             sweep, which takes {}: {order}",
+             sweep, which takes {}: {command}",
             range(sweep)
         );
     }
-    let about = if expired.known == Known::Estimated || expired.moved > 0 { "about " } else { "" };
+    let about = if expired.basis == Basis::Estimated || expired.moved > 0 { "about " } else { "" };
     let hold = swept.bytes.map_or_else(String::new, |held| format!(" and hold about {}", bytes(held)));
     let first = if verdict.has(Severity::Warning) { "; see the warnings first" } else { "" };
     format!(
-        "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: {order}{first}",
+        "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: {command}{first}",
         grouped(expired.keys),
         grouped(swept.size.expires),
         range(sweep),

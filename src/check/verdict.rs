@@ -1,11 +1,11 @@
-//! What the facts mean for a sweep. Pure: facts in, findings and figures out.
+//! What the facts mean for a sweep. Pure: facts in, findings and numbers out.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::check::backlog::{Backlog, NoCount};
+use crate::check::backlog::{NoCount, ReplicaCount};
 use crate::check::estimate::{self, Span};
-use crate::check::facts::{Facts, Right, Role, sum};
+use crate::check::facts::{Facts, Right, ServerRole, sum};
 use crate::check::findings::{Finding, Severity};
 use crate::engine::policy::{expiry_guard, profile};
 use crate::model::shard::DbIndex;
@@ -14,56 +14,56 @@ use crate::node::commands::Access;
 use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};
 
-/// A replica that is further behind in bytes, or has been silent for more seconds, is worth a word.
+/// A replica that is more bytes behind, or has been silent for more seconds, is a finding.
 const BEHIND: (u64, u32) = (8 << 20, 10);
 
-/// What a look found.
+/// What a check of one server found.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
-    /// The worst first.
+    /// The findings, the worst first.
     pub findings: Vec<Finding>,
-    /// Each DB that holds keys, and those that were named.
-    pub dbs: BTreeMap<DbIndex, DbLook>,
+    /// Each DB that holds keys or that the settings name.
+    pub dbs: BTreeMap<DbIndex, DbBacklog>,
     /// The DBs that would be swept, together.
-    pub swept: DbLook,
-    /// How long a sweep would take; `None` where INFO does not tell the sizes.
+    pub swept: DbBacklog,
+    /// How long a sweep would take; `None`: INFO does not tell the sizes.
     pub sweep: Option<Span>,
-    /// The round trip that the time assumes.
+    /// The round trip that `sweep` assumes.
     pub round_trip: Duration,
 }
 
-/// What is known of one DB, or of several together.
+/// The backlog of one DB, or of several together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct DbLook {
-    /// Keys and keys with a TTL, as the server counts them.
+pub struct DbBacklog {
+    /// Keys, and keys with a TTL, as the server counts them.
     pub size: DbKeys,
     /// Expired keys that are still in memory.
     pub expired: Option<Expired>,
-    /// Bytes that they hold, always an estimate: [`Facts::bytes_of`].
+    /// Bytes that the expired keys hold, always an estimate: [`Facts::bytes_of`].
     pub bytes: Option<u64>,
 }
 
 /// A number of expired keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expired {
-    /// So many.
+    /// The number.
     pub keys: u64,
-    /// How that is known.
-    pub known: Known,
-    /// It may be wrong by as much, because the DB changed during the count; 0 for an estimate.
+    /// Where the number comes from.
+    pub basis: Basis,
+    /// By how much the number may be wrong, because the DB changed during the count; 0 for an estimate.
     pub moved: u64,
 }
 
-/// How well a number of keys is known.
+/// Where a number of expired keys comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Known {
-    /// By the sample of active expiry.
+pub enum Basis {
+    /// The server's own sample, taken by active expiry.
     Estimated,
-    /// Counted on a replica.
+    /// A count on a replica.
     Counted,
 }
 
-words!(Known, "way of knowing", Estimated = "estimated", Counted = "counted");
+words!(Basis, "way of knowing", Estimated = "estimated", Counted = "counted");
 
 impl Verdict {
     /// Whether a sweep could run at all.
@@ -77,18 +77,19 @@ impl Verdict {
     }
 }
 
-/// Judges the facts, with what a replica told where one was asked.
-pub fn judge(facts: &Facts, counted: Option<&Result<Backlog, NoCount>>, settings: &ScanSettings) -> Verdict {
+/// Assesses the facts. `counted`: the count on a replica, if one was asked for.
+pub fn assess(facts: &Facts, counted: Option<&Result<ReplicaCount, NoCount>>, settings: &ScanSettings) -> Verdict {
     let backlog = counted.and_then(|counted| counted.as_ref().ok());
     let chosen = facts.swept(settings);
     let sizes = facts.dbs.iter().chain(&chosen).map(|(db, size)| (*db, *size));
-    let dbs: BTreeMap<DbIndex, DbLook> = sizes.map(|(db, size)| (db, look_of(facts, backlog, db, size))).collect();
-    let swept = total(facts, dbs.iter().filter(|(db, _)| chosen.contains_key(db)).map(|(_, look)| look));
-    let stale = swept.expired.map_or(0, |expired| expired.keys.min(swept.size.keys));
+    let dbs: BTreeMap<DbIndex, DbBacklog> =
+        sizes.map(|(db, size)| (db, backlog_of(facts, backlog, db, size))).collect();
+    let swept = total(facts, dbs.iter().filter(|(db, _)| chosen.contains_key(db)).map(|(_, db)| db));
+    let expired = swept.expired.map_or(0, |expired| expired.keys.min(swept.size.keys));
     let round_trip = facts.round_trip.unwrap_or_default();
     // A server that does not tell its version has not answered INFO: its sizes are unknown, not zero.
     let sweep =
-        facts.server.is_some().then(|| estimate::sweep_time(swept.size.keys - stale, stale, settings, round_trip));
+        facts.server.is_some().then(|| estimate::sweep_time(swept.size.keys - expired, expired, settings, round_trip));
     let mut findings = Vec::new();
     blockers(facts, settings, &mut findings);
     if let Some(Err(error)) = counted {
@@ -106,45 +107,45 @@ pub fn judge(facts: &Facts, counted: Option<&Result<Backlog, NoCount>>, settings
     Verdict { findings, dbs, swept, sweep, round_trip }
 }
 
-fn look_of(facts: &Facts, backlog: Option<&Backlog>, db: DbIndex, size: DbKeys) -> DbLook {
-    let estimate = || facts.stale_keys(size).map(|keys| Expired { keys, known: Known::Estimated, moved: 0 });
+fn backlog_of(facts: &Facts, backlog: Option<&ReplicaCount>, db: DbIndex, size: DbKeys) -> DbBacklog {
+    let estimate = || facts.expired_keys(size).map(|keys| Expired { keys, basis: Basis::Estimated, moved: 0 });
     let expired = match backlog.and_then(|backlog| backlog.dbs.get(&db)) {
-        Some(counted) => Some(Expired { keys: counted.expired, known: Known::Counted, moved: counted.moved }),
-        None if size.expires == 0 => Some(Expired { keys: 0, known: Known::Counted, moved: 0 }),
+        Some(counted) => Some(Expired { keys: counted.expired, basis: Basis::Counted, moved: counted.moved }),
+        None if size.expires == 0 => Some(Expired { keys: 0, basis: Basis::Counted, moved: 0 }),
         None => estimate(),
     };
-    DbLook { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
+    DbBacklog { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
 }
 
-/// Several DBs together: one estimate among them makes the sum an estimate, and one unknown makes it unknown.
-fn total<'a>(facts: &Facts, looks: impl Iterator<Item = &'a DbLook>) -> DbLook {
-    let none = Expired { keys: 0, known: Known::Counted, moved: 0 };
-    let (size, expired) = looks.fold((DbKeys::default(), Some(none)), |(size, expired), look| {
-        let both = expired.zip(look.expired).map(|(one, other)| Expired {
+/// The sum of several DBs. One estimate makes the sum an estimate, and one unknown makes it unknown.
+fn total<'a>(facts: &Facts, dbs: impl Iterator<Item = &'a DbBacklog>) -> DbBacklog {
+    let none = Expired { keys: 0, basis: Basis::Counted, moved: 0 };
+    let (size, expired) = dbs.fold((DbKeys::default(), Some(none)), |(size, expired), db| {
+        let both = expired.zip(db.expired).map(|(one, other)| Expired {
             keys: one.keys + other.keys,
-            known: if one.known == Known::Counted { other.known } else { one.known },
+            basis: if one.basis == Basis::Counted { other.basis } else { one.basis },
             moved: one.moved + other.moved,
         });
-        (sum([&size, &look.size]), both)
+        (sum([&size, &db.size]), both)
     });
-    // Without INFO nothing is known, and nothing is not zero.
+    // Without INFO the backlog is unknown, not zero.
     let expired = expired.filter(|_| facts.server.is_some());
-    DbLook { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
+    DbBacklog { size, expired, bytes: expired.and_then(|expired| facts.bytes_of(expired.keys)) }
 }
 
 fn blockers(facts: &Facts, settings: &ScanSettings, findings: &mut Vec<Finding>) {
     match &facts.role {
-        Role::Replica { master } => findings.push(Finding::Replica(master.clone())),
-        Role::Sentinel => findings.push(Finding::Sentinel),
-        Role::Master | Role::Unknown => {}
+        ServerRole::Replica { master } => findings.push(Finding::Replica(master.clone())),
+        ServerRole::Sentinel => findings.push(Finding::Sentinel),
+        ServerRole::Master | ServerRole::Unknown => {}
     }
     match facts.redis_version {
         Some(version) if version < OLDEST => findings.push(Finding::TooOld(version)),
         None if facts.rights.get(Right::Info) == Access::Allowed => findings.push(Finding::NoRedis),
         _ => {}
     }
-    // A sentinel knows no keyspace command at all; that it is one says enough.
-    if facts.role == Role::Sentinel {
+    // A sentinel has no keyspace command at all: `Finding::Sentinel` says enough.
+    if facts.role == ServerRole::Sentinel {
         return;
     }
     let needed = |access| {
@@ -189,7 +190,7 @@ fn pace(facts: &Facts, settings: &ScanSettings, sweep: Span, findings: &mut Vec<
     }
 }
 
-fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut Vec<Finding>) {
+fn notes(facts: &Facts, settings: &ScanSettings, swept: DbBacklog, findings: &mut Vec<Finding>) {
     let empty: Vec<DbIndex> = facts.swept(settings).iter().filter(|(_, k)| k.expires == 0).map(|(db, _)| *db).collect();
     if !empty.is_empty() && facts.server.is_some() {
         findings.push(Finding::NothingIn(empty));
@@ -199,7 +200,7 @@ fn notes(facts: &Facts, settings: &ScanSettings, swept: DbLook, findings: &mut V
         let no_such_command = exists == Access::NoSuchCommand;
         findings.push(Finding::NoAudit { no_such_command, user: facts.user.clone() });
     }
-    if swept.expired.is_some_and(|expired| expired.known == Known::Estimated) && facts.role == Role::Master {
+    if swept.expired.is_some_and(|expired| expired.basis == Basis::Estimated) && facts.role == ServerRole::Master {
         findings.push(Finding::EstimateMayBeLow);
     }
     if let (Some(effort @ 1..10), Some(Expired { keys: 1.., .. })) = (facts.expiry.effort, swept.expired) {

@@ -66,7 +66,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         Err(error) => return failed(&error.into_failure(), &settings, args.json),
     };
     let Some((replica, replica_options)) = replica else {
-        let look = match instance::look(&view, &options, &settings.scan, &order).await {
+        let look = match instance::inspect(&view, &options, &settings.scan, &order).await {
             Ok(look) => look,
             Err(failure) => return failed(&failure, &settings, args.json),
         };
@@ -82,12 +82,12 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         let message = "--replica counts for one master, and this is a cluster".to_owned();
         return Ok(scan::usage(&[Problem { origin: None, message }]));
     }
-    let facts = match check::look(&view.masters[0].addr, &options, Some(&settings.scan)).await {
+    let facts = match check::inspect(&view.masters[0].addr, &options, Some(&settings.scan)).await {
         Ok(facts) => facts,
         Err(error) => return failed(&error.into_failure(), &settings, args.json),
     };
     let counted = backlog::count(&replica, &replica_options, &facts, &settings.scan).await;
-    let verdict = verdict::judge(&facts, Some(&counted), &settings.scan);
+    let verdict = verdict::assess(&facts, Some(&counted), &settings.scan);
     let sentence = sentence(&facts, &verdict, &order);
     output::print(&if args.json {
         let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);

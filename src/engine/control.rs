@@ -1,4 +1,4 @@
-//! What may be said to a running sweep: stop, pause, and other limits. One watch channel, read before each batch.
+//! How a running sweep is controlled: stop, hold, and other limits. One watch channel, read before each batch.
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -15,82 +15,82 @@ pub enum StopReason {
     TimedOut,
     /// A person ended the task.
     Cancelled,
-    /// The keep run has lasted long enough: that is its success.
+    /// The keep run has lasted as long as it was asked to: that is its success.
     Kept,
-    /// Another process has the task by now.
+    /// Another process owns the task now.
     Lost,
 }
 
-/// The orders in force.
+/// What the task wants of its sweep now. Written through [`Control`], read by the sweep of each shard.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Orders {
-    /// End after the batch under way.
+pub struct ControlState {
+    /// End after the batches under way.
     pub stop: Option<StopReason>,
-    /// Hold before the next batch, and why.
+    /// Hold before the next batch, for this reason.
     pub hold: Option<Reason>,
-    /// Send no batch from then on: another process may sweep then. `None`: there is no other.
+    /// When the lease of the task ends: no batch is sent after it, since another process may sweep then. `None`: there is no lease.
     pub until: Option<Instant>,
-    /// The limits.
+    /// The pace and the limits.
     pub tuning: Tuning,
 }
 
-impl Orders {
-    /// Why no batch may be sent now, if that is so.
+impl ControlState {
+    /// Why no batch may be sent now; `None`: one may.
     pub fn holds(&self) -> Option<Reason> {
         let over = self.until.is_some_and(|until| Instant::now() >= until);
         if over { Some(Reason::StoreUnreachable) } else { self.hold }
     }
 }
 
-/// The end that gives orders, held by the task.
+/// The sending end, held by the task.
 #[derive(Debug, Clone)]
-pub struct Control(watch::Sender<Orders>);
+pub struct Control(watch::Sender<ControlState>);
 
 impl Control {
     /// A control that lets the sweep run with the given settings.
     pub fn new(settings: &ScanSettings) -> Self {
-        Self(watch::Sender::new(Orders { stop: None, hold: None, until: None, tuning: settings.tuning }))
+        Self(watch::Sender::new(ControlState { stop: None, hold: None, until: None, tuning: settings.tuning }))
     }
 
-    /// The receiving end, for the engine.
-    pub fn orders(&self) -> watch::Receiver<Orders> {
+    /// A receiving end, for the engine.
+    pub fn watch(&self) -> watch::Receiver<ControlState> {
         self.0.subscribe()
     }
 
     /// Tells the sweep to stop. The first reason stays.
     pub fn stop(&self, reason: StopReason) {
-        self.0.send_if_modified(|orders| {
-            let first = orders.stop.is_none();
-            orders.stop = orders.stop.or(Some(reason));
+        self.0.send_if_modified(|state| {
+            let first = state.stop.is_none();
+            state.stop = state.stop.or(Some(reason));
             first
         });
     }
 
     /// Holds the sweep for a reason, or lets it go on.
     pub fn hold(&self, reason: Option<Reason>) {
-        self.0.send_if_modified(|orders| std::mem::replace(&mut orders.hold, reason) != reason);
+        self.0.send_if_modified(|state| std::mem::replace(&mut state.hold, reason) != reason);
     }
 
-    /// Lets the sweep send batches until then.
+    /// Lets the sweep send batches until the lease ends.
     pub fn lend(&self, until: Instant) {
-        self.0.send_modify(|orders| orders.until = Some(until));
+        self.0.send_modify(|state| state.until = Some(until));
     }
 
-    /// Changes the limits.
+    /// Changes the pace and the limits.
     pub fn tune(&self, tuning: Tuning) {
-        self.0.send_modify(|orders| orders.tuning = tuning);
+        self.0.send_modify(|state| state.tuning = tuning);
     }
 
-    /// Waits until a stop was ordered, and says why.
+    /// Waits until a stop is requested, and returns why.
     pub async fn stopped(&self) -> StopReason {
-        stop_ordered(&mut self.orders()).await
+        stop_requested(&mut self.watch()).await
     }
 }
 
-/// Waits until a stop is ordered. Never returns once every [`Control`] is gone without having ordered one.
-pub async fn stop_ordered(orders: &mut watch::Receiver<Orders>) -> StopReason {
-    let stop = match orders.wait_for(|o| o.stop.is_some()).await {
-        Ok(orders) => orders.stop,
+/// Waits until a stop is requested. Never returns once every [`Control`] is gone without having requested one.
+pub async fn stop_requested(control: &mut watch::Receiver<ControlState>) -> StopReason {
+    let stop = match control.wait_for(|state| state.stop.is_some()).await {
+        Ok(state) => state.stop,
         Err(_) => None,
     };
     match stop {

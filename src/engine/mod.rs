@@ -2,54 +2,56 @@
 //!
 //! # How a key is reclaimed
 //!
-//! Redis frees an expired key when somebody touches it or when its own cycle samples it. SCAN touches: for each key
-//! that it is about to return, the server checks the TTL and deletes what is over, before it replies. So a sweep is one
-//! SCAN walk over each DB, without MATCH and without TYPE (either makes some servers skip keys), and needs no
-//! right to read or write a key.
+//! Redis frees an expired key when a client touches it or when active expiry samples it. SCAN touches: the server checks the TTL of
+//! each key that it is about to return, and deletes the expired ones before it replies. So a sweep is one SCAN walk over each DB,
+//! without MATCH and without TYPE (either makes some servers skip keys), and needs no right to read or write a key.
 //!
 //! # How it is counted
 //!
-//! Each batch is `DBSIZE`, `SCAN cursor COUNT n`, `DBSIZE` in one write. The server runs the commands of one buffer back
-//! to back, so the difference is what this SCAN freed, whatever others do. Where the server evicts keys, `INFO stats` goes
-//! beside each `DBSIZE`: see [`crate::node::conn::Gauge`].
+//! Each batch is `DBSIZE`, `SCAN cursor COUNT n`, `DBSIZE` in one write. The server runs the commands of one buffer back to back, so
+//! the difference is what this SCAN reclaimed, whatever other clients do. On a server that may evict keys, `INFO stats` goes with each
+//! `DBSIZE`: see [`crate::node::conn::Gauge`].
 //!
 //! # How it is fast and gentle
 //!
-//! Fast by having as many batches under way as the round trip takes: a pass is cut into [`segments`](policy::segments), each
-//! walked over a connection of its own, and the [`depth`](policy::depth) follows the round trip. Gentle by keeping each batch
-//! short and spacing them: see [`pacer`](policy::pacer). [`throttle`](policy::throttle) decides by what the [`sampler`] saw whether the
-//! sweep may go on at all, and how much it may take. The [`expiry_guard`](policy::expiry_guard) sees to it that it is never worse than
+//! Fast: as many batches are under way as fit into a round trip. A pass is cut into [`segments`](policy::segments), each walked over a
+//! connection of its own, and the [`depth`](policy::depth) follows the round trip.
+//!
+//! Gentle: batches are short and spaced; see [`pacer`](policy::pacer). [`throttle`](policy::throttle) decides from what the
+//! [`sampler`] saw whether the sweep may go on, and how much of the master's time it may take. The
+//! [`expiry_guard`](policy::expiry_guard) refuses or ends a sweep that would leave more expired keys behind than
 //! no sweep.
 //!
 //! # How it stays truthful
 //!
-//! A server that may not delete just now (paused, failing over, a replica) hides expired keys instead, and a naive
-//! sweep would "succeed". [`hidden_keys`](policy::hidden_keys) proves them by arithmetic; the loop then goes back and stands still
-//! until deletions work again. After a lost connection it goes on from the lowest cursor if the process is the same
-//! (`run_id`), and begins the pass again if it is not, since a cursor means nothing to another process.
+//! A server that may not delete just now (paused, failing over, a replica) hides expired keys instead, and a naive sweep would
+//! "succeed". [`hidden_keys`](policy::hidden_keys) proves by arithmetic that keys were hidden; the loop then goes back and holds until
+//! deletions work again. After a lost connection the pass goes on from its lowest cursor if the server process is the same (`run_id`).
+//! Otherwise it begins again, since a cursor means nothing to another process.
 //!
 //! # One turn of the batch loop
 //!
-//! 1. Wait until nothing holds it. With no batch under way: orders, foreground, throttle, permit. Before each batch: rest, ceiling.
-//! 2. Send, for each worker that is free, the next batch of its segment, as many as the depth allows.
-//! 3. Receive the oldest reply. The same worker's next batch is sent as soon as the cursor has come.
-//! 4. Judge the reply: [`verdict`](policy::verdict) is pure, and its table of tests is the list of all rules.
-//! 5. Apply: advance the segment, ask for something more, go back, begin again, or end.
+//! 1. Wait until nothing holds the sweep. With no batch under way: control, foreground, throttle, permit. Before each batch: rest,
+//!    ceiling.
+//! 2. Send the next batch of each free worker's segment, up to the depth.
+//! 3. Receive the oldest reply. The worker's next batch is sent as soon as the cursor has arrived.
+//! 4. Judge the reply: [`verdict`](policy::verdict) is pure, and its table of tests lists all rules.
+//! 5. Apply the verdict: advance the segment, send a follow-up, go back, begin again, or end.
 //!
 //! # The map
 //!
-//! | room | what it is |
+//! | module | what it does |
 //! |---|---|
-//! | [`rounds`] | all shards of an instance, and again while masters move |
+//! | [`rounds`] | sweeps all shards of an instance, and again while masters move |
 //! | [`plan`] | what is to be swept and how, and how that ended |
-//! | [`control`] | what may be said to a running sweep |
-//! | [`sampler`] | looks at a master on its own connection |
+//! | [`control`] | stops, holds and tunes a running sweep |
+//! | [`sampler`] | observes a master on a connection of its own |
 //! | [`policy`] | the rules: pure, without any waiting |
 //! | `shards` | where each shard's master is, and which of them may be swept now |
-//! | `sweep` | one shard: the only state that lives across waits |
+//! | `sweep` | sweeps one shard: the only state that lives across waits |
 //!
-//! Called by `tasks`. The batch journal beside the state file is written from here, since a count has to be safe before the next batch
-//! is sent; records are not, and nothing is printed.
+//! Called by `tasks`. The engine writes the batch journal beside the state file, since a count has to be safe before the next batch is
+//! sent. It writes no records and prints nothing.
 
 pub mod control;
 pub mod plan;

@@ -19,27 +19,27 @@ use crate::store::journal::JournalDir;
 /// One shard to be swept, and what is known of it from a checkpoint or an earlier round.
 #[derive(Debug, Clone)]
 pub(super) struct ShardPlan {
-    /// Its name in events and records.
+    /// The shard's name in events and records.
     pub(super) id: ShardId,
     /// Where its master was when the topology was read.
     pub(super) master: Master,
-    /// When that was.
+    /// When the topology was read.
     pub(super) seen: Instant,
-    /// Figures of DBs that were begun earlier.
+    /// Figures of the DBs that were begun earlier.
     pub(super) passes: BTreeMap<DbIndex, PassFigures>,
-    /// DBs whose passes were cut off, and nothing tells what their last second freed.
+    /// DBs whose passes were cut off without a readable batch journal: what their last second reclaimed is not counted.
     pub(super) uncounted: Vec<DbIndex>,
-    /// How well its bounds were kept until then.
+    /// How well the bounds of a keep run were kept so far.
     pub(super) kept: KeepFigures,
-    /// Why it is swept again, where an earlier round has swept it.
-    pub(super) again: Option<String>,
+    /// Why the shard is swept again; `None` in the first round.
+    pub(super) restart_reason: Option<String>,
 }
 
-/// What is said of a pass of which something may be uncounted; with the bound that the server's own count gives, if it gives one.
+/// The warning about a pass that may have uncounted keys. `at_most`: the most that the server's own count allows.
 pub(super) fn uncounted(db: DbIndex, at_most: Option<u64>) -> String {
     let bound = at_most.map(|keys| format!(", and by the server's own count at most {keys} more")).unwrap_or_default();
     format!(
-        "{db}: its process was killed or lost, and the batch journal that it wrote is not here or damaged, so what was freed in its last \
+        "{db}: its process was killed or lost, and the batch journal that it wrote is missing or damaged, so what was freed in its last \
          second is not counted: the number of keys freed is at least the one shown{bound}"
     )
 }
@@ -47,17 +47,17 @@ pub(super) fn uncounted(db: DbIndex, at_most: Option<u64>) -> String {
 /// What to sweep and how.
 #[derive(Debug, Clone)]
 pub struct ScanPlan {
-    /// The task that it belongs to.
+    /// The task that the sweep belongs to.
     pub task: TaskId,
-    /// Where the counts of each batch are kept against a kill.
+    /// Where the batch journals are written; `None`: there is no state file.
     pub journals: Option<JournalDir>,
-    /// Where the masters are, and how to connect to them.
+    /// Finds the masters and connects to them.
     pub topology: Arc<Topology>,
-    /// What a checkpoint knows of shards.
+    /// The shards of the checkpoint.
     pub known: BTreeMap<ShardId, StoredShard>,
-    /// How to sweep each.
+    /// How to sweep each shard.
     pub settings: ScanSettings,
-    /// Whether an instance that is away at the start is waited for, for the time of a lost connection. Else that fails at once.
+    /// Whether to wait up to `retry-for` for an instance that is unreachable at the start; otherwise the sweep fails at once.
     pub patient: bool,
 }
 

@@ -1,7 +1,7 @@
-//! Samplers: they look at a master on their own connection and tick, and write down what they see. They decide nothing.
+//! The sampler observes one master over a connection of its own: a PING every 50 ms, INFO every [`INFO_EVERY`]. It decides nothing.
 //!
-//! One connection for each master: a PING every 50 ms, INFO every [`INFO_EVERY`]. How busy others keep the main thread
-//! cannot be seen from beside a sweep that keeps it busy itself: see [`super::policy::foreground`].
+//! It cannot observe how busy other clients keep the main thread, since the sweep keeps it busy too: see
+//! [`super::policy::foreground`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,23 +17,24 @@ use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
 
-/// tokio's timers fire up to this late on a machine with time to spare.
+/// Tokio's timers fire up to this late on an idle machine.
 const TIMER_TICK: Duration = Duration::from_millis(2);
 /// How often the latency is probed.
 const PING_EVERY: Duration = Duration::from_millis(50);
-/// How many PINGs go by between two INFOs. INFO costs a server some 100 microseconds: a twentieth of a per cent.
-const PINGS_BETWEEN_INFOS: u32 = 5;
-/// How many PINGs go by between two looks at a master that waits for its turn: a second of them.
-const PINGS_BETWEEN_LOOKS: u32 = 4 * PINGS_BETWEEN_INFOS;
+/// Each time after this many ticks INFO is read instead of a PING. INFO costs a server some 100 microseconds: a twentieth of a per
+/// cent.
+const TICKS_PER_INFO: u32 = 5;
+/// A master that waits for its turn is observed only after this many ticks: once a second.
+const TICKS_PER_SLOW_INFO: u32 = 4 * TICKS_PER_INFO;
 /// How often INFO is read.
-pub const INFO_EVERY: Duration = Duration::from_millis(50 * PINGS_BETWEEN_INFOS as u64);
-/// The latency is the mean of this many PINGs: 0.4 s. A mean, since one PING that waited for half a second says more than
-/// seven that did not.
+pub const INFO_EVERY: Duration = Duration::from_millis(50 * TICKS_PER_INFO as u64);
+/// The latency is the mean of this many PINGs: 0.4 s. The mean and not the median, since one PING that waited for half a second says
+/// more than seven that did not.
 const PINGS: usize = 8;
-/// After this long without an answer to INFO nothing is known any more.
+/// After this long without an answer to INFO the observation is marked as blind.
 const BLIND_AFTER: Duration = Duration::from_secs(3);
 
-/// A running sampler. It ends when this is dropped.
+/// A running sampler. It ends when this handle is dropped.
 #[derive(Debug)]
 pub struct Sampler {
     seen: watch::Receiver<Observation>,
@@ -42,9 +43,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Starts sampling. `first` is what was seen when the sweep connected, so that there is an observation from the
-    /// first batch on. A server that cannot be reached leaves the last observation in place, and says after a while that
-    /// it is old: the sweep's own connection meets the same trouble.
+    /// Starts sampling. `first`: what was observed when the sweep connected, so that there is an observation from the first batch on.
+    /// While the server is unreachable the last observation stays in place, and after `BLIND_AFTER` it is marked as blind.
     pub fn start(addr: NodeAddr, options: ConnOptions, first: Observation) -> Self {
         let (sender, seen) = watch::channel(first);
         let stop = CancellationToken::new();
@@ -59,18 +59,18 @@ impl Sampler {
         Self { seen, slow, _stop: stop.drop_guard() }
     }
 
-    /// The observation, if there is one that was not taken yet.
+    /// The newest observation, unless it was taken before.
     pub fn take_new(&mut self) -> Option<Observation> {
-        // An error means that the sampler has ended, which only happens with this observer.
+        // An error would mean that the sampler has ended, which happens only when this handle is dropped.
         self.seen.has_changed().unwrap_or(false).then(|| self.seen.borrow_and_update().clone())
     }
 
-    /// Looks once a second only, as long as the master waits for its turn, or at the full rate again.
+    /// Observes once a second only, while the master waits for its turn, or at the full rate again.
     pub fn slow_down(&self, slow: bool) {
         self.slow.store(slow, Ordering::Relaxed);
     }
 
-    /// The mean round trip of the last PINGs.
+    /// The mean round trip of the last `PINGS` PINGs.
     pub fn latency(&self) -> Option<Duration> {
         self.seen.borrow().latency
     }
@@ -93,7 +93,7 @@ struct Sampling {
 }
 
 impl Sampling {
-    /// Samples for ever, and connects again whenever that is needed.
+    /// Samples for ever, and reconnects as often as needed.
     async fn run(mut self) {
         let mut answered = Instant::now();
         loop {
@@ -114,12 +114,12 @@ impl Sampling {
         let mut tick = tokio::time::interval(PING_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for turn in 0_u32.. {
-            // A timer that fires late tells how long we wait for a processor ourselves: that is no latency of the server's.
+            // A timer that fires late shows how long this process waits for a processor: not part of the server's latency.
             let ours = tick.tick().await.elapsed().saturating_sub(TIMER_TICK);
-            if self.slow.load(Ordering::Relaxed) && !turn.is_multiple_of(PINGS_BETWEEN_LOOKS) {
+            if self.slow.load(Ordering::Relaxed) && !turn.is_multiple_of(TICKS_PER_SLOW_INFO) {
                 continue;
             }
-            if turn.is_multiple_of(PINGS_BETWEEN_INFOS) {
+            if turn.is_multiple_of(TICKS_PER_INFO) {
                 let info = commands::info(&mut conn).await?;
                 *answered = Instant::now();
                 let latency = self.latency(None);
@@ -131,7 +131,8 @@ impl Sampling {
         Ok(())
     }
 
-    /// One PING. As long as it is not answered its age counts, less what our own waiting for a processor takes.
+    /// Sends one PING. Until it is answered its age counts as a round trip. `ours`: this process's own wait for a processor, which is
+    /// subtracted.
     async fn probe(&mut self, conn: &mut Conn, ours: Duration) -> Result<(), NodeError> {
         let begun = Instant::now();
         let mut ping = std::pin::pin!(commands::ping(conn));
@@ -153,7 +154,7 @@ impl Sampling {
         }
         self.round_trips.push_back(begun.elapsed().saturating_sub(ours));
         let latency = self.latency(None);
-        // Not worth waking anybody for while it hardly moves.
+        // A small change does not wake the sweep.
         self.sender.send_if_modified(|seen| {
             let moved = moved(seen.latency, latency);
             if moved {
@@ -164,7 +165,8 @@ impl Sampling {
         Ok(())
     }
 
-    /// Over the last [`PINGS`], those that were not made yet counting nothing: what the first ones say is no mean.
+    /// The mean of the last `PINGS`; missing ones count as zero, since the first few are no mean. `under_way`: the age of a PING
+    /// without an answer.
     fn latency(&self, under_way: Option<Duration>) -> Option<Duration> {
         let known: Duration = self.round_trips.iter().chain(&under_way).sum();
         let any = !self.round_trips.is_empty() || under_way.is_some();
@@ -172,7 +174,7 @@ impl Sampling {
     }
 }
 
-/// Whether two latencies differ by a quarter and by what a limit could notice.
+/// Whether two latencies differ by more than a quarter and by more than a millisecond, which a limit could notice.
 fn moved(before: Option<Duration>, now: Option<Duration>) -> bool {
     match (before, now) {
         (Some(before), Some(now)) => {

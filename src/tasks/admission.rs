@@ -101,7 +101,7 @@ mod tests {
     }
 
     async fn until_hold(control: &Control, hold: Option<Reason>) {
-        let mut orders = control.orders();
+        let mut orders = control.watch();
         let met = orders.wait_for(|orders| orders.hold == hold);
         tokio::time::timeout(Duration::from_secs(10), met).await.expect("the hold that was awaited").unwrap();
     }
@@ -146,7 +146,7 @@ mod tests {
         tokio::time::sleep(RECHECK_EVERY * 3 / 4).await;
         drop(taken);
         until_hold(&first, None).await;
-        assert_eq!(second.orders().borrow().hold, Some(Reason::Queued));
+        assert_eq!(second.watch().borrow().hold, Some(Reason::Queued));
         one.abort();
         until_hold(&second, None).await;
         two.abort();

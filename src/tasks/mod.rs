@@ -435,7 +435,7 @@ impl TaskRun {
         let is_hourly = self.recorder.task.cause == Cause::Keep;
         let (clock, view) = (self.recorder.store.clock(), self.recorder.view.subscribe());
         let engine = tokio::spawn(async move {
-            let run = engine::run(plan, control.orders(), sender);
+            let run = engine::run(plan, control.watch(), sender);
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
@@ -443,7 +443,7 @@ impl TaskRun {
                     control.stop(StopReason::Kept);
                     run.await
                 }
-                () = budget.used_up(control.orders()) => {
+                () = budget.used_up(control.watch()) => {
                     control.stop(StopReason::TimedOut);
                     run.await
                 }

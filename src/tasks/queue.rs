@@ -472,7 +472,7 @@ impl TaskService {
     pub(super) fn free_slots(&self) -> usize {
         let active = self.queue.active();
         let held = |task: &&ActiveTask| {
-            let hold = task.control.orders().borrow().hold;
+            let hold = task.control.watch().borrow().hold;
             task.keeps || matches!(hold, Some(Reason::Paused | Reason::OutsideWindow))
         };
         let busy = active.len() - active.values().filter(held).count();

@@ -161,7 +161,7 @@ impl Recorder {
 
     /// Waits until the task may begin, and carries out orders meanwhile. An error is the reason to stop.
     pub(super) async fn wait_for_turn(&mut self) -> Result<(), StopReason> {
-        let mut orders = self.control.orders();
+        let mut orders = self.control.watch();
         loop {
             let now = *orders.borrow_and_update();
             if let Some(reason) = now.stop {
@@ -189,7 +189,7 @@ impl Recorder {
 
     /// Runs `work` and carries out orders meanwhile. Ends early, with the reason, where the task is told to stop.
     pub(super) async fn with_orders<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
-        let mut orders = self.control.orders();
+        let mut orders = self.control.watch();
         let mut work = std::pin::pin!(work);
         loop {
             if let Some(reason) = orders.borrow_and_update().stop {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::engine::control::Orders;
+use crate::engine::control::ControlState;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{PassCounters, Snapshot, held_by_reason};
 use crate::settings::show_duration;
@@ -38,7 +38,7 @@ impl TimeBudget {
     }
 
     /// Counts the time spent, and completes once it is all that is allowed.
-    pub(super) async fn used_up(&self, mut orders: watch::Receiver<Orders>) {
+    pub(super) async fn used_up(&self, mut orders: watch::Receiver<ControlState>) {
         loop {
             if orders.borrow_and_update().holds().is_some() {
                 if orders.changed().await.is_err() {
@@ -111,7 +111,7 @@ mod tests {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            () = budget.used_up(control.orders()) => {}
+            () = budget.used_up(control.watch()) => {}
             () = hold => {}
         }
         assert_eq!(begun.elapsed().as_secs(), 3600 + 8, "two of ten seconds were spent before");

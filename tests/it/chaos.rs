@@ -1,6 +1,6 @@
 //! Three daemons while everything around them breaks at random: kills, stops for longer than a lease, a network to the database that
 //! stalls and is cut, restarts of the database, one daemon whose clock is minutes off. In the end every task is there once with one end,
-//! each due time was run once or skipped with a reason, no two daemons swept one instance at once, and the counts are right or marked.
+//! each due time was run once or skipped with a reason, no two daemons swept one instance at once, and each count is right or marked.
 //!
 //! `TTLSWEEP_CHAOS_SECONDS` and `TTLSWEEP_CHAOS_INSTANCES` make it longer and larger: 600 and 60 are what it was made for.
 
@@ -24,16 +24,16 @@ use crate::support::server::Server;
 const DAEMONS: usize = 3;
 /// The lease of the settings below.
 const LEASE: Duration = Duration::from_secs(3);
-/// Keys of one batch: what a batch that was under way at a kill may leave uncounted.
+/// Keys of one batch. A batch that was under way at a kill may be uncounted.
 const COUNT: u64 = 20;
-/// Dead keys that each instance is given each second.
+/// Expired keys that are written to each instance each second.
 const PER_SECOND: u64 = 150;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// SCANs that came by one connection without a pause: who sent them, and when the first and the last one came, in seconds.
+/// SCANs of one connection without a pause: the sender, and the times of the first and the last one, in seconds.
 #[derive(Debug, Clone)]
 struct Span {
     name: String,
@@ -41,13 +41,13 @@ struct Span {
     last: f64,
 }
 
-/// What a server saw, by the address of the connection. Addresses come again.
+/// The spans that a server saw, by the address of the connection. Addresses are reused.
 type Seen = Arc<Mutex<BTreeMap<String, Vec<Span>>>>;
 
-/// After this many seconds without a SCAN a span is over.
+/// A span ends after this many seconds without a SCAN.
 const PAUSE: f64 = 1.0;
 
-/// Watches a server until it is aborted. The stream begins before anything is swept.
+/// Watches a server with MONITOR until this task is aborted. The stream begins before the first sweep.
 async fn watch(server: &Server) -> (Seen, Vec<tokio::task::JoinHandle<()>>) {
     let seen = Seen::default();
     let mut stream = TcpStream::connect(server.addr()).await.expect("it listens");
@@ -99,7 +99,7 @@ struct Fleet {
 }
 
 impl Fleet {
-    /// A daemon by its place, as it is started each time.
+    /// The command that starts the daemon at this place.
     fn starter(place: usize) -> impl FnOnce(std::process::Command) -> std::process::Command {
         move |mut command| {
             command.env("TTLSWEEP_DAEMON_NAME", format!("d{place}"));
@@ -110,7 +110,7 @@ impl Fleet {
         }
     }
 
-    /// One thing that goes wrong, and is mended.
+    /// Breaks one thing at random, and repairs it.
     async fn break_something(&mut self, random: &mut Random) -> &'static str {
         let place = random.below(DAEMONS as u64) as usize;
         match random.below(10) {
@@ -155,7 +155,7 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
     let mut servers = Vec::new();
     for _ in 0..count {
         let server = Server::start().await;
-        server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+        server.stop_active_expiry().await;
         servers.push(server);
     }
     let journal = tempfile::tempdir().expect("a temporary folder");
@@ -201,7 +201,7 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
             pipe.query_async::<()>(&mut server.conn().await).await.expect("it writes");
             written[place] += due;
         }
-        // A person asks some daemon for a scan; it may be away.
+        // A client asks one of the daemons for a scan; that daemon may be down.
         let asked = &fleet.daemons[random.below(DAEMONS as u64) as usize];
         let path = Daemon::path(&format!("i{}", random.below(count as u64)), "scan-expire-keys-task");
         let request = asked.request(Method::POST, &path).timeout(Duration::from_secs(5)).send().await;
@@ -215,7 +215,7 @@ async fn whatever_breaks_each_task_ends_once_and_no_instance_is_swept_by_two_dae
     }
     println!("seed {seed}: {events:?}");
 
-    // Nothing is due any more, and what is under way comes to its end.
+    // No scan is due any more, and the tasks under way end.
     for daemon in &fleet.daemons {
         let text = std::fs::read_to_string(daemon.settings_path()).expect("its settings");
         std::fs::write(daemon.settings_path(), text.replace("enabled = true", "enabled = false")).expect("a file");
@@ -265,7 +265,7 @@ async fn unfinished(conn: &mut PgConnection) -> i64 {
     sqlx::query(sql).fetch_one(conn).await.map_or(-1, |row| row.get("tasks"))
 }
 
-/// What there was, for whoever reads the output.
+/// A summary for the test's output.
 async fn summary(conn: &mut PgConnection, accepted: &BTreeSet<String>) {
     for sql in [
         "SELECT outcome AS what, COUNT(*) AS number FROM due_times GROUP BY outcome",
@@ -291,7 +291,7 @@ async fn tasks_ended_once(conn: &mut PgConnection, accepted: &BTreeSet<String>, 
     }
 }
 
-/// From its first due time to its last each instance has a row for each.
+/// Each instance has a row for each due time from its first to its last.
 async fn dues_were_dealt_with(conn: &mut PgConnection, seed: u64) {
     let rows = sqlx::query("SELECT instance_id, due, outcome, task_id FROM due_times ORDER BY instance_id, due");
     let rows = rows.fetch_all(&mut *conn).await.unwrap();
@@ -308,7 +308,7 @@ async fn dues_were_dealt_with(conn: &mut PgConnection, seed: u64) {
     for (instance, dues) in dues {
         let number: i64 = instance.trim_start_matches('i').parse().unwrap();
         let every = (2 + number % 3) * 1_000;
-        // A minute is whole turns of 2, 3 and 4 seconds.
+        // A minute is a multiple of 2, 3 and 4 seconds.
         assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == every), "seed {seed}: {instance}: {dues:?}");
     }
     let rows = sqlx::query("SELECT id FROM tasks WHERE cause = 'schedule'").fetch_all(conn).await.unwrap();

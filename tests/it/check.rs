@@ -1,4 +1,4 @@
-//! `ttlsweep check`: it sees what is there and touches nothing.
+//! `ttlsweep check` reports what is there and touches no key.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -44,12 +44,12 @@ async fn calls(server: &Server) -> BTreeMap<String, u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_frees_nothing_and_looks_at_no_key() {
+async fn check_frees_nothing_and_visits_no_key() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(300, "live:").await;
     keys.live_ttl(300, "ttl:").await;
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     let (expired, before) = (server.expired_keys().await, calls(&server).await);
 
     let (object, code) = check_json(&[&server.url()]);
@@ -60,7 +60,7 @@ async fn check_frees_nothing_and_looks_at_no_key() {
     let after = calls(&server).await;
     let changed = after.iter().filter(|(name, calls)| before.get(*name) != Some(calls));
     let changed: BTreeSet<&str> = changed.map(|(name, _)| name.as_str()).collect();
-    // What check may send, and what this test itself sent.
+    // The commands that check may send, and those of this test.
     let harmless = BTreeSet::from(["acl", "client", "command", "config", "dbsize", "hello", "info", "ping", "select"]);
     assert!(changed.is_subset(&harmless), "{changed:?}");
     assert_eq!(object["role"], "master");
@@ -72,11 +72,11 @@ async fn check_frees_nothing_and_looks_at_no_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_estimate_is_near_the_dead_keys_that_active_expiry_leaves() {
+async fn the_estimate_is_near_the_expired_keys_that_active_expiry_leaves() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live_ttl(18_400, "ttl:").await;
-    keys.dead(1_600, "dead:").await;
+    keys.expired(1_600, "expired:").await;
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     probe("the server's sample has followed", PATIENCE, async || {
         let stats = server.info("stats").await;
@@ -98,9 +98,9 @@ async fn the_estimate_is_near_the_dead_keys_that_active_expiry_leaves() {
 async fn a_replica_tells_the_exact_backlog_and_the_master_is_left_alone() {
     let master = Server::start().await;
     Keyspace::of(&master, 0).live(2000, "live:").await;
-    Keyspace::of(&master, 0).dead(3000, "dead:").await;
+    Keyspace::of(&master, 0).expired(3000, "expired:").await;
     Keyspace::of(&master, 3).live_ttl(100, "ttl:").await;
-    Keyspace::of(&master, 3).dead(50, "dead:").await;
+    Keyspace::of(&master, 3).expired(50, "expired:").await;
     Keyspace::of(&master, 5).live(10, "live:").await;
     let replica = Server::start().await;
     replica.replica_of(&master).await;
@@ -123,9 +123,9 @@ async fn a_replica_tells_the_exact_backlog_and_the_master_is_left_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_replica_of_this_master_is_counted_on() {
     let master = Server::start().await;
-    Keyspace::of(&master, 0).dead(10, "dead:").await;
+    Keyspace::of(&master, 0).expired(10, "expired:").await;
     let other = Server::start().await;
-    Keyspace::of(&other, 0).dead(10, "dead:").await;
+    Keyspace::of(&other, 0).expired(10, "expired:").await;
     let others_replica = Server::start().await;
     others_replica.replica_of(&other).await;
     let nobody = format!("redis://127.0.0.1:{}", free_port());
@@ -141,7 +141,7 @@ async fn only_a_replica_of_this_master_is_counted_on() {
         assert!(finding["message"].as_str().unwrap().contains(why), "{finding}");
         assert_eq!(object["backlog"]["expired_is"], "estimated");
     }
-    // A count on a master would have freed them.
+    // A count on a master would have freed the keys.
     assert_eq!((other.dbsize(0).await, other.expired_keys().await), (10, 0));
 
     let (object, code) = check_json(&[&others_replica.url()]);
@@ -154,7 +154,7 @@ async fn only_a_replica_of_this_master_is_counted_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_user_with_the_least_rights_learns_that_they_suffice() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     let words = shell_words(&ACL_LINE.replace("PASSWORD", "secret"));
     server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
 
@@ -172,7 +172,7 @@ async fn the_user_with_the_least_rights_learns_that_they_suffice() {
     assert_eq!(object["rights"]["EXISTS"], "unknown");
     assert_eq!(object["expiry"]["lazyfree_lazy_expire"], Value::Null);
     assert_eq!(object["sweep"]["can_run"], true);
-    // Even the way in which the right to SCAN was found out has looked at no key.
+    // Even the test of the right to SCAN has visited no key.
     assert_eq!((server.dbsize(0).await, server.expired_keys().await), (500, 0));
 }
 
@@ -193,7 +193,7 @@ async fn a_missing_right_is_found_with_and_without_dry_run() {
         assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains("error: this user may not run SCAN, which a sweep sends"), "{text}");
         let grant = if *user == "asks" { "grant it: ACL SETUSER asks +scan\n" } else { ACL_LINE };
-        assert!(text.contains(grant), "to whom it is where the server tells: {text}");
+        assert!(text.contains(grant), "for this user, if the server names it: {text}");
     }
     let (object, code) = check_json(&[&server.url_as("nothing", "pw")]);
     assert_eq!((code, &object["server"], &object["role"]), (1, &Value::Null, &"unknown".into()));
@@ -225,7 +225,7 @@ async fn no_connection_and_no_password_are_exit_3_and_bad_usage_is_2() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_replicas_password_is_not_in_the_process_list() {
-    // Accepts and never answers, so that the program stays where it can be looked at.
+    // Accepts and never answers, so that the program stays alive to be inspected.
     let silent = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
     let url = format!("redis://{}", silent.local_addr().expect("an address"));
     let mut program = ttlsweep();

@@ -15,7 +15,7 @@ use crate::support::{
 };
 
 #[tokio::test]
-async fn help_is_as_it_was_read() {
+async fn help_texts_match_their_snapshots() {
     for (name, args) in [
         ("help", &["--help"][..]),
         ("help_scan", &["scan", "--help"]),
@@ -82,7 +82,7 @@ async fn usage_errors_exit_with_2_and_say_what_would_be_right() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
+async fn a_misspelt_variable_is_an_error_and_one_of_another_program_is_not() {
     let server = Server::start().await;
     let scan = |name: &str| ttlsweep().args(["scan", &server.url()]).env(name, "0.1").output().unwrap();
     for (typed, meant) in [
@@ -102,7 +102,7 @@ async fn a_misspelt_variable_is_an_error_and_one_of_somebody_else_is_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
+async fn empty_variables_and_those_of_the_client_are_ignored() {
     let server = Server::start().await;
     let mut scan = ttlsweep();
     scan.args(["scan", &server.url(), "--quiet"]).env("TTLSWEEP_TOKEN", "try-me");
@@ -113,11 +113,11 @@ async fn empty_variables_are_none_and_those_of_the_client_are_no_settings() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The password in the URL has the program start itself again, and what was typed is still that.
+/// A password in the URL makes the program start itself again, with the same arguments.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() {
     let server = Server::options().with_password("right").start().await;
-    Keyspace::of(&server, 3).dead(10, "d").await;
+    Keyspace::of(&server, 3).expired(10, "d").await;
     let mut scan = ttlsweep();
     scan.args(["scan", &format!("{}/3", server.url()), "--quiet"]);
     let output = scan.env("TTLSWEEP_DB", "0").env("REDISCLI_AUTH", "wrong").output().unwrap();
@@ -127,10 +127,10 @@ async fn a_url_that_is_typed_wins_over_the_environment_with_all_that_it_holds() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_that_goes_away_ends_a_sweep_in_order_unless_it_was_told_to_outlive_it() {
-    // Whoever runs the tests may ignore the signal, and so would the sweep.
+    // If the test runner ignores the signal, the sweep inherits that.
     for (starters, code) in [(&["env", "--default-signal=HUP"][..], 130), (&["nohup"], 0)] {
         let server = Server::start().await;
-        Keyspace::of(&server, 0).dead(2_000, "d").await;
+        Keyspace::of(&server, 0).expired(2_000, "d").await;
         let mut command = tokio::process::Command::from(by(starters));
         command.args(["scan", &server.url(), "--json", "--max-keys-per-sec", "1000"]);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
@@ -151,7 +151,7 @@ async fn what_is_typed_wins_over_the_environment_also_where_it_is_its_contrary()
     assert!(text.contains("--no-throttle"), "{text}");
 }
 
-/// What a server says that cannot be swept, and the advice that fits it. Nothing was swept, so each ends with 3.
+/// Errors of servers that cannot be swept, each with the advice for it. Nothing is swept, so the exit code is 3.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_refusal_has_advice_that_fits() {
     let (one, other) = (Server::start().await, Server::start().await);
@@ -204,7 +204,7 @@ async fn no_server_there_is_said_with_the_next_step() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unix_socket_works_and_a_missing_one_is_explained() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(10, "d").await;
+    Keyspace::of(&server, 0).expired(10, "d").await;
     assert_eq!(scan(&format!("unix://{}", server.socket().display()), &[]).await.expect(0).num(), 10);
     let run = scan("unix:///nonexistent/redis.sock", &[]).await.expect(3);
     assert!(run.stderr.contains("no socket is at this path"), "{}", run.stderr);
@@ -240,7 +240,7 @@ async fn passwords_come_from_the_environment_or_a_file_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_process_list_does_not_show_the_password_of_the_url() {
     let server = Server::options().with_password("hunter2").start().await;
-    Keyspace::of(&server, 0).dead(3_000, "d").await;
+    Keyspace::of(&server, 0).expired(3_000, "d").await;
     let running = Running::scan(&server.url(), &["--max-keys-per-sec", "2000"]);
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 100).await;
     let arguments = std::fs::read(format!("/proc/{}/cmdline", running.pid())).unwrap();
@@ -253,7 +253,7 @@ async fn the_process_list_does_not_show_the_password_of_the_url() {
 async fn the_most_talkative_log_holds_no_secret_and_no_key_name() {
     let server = Server::options().with_password("hunter2").start().await;
     Keyspace::of(&server, 0).live(50, "secret-key-").await;
-    Keyspace::of(&server, 0).dead(50, "secret-dead-").await;
+    Keyspace::of(&server, 0).expired(50, "secret-expired-").await;
     let mut command = ttlsweep();
     command.args(["scan", &server.url(), "-vv", "--touch", "ttl"]).env("TTLSWEEP_LOG", "trace");
     let output = command.output().unwrap();
@@ -274,7 +274,7 @@ async fn a_closed_pipe_is_success() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(6_000, "d").await;
+    Keyspace::of(&server, 0).expired(6_000, "d").await;
     let running = Running::start(["scan", &server.url(), "--max-keys-per-sec", "3000"]);
     running.says("db0").await;
     let run = running.end().await.expect(0);
@@ -286,7 +286,7 @@ async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
 async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     keys.live(2_000, "live").await;
     let text = on_a_terminal(&server, "xterm").await;
     let bar = text.find("keys/s").expect("a bar with the speed");
@@ -295,7 +295,7 @@ async fn on_a_terminal_a_bar_grows_and_the_summary_comes_last() {
     assert_eq!(server.dbsize(0).await, 2_000);
 }
 
-/// What a sweep of some seconds shows on a terminal of this kind.
+/// The output of a sweep of some seconds on a terminal of this kind.
 async fn on_a_terminal(server: &Server, kind: &str) -> String {
     // `script` gives its child a terminal of its own.
     let line = format!("{} scan {} --max-keys-per-sec 2000", env!("CARGO_BIN_EXE_ttlsweep"), server.url());
@@ -313,14 +313,14 @@ async fn on_a_terminal(server: &Server, kind: &str) -> String {
 async fn a_terminal_that_cannot_move_its_cursor_gets_lines() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(1_000, "dead").await;
-    // Long enough for a line, which comes each few seconds.
+    keys.expired(1_000, "expired").await;
+    // Long enough for a status line, which comes every few seconds.
     keys.live(12_000, "live").await;
     let text = on_a_terminal(&server, "dumb").await;
     assert!(text.contains("keys/s") && !text.contains('\u{1b}'), "{text:?}");
 }
 
-/// Types something where the program asks for the password, and returns what the terminal has shown once it has ended.
+/// Types something at the password prompt, and returns the terminal's output after the end.
 async fn ask_on_a_terminal(url: &str, typed: &[u8]) -> String {
     let seen = tempfile::NamedTempFile::new().unwrap();
     let line = format!("{} scan {url} --quiet --askpass; echo code $?; stty -a", env!("CARGO_BIN_EXE_ttlsweep"));
@@ -393,7 +393,7 @@ impl Drop for Spinning {
 #[tokio::test]
 async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(6_000, "dead").await;
+    Keyspace::of(&server, 0).expired(6_000, "expired").await;
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
     let cpu = allowed.split(['-', ',']).next().unwrap();
@@ -401,12 +401,12 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
         let pinned = std::process::Command::new("taskset").args(["-acp", cpu, &sweep.pid().to_string()]).output();
         assert!(pinned.unwrap().status.success());
     };
-    // Whether it gets as far as its first batch before that is not asked: on a busy machine it does not.
+    // It need not reach its first batch before that: on a busy machine it does not.
     let starved = Running::scan(&server.url(), &["--priority", "idle", "--max-keys-per-sec", "500"]);
     let spinning = Spinning::on(cpu);
     pin(&starved);
     starved.says("no processor time to spare").await;
-    // Before others free the keys that it still has to read, and it is done.
+    // Before another client frees the keys that it still has to read, which would end it.
     starved.signal("INT");
     let low = Running::scan(&server.url(), &["--priority", "low", "--max-keys-per-sec", "1000"]);
     pin(&low);

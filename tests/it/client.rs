@@ -19,7 +19,7 @@ async fn ask(daemon: &Daemon, args: &[&str]) -> Run {
 async fn a_task_is_created_followed_and_listed_from_the_command_line() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     keys.live_ttl(2_500, "live:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
 
@@ -50,7 +50,7 @@ async fn a_task_is_created_followed_and_listed_from_the_command_line() {
     assert!(unknown.stderr.contains("DCS.3022: This DCS instance does not exist."), "{}", unknown.stderr);
 }
 
-/// What `ttlsweep check` prints without its figures, which change from one look to the next.
+/// The output of `ttlsweep check` without its figures, which change from one check to the next.
 fn words(text: &str) -> Vec<String> {
     let is_figure = |word: &str| word.contains(|c: char| c.is_ascii_digit()) || ["B", "KiB", "MiB"].contains(&word);
     let lines = text.lines().map(|line| {
@@ -60,7 +60,7 @@ fn words(text: &str) -> Vec<String> {
     lines.collect()
 }
 
-/// The names of all fields, with those inside.
+/// The names of all fields, nested ones included.
 fn names(value: &serde_json::Value) -> serde_json::Value {
     match value {
         serde_json::Value::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), names(value))).collect(),
@@ -87,7 +87,7 @@ async fn the_check_of_an_instance_says_what_the_check_of_a_server_says() {
     for (id, url, code) in &instances {
         let local = run(["check", url]).await.expect(*code);
         let remote = ask(&daemon, &["instance", "check", id]).await.expect(*code);
-        // Each by its own way to sweep.
+        // Each names its own command for a sweep.
         let local_text = local.stdout.replace(&format!("ttlsweep scan {url}"), &format!("ttlsweep task create {id}"));
         assert_eq!(words(&remote.stdout), words(&local_text));
         assert!(local.stdout.contains("verdict: "), "{}", local.stdout);
@@ -99,7 +99,7 @@ async fn the_check_of_an_instance_says_what_the_check_of_a_server_says() {
 }
 
 #[tokio::test]
-async fn orders_are_given_from_the_command_line() {
+async fn tasks_are_controlled_from_the_command_line() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).live_ttl(3_000, "live:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 200")).await;
@@ -154,7 +154,7 @@ async fn health_tells_a_daemon_that_is_well_from_one_that_is_not_and_from_none()
 }
 
 #[tokio::test]
-async fn a_system_without_certificates_of_authorities_asks_a_daemon_without_tls() {
+async fn a_client_without_system_certificates_can_use_a_daemon_without_tls() {
     let daemon = Daemon::start("").await;
     for what in [&["instance", "list"][..], &["health"]] {
         let mut command = ttlsweep();
@@ -207,14 +207,14 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
     let ca = authority.cacert();
     let ca = ca.to_str().expect("a path");
     ask(&daemon, &["instance", "list", "--ca-file", ca]).await.expect(0);
-    // It tells nobody a secret, and its certificate may be for another name.
+    // The health check sends no secret, so the certificate may be for another name.
     ask(&daemon, &["health", "--ready"]).await.expect(0);
     let stranger = ask(&daemon, &["instance", "list"]).await.expect(3);
     assert!(stranger.stderr.contains("invalid peer certificate"), "{}", stranger.stderr);
     assert!(stranger.stderr.contains("hint: name the authority"), "{}", stranger.stderr);
     let plain = daemon.url().replace("https", "http");
     run(["instance", "list", "--server", &plain]).await.expect(3);
-    // A renewed certificate, of another authority so that the difference shows, is in force after a reload.
+    // A renewed certificate is used after a reload; it has another authority, so that the test can tell the difference.
     let other = Authority::new();
     let renewed = other.issue("renewed", &["127.0.0.1"], Validity::Now);
     std::fs::copy(&renewed.cert, &identity.cert).expect("the file is replaced");
@@ -233,7 +233,7 @@ async fn the_api_speaks_tls_to_those_who_trust_its_authority() {
 async fn a_followed_task_ends_with_the_code_that_scan_would_end_with() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(3_000, "dead:").await;
+    keys.expired(3_000, "expired:").await;
     let proxy = Proxy::start(server.addr()).await;
     let pace = "max-keys-per-sec = 1000\nthrottle = false\nretry-for = \"10ms\"";
     let daemon = Daemon::start(&instance("cache", &proxy.url(), pace)).await;
@@ -242,14 +242,14 @@ async fn a_followed_task_ends_with_the_code_that_scan_would_end_with() {
     let watching = Running::start(["task", "watch", &id, "--server", daemon.url()]);
     watching.says("keys/s").await;
     probe("it fails", PATIENCE, async || {
-        // The sampler's connection may meet it instead, which harms nobody.
+        // The sampler's connection may get the garbage instead, which is harmless.
         proxy.garbage(b"\0what?\r\n");
         daemon.task(&id).await["state"] == "failed"
     })
     .await;
     let again = ask(&daemon, &["task", "watch", &id]).await;
     for watched in [watching.end().await, again] {
-        // 3 would say that nothing was swept.
+        // 3 would mean that nothing was swept.
         let watched = watched.expect(1);
         assert!(watched.stderr.contains("not a valid reply"), "{}", watched.stderr);
     }

@@ -1,4 +1,4 @@
-//! Sweeps of real clusters: every master is swept, and whatever moves meanwhile is followed.
+//! Sweeps of real clusters: every master is swept, and everything that moves meanwhile is followed.
 
 use serde_json::Value;
 
@@ -6,22 +6,18 @@ use crate::support::{
     PATIENCE,
     cluster::Cluster,
     probe,
-    proxy::Proxy,
+    proxy::before_each_node,
     run::{Run, Running, run, scan, state_file},
     server::Server,
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
-
-fn shards(run: &Run) -> Vec<Value> {
-    run.json()["report"]["shards"].as_array().expect("a list of shards").clone()
-}
 
 /// The shard whose name begins with this.
 #[track_caller]
 fn shard(run: &Run, name: &str) -> Value {
-    let found = shards(run).into_iter().find(|shard| shard["shard"].as_str().unwrap().starts_with(name));
+    let found = run.shards().into_iter().find(|shard| shard["shard"].as_str().unwrap().starts_with(name));
     found.unwrap_or_else(|| panic!("no shard {name}: {run:#?}"))
 }
 
@@ -37,13 +33,13 @@ fn restarts(shard: &Value) -> u64 {
 async fn one_seed_is_enough_to_sweep_every_master_exactly() {
     let cluster = Cluster::start(3, true).await;
     let live = cluster.fill(2_000, 6_000).await;
-    // A replica as the seed: it holds no keys that may be swept, and knows who does.
+    // The seed is a replica: it cannot be swept, but it names the masters.
     let run = scan(&cluster.replica_of(1).url(), &[]).await.expect(0);
     assert_eq!(run.num(), 6_000);
     cluster.assert_only(&live).await;
-    let names: Vec<_> = shards(&run).iter().map(|shard| shard["shard"].as_str().unwrap().to_owned()).collect();
+    let names: Vec<_> = run.shards().iter().map(|shard| shard["shard"].as_str().unwrap().to_owned()).collect();
     assert_eq!(names, ["slots 0-5460", "slots 10922-16383", "slots 5461-10921"]);
-    for shard in shards(&run) {
+    for shard in run.shards() {
         assert_eq!(shard["dbs"][0]["complete"], true);
         assert_eq!(shard["dbs"][0]["restarts"], 0);
         let port = shard["server"]["addr"].as_str().unwrap().rsplit_once(':').unwrap().1.to_owned();
@@ -57,7 +53,7 @@ async fn masters_on_one_host_take_turns_unless_a_number_is_given() {
     cluster.fill(0, 18_000).await;
     let running = Running::scan(&cluster.url(), &["--max-keys-per-sec", "6000"]);
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
-    // In this order, however long it takes to ask.
+    // In this order, however long each answer takes.
     let others = cluster.freed_by(1).await + cluster.freed_by(2).await;
     assert!(others == 0 || cluster.nodes[0].dbsize(0).await == 0, "the others wait for their turn: {others}");
     running.signal("INT");
@@ -83,7 +79,7 @@ async fn a_master_that_hides_its_keys_keeps_no_other_of_its_host_waiting() {
     let running = Running::scan(&cluster.url(), &SLOW);
     running.says("holding: the server hides expired keys").await;
     probe("the second is under way", PATIENCE, async || cluster.freed_by(1).await > 300).await;
-    // It stands still for a while for a reason of its own, and the first is looked at again and again meanwhile.
+    // This one holds for another reason, and the first one is retried meanwhile.
     cluster.nodes[1].cmd(&["CONFIG", "SET", "rdb-key-save-delay", "300"]).await;
     cluster.nodes[1].cmd(&["BGSAVE"]).await;
     running.says("holding: the server saves or rewrites its data in a child process").await;
@@ -105,7 +101,7 @@ async fn the_fraction_follows_the_keys() {
     probe("half of it is done", PATIENCE, async || cluster.freed_by(0).await > 1_500).await;
     running.signal("INT");
     let run = running.end().await.expect(130);
-    let pass = &shards(&run)[0]["dbs"][0];
+    let pass = &run.shards()[0]["dbs"][0];
     let (fraction, scanned) = (pass["fraction"].as_f64().unwrap(), pass["scanned"].as_f64().unwrap());
     assert!((fraction - scanned / 6_000.0).abs() < 0.05, "{fraction} of the pass after {scanned} of 6000 keys");
 }
@@ -116,7 +112,7 @@ async fn a_manual_failover_is_followed_and_the_promoted_node_is_swept_from_the_b
     let live = cluster.fill(1_500, 12_000).await;
     let running = Running::scan(&cluster.url(), &SLOW);
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
-    // It takes seconds now and then, and the sweep is to meet it half way.
+    // Sometimes a failover takes seconds, and the sweep has to meet it half way.
     running.signal("STOP");
     cluster.failover(0).await;
     running.signal("CONT");
@@ -126,7 +122,7 @@ async fn a_manual_failover_is_followed_and_the_promoted_node_is_swept_from_the_b
     assert!(restarts(&first) >= 1, "{first}");
     assert!(warnings(&first).contains(&format!("{} is the master now", cluster.replica_of(0).addr())), "{first}");
     assert_eq!(first["server"]["addr"], cluster.replica_of(0).addr().to_string());
-    // The promoted node had received the deletions, and each was counted once.
+    // The promoted node had received the deletions, so each key is counted once.
     let lost = run.total("lost_replies") as u64;
     assert!(run.num() <= 12_000 && run.num() + lost * 1_000 >= 12_000, "{} {lost}", run.num());
 }
@@ -166,8 +162,8 @@ async fn a_master_that_another_took_over_from_gets_its_old_effort_back() {
     probe("the new master is swept", PATIENCE, async || new.expired_keys().await > 0).await;
     old.sigcont();
     let run = running.end().await.expect(0);
-    // The first shard that ends afterwards does it.
-    let said: String = shards(&run).iter().map(warnings).collect();
+    // The next shard that ends restores the effort.
+    let said: String = run.shards().iter().map(warnings).collect();
     assert!(
         said.contains(&format!("active-expire-effort of {} was raised to 10 and cannot be put back", old.addr())),
         "{said}"
@@ -189,7 +185,7 @@ async fn a_sweep_after_a_kill_and_a_failover_gives_the_old_master_its_effort_bac
     running.signal("KILL");
     running.end().await;
     cluster.failover(0).await;
-    assert_eq!(effort(&cluster.nodes[0]).await, "10", "nobody was there to put it back");
+    assert_eq!(effort(&cluster.nodes[0]).await, "10", "no process was left to put it back");
     let run = scan(&cluster.url(), &options).await.expect(0);
     assert!(run.stdout.contains("had been left at 10: it was put back to 1"), "{}", run.stdout);
     assert_eq!(effort(&cluster.nodes[0]).await, "1");
@@ -218,7 +214,7 @@ async fn slots_that_move_behind_the_sweep_are_swept_again_where_they_went() {
     let live = cluster.fill(2_000, 8_000).await;
     let running = Running::scan(&cluster.url(), &SLOW);
     probe("the first is done, the second under way", PATIENCE, async || cluster.freed_by(1).await > 100).await;
-    // From the one that is not swept yet to the one that was.
+    // From the shard that is not swept yet to the one that is done.
     running.signal("STOP");
     cluster.migrate(1, 0, 16_000..=16_383).await;
     cluster.until_agreed().await;
@@ -239,7 +235,7 @@ async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
     let running = Running::scan(&cluster.url(), &[&SLOW[..], &["--db", "0"]].concat());
     probe("the first is under way", PATIENCE, async || cluster.freed_by(0).await > 500).await;
     running.signal("STOP");
-    // The new node takes a few slots of the first, and the second hands all of its own to the first and leaves.
+    // The new node takes a few slots of the first shard. The second hands all its slots to the first, and leaves.
     cluster.migrate(0, new, 0..=99).await;
     cluster.migrate(1, 0, 8_192..=16_383).await;
     cluster.until_agreed().await;
@@ -252,7 +248,7 @@ async fn a_node_that_joins_is_swept_and_one_that_leaves_is_not_missed() {
     let run = running.end().await.expect(0);
     cluster.nodes.remove(1);
     cluster.assert_only(&live).await;
-    assert_eq!(shards(&run).len(), 3, "{run:#?}");
+    assert_eq!(run.shards().len(), 3, "{run:#?}");
     assert_eq!(shard(&run, "slots 0-99")["dbs"][0]["complete"], true);
     assert!(restarts(&shard(&run, "slots 0-8191")) >= 1);
 }
@@ -302,14 +298,8 @@ async fn a_missing_right_is_reported_for_the_node_that_lacks_it() {
 async fn announced_addresses_are_reached_by_the_node_map() {
     let cluster = Cluster::start(3, false).await;
     let live = cluster.fill(100, 3_000).await;
-    let mut proxies = Vec::new();
-    let mut map = Vec::new();
-    for node in &cluster.nodes {
-        let proxy = Proxy::start(node.addr()).await;
-        map.push(format!("{}={}", node.addr(), proxy.addr()));
-        proxies.push(proxy);
-    }
-    let run = scan(&proxies[0].url(), &["--node-map", &map.join(",")]).await.expect(0);
+    let (proxies, map) = before_each_node(&cluster).await;
+    let run = scan(&proxies[0].url(), &["--node-map", &map]).await.expect(0);
     assert_eq!(run.num(), 3_000);
     cluster.assert_only(&live).await;
     for (proxy, shard) in proxies.iter().zip(["slots 0-", "slots 5461-", "slots 10922-"]) {
@@ -332,9 +322,9 @@ async fn a_killed_sweep_of_a_cluster_goes_on_where_it_was() {
     assert_eq!(running.end().await.code, None);
     let run = scan(&cluster.url(), &[&state[..], &["--resume"]].concat()).await.expect(0);
     cluster.assert_only(&live).await;
-    // What is lost is the one batch under way, of one thousand keys at most.
+    // Only the batch under way is lost: one thousand keys at most.
     assert!(run.num() <= 9_000 && run.num() >= 8_000, "{}", run.num());
-    assert_eq!(shards(&run).iter().map(restarts).sum::<u64>(), 0, "every cursor was good");
+    assert_eq!(run.shards().iter().map(restarts).sum::<u64>(), 0, "every cursor was good");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -347,34 +337,39 @@ async fn a_cluster_that_is_down_is_swept_where_its_masters_are_there() {
         info.contains("cluster_state:fail")
     })
     .await;
-    // EXISTS is refused with CLUSTERDOWN by every node now; SCAN is not.
+    // Every node refuses EXISTS with CLUSTERDOWN now, but not SCAN.
     let run = scan(&cluster.url(), &["--retry-for", "500ms", "--touch", "exists"]).await.expect(1);
     for place in [0, 1] {
         let names: Vec<String> = cluster.nodes[place].query(&["KEYS", "*"]).await;
-        assert_eq!(cluster.nodes[place].dbsize(0).await, names.len() as u64, "no dead key is left");
+        assert_eq!(cluster.nodes[place].dbsize(0).await, names.len() as u64, "no expired key is left");
     }
     assert!(run.stderr.contains("1 of 3 shards"), "{}", run.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_a_paused_master_only_hides_are_never_reported_as_done() {
+    assert_waits_for_a_paused_master(1_000, 4_000).await;
+}
+
+/// Sweeps a paused master: nothing is freed until the pause is over, and then everything.
+async fn assert_waits_for_a_paused_master(live: u64, expired: u64) {
     let cluster = Cluster::start(1, false).await;
-    let live = cluster.fill(1_000, 4_000).await;
+    let live = cluster.fill(live, expired).await;
     cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
     let running = Running::scan(&cluster.url(), &[]);
     running.says("holding: the server hides expired keys").await;
     assert_eq!(cluster.freed_by(0).await, 0);
     cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
-    assert_eq!(running.end().await.expect(0).num(), 4_000);
+    assert_eq!(running.end().await.expect(0).num(), expired);
     cluster.assert_only(&live).await;
 }
 
-/// Where each slot has a table of its own, such a batch passes through several of them and may end at its bucket limit.
+/// If each slot has a table of its own, a batch passes through several tables and may end at its bucket limit.
 #[tokio::test(flavor = "multi_thread")]
 async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
     let cluster = Cluster::start(1, false).await;
     let mut conn = cluster.nodes[0].conn().await;
-    // 130 of 1,024 buckets: a table that holds a few keys less shrinks.
+    // 130 of 1,024 buckets: with a few keys less the table would shrink.
     let (slots, keys, left) = (100_u32, 1_000_u32, 130_u32);
     for slot in 0..slots {
         let mut fill = redis::pipe();
@@ -389,9 +384,9 @@ async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
     }
     let options = ["--db", "0", "--count", "50", "--max-slice", "0s", "--touch", "none", "--timeout", "20s"];
     let run = scan(&cluster.url(), &options).await.expect(0);
-    let pass = &shards(&run)[0]["dbs"][0];
+    let pass = &run.shards()[0]["dbs"][0];
     assert_eq!(pass["held_s"]["deletion_blocked"], Value::Null, "{pass}");
-    // What was looked at closely is not counted twice, but for what is walked again after it.
+    // A range that is walked again in batches of COUNT 1 is not counted twice.
     let live = f64::from(slots * left);
     let scanned = pass["scanned"].as_f64().expect("a number");
     assert!((live..1.5 * live).contains(&scanned), "{scanned} of {live} keys");
@@ -400,19 +395,11 @@ async fn sparse_tables_of_slots_are_not_taken_for_hidden_keys() {
 /// A pass in which few keys are hidden, in tables so small that each batch goes through several.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_few_keys_that_a_paused_master_hides_in_small_tables_are_never_reported_as_done() {
-    let cluster = Cluster::start(1, false).await;
-    let live = cluster.fill(40_000, 2_000).await;
-    cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
-    let running = Running::scan(&cluster.url(), &[]);
-    running.says("holding: the server hides expired keys").await;
-    assert_eq!(cluster.freed_by(0).await, 0);
-    cluster.nodes[0].cmd(&["CLIENT", "UNPAUSE"]).await;
-    assert_eq!(running.end().await.expect(0).num(), 2_000);
-    cluster.assert_only(&live).await;
+    assert_waits_for_a_paused_master(40_000, 2_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_looks_at_every_master_and_touches_nothing() {
+async fn check_inspects_every_master_and_touches_no_key() {
     let mut cluster = Cluster::start(3, false).await;
     cluster.fill(300, 900).await;
     let run = run(["check", &cluster.url(), "--json"]).await.expect(0);
@@ -433,13 +420,13 @@ async fn check_looks_at_every_master_and_touches_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_that_no_master_owns_are_said_with_their_ranges() {
     let cluster = Cluster::start(3, false).await;
-    // Else a node that owns some answers nobody once others are owned by none.
+    // Otherwise a node that owns slots refuses commands while other slots have no owner.
     for node in &cluster.nodes {
         node.cmd(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]).await;
     }
     cluster.fill(0, 900).await;
-    // One that has not heard of it yet tells the others that the slots have an owner.
-    probe("the slots are nobody's", PATIENCE, async || {
+    // A node that does not know yet tells the others that the slots have an owner.
+    probe("the slots have no owner", PATIENCE, async || {
         for node in &cluster.nodes {
             for slot in ["100", "101", "16383"] {
                 let _ = node.try_query::<()>(&["CLUSTER", "DELSLOTS", slot]).await;
@@ -475,7 +462,7 @@ async fn short_pauses_of_a_master_hide_nothing_from_the_sweep() {
     for _ in 0..3 {
         cluster.nodes[0].cmd(&["CLIENT", "PAUSE", "350", "WRITE"]).await;
         let freed = cluster.freed_by(0).await;
-        probe("deletions work again, or nothing dead is left", PATIENCE, async || {
+        probe("deletions work again, or no expired key is left", PATIENCE, async || {
             let alive: Vec<String> = cluster.nodes[0].query(&["KEYS", "*"]).await;
             cluster.freed_by(0).await > freed || cluster.nodes[0].dbsize(0).await == alive.len() as u64
         })

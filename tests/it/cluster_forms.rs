@@ -1,5 +1,5 @@
-//! Clusters that not every server can form: several DBs, slots that move as a whole, host names, nodes that do not know where
-//! they are.
+//! Clusters that not every server supports: several DBs, slots that move as a whole, host names, nodes that do not know their
+//! address.
 
 use redis::Value;
 use serde_json::json;
@@ -9,7 +9,7 @@ use crate::support::run::{Run, Running, scan};
 use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe, run::run, skipped};
 
-/// Whether the server under test can do what came with this version of Valkey; says that the test is skipped where it cannot.
+/// Whether the server under test has the features of this version of Valkey; if not, the test is reported as skipped.
 fn since_valkey(version: Version, what: &str) -> bool {
     let can = Server::kind() == Kind::Valkey && Server::version() >= version;
     if !can {
@@ -18,15 +18,15 @@ fn since_valkey(version: Version, what: &str) -> bool {
     can
 }
 
-/// Writes so many dead keys into a DB of each master.
-async fn dead_keys(cluster: &Cluster, db: u32, of_each: usize) {
+/// Writes `of_each` keys that expire at once into a DB of each master.
+async fn write_expired(cluster: &Cluster, db: u32, of_each: usize) {
     for node in &cluster.nodes {
         let mut conn = node.conn_to(db).await;
         let mut written = 0;
         for n in 0.. {
             let mut set = redis::cmd("SET");
-            // Keys of others are refused with MOVED.
-            if set.arg(format!("dead:{n}")).arg("x").arg("PX").arg(1).query_async::<()>(&mut conn).await.is_ok() {
+            // Keys of other masters are refused with MOVED.
+            if set.arg(format!("expired:{n}")).arg("x").arg("PX").arg(1).query_async::<()>(&mut conn).await.is_ok() {
                 written += 1;
             }
             if written == of_each {
@@ -46,7 +46,7 @@ fn bulk(text: &str) -> Value {
     Value::BulkString(text.into())
 }
 
-/// What CLUSTER SLOTS of the first node says where the master of each range is.
+/// The masters' endpoints in CLUSTER SLOTS of the first node.
 async fn endpoints(cluster: &Cluster) -> Vec<Value> {
     let ranges: Vec<(u16, u16, Vec<Value>)> = cluster.nodes[0].query(&["CLUSTER", "SLOTS"]).await;
     ranges.into_iter().map(|(_, _, mut master)| master.swap_remove(0)).collect()
@@ -59,8 +59,8 @@ async fn every_db_of_a_cluster_with_several_is_swept_and_counted() {
     }
     let cluster = Cluster::start_as(2, Server::options().with_config("cluster-databases", "16")).await;
     let live = cluster.fill(500, 0).await;
-    dead_keys(&cluster, 0, 300).await;
-    dead_keys(&cluster, 3, 700).await;
+    write_expired(&cluster, 0, 300).await;
+    write_expired(&cluster, 3, 700).await;
     let found = run(["check", &cluster.url(), "--json"]).await.json();
     let dbs = |shard: usize| found["shards"][shard]["dbs"].clone();
     assert_eq!((&dbs(0)[1]["db"], &dbs(1)[1]["db"]), (&json!(3), &json!(3)), "{found:#}");
@@ -104,7 +104,7 @@ async fn nodes_that_announce_host_names_or_no_endpoint_at_all_are_reached() {
     if Server::kind() == Kind::Redis && Server::version() < Version(7, 0, 0) {
         return skipped("this server announces no host name");
     }
-    // What is announced, which of it is preferred, what CLUSTER SLOTS then says, and where the sweep goes.
+    // The announced names, the preferred kind, the answer of CLUSTER SLOTS, and where the sweep connects.
     let forms = [
         ("localhost", "hostname", bulk("localhost"), "localhost"),
         ("\"\"", "hostname", bulk("?"), "127.0.0.1"),

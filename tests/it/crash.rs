@@ -1,4 +1,4 @@
-//! Kills at random points: every task ends in one right final state with a right count, and no record is lost or
+//! Kills at random points: every task ends in one correct final state with a correct count, and no record is lost or
 //! doubled. A full disk: the API says so, the sweep goes on, and nothing is half written.
 
 use std::collections::BTreeSet;
@@ -14,11 +14,11 @@ use crate::support::{PATIENCE, probe};
 
 /// Kills in one run.
 const KILLS: u64 = 50;
-/// Dead keys that are there for each round.
-const DEAD: u64 = 400;
-/// Batches of ten keys: the one that was under way at a kill may be uncounted, and nothing else.
+/// Keys that expire in each round.
+const EXPIRED: u64 = 400;
+/// Batches of ten keys: only the batch under way at a kill may be uncounted.
 const PACE: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 20000\n";
-/// What such batches may leave uncounted in all. Kills hit a batch under way in one of ten cases; without the batch journal
+/// How many keys such batches may leave uncounted in all. One kill in ten hits a batch under way; without the batch journal
 /// each kill would lose some hundred keys.
 const UNCOUNTED: u64 = 20 * 10;
 
@@ -27,14 +27,14 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live_ttl(2_000, "live:").await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), PACE)).await;
     let seed = u64::from(std::process::id());
     let mut random = Random(seed);
     let mut accepted = BTreeSet::new();
     for round in 0..KILLS {
         short_lived(&server, round).await;
-        // Between POST and start, in the middle of a sweep, while its end is written: a sweep takes about 120 ms.
+        // A sweep takes about 120 ms: kills hit before its start, in its middle, and while its end is written.
         let answer = daemon.post(&Daemon::path("cache", "scan-expire-keys-task")).await;
         match answer.code() {
             (200, _) => {
@@ -53,7 +53,7 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
         (&unfinished["count"], &waiting["count"]) == (&json!(0), &json!(0))
     })
     .await;
-    // By now every short life is over. One more, undisturbed, frees what may have died behind the cursors of the others.
+    // All short TTLs are over. One more sweep without a kill frees the keys that expired behind the cursors of the others.
     let last = daemon.scan("cache").await;
     daemon.until(&last, "succeeded").await;
     accepted.insert(last);
@@ -66,23 +66,23 @@ async fn fifty_kills_at_random_points_lose_and_double_nothing() {
     assert!(records.iter().all(|record| record["status"] == "success"), "seed {seed}: {history:#}");
     let total = history["total"].as_u64().expect("a number");
     let freed = server.expired_keys().await;
-    assert_eq!(freed, KILLS * DEAD, "everything that was dead is gone");
+    assert_eq!(freed, KILLS * EXPIRED, "every expired key is gone");
     assert!(total <= freed, "seed {seed}: counted {total} of {freed}: nothing is counted twice");
     assert!(total + UNCOUNTED >= freed, "seed {seed}: counted {total} of {freed}");
     assert_eq!(keys.dbsize().await, 2_000, "every live key is there");
 }
 
-/// Writes keys that die in a moment, while a sweep may be running.
+/// Writes keys that expire after 50 ms, while a sweep may be running.
 async fn short_lived(server: &Server, round: u64) {
     let mut pipeline = redis::pipe();
-    for n in 0..DEAD {
-        pipeline.cmd("SET").arg(format!("dead:{round}:{n}")).arg(n).arg("PX").arg(50).ignore();
+    for n in 0..EXPIRED {
+        pipeline.cmd("SET").arg(format!("expired:{round}:{n}")).arg(n).arg("PX").arg(50).ignore();
     }
     let written: redis::RedisResult<()> = pipeline.query_async(&mut server.conn().await).await;
     written.expect("the keys are written");
 }
 
-/// Nobody else can write the records while this is held.
+/// Locks the records: the daemon cannot write them while the connection is held.
 async fn lock_the_store(daemon: &Daemon) -> sqlx::SqliteConnection {
     let mut conn = daemon.records().await;
     sqlx::query("BEGIN IMMEDIATE").execute(&mut conn).await.expect("nobody else writes");
@@ -93,12 +93,12 @@ async fn lock_the_store(daemon: &Daemon) -> sqlx::SqliteConnection {
 async fn a_kill_before_the_first_checkpoint_loses_no_count() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(2_000, "dead:").await;
+    keys.expired(2_000, "expired:").await;
     keys.live_ttl(1_000, "live:").await;
     let proxy = Proxy::start(server.addr()).await;
     let pace = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 1000\n";
     let mut daemon = Daemon::start(&instance("cache", &proxy.url(), pace)).await;
-    // The task is on record, and nothing of its shards: its connection hangs until the store is locked.
+    // The task is recorded without shards: its connection hangs until the store is locked.
     proxy.set(Mode::Stall);
     let id = daemon.scan("cache").await;
     daemon.until(&id, "running").await;
@@ -124,13 +124,13 @@ async fn a_kill_before_the_first_checkpoint_loses_no_count() {
 }
 
 #[tokio::test]
-async fn a_full_disk_is_said_and_survived() {
+async fn a_full_disk_is_reported_and_survived() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(300, "dead:").await;
+    keys.expired(300, "expired:").await;
     keys.live_ttl(3_000, "live:").await;
     let settings = instance("cache", &server.url(), "max-keys-per-sec = 1500");
-    // The signal of the limit below is ignored, so that writes fail as they do on a full disk.
+    // SIGXFSZ is ignored, so that writes beyond the limit below fail as they do on a full disk.
     let ignoring = |command: std::process::Command| {
         let mut shell = std::process::Command::new("sh");
         shell.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(command.get_program());
@@ -144,7 +144,7 @@ async fn a_full_disk_is_said_and_survived() {
     assert_eq!(refused.code(), (500, "DCS.5000"), "{}", refused.body);
     assert!(!refused.body.to_string().contains("disk"), "no internals: {}", refused.body);
     daemon.get("/healthz").await.ok();
-    // The sweep goes on: the server sees all of them freed.
+    // The sweep goes on until the server has freed all keys.
     probe("the sweep goes on", PATIENCE, async || server.expired_keys().await == 300).await;
     limit_files(&daemon, 1 << 30);
     let task = daemon.until(&id, "succeeded").await;
@@ -158,7 +158,7 @@ fn off() -> Value {
     json!({"enable_auto_scan": false})
 }
 
-/// No file of the daemon may grow beyond so many bytes.
+/// Limits the size of each file of the daemon.
 fn limit_files(daemon: &Daemon, bytes: u64) {
     let limit = format!("--fsize={bytes}:");
     let set = std::process::Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), &limit]).status();
@@ -166,9 +166,9 @@ fn limit_files(daemon: &Daemon, bytes: u64) {
 }
 
 #[tokio::test]
-async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_nobody_runs() {
+async fn a_client_that_goes_away_while_its_task_is_recorded_leaves_no_task_that_never_runs() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(100, "dead:").await;
+    Keyspace::of(&server, 0).expired(100, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let mut lock = lock_the_store(&daemon).await;
     let scan = daemon.request(reqwest::Method::POST, &Daemon::path("cache", "scan-expire-keys-task"));

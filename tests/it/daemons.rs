@@ -1,4 +1,4 @@
-//! Several daemons on one PostgreSQL database: whoever is killed, stopped, cut off or ends in order, each task comes to one end, and no
+//! Several daemons on one PostgreSQL database: if one is killed, suspended, cut off or stopped, each task still has one end, and no
 //! two daemons sweep one instance.
 
 use std::collections::BTreeSet;
@@ -14,24 +14,24 @@ use crate::sdk;
 use crate::support::clients::{client, output, root};
 use crate::support::daemon::{Daemon, EACH_SECOND, PROJECT, instance};
 use crate::support::hook::Hook;
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::postgres::Postgres;
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe};
 
-/// A lease that a test can wait for, renewed each second.
+/// A lease that is short enough for a test, renewed each second.
 const LEASE: Duration = Duration::from_secs(3);
-/// Slow enough to be met while it runs.
+/// Slow enough for a test to act during the sweep.
 const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 400\n";
-const DEAD: u64 = 3_000;
+const EXPIRED: u64 = 3_000;
 
-/// The settings that all daemons have: the records, and these instances.
+/// The settings of all daemons: the shared records and these instances.
 fn settings(url: &str, journal: &str, instances: &str) -> String {
     format!("[daemon]\nlease = \"3s\"\n{instances}\n[store]\nurl = \"{url}\"\njournal = \"{journal}\"\n")
 }
 
-/// Daemons with one folder for their batch journals, as on shared storage.
+/// Daemons that share a folder for their batch journals, as on shared storage.
 struct Fleet {
     daemons: Vec<Daemon>,
     postgres: Postgres,
@@ -51,7 +51,7 @@ impl Fleet {
         Some(Self { daemons, postgres, _journal: journal })
     }
 
-    /// The place of the daemon that has a task, once one has.
+    /// Waits until a daemon owns the task, and returns the daemon's place.
     async fn owner_of(&self, id: &str, asked: usize) -> usize {
         let mut owner = None;
         probe("a daemon has the task", PATIENCE, async || {
@@ -62,7 +62,7 @@ impl Fleet {
         owner.expect("found")
     }
 
-    /// Asks each daemon in turn for a scan until one begins it, and gives its id with the place of its owner.
+    /// Asks each daemon in turn for a scan until one accepts, and returns the task's id with the place of its owner.
     async fn scan(&self, instance: &str, asked: usize) -> (String, usize) {
         let id = self.daemons[asked].scan(instance).await;
         let owner = self.owner_of(&id, asked).await;
@@ -70,7 +70,7 @@ impl Fleet {
     }
 }
 
-/// Daemons of which one sweeps a server slowly, and has freed something.
+/// Daemons, one of which sweeps a server slowly and has freed some keys.
 struct Sweeping {
     server: Server,
     fleet: Fleet,
@@ -80,7 +80,7 @@ struct Sweeping {
 }
 
 async fn sweeping(daemons: usize) -> Option<Sweeping> {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let fleet = Fleet::start(daemons, &instance("cache", &server.url(), SLOW)).await?;
     let (id, owner) = fleet.scan("cache", 0).await;
     probe("it frees", PATIENCE, async || server.expired_keys().await > 100).await;
@@ -104,13 +104,6 @@ fn owner_in(daemons: &[Value], id: &str) -> Option<usize> {
     name.trim_start_matches('d').parse().ok()
 }
 
-async fn dead(dead: u64) -> Server {
-    let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(dead, "dead:").await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
-    server
-}
-
 fn lost(task: &Value) -> u64 {
     let dbs = task["shards"].as_array().into_iter().flatten().flat_map(|shard| shard["dbs"].as_array().cloned());
     dbs.flatten().filter_map(|db| db["lost_replies"].as_u64()).sum()
@@ -118,7 +111,7 @@ fn lost(task: &Value) -> u64 {
 
 #[tokio::test]
 async fn any_daemon_answers_for_a_task_that_another_has() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
     let (id, owner) = fleet.scan("cache", 0).await;
     let other = &fleet.daemons[1 - owner];
@@ -128,8 +121,8 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     let order = async |what: &str| other.post(&format!("/api/v1/tasks/{id}/{what}")).await;
     assert_eq!(order("pause").await.ok()["state"], "paused");
     assert_eq!(fleet.daemons[owner].task(&id).await["state"], "paused");
-    // Why it stands still is said by the other one too.
-    probe("the reason is said", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
+    // The other daemon reports the reason of the hold too.
+    probe("the reason is reported", PATIENCE, async || other.task(&id).await["holds"][0]["reason"] == "paused").await;
     assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
     assert_eq!(order("resume").await.ok()["state"], "running");
     let mut events = other.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
@@ -137,16 +130,16 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
     assert!(String::from_utf8_lossy(&first).contains(&id));
     other.hurry(&id).await;
     let done = other.until(&id, "succeeded").await;
-    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(DEAD), &json!("0")));
+    assert_eq!((&done["reclaimed"], &done["settings"]["max-keys-per-sec"]), (&json!(EXPIRED), &json!("0")));
     let mut rest = String::new();
     while let Ok(Some(chunk)) = events.chunk().await {
         rest.push_str(&String::from_utf8_lossy(&chunk));
     }
     assert!(rest.contains("\"state\":\"succeeded\""), "the stream ends with the task: {rest}");
     assert_eq!(order("cancel").await.code(), (409, "DCS.4017"));
-    assert_eq!(other.history("cache").await["records"][0]["num"], DEAD);
-    Keyspace::of(&server, 0).dead(DEAD, "more:").await;
-    // At the pace of the instance: one that is much slower may be refused as slower than keys expire.
+    assert_eq!(other.history("cache").await["records"][0]["num"], EXPIRED);
+    Keyspace::of(&server, 0).expired(EXPIRED, "more:").await;
+    // At the pace of the instance: a much slower sweep might be refused as slower than keys expire.
     let (next, owner) = fleet.scan("cache", owner).await;
     let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{next}/cancel")).await.ok();
     assert_eq!(cancelled["state"], "cancelled");
@@ -154,7 +147,7 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
 
 #[tokio::test]
 async fn a_cancel_by_another_daemon_is_done_also_where_the_end_is_recorded_before_the_answer() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
     let late = "CREATE FUNCTION late() RETURNS trigger AS 'BEGIN PERFORM pg_sleep(2); RETURN NEW; END' LANGUAGE plpgsql; \
                 CREATE TRIGGER late BEFORE UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION late()";
@@ -181,14 +174,14 @@ async fn a_task_goes_on_elsewhere_within_two_leases_of_a_kill_and_counts_exactly
     let task = fleet.daemons[asked].until(&id, "succeeded").await;
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
     // Batches of ten keys that were under way at the kill may be uncounted; then the record says so.
-    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert!(reclaimed == EXPIRED || reclaimed + 20 >= EXPIRED && lost(&task) > 0, "{task:#}");
+    assert_eq!(server.expired_keys().await, EXPIRED);
     assert!(took < 3 * LEASE, "{took:?}: two leases, and a machine that others use");
 }
 
 #[tokio::test]
 async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is_a_lower_bound() {
-    let server = dead(DEAD).await;
+    let server = filled(0, EXPIRED).await;
     let Some(postgres) = Postgres::start().await else { return };
     let cache = instance("cache", &server.url(), SLOW);
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -201,13 +194,13 @@ async fn without_the_journal_of_a_lost_machine_the_record_says_that_its_count_is
     probe("the other has it", PATIENCE, async || owner_in(&daemons(&second).await, &id).is_some()).await;
     second.hurry(&id).await;
     let task = second.until(&id, "succeeded").await;
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert_eq!(server.expired_keys().await, EXPIRED);
     assert!(lost(&task) > 0, "{task:#}");
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
     let warnings = task["shards"][0]["warnings"].to_string();
     let bound = warnings.split("at most ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
     let bound = bound.unwrap_or_else(|| panic!("no bound: {warnings}"));
-    assert!((DEAD - bound..=DEAD).contains(&reclaimed), "{reclaimed} and at most {bound} more");
+    assert!((EXPIRED - bound..=EXPIRED).contains(&reclaimed), "{reclaimed} and at most {bound} more");
     // The last checkpoint was written within a second or two before the kill, at 400 keys a second.
     assert!(bound < 1_500, "{bound}");
 }
@@ -220,14 +213,14 @@ async fn a_daemon_that_stood_still_for_longer_than_its_lease_sends_and_writes_no
     probe("the other has it", PATIENCE, async || owner_in(&daemons(other).await, &id) == Some(1 - owner)).await;
     fleet.daemons[owner].signal("CONT");
     probe("it learns of it", PATIENCE, async || fleet.daemons[owner].log().contains("joining anew")).await;
-    // The late one has not touched the record.
+    // The late daemon has not changed the record.
     other.until(&id, "running").await;
-    // It has no task by now, and serves those of the other.
+    // It owns no task now, and serves those of the other daemon.
     fleet.daemons[owner].hurry(&id).await;
     let task = fleet.daemons[owner].until(&id, "succeeded").await;
-    assert_eq!(server.expired_keys().await, DEAD);
+    assert_eq!(server.expired_keys().await, EXPIRED);
     let reclaimed = task["reclaimed"].as_u64().expect("a number");
-    assert!(reclaimed == DEAD || reclaimed + 20 >= DEAD && lost(&task) > 0, "{task:#}");
+    assert!(reclaimed == EXPIRED || reclaimed + 20 >= EXPIRED && lost(&task) > 0, "{task:#}");
     assert_eq!(daemons(other).await.len(), 2, "it has joined anew");
 }
 
@@ -241,13 +234,13 @@ async fn a_daemon_that_stops_in_order_hands_its_tasks_over_at_once() {
     assert!(stopped.elapsed() < LEASE, "it need not wait for the lease: {:?}", stopped.elapsed());
     other.hurry(&id).await;
     let task = other.until(&id, "succeeded").await;
-    assert_eq!((&task["reclaimed"], lost(&task)), (&json!(DEAD), 0));
+    assert_eq!((&task["reclaimed"], lost(&task)), (&json!(EXPIRED), 0));
     assert_eq!(daemons(other).await.len(), 1);
 }
 
 #[tokio::test]
 async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_then_holds() {
-    let server = dead(6_000).await;
+    let server = filled(0, 6_000).await;
     let Some(mut postgres) = Postgres::start().await else { return };
     let proxy = Proxy::start(([127, 0, 0, 1], postgres.port()).into()).await;
     let journal = tempfile::tempdir().unwrap();
@@ -274,7 +267,7 @@ async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_t
     assert_eq!(answer.code(), (503, "DCS.5000"), "{}", answer.body);
     assert!(answer.body["error_msg"].to_string().contains("records"), "{}", answer.body);
     assert_eq!(daemon.get("/readyz").await.status, 503);
-    // It stays alive: whoever restarts it would help nobody.
+    // It stays alive: a restart by an orchestrator would not help.
     assert_eq!(daemon.get("/healthz").await.status, 200);
     proxy.set(Mode::Pass);
     probe("it goes on", PATIENCE, async || server.expired_keys().await > last.0).await;
@@ -291,7 +284,7 @@ async fn while_the_database_is_away_the_sweep_goes_on_until_the_lease_ends_and_t
 
 #[tokio::test]
 async fn a_due_time_runs_once_however_many_daemons_look() {
-    let server = dead(10).await;
+    let server = filled(0, 10).await;
     let Some(fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
     probe("some were due", PATIENCE, async || fleet.daemons[0].history("cache").await["count"].as_u64() >= Some(5))
         .await;
@@ -299,7 +292,7 @@ async fn a_due_time_runs_once_however_many_daemons_look() {
     let rows =
         sqlx::query("SELECT due, outcome, task_id FROM due_times ORDER BY due").fetch_all(&mut conn).await.unwrap();
     let dues: Vec<i64> = rows.iter().map(|row| row.get("due")).collect();
-    // One second after another, none left out.
+    // Every second once.
     assert!(dues.windows(2).all(|pair| pair[1] - pair[0] == 1_000), "{dues:?}");
     let ran: BTreeSet<String> = rows.iter().filter_map(|row| row.get::<Option<String>, _>("task_id")).collect();
     let tasks = sqlx::query("SELECT id FROM tasks WHERE created_at < $1").bind(dues[dues.len() - 1] + 900);
@@ -310,7 +303,7 @@ async fn a_due_time_runs_once_however_many_daemons_look() {
 
 #[tokio::test]
 async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
-    let server = dead(100).await;
+    let server = filled(0, 100).await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let far = instance("far", &server.url(), "where = \"net=far\"\n");
@@ -336,7 +329,7 @@ async fn an_instance_is_swept_only_by_a_daemon_that_reaches_it() {
 
 #[tokio::test]
 async fn daemons_with_other_settings_are_named() {
-    let server = dead(1).await;
+    let server = filled(0, 1).await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let journal = journal.path().display().to_string();
@@ -361,7 +354,7 @@ async fn a_paused_task_of_a_lost_daemon_waits_for_a_person_and_goes_on_elsewhere
     other.hurry(&id).await;
     assert_ne!(other.post(&format!("/api/v1/tasks/{id}/resume")).await.ok()["state"], "paused");
     let task = other.until(&id, "succeeded").await;
-    assert_eq!(task["reclaimed"], DEAD, "{task:#}");
+    assert_eq!(task["reclaimed"], EXPIRED, "{task:#}");
 }
 
 /// Hands each connection to the next of several addresses, as the service of an orchestrator does.
@@ -381,7 +374,7 @@ async fn balancer(upstreams: Vec<String>) -> (String, tokio::task::JoinHandle<()
 #[tokio::test]
 async fn the_public_sdk_runs_all_five_calls_against_several_daemons_behind_one_address() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(sdk::DEAD, "dead:").await;
+    Keyspace::of(&server, 0).expired(sdk::EXPIRED, "expired:").await;
     let Some(postgres) = Postgres::start().await else { return };
     let journal = tempfile::tempdir().unwrap();
     let instances = format!("{}{}", sdk::CREDENTIALS, instance("cache", &server.url(), ""));
@@ -406,11 +399,11 @@ async fn the_public_sdk_runs_all_five_calls_against_several_daemons_behind_one_a
 
 #[tokio::test]
 async fn a_rolling_update_loses_and_doubles_no_task() {
-    let server = dead(10).await;
+    let server = filled(0, 10).await;
     let Some(mut fleet) = Fleet::start(3, &instance("cache", &server.url(), EACH_SECOND)).await else { return };
     let settings = std::fs::read_to_string(fleet.daemons[0].settings_path()).expect("its settings");
     for number in 3..6 {
-        // As an orchestrator does it: a new one, once it is ready an old one ends.
+        // As an orchestrator does: start a new daemon, and when it is ready, stop an old one.
         let new = Daemon::prepare(&settings).launched(|command| named(command, &format!("d{number}"))).await;
         probe("it is ready", PATIENCE, async || new.get("/readyz").await.status == 200).await;
         fleet.daemons.push(new);
@@ -432,7 +425,7 @@ async fn a_rolling_update_loses_and_doubles_no_task() {
 
 #[tokio::test]
 async fn instances_come_from_a_folder_of_files_too() {
-    let (one, two) = (dead(5).await, dead(7).await);
+    let (one, two) = (filled(0, 5).await, filled(0, 7).await);
     let listen = "[api]\nlisten = \"127.0.0.1:0\"\n";
     let settings = format!("include = \"instances.d/*.toml\"\n{listen}{}", instance("one", &one.url(), ""));
     let daemon = Daemon::prepare(&settings);
@@ -442,7 +435,7 @@ async fn instances_come_from_a_folder_of_files_too() {
     let daemon = daemon.launched(|command| command).await;
     let id = daemon.scan("two").await;
     assert_eq!(daemon.until(&id, "succeeded").await["reclaimed"], 7);
-    // What is wrong in one of them is named with its own line, and nothing is put in force.
+    // A problem in one of the files is reported with its own line, and nothing is applied.
     std::fs::write(
         folder.join("c.toml"),
         format!("\n{}\n[api]\nlisten = \"127.0.0.1:1\"\n", instance("two", "redis://x", "")),
@@ -467,7 +460,7 @@ async fn one_of_several_daemons_tells_what_is_not_swept_and_another_does_once_th
     let settings = format!("[notify]\nurl = \"{}\"\n{}", hook.url(), instance("late", &server.url(), far));
     let Some(mut fleet) = Fleet::start(2, &settings).await else { return };
     let id = hook.wait_for(1).await[0].json()["id"].clone();
-    // A reload has it look at once.
+    // A reload makes the daemon check at once.
     let reload = async |daemon: &Daemon| {
         let before = daemon.log().matches("settings read again").count();
         daemon.signal("HUP");
@@ -514,7 +507,7 @@ async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
         let seen = &list["instances"][0];
         assert_eq!((&seen["latest"]["id"], seen["used_memory"].is_u64()), (&json!(id), true), "{query}: {seen:#}");
     }
-    // As its checkpoints tell it, which come each second.
+    // By its checkpoints, which come each second.
     probe("its history goes on", PATIENCE, async || {
         let history = other.get("/api/v1/instances/cache/history").await.ok();
         history["sweeps"][0]["totals"]["reclaimed"].as_u64() > Some(0)
@@ -523,12 +516,12 @@ async fn lists_and_the_stream_of_all_tasks_show_what_another_daemon_sweeps() {
     other.hurry(id).await;
     until(&mut stream, &mut text, "succeeded").await;
     let after = other.get("/api/v1/instances/cache").await.ok();
-    assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == DEAD, "{after:#}");
+    assert!(after["last_success_at"].is_string() && after["latest"]["reclaimed"] == EXPIRED, "{after:#}");
 }
 
 #[tokio::test]
 async fn a_keep_run_goes_on_with_another_daemon_and_gives_way_to_a_scan_that_any_of_them_is_asked_for() {
-    let server = dead(500).await;
+    let server = filled(0, 500).await;
     Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
     let kept = instance("cache", &server.url(), "[instances.keep]\nmax-delay = \"2s\"\n");
     let Some(mut fleet) = Fleet::start(2, &kept).await else { return };
@@ -539,7 +532,7 @@ async fn a_keep_run_goes_on_with_another_daemon_and_gives_way_to_a_scan_that_any
     })
     .await;
     let id = runs["tasks"][0]["id"].as_str().expect("an id").to_owned();
-    probe("what was dead is gone", PATIENCE, async || server.dbsize(0).await == 1_000).await;
+    probe("the expired keys are gone", PATIENCE, async || server.dbsize(0).await == 1_000).await;
     let owner = fleet.owner_of(&id, 0).await;
     fleet.daemons[owner].kill9();
     let heir = &fleet.daemons[1 - owner];

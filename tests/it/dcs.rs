@@ -10,17 +10,17 @@ use crate::support::free_port;
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 
-const DEAD: u64 = 3_000;
+const EXPIRED: u64 = 3_000;
 
 fn fields(record: &Value) -> BTreeSet<&str> {
     record.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
 #[tokio::test]
-async fn a_scan_is_on_record_from_the_moment_it_is_asked_for_and_frees_exactly_what_was_dead() {
+async fn a_scan_is_on_record_from_its_request_on_and_frees_exactly_the_expired_keys() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(DEAD, "dead:").await;
+    keys.expired(EXPIRED, "expired:").await;
     keys.live_ttl(2_000, "live:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
 
@@ -34,14 +34,14 @@ async fn a_scan_is_on_record_from_the_moment_it_is_asked_for_and_frees_exactly_w
         assert_eq!(history["count"], n + 1);
 
         let task = daemon.until(record["id"].as_str().expect("an id"), "succeeded").await;
-        let expected = if n == 0 { DEAD } else { 0 };
+        let expected = if n == 0 { EXPIRED } else { 0 };
         assert_eq!(task["reclaimed"], expected);
     }
     let history = daemon.history("cache").await;
     assert_eq!(fields(&history), BTreeSet::from(["records", "instance_id", "total", "count"]));
-    assert_eq!((&history["total"], &history["count"]), (&json!(DEAD), &json!(2)));
+    assert_eq!((&history["total"], &history["count"]), (&json!(EXPIRED), &json!(2)));
     let oldest = &history["records"][1];
-    assert_eq!((&oldest["num"], &oldest["status"]), (&json!(DEAD), &json!("success")));
+    assert_eq!((&oldest["num"], &oldest["status"]), (&json!(EXPIRED), &json!("success")));
     for time in ["created_at", "started_at", "finished_at"] {
         let text = oldest[time].as_str().expect("a time");
         assert!(text.len() == 24 && text.ends_with('Z') && text.as_bytes()[19] == b'.', "{text}");
@@ -177,7 +177,7 @@ async fn what_an_instance_left_behind_in_one_project_is_not_the_next_projects() 
     assert_eq!(seen(&daemon, PROJECT).await, (true, true, true), "and it is there where it belongs");
 }
 
-/// Tokens that are called as their role is; `{hash of ...}` is filled in.
+/// Tokens named after their roles; `{hash of ...}` is filled in.
 const TOKENS: &str = r#"
 [api]
 listen = "127.0.0.1:0"

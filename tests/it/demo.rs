@@ -1,4 +1,4 @@
-//! `ttlsweep demo`: it tells the truth and leaves nothing behind.
+//! `ttlsweep demo` prints correct numbers and leaves nothing behind.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use crate::support::{PATIENCE, is_there, probe, signal, ttlsweep};
 
-/// A demo with a folder for temporary files of its own, so that everything that it leaves can be found.
+/// A demo with its own folder for temporary files, so that the test finds everything that it leaves.
 struct Demo {
     tmp: TempDir,
     command: Command,
@@ -24,14 +24,14 @@ impl Demo {
         Self { tmp, command }
     }
 
-    /// Runs it to its end. Returns exit code, stdout and stderr.
+    /// Runs the demo to its end. Returns exit code, stdout and stderr.
     fn run(&mut self) -> (i32, String, String) {
         let output = self.command.output().expect("the program runs");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status.code().expect("no signal"), text(&output.stdout), text(&output.stderr))
     }
 
-    /// Starts it and waits until it watches its server. Returns the server's process id too.
+    /// Starts the demo and waits until it watches its server. Returns the server's process id too.
     fn start_watching(&mut self) -> (Child, u32) {
         let mut child = self.command.spawn().expect("the program runs");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
@@ -44,7 +44,7 @@ impl Demo {
                 break;
             }
         }
-        // The rest of its words goes nowhere, and the pipe stays open.
+        // The rest of its output is discarded, and the pipe stays open.
         std::thread::spawn(move || lines.for_each(drop));
         match pid {
             Some(pid) => (child, pid),
@@ -52,7 +52,7 @@ impl Demo {
         }
     }
 
-    /// Waits until no process and no file of it is there.
+    /// Waits until no process and no file of the demo is left.
     async fn nothing_is_left(&self) {
         probe("the demo's folder is empty", PATIENCE, async || {
             std::fs::read_dir(self.tmp.path()).expect("the folder").next().is_none()
@@ -61,7 +61,7 @@ impl Demo {
         probe("the demo's processes have ended", PATIENCE, async || self.processes().is_empty()).await;
     }
 
-    /// Processes that work in the demo's folder or have it in their environment or arguments (a system with /proc).
+    /// Processes that run in the demo's folder, or name it in their environment or arguments (needs /proc).
     fn processes(&self) -> Vec<PathBuf> {
         let folder = self.tmp.path();
         let name = folder.to_str().expect("a plain name").as_bytes();
@@ -90,7 +90,7 @@ fn numbers(text: &str, word: &str) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_demo_frees_the_dead_keys_and_keeps_the_live_ones() {
+async fn the_demo_frees_the_expired_keys_and_keeps_the_live_ones() {
     let mut demo = Demo::new(&["--keys", "20000", "--watch", "1s"]);
     let (code, stdout, stderr) = demo.run();
     assert_eq!(code, 0, "{stdout}{stderr}");

@@ -1,5 +1,5 @@
-//! What is shipped to run the program: flags that really exist, paths that match, files that parse, and whatever can be
-//! checked without the engines that would run it (Docker, Kubernetes, systemd). `make containers` runs two of those.
+//! The files that run the program: their flags exist, their paths match, they parse, and everything is checked that can be
+//! checked without Docker, Kubernetes and systemd. `make containers` runs Docker and systemd.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -22,8 +22,8 @@ fn yaml(path: &str) -> Vec<Value> {
     serde_json::from_slice(&parsed.stdout).expect("JSON")
 }
 
-/// Panics unless the program takes these arguments: with `--help` behind them it must only print its help, which it
-/// does for an unknown subcommand or flag just as little as without.
+/// Panics unless the program accepts these arguments: with `--help` after them it must only print its help, which it
+/// does not do for an unknown subcommand or flag.
 #[track_caller]
 fn check_arguments(arguments: &[&str]) {
     let run = ttlsweep().args(arguments).arg("--help").output().expect("it runs");
@@ -44,7 +44,7 @@ fn every_unit_starts_the_program_with_flags_that_exist() {
     let mut commands = 0;
     for unit in ["ttlsweep.service", "ttlsweep-scan.service"] {
         let text = read(&format!("deploy/systemd/{unit}"));
-        // Without it a filter kills: a sweep that lowers its priority, say, which it can do without.
+        // Without this line the filter kills the process, for example when a sweep lowers its priority, which it need not do.
         assert!(text.contains("SystemCallFilter=") && text.contains("SystemCallErrorNumber=EPERM"), "{unit}");
         for line in text.lines().filter(|line| line.starts_with("ExecStart")) {
             let (_, command) = line.split_once('=').expect("a setting");
@@ -118,12 +118,12 @@ fn several_daemons_are_spread_out_and_wait_for_a_lease_to_be_ready() {
         for (probe, path) in [("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")] {
             assert_eq!(container[probe]["httpGet"]["path"], path);
         }
-        // A claim of one node would keep the others from starting.
+        // A volume that only one node can mount would keep the other pods from starting.
         assert!(pod["volumes"].as_array().expect("a list").iter().any(|volume| volume["emptyDir"].is_object()));
     }
 }
 
-/// Panics unless a pod may do no more than it has to, and reads its secrets from files.
+/// Panics unless a pod has only the rights that it needs, and reads its secrets from files.
 #[track_caller]
 fn check_confined(pod: &Value) {
     let container = &pod["containers"][0];
@@ -140,7 +140,7 @@ fn check_confined(pod: &Value) {
     assert!(container["envFrom"].is_null());
 }
 
-/// What a checker said, all of it, and whether it was content; `None`, said loudly, where it is not on this machine.
+/// The output of a checker, and whether it succeeded. `None`: it is not on this machine, which is reported as skipped.
 fn checked(mut checker: Command) -> Option<(String, bool)> {
     match checker.output() {
         Ok(run) => {
@@ -158,7 +158,7 @@ fn checked(mut checker: Command) -> Option<(String, bool)> {
 #[test]
 fn systemd_itself_finds_nothing_wrong_with_the_units() {
     let verify = |change: fn(String) -> String| {
-        // Where the program is installed does not exist here; this one's path does.
+        // The path of the installed program does not exist here; that of the program under test does.
         let folder = tempfile::tempdir().expect("a temporary folder");
         let mut systemd = Command::new("systemd-analyze");
         systemd.args(["verify", "--man=no"]);
@@ -171,7 +171,7 @@ fn systemd_itself_finds_nothing_wrong_with_the_units() {
         checked(systemd)
     };
     let Some((said, content)) = verify(|text| text) else { return };
-    // An unknown setting is only a line there, not a failure. What it says of units of the system is none of ours.
+    // The checker only prints a line for an unknown setting. Lines about units of the system do not count.
     let ours: Vec<_> = said.lines().filter(|line| line.contains("ttlsweep")).collect();
     assert!(content && ours.is_empty(), "{said}");
     let (said, _) = verify(|text| text.replace("NoNewPrivileges", "NoNewPrivilege")).expect("it is there");
@@ -179,13 +179,13 @@ fn systemd_itself_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
-fn systemd_calls_the_services_well_confined() {
+fn systemd_rates_the_services_as_well_confined() {
     for unit in ["ttlsweep.service", "ttlsweep-scan.service"] {
         let mut security = Command::new("systemd-analyze");
         security.args(["security", "--offline=true", "--no-pager", "--threshold=20"]);
         security.arg(root().join("deploy/systemd").join(unit));
         let Some((said, content)) = checked(security) else { return };
-        // In tenths: 2.0 of 10, where 10 is not confined at all.
+        // In tenths: 2.0 of 10, where 10 means no confinement at all.
         assert!(content, "{unit}: {}", said.lines().last().unwrap_or_default());
     }
 }
@@ -195,20 +195,20 @@ fn the_manifests_are_of_the_schemas_of_kubernetes() {
     check_schemas(["cronjob", "deployment", "fleet"].map(|name| root().join(format!("deploy/kubernetes/{name}.yaml"))));
 }
 
-/// Panics unless Kubernetes knows what stands in these files: an old one that is still about, and the newest that the checker knows.
+/// Panics unless these files match the schemas of an old Kubernetes that is still in use and of the newest that the checker knows.
 #[track_caller]
 fn check_schemas(files: impl IntoIterator<Item = PathBuf> + Clone) {
     for version in ["1.30", "1.37.0"] {
         let mut validate = Command::new(client("python").with_file_name("kubernetes-validate"));
         validate.args(["--strict", "--quiet", "-k", version]).args(files.clone());
         let (said, content) = checked(validate).expect("it lies beside python");
-        // What operators bring along is in no schema of its own.
+        // Kinds of operators are in no schema of Kubernetes.
         let known = said.lines().all(|line| line.contains("api version monitoring.coreos.com/v1"));
         assert!(content && known, "{version}: {said}");
     }
 }
 
-/// A program that `make clients` cannot fetch everywhere; `None`, said loudly, where it has not.
+/// A program that `make clients` cannot fetch everywhere. `None`: it is missing, which is reported as skipped.
 fn optional(name: &str) -> Option<Command> {
     let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
     let path = String::from_utf8(output.stdout).expect("a path");
@@ -219,7 +219,7 @@ fn optional(name: &str) -> Option<Command> {
     Some(Command::new(path.trim()))
 }
 
-/// The chart, rendered by Helm with values of `deploy/helm/ttlsweep/ci`; Helm's complaint where it refuses.
+/// The chart, rendered by Helm with values of `deploy/helm/ttlsweep/ci`, or Helm's error.
 fn rendered(mut helm: Command, values: &str, more: &[&str]) -> Result<Vec<Value>, String> {
     let chart = root().join("deploy/helm/ttlsweep");
     helm.args(["template", "shop"]).arg(&chart).arg("--values").arg(chart.join(format!("ci/{values}.yaml"))).args(more);
@@ -286,7 +286,7 @@ fn the_chart_carries_the_settings_the_alerts_and_the_dashboard() {
     );
     let (rules, alerts) = (of_kind(&objects, "PrometheusRule"), yaml("deploy/prometheus/alerts.yml"));
     assert_eq!(rules[0]["spec"], alerts[0]);
-    // The alerts ask for job="ttlsweep": that is the label's value.
+    // The alerts query job="ttlsweep": that is the value of this label.
     let (monitors, services) = (of_kind(&objects, "ServiceMonitor"), of_kind(&objects, "Service"));
     let job = monitors[0]["spec"]["jobLabel"].as_str().expect("a label");
     assert_eq!(services[0]["metadata"]["labels"][job], "ttlsweep");
@@ -442,7 +442,7 @@ fn the_package_holds_what_a_user_needs_and_no_more() {
     {
         assert!(files.lines().any(|line| line == file), "{file} is lacking");
     }
-    // What the code takes in when it is compiled; its tests need a checkout.
+    // The files that the code includes when it is compiled; its tests need a checkout.
     for file in files.lines().filter(|file| file.ends_with(".rs")) {
         let text = read(file);
         let code = text.split("#[cfg(test)]").next().expect("there is a first part");

@@ -1,4 +1,4 @@
-//! The count is exact, every dead key goes, and nothing else is touched.
+//! The count is exact, every expired key is freed, and nothing else is touched.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,24 +15,24 @@ use crate::support::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sixteen_dbs_of_all_types_lose_their_dead_keys_and_nothing_else() {
+async fn sixteen_dbs_of_all_types_lose_their_expired_keys_and_nothing_else() {
     let server = Server::start().await;
-    let (mut before, mut dead) = (BTreeMap::new(), 0);
+    let (mut before, mut expired) = (BTreeMap::new(), 0);
     for db in 0..16 {
         let keys = Keyspace::of(&server, db);
         keys.zoo(60, "", Life::Forever, u64::from(db)).await;
         keys.zoo(60, "long", Life::Long, 100 + u64::from(db)).await;
-        // One DB without dead keys, to be passed over as well.
+        // One DB has no expired keys, and is swept as well.
         let n = 13 * u64::from(db);
-        keys.zoo(n, "dead", Life::Dead, 200 + u64::from(db)).await;
-        dead += n;
+        keys.zoo(n, "expired", Life::Expired, 200 + u64::from(db)).await;
+        expired += n;
     }
     for db in 0..16 {
         before.insert(db, Keyspace::of(&server, db).snapshot_live().await);
     }
     let run = scan(&server.url(), &[]).await.expect(0);
-    assert_eq!(run.num(), dead);
-    assert_eq!(server.expired_keys().await, dead);
+    assert_eq!(run.num(), expired);
+    assert_eq!(server.expired_keys().await, expired);
     let json = run.json();
     let dbs = json["report"]["shards"][0]["dbs"].as_array().unwrap();
     for db in 0..16 {
@@ -60,7 +60,7 @@ async fn a_db_without_ttls_is_left_alone_unless_it_is_named() {
     assert_eq!(scanned(scan(&named_by_url, &[]).await.expect(0)), 50.0);
 }
 
-/// Writes, overwrites and deletes keys of its own until told to stop. None of them expires.
+/// Writes, overwrites and deletes its own keys until it is told to stop. None of them expires.
 async fn write_until(server: &Server, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<u64> {
     let mut conn = server.conn().await;
     tokio::spawn(async move {
@@ -89,7 +89,7 @@ async fn the_count_is_exact_while_other_clients_write() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(10_000, "live").await;
-    keys.dead(7_000, "dead").await;
+    keys.expired(7_000, "expired").await;
     let stop = Arc::new(AtomicBool::new(false));
     let writers = [write_until(&server, stop.clone()).await, write_until(&server, stop.clone()).await];
     let run = scan(&server.url(), &["--max-keys-per-sec", "20000"]).await.expect(0);
@@ -101,14 +101,14 @@ async fn the_count_is_exact_while_other_clients_write() {
     assert_eq!(server.expired_keys().await, 7_000);
 }
 
-/// A full server that evicts keys, dead and live ones alike, before any command: also between those of one batch.
+/// A full server evicts keys, expired or live, before any command, also between the commands of one batch.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
     for more in [["--touch", "auto"], ["--touch", "exists"], ["--payload", "none"]] {
         let server = Server::start().await;
         let keys = Keyspace::of(&server, 0);
         keys.live(60_000, "live").await;
-        keys.dead(30_000, "dead").await;
+        keys.expired(30_000, "expired").await;
         let used = server.info_number("memory", "used_memory").await;
         server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
         server.cmd(&["CONFIG", "SET", "maxmemory", &(used + 200_000).to_string()]).await;
@@ -141,14 +141,14 @@ async fn keys_that_are_evicted_within_a_batch_are_not_counted_as_freed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_dead_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
+async fn no_expired_key_survives_a_table_that_grows_and_shrinks_during_the_pass() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(3_000, "live").await;
-    keys.dead(3_000, "dead").await;
+    keys.expired(3_000, "expired").await;
     let running = Running::scan(&server.url(), &["--max-keys-per-sec", "4000", "--count", "10"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
-    // Four doublings of the table, and back.
+    // The table is doubled four times, and shrinks again.
     keys.live(50_000, "more").await;
     let grown = server.expired_keys().await;
     let mut conn = server.conn().await;
@@ -173,19 +173,19 @@ fn any_keyspace_is_swept_exactly() {
     let mut runner = TestRunner::new(Config { cases: 12, failure_persistence: None, ..Config::default() });
     let strategy = (0..400_u64, 0..400_u64, 0..700_u64, 0..16_u32, 10..300_u32, 0_u64..);
     runner
-        .run(&strategy, |(forever, long, dead, db, count, seed)| {
+        .run(&strategy, |(forever, long, expired, db, count, seed)| {
             runtime.block_on(async {
                 server.cmd(&["FLUSHALL"]).await;
                 let before_expired = server.expired_keys().await;
                 let keys = Keyspace::of(&server, db);
                 keys.zoo(forever, "f", Life::Forever, seed).await;
                 keys.zoo(long, "l", Life::Long, seed ^ 1).await;
-                keys.zoo(dead, "d", Life::Dead, seed ^ 2).await;
+                keys.zoo(expired, "d", Life::Expired, seed ^ 2).await;
                 let before = keys.snapshot_live().await;
                 let run =
                     scan(&server.url(), &["--db", &db.to_string(), "--count", &count.to_string()]).await.expect(0);
-                assert_eq!(run.num(), dead);
-                assert_eq!(server.expired_keys().await - before_expired, dead);
+                assert_eq!(run.num(), expired);
+                assert_eq!(server.expired_keys().await - before_expired, expired);
                 assert_same_live(&before, &keys.snapshot_live().await);
             });
             Ok(())
@@ -193,7 +193,7 @@ fn any_keyspace_is_swept_exactly() {
         .unwrap();
 }
 
-/// What the server says about each live key's use, in one field of OBJECT.
+/// One field of OBJECT for each live key, such as its idle time.
 async fn object(server: &Server, field: &str, n: u64) -> Vec<u64> {
     let mut values = Vec::new();
     for i in 0..n {
@@ -203,12 +203,12 @@ async fn object(server: &Server, field: &str, n: u64) -> Vec<u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_is_no_use_of_a_key_for_lru() {
+async fn a_sweep_does_not_count_as_a_use_of_a_key_for_lru() {
     let server = Server::options().with_config("maxmemory-policy", "allkeys-lru").start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
-    keys.dead(100, "dead").await;
-    // The clock of LRU ticks in seconds: wait until every key was idle for two.
+    keys.expired(100, "expired").await;
+    // The LRU clock ticks in seconds: wait until every key was idle for two.
     probe("keys are idle", PATIENCE, async || object(&server, "IDLETIME", 1).await[0] >= 2).await;
     scan(&server.url(), &[]).await.expect(0);
     let idle = object(&server, "IDLETIME", 100).await;
@@ -216,9 +216,9 @@ async fn a_sweep_is_no_use_of_a_key_for_lru() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_sweep_is_no_use_of_a_key_for_lfu() {
+async fn a_sweep_does_not_count_as_a_use_of_a_key_for_lfu() {
     let policy = ("maxmemory-policy", "allkeys-lfu");
-    // Any use counts at once, and nothing decays.
+    // Every use counts at once, and the counter does not decay.
     let server = Server::options()
         .with_config(policy.0, policy.1)
         .with_config("lfu-log-factor", "0")
@@ -227,7 +227,7 @@ async fn a_sweep_is_no_use_of_a_key_for_lfu() {
         .await;
     let keys = Keyspace::of(&server, 0);
     keys.live(100, "live").await;
-    keys.dead(100, "dead").await;
+    keys.expired(100, "expired").await;
     let before = object(&server, "FREQ", 100).await;
     scan(&server.url(), &[]).await.expect(0);
     assert_eq!(object(&server, "FREQ", 100).await, before);
@@ -240,7 +240,7 @@ async fn only_the_commands_that_we_promise_are_sent() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(2_000, "live").await;
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     for (touch, allowed) in [("none", None), ("auto", Some("exists")), ("ttl", Some("ttl")), ("exists", Some("exists"))]
     {
         server.cmd(&["CONFIG", "RESETSTAT"]).await;
@@ -248,7 +248,7 @@ async fn only_the_commands_that_we_promise_are_sent() {
         let stats = server.info("commandstats").await;
         for command in stats.keys().filter_map(|field| field.strip_prefix("cmdstat_")) {
             let ours = ["scan", "dbsize", "info", "ping", "select", "client|setname", "client"];
-            // Of the tests' own connections.
+            // Commands of the test's own connections.
             let tests = ["config|resetstat", "config", "client|setinfo", "hello"];
             let known = ours.contains(&command) || tests.contains(&command) || Some(command) == allowed;
             assert!(known, "touch {touch} sent {command}");
@@ -259,16 +259,16 @@ async fn only_the_commands_that_we_promise_are_sent() {
 #[tokio::test]
 async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
     let server = Server::start().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let mut conn = server.conn().await;
     let value = "x".repeat(300);
-    // Each page holds keys that live beside those that die.
+    // Each page has live keys as well as keys that expire.
     for chunk in 0..30 {
         let mut pipeline = redis::pipe();
         for n in 0..1_000 {
             let name = format!("{chunk}:{n}");
             pipeline.cmd("SET").arg(format!("live:{name}")).arg(&value).ignore();
-            pipeline.cmd("SET").arg(format!("dead:{name}")).arg(&value).arg("PX").arg(1).ignore();
+            pipeline.cmd("SET").arg(format!("expired:{name}")).arg(&value).arg("PX").arg(1).ignore();
         }
         let written: redis::RedisResult<()> = pipeline.query_async(&mut conn).await;
         written.expect("the keys are written");

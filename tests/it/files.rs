@@ -1,4 +1,4 @@
-//! The TLS files that a daemon's settings name: found wrong before they are needed, and said clearly where they go away
+//! The TLS files that a daemon's settings name: problems are found before the files are needed, and errors are clear if they disappear
 //! while it runs.
 
 use std::path::Path;
@@ -59,7 +59,7 @@ async fn every_tls_file_that_cannot_be_used_is_named_with_its_line() {
     check(&good).await.expect(0);
 }
 
-/// A server that speaks TLS beside plain RESP, what to write about it, and the file with its authority.
+/// A server that speaks TLS as well as plain RESP, and the authority of its certificate.
 struct Encrypted {
     server: Server,
     authority: Authority,
@@ -85,7 +85,7 @@ impl Encrypted {
         instance("cache", &format!("rediss://127.0.0.1:{}", self.port), &cacert)
     }
 
-    /// Takes the file away and returns what brings it back.
+    /// Moves the file away, and returns a function that moves it back.
     fn hide(&self) -> impl Fn() + use<> {
         let (here, away) = (self.authority.cacert(), self.authority.cacert().with_extension("away"));
         std::fs::rename(&here, &away).expect("it is renamed");
@@ -99,7 +99,7 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
         return;
     }
     let encrypted = Encrypted::start().await;
-    Keyspace::of(&encrypted.server, 0).dead(300, "dead:").await;
+    Keyspace::of(&encrypted.server, 0).expired(300, "expired:").await;
     Keyspace::of(&encrypted.server, 0).live_ttl(3_000, "live:").await;
     let mut daemon = Daemon::start(&encrypted.settings("")).await;
     let bring_back = encrypted.hide();
@@ -127,7 +127,7 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
     probe("it has freed something", PATIENCE, async || daemon.task(&id).await["reclaimed"] != json!(0)).await;
     daemon.kill9();
     let bring_back = encrypted.hide();
-    // A daemon that cannot use its settings does not start, and so fails no task either.
+    // A daemon with unusable settings does not start, so it does not fail any task.
     let refused = ttlsweep().args(["serve", "--config"]).arg(daemon.settings_path()).output().expect("it runs");
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{said}");
@@ -138,7 +138,7 @@ async fn a_file_that_goes_away_is_named_to_callers_and_the_task_that_needs_it_is
     daemon.hurry(&id).await;
     let task = daemon.until(&id, "succeeded").await;
     let counted = task["reclaimed"].as_u64().expect("a number");
-    // At 500 keys a second a batch has 50 keys at most; the one under way at the kill may be uncounted.
+    // At 500 keys a second a batch has 50 keys at most; the batch under way at the kill may be uncounted.
     assert!((200..=300).contains(&counted), "{task:#}");
     assert_eq!(encrypted.server.expired_keys().await, 300);
 }

@@ -12,7 +12,7 @@ use crate::support::{PATIENCE, probe};
 
 const MASTERS: usize = 3;
 
-/// Batches of ten keys, slow enough to be met while they go on; two may be under way at a kill.
+/// Batches of ten keys, slow enough for a test to act during the sweep; two may be under way at a kill.
 const SLOW: &str = "count = 10\nmax-slice = \"1us\"\nmax-keys-per-sec = 200\n";
 const UNCOUNTED: u64 = 20;
 
@@ -45,7 +45,7 @@ async fn a_cluster_is_swept_shard_by_shard_and_counted_exactly() {
 
     let check = daemon.post("/api/v1/instances/sessions/check").await.ok();
     assert_eq!(check["shards"].as_array().map(Vec::len), Some(MASTERS), "{check:#}");
-    assert_eq!(freed(&cluster).await.iter().sum::<u64>(), 0, "the look frees nothing");
+    assert_eq!(freed(&cluster).await.iter().sum::<u64>(), 0, "the check frees nothing");
 
     let id = daemon.scan("sessions").await;
     let task = daemon.until(&id, "succeeded").await;
@@ -53,7 +53,7 @@ async fn a_cluster_is_swept_shard_by_shard_and_counted_exactly() {
     assert_eq!((&task["reclaimed"], &task["progress"]), (&json!(900), &json!(1.0)));
     let history = daemon.history("sessions").await;
     assert_eq!((&history["records"][0]["num"], &history["total"]), (&json!(900), &json!(900)));
-    // Each shard's figures are those of its own master, and the record still has them after the task has ended.
+    // Each shard has the figures of its own master, and the record keeps them after the end of the task.
     let mut own = freed(&cluster).await;
     let mut counted = by_shard(&task, "reclaimed");
     own.sort_unstable();
@@ -99,7 +99,7 @@ async fn a_killed_daemon_goes_on_with_every_shard_where_it_was() {
     let live = cluster.fill(1_500, 1_500).await;
     let mut daemon = Daemon::start(&instance("sessions", &cluster.url(), &format!("{SLOW}parallel = 2\n"))).await;
     let id = daemon.scan("sessions").await;
-    // Two shards under way, one that has not had its turn.
+    // Two shards are under way, and one waits for its turn.
     probe("two shards have freed something", PATIENCE, async || {
         by_shard(&daemon.task(&id).await, "reclaimed").iter().filter(|&&keys| keys > 20).count() == 2
     })
@@ -122,7 +122,7 @@ async fn a_killed_daemon_goes_on_with_every_shard_where_it_was() {
 async fn a_master_behind_a_sentinel_is_found_again_after_a_kill() {
     let master = Server::start().await;
     let keys = Keyspace::of(&master, 0);
-    keys.dead(500, "dead:").await;
+    keys.expired(500, "expired:").await;
     keys.live_ttl(1_500, "live:").await;
     let monitor = format!("main 127.0.0.1 {} 1", master.port());
     let sentinel = Server::options().with_arg("--sentinel").with_config("sentinel monitor", &monitor).start().await;

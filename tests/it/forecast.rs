@@ -1,4 +1,4 @@
-//! A forecast is right within the error that it names, looks at replicas and leaves masters alone, and shows no name of a key.
+//! A forecast is right within its stated error, reads replicas and not masters, and shows no name of a key.
 
 use std::time::Duration;
 
@@ -9,19 +9,12 @@ use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::run::run;
-use crate::support::server::Server;
+use crate::support::server::{Server, pair};
 use crate::support::{PATIENCE, probe};
 
 const HOUR_MS: u64 = 3_600_000;
 
-/// A master with a replica that has taken over its keys. Nothing expires by itself.
-async fn pair() -> (Server, Server) {
-    let (master, replica) = (Server::start().await, Server::start().await);
-    replica.replica_of(&master).await;
-    (master, replica)
-}
-
-/// Writes keys with these TTLs; 0: none.
+/// Writes keys with these TTLs in milliseconds; 0: no TTL.
 async fn write(server: &Server, prefix: &str, ttls_ms: impl Iterator<Item = u64>) -> u64 {
     let mut conn = server.conn().await;
     let ttls: Vec<u64> = ttls_ms.collect();
@@ -54,7 +47,7 @@ fn keys(figure: &Value) -> u64 {
     figure["keys"].as_u64().expect("a number of keys")
 }
 
-/// Panics where a figure is further from the truth than five standard errors.
+/// Panics if a figure is further from the truth than five standard errors.
 #[track_caller]
 fn near(figure: &Value, truth: u64, what: &str) {
     let error = figure["keys_error"].as_u64().expect("an error") as f64 / 1.96 * 5.0;
@@ -128,7 +121,7 @@ async fn names_are_grouped_by_their_first_parts_and_no_last_part_is_shown() {
 #[tokio::test]
 async fn expired_keys_that_a_replica_hides_are_estimated() {
     let (master, replica) = pair().await;
-    Keyspace::of(&master, 0).dead(400, "dead:").await;
+    Keyspace::of(&master, 0).expired(400, "expired:").await;
     Keyspace::of(&master, 0).live_ttl(1_000, "live:").await;
     until_there(&replica, 1_400).await;
     let found = forecast(&master.url(), &[]).await;
@@ -203,7 +196,7 @@ async fn a_sample_of_a_cluster_is_as_near_as_it_says_also_where_hash_tags_put_mo
     assert!(!found["report"].as_str().expect("a text").contains("countkeysinslot"), "{found:#}");
 }
 
-/// A forecast once the replicas have every key.
+/// The forecast, as soon as the replicas have every key.
 async fn probe_forecast(url: &str, all: u64) -> Value {
     let mut found = json!(null);
     probe("the replicas have every key", PATIENCE, async || {

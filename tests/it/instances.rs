@@ -1,4 +1,4 @@
-//! Many instances by the API: found, sorted and paged in few statements, with what each sweep brought; one stream of all tasks.
+//! Many instances in the API: found, sorted and paged in few statements, with the figures of each sweep; one stream of all tasks.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -22,7 +22,7 @@ async fn list(daemon: &Daemon, query: &str) -> Value {
     daemon.get(&format!("/api/v1/instances?{query}")).await.ok()
 }
 
-/// Instances that nobody sweeps, named against the order of their ids.
+/// Instances that are never swept, whose names are in the reverse order of their ids.
 fn many(count: usize) -> String {
     let one = |n: usize| {
         let project = if n.is_multiple_of(2) { PROJECT } else { OTHER_PROJECT };
@@ -36,7 +36,7 @@ fn many(count: usize) -> String {
     (0..count).map(one).collect()
 }
 
-/// Writes so many records of ended tasks, in turn of each instance, the newest of which freed `n` keys and left `n` MiB; the newest of
+/// Writes records of ended tasks, instance by instance. The newest of each freed `n` keys and left `n` MiB; the newest of
 /// every fifth instance failed.
 async fn fill_records(daemon: &Daemon, instances: usize, records: usize) {
     let mut db = daemon.records().await;
@@ -45,7 +45,7 @@ async fn fill_records(daemon: &Daemon, instances: usize, records: usize) {
         format!("WITH RECURSIVE n (n) AS (VALUES (0) UNION ALL SELECT n + 1 FROM n WHERE n < {}) ", records - 1);
     let is_newest = format!("n >= {}", records - instances);
     let (of, id) = (format!("(n % {instances})"), "printf('01900000-%04x-7000-8000-%012x', n / 65536, n)");
-    // One a second until now: the daemon deletes what is older than it keeps.
+    // One for each second until now: the daemon deletes records that are older than its retention.
     let at = format!("((CAST(strftime('%s', 'now') AS INTEGER) - {records} + n) * 1000)");
     let tasks = format!(
         "{numbers} INSERT INTO tasks (id, instance_id, project_id, target, cause, state, created_at, started_at, finished_at, num, sweep) \
@@ -83,7 +83,7 @@ async fn instances_are_searched_filtered_sorted_and_paged() {
     assert_eq!((ids(&page), &page["total"]), (vec!["i0005", "i0004", "i0003"], &json!(10)));
     assert_eq!(ids(&list(&daemon, "sort=reclaimed&order=desc&limit=2").await), ["i0008", "i0007"]);
     assert_eq!(ids(&list(&daemon, "sort=memory&limit=2").await), ["i0009", "i0000"], "what is not known comes first");
-    // Those whose newest failed were swept completely before all others.
+    // The last success of those whose newest task failed is older than that of all others.
     assert_eq!(ids(&list(&daemon, "sort=last_success&limit=3").await), ["i0009", "i0000", "i0005"]);
 
     let failed = list(&daemon, "state=failed").await;
@@ -101,8 +101,8 @@ async fn instances_are_searched_filtered_sorted_and_paged() {
     assert_eq!(names["i0008"], "Shop 0002", "{names}");
 }
 
-/// How many statements a request costs, by the log of the database's driver: the mean of many requests, among which the few
-/// statements that the daemon makes by itself meanwhile hardly count.
+/// How many statements a request takes, by the log of the database's driver: the mean of many requests, in which the few
+/// statements of the daemon itself hardly count.
 async fn statements(daemon: &Daemon, path: &str) -> usize {
     const REQUESTS: usize = 20;
     let count = || daemon.log().matches("summary=").count();
@@ -130,7 +130,7 @@ async fn a_page_of_a_thousand_instances_costs_as_many_statements_as_one_of_ten()
     for query in ["limit=50&sort=name", "limit=50&sort=memory&order=desc", "limit=50&state=failed&sort=last_success"] {
         let path = format!("/api/v1/instances?{query}");
         let (of_few, of_many) = (statements(&few, &path).await, statements(&many, &path).await);
-        // A few of the daemon's own may be among them; one for each instance would be fifty.
+        // A few statements of the daemon itself may be among them; one for each instance would be fifty.
         assert!(of_few > 0 && of_many <= of_few + 3, "{query}: {of_few} and {of_many}");
         let answer = many.request(Method::GET, &path).send().await.expect("an answer").text().await.expect("a body");
         assert!(answer.len() < 64 << 10, "{query}: {} bytes", answer.len());
@@ -147,9 +147,9 @@ async fn a_page_of_a_thousand_instances_costs_as_many_statements_as_one_of_ten()
 async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(300, "dead:").await;
+    keys.expired(300, "expired:").await;
     keys.live_ttl(1_000, "live:").await;
-    Keyspace::of(&server, 3).dead(50, "dead:").await;
+    Keyspace::of(&server, 3).expired(50, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let first = daemon.create(json!({"instance_id": "cache", "max_keys_per_sec": 500})).await;
     daemon.until(&first, "running").await;
@@ -192,7 +192,7 @@ async fn a_history_has_what_each_sweep_brought_and_what_held_it() {
     assert_eq!(daemon.get("/api/v1/instances/other/history").await.code(), (404, "DCS.3022"));
 }
 
-/// Has a server evict keys for a moment, and returns how many.
+/// Makes a server evict keys for a moment, and returns how many.
 async fn evict(server: &Server) -> u64 {
     server.cmd(&["CONFIG", "SET", "maxmemory-policy", "allkeys-random"]).await;
     server.cmd(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
@@ -201,7 +201,7 @@ async fn evict(server: &Server) -> u64 {
     server.info_number("stats", "evicted_keys").await
 }
 
-/// The lists of tasks that a stream has told of, as far as they have come.
+/// The lists of tasks that a stream has sent so far.
 async fn events(response: &mut reqwest::Response, text: &mut String) -> Vec<Value> {
     let chunk = tokio::time::timeout(PATIENCE, response.chunk()).await.expect("something comes").expect("a chunk");
     text.push_str(std::str::from_utf8(&chunk.expect("it goes on")).expect("UTF-8"));
@@ -216,7 +216,7 @@ async fn one_stream_tells_of_all_tasks_from_the_first_to_the_last_view() {
     let (one, two) = (Server::start().await, Server::start().await);
     for server in [&one, &two] {
         Keyspace::of(server, 0).live_ttl(3_000, "live:").await;
-        Keyspace::of(server, 0).dead(200, "dead:").await;
+        Keyspace::of(server, 0).expired(200, "expired:").await;
     }
     let other = instance("two", &two.url(), "").replace(PROJECT, OTHER_PROJECT);
     // SHA-256 of `figures` and of `secret`.
@@ -252,7 +252,7 @@ async fn one_stream_tells_of_all_tasks_from_the_first_to_the_last_view() {
         "what runs already comes at once"
     );
     assert!(told[0]["shards"].is_null() && told[0]["progress"].is_f64(), "{}", told[0]);
-    // One that has ended before the next event is due.
+    // A task that has ended before the next event is due.
     let second = daemon.create(json!({"instance_id": "two"})).await;
     daemon.until(&second, "succeeded").await;
     daemon.hurry(&first).await;
@@ -282,7 +282,7 @@ async fn the_page_is_made_of_files_that_a_browser_keeps_and_nothing_inline() {
     );
     let html = page.text().await.expect("text");
     assert!(!html.contains("<style") && !html.contains(" style=") && !html.contains("onclick"), "{html}");
-    // Each module that the page loads is there, of its own kind, and known again by its tag.
+    // Each module that the page loads is served with its content type, and its tag is recognised.
     let mut wanted = vec!["style.css".to_owned(), "main.js".to_owned()];
     let mut seen = Vec::new();
     while let Some(name) = wanted.pop() {

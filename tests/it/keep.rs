@@ -1,4 +1,4 @@
-//! A bound on expired keys is kept, and what that frees is counted exactly: from the command line, and by the daemon.
+//! A bound on expired keys is kept, and the keys that this frees are counted exactly: from the command line, and by the daemon.
 
 use std::time::Duration;
 
@@ -14,17 +14,17 @@ use crate::support::run::{Running, run, scan};
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, skipped};
 
-/// A delay that is kept without effort.
+/// A delay that is easy to keep.
 const KEEP: &str = "[instances.keep]\nmax-delay = \"2s\"\n";
 
-/// A server whose own expiry is off: what goes, the walk has freed.
+/// A server without active expiry: only the walk frees keys.
 async fn server() -> Server {
     let server = Server::start().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     server
 }
 
-/// Writes keys that die within a third of a second, while they are walked.
+/// Writes keys that expire within a third of a second, while they are walked.
 async fn wave(server: &Server, name: &str, keys: u64) {
     let mut pipeline = redis::pipe();
     for n in 0..keys {
@@ -34,12 +34,12 @@ async fn wave(server: &Server, name: &str, keys: u64) {
     written.expect("the keys are written");
 }
 
-/// Waits until the server has only so many keys in memory.
+/// Waits until the server has only this many keys in memory.
 async fn until_left(server: &Server, keys: u64) {
     probe("what has expired is gone", PATIENCE, async || server.dbsize(0).await == keys).await;
 }
 
-/// The keep run of an instance that is under way.
+/// Waits for a keep run under way, and returns its task.
 async fn keep_run(daemon: &Daemon) -> Value {
     let mut runs = json!(null);
     probe("a keep run is under way", PATIENCE, async || {
@@ -115,7 +115,7 @@ async fn without_a_bound_there_is_nothing_to_keep_and_a_scan_keeps_none() {
         assert!(wrong.stderr.contains(option), "{wrong:?}");
     }
     let server = server().await;
-    Keyspace::of(&server, 0).dead(100, "dead:").await;
+    Keyspace::of(&server, 0).expired(100, "expired:").await;
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), "max-delay = \"1s\"\n").expect("written");
     let path = file.path().to_str().expect("a path");
@@ -165,7 +165,7 @@ async fn a_server_that_is_restarted_is_kept_again() {
     wave(&server, "first", 100).await;
     until_left(&server, 200).await;
     server.restart().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let left = server.dbsize(0).await;
     wave(&server, "second", 100).await;
     until_left(&server, left).await;
@@ -191,9 +191,9 @@ async fn an_instance_with_a_bound_is_kept_and_the_contract_shows_its_run_as_auto
     probe("every key is counted", PATIENCE, async || daemon.task(&id_of(&run)).await["reclaimed"] == 500).await;
     let task = daemon.task(&id_of(&run)).await;
     assert_eq!(task["shards"][0]["keep"]["is_missed"], false, "{task:#}");
-    // What is known of a backlog is shown, and the instance with the largest comes first.
+    // The known backlogs are shown, and the instance with the largest comes first.
     let other = self::server().await;
-    Keyspace::of(&other, 0).dead(70, "dead:").await;
+    Keyspace::of(&other, 0).expired(70, "expired:").await;
     let both = [instance("other", &other.url(), ""), instance("cache", &server.url(), KEEP)].concat();
     daemon.write_settings(&both);
     daemon.post("/api/v1/reload").await.ok();
@@ -218,7 +218,7 @@ async fn an_instance_with_a_bound_is_kept_and_the_contract_shows_its_run_as_auto
 async fn a_keep_run_gives_way_to_a_scan_and_another_one_follows() {
     let server = server().await;
     Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
-    // No slot is free for long: a keep run needs none.
+    // No slot becomes free during the test: a keep run needs none.
     let settings = [instance("cache", &server.url(), KEEP), "[tasks]\nat-once = 1\n".into()];
     let daemon = Daemon::start(&settings.concat()).await;
     let first = id_of(&keep_run(&daemon).await);
@@ -248,7 +248,7 @@ async fn a_keep_run_that_was_cancelled_stays_away_and_other_bounds_make_another_
     let second = keep_run(&daemon).await;
     assert_eq!((&second["settings"]["max-backlog"], &second["settings"]["max-delay"]), (&json!("5%"), &json!("3s")));
     daemon.post(&format!("/api/v1/tasks/{}/cancel", id_of(&second))).await.ok();
-    // The bounds that it had before: who set them wants them kept.
+    // The earlier bounds are in force again.
     daemon.send(daemon.request(Method::DELETE, path)).await.ok();
     tokio::time::sleep(Duration::from_secs(1)).await;
     let runs = daemon.get("/api/v1/tasks?cause=keep").await.ok();
@@ -273,7 +273,7 @@ async fn a_killed_daemon_goes_on_with_its_keep_run_and_counts_each_key_once() {
     probe("every key is counted", PATIENCE, async || {
         let task = daemon.task(&run).await;
         let lost = task["shards"][0]["dbs"][0]["lost_replies"].as_u64().unwrap_or(0);
-        // A batch may have been under way at the kill; it is marked then.
+        // A batch may have been under way at the kill; then it is marked as lost.
         task["reclaimed"] == 600 || lost > 0 && task["reclaimed"].as_u64() <= Some(600)
     })
     .await;
@@ -288,7 +288,7 @@ async fn the_history_has_a_row_for_each_hour_of_the_clock() {
     };
     let server = server().await;
     Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
-    // The daemon takes it for a few seconds to the full hour.
+    // For the daemon it is a few seconds before the full hour.
     let now = jiff::Timestamp::now().as_second();
     let ahead = (3_600 - now % 3_600) - 14;
     let daemon = Daemon::prepare(&instance("cache", &server.url(), KEEP));
@@ -325,7 +325,7 @@ async fn outside_of_its_window_an_instance_is_not_kept() {
     let other = self::server().await;
     Keyspace::of(&other, 0).live_ttl(10, "live:").await;
     let daemon = Daemon::start(&format!("{settings}{}", instance("other", &other.url(), KEEP))).await;
-    // The other one's run shows that the daemon has looked at both.
+    // The run of the other instance shows that the daemon has checked both.
     let run = keep_run(&daemon).await;
     assert_eq!(run["instance_id"], "other");
     assert_eq!(daemon.get("/api/v1/tasks?instance_id=cache").await.ok()["count"], 0);

@@ -1,30 +1,20 @@
-//! A sweep gives way: each hold is made for real, seen with its reason, and ends by itself.
+//! A sweep gives way: each hold is provoked on a real server, reported with its reason, and ends by itself.
 
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::support::daemon::{Daemon, instance};
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::proxy::{Mode, Proxy};
-use crate::support::run::{Run, Running, run, scan, state_file};
+use crate::support::run::{Run, Running, run, scan, scan_under_way, state_file};
 use crate::support::server::{Kind, Server, Version};
 use crate::support::{PATIENCE, probe, skipped};
 
-/// Slow enough to meet a sweep half way, and too short a pass for the guard to mind.
+/// Slow enough for a test to act during the sweep, with a pass too short for the guard.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
-fn held(run: &Run, reason: &str) -> f64 {
-    run.json()["report"]["shards"][0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
-}
-
-async fn with_dead_keys(n: u64) -> Server {
-    let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(n, "dead").await;
-    server
-}
-
-/// A replica that is online, and what lies between it and its master.
+/// A replica that is online, and the proxy between it and its master.
 async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
     let (replica, proxy) = (Server::start().await, Proxy::start(master.addr()).await);
     let port = proxy.addr().port().to_string();
@@ -37,33 +27,31 @@ async fn replica_behind_proxy(master: &Server) -> (Server, Proxy) {
     (replica, proxy)
 }
 
-/// Before, active expiry walks in an order of its own.
+/// Before 7.2, active expiry does not walk in the order of SCAN.
 fn slow_sweeps_harm() -> bool {
     Server::version() >= Version(7, 2, 0) || Server::kind() == Kind::Valkey
 }
 
-/// Sweeps slowly with more arguments, and waits until it is under way.
+/// A slow sweep with more arguments that is under way.
 async fn under_way(server: &Server, more: &[&str]) -> Running {
-    let running = Running::scan(&server.url(), &[&SLOW[..], more].concat());
-    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
-    running
+    scan_under_way(server, &server.url(), &[&SLOW[..], more].concat(), 300).await
 }
 
-/// The sweep ends by itself, has held for this reason, and freed so many keys.
+/// Waits for the end of the sweep, and checks that it held for this reason and freed this many keys.
 async fn ends(running: Running, reason: &str, freed: u64) {
     let run = running.end().await.expect(0);
-    assert!(held(&run, reason) > 0.0, "{}", run.stdout);
+    assert!(run.held(reason) > 0.0, "{}", run.stdout);
     assert_eq!(run.num(), freed);
 }
 
-/// The sum of what a report says the time went to.
+/// The sum of the four times in the report.
 fn time_told(run: &Run) -> f64 {
     ["active_s", "waited_s", "rested_s", "held_s"].iter().map(|time| run.total(time)).sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_ends() {
-    let server = with_dead_keys(20_000).await;
+    let server = filled(0, 20_000).await;
     let over = scan(&server.url(), &["--max-keys-per-sec", "100", "--timeout", "4s"]).await.expect(4);
     let hint = over.json()["report"]["failure"]["hint"].clone();
     assert_eq!(
@@ -85,20 +73,20 @@ async fn active_waited_rested_and_held_add_up_to_the_time_taken_however_a_sweep_
     probe("about a second of it", PATIENCE, async || server.expired_keys().await > freed + 2_000).await;
     interrupted.signal("INT");
     let interrupted = interrupted.end().await.expect(130);
-    // It has not ended, so its record tells no time; the program's own start is in this one.
+    // The interrupted record has no duration; this one includes the start of the program.
     let (told, taken) = (time_told(&interrupted), begun.elapsed().as_secs_f64());
     assert!((0.9..=taken).contains(&told), "interrupted: {taken} s, {told} s told: {}", interrupted.stdout);
     let complete = scan(&server.url(), &["--max-keys-per-sec", "5000"]).await.expect(0);
     for (run, what) in [(over, "over"), (held, "held"), (complete, "complete")] {
         let (taken, told) = (run.total("elapsed_s"), time_told(&run));
-        // The first connection and the last record are not the sweep's, and a busy machine takes its time for them.
+        // The first connection and the last record are not part of the sweep, and take long on a busy machine.
         assert!((taken - told).abs() <= taken * 0.01 + 0.15, "{what}: {taken} s, {told} s told: {}", run.stdout);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let running = under_way(&server, &[]).await;
     server.cmd(&["DEBUG", "SLEEP", "0.6"]).await;
     ends(running, "latency", 6_000).await;
@@ -106,7 +94,7 @@ async fn a_server_that_stood_still_holds_the_sweep_for_its_latency() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     Keyspace::of(&server, 0).live(4_000, "live").await;
     let running = under_way(&server, &[]).await;
     // A millisecond for each key: seconds in all.
@@ -114,13 +102,13 @@ async fn a_child_that_saves_holds_the_sweep_until_it_is_done() {
     server.cmd(&["BGSAVE"]).await;
     running.says("holding: the server saves or rewrites its data in a child process").await;
     let run = running.end().await.expect(0);
-    assert!(held(&run, "fork") > 0.2, "{}", run.stdout);
+    assert!(run.held("fork") > 0.2, "{}", run.stdout);
     assert_eq!(run.num(), 6_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     let running = under_way(&server, &["--max-replica-lag", "8KiB"]).await;
     proxy.set(Mode::Stall);
@@ -133,7 +121,7 @@ async fn a_replica_that_falls_behind_holds_the_sweep_until_it_has_caught_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
-    let server = with_dead_keys(20_000).await;
+    let server = filled(0, 20_000).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     proxy.set(Mode::Stall);
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--max-replica-silence", "2s"]].concat());
@@ -145,8 +133,8 @@ async fn a_silent_replica_holds_the_sweep_until_it_is_heard_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
-    let server = with_dead_keys(20_000).await;
-    // Nobody can come in later, the test neither.
+    let server = filled(0, 20_000).await;
+    // No client can connect later, not even the test.
     let mut inside = server.conn().await;
     let running = under_way(&server, &[]).await;
     redis::cmd("CONFIG").arg("SET").arg("maxclients").arg(1).exec_async(&mut inside).await.unwrap();
@@ -163,8 +151,8 @@ async fn a_server_with_no_room_for_the_sampler_holds_the_sweep_and_says_why() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
-    let server = with_dead_keys(6_000).await;
-    // It waits for more replicas before it begins: for that long one is there and not online.
+    let server = filled(0, 6_000).await;
+    // The master waits for more replicas before it begins: during that time the replica is not online.
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync", "yes"]).await;
     server.cmd(&["CONFIG", "SET", "repl-diskless-sync-delay", "2"]).await;
     let replica = Server::start().await;
@@ -177,8 +165,8 @@ async fn a_full_sync_holds_the_sweep_until_the_replica_is_online() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_for_a_replica_holds_the_sweep_until_it_is_sent() {
-    let server = with_dead_keys(6_000).await;
-    // The backlog does not count as waiting.
+    let server = filled(0, 6_000).await;
+    // The replication backlog does not count.
     server.cmd(&["CONFIG", "SET", "repl-backlog-size", "16384"]).await;
     let (_replica, proxy) = replica_behind_proxy(&server).await;
     let limits = ["--max-replica-buffer", "1MiB", "--max-replica-lag", "off", "--max-replica-silence", "off"];
@@ -200,7 +188,7 @@ async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
     if Server::version() < Version(7, 0, 0) && Server::kind() == Kind::Redis {
         return skipped("this server frees two million keys in less time than lies between two readings of INFO");
     }
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let mut other = server.conn_to(1).await;
     redis::cmd("DEBUG").arg(&["POPULATE", "2000000"]).exec_async(&mut other).await.unwrap();
     let running = under_way(&server, &["--max-lazyfree", "1000"]).await;
@@ -211,7 +199,7 @@ async fn objects_that_wait_to_be_freed_hold_the_sweep_until_they_are() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let running = under_way(&server, &["--max-ops", "2000"]).await;
     let mut conn = server.conn().await;
     let load = tokio::spawn(async move {
@@ -230,13 +218,13 @@ async fn a_burst_of_load_holds_the_sweep_where_a_limit_on_it_was_set() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
-    let server = with_dead_keys(1_000).await;
+    let server = filled(0, 1_000).await;
     let run = scan(&server.url(), &["--abort-latency", "1us"]).await;
-    // A sweep of a thousand keys may be over before two looks at the latency.
+    // A sweep of a thousand keys may be over before the latency is sampled twice.
     if run.code == Some(1) {
         assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
     }
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let run = scan(&server.url(), &[&SLOW[..], &["--abort-latency", "1us"]].concat()).await.expect(1);
     assert_eq!(run.json()["report"]["failure"]["kind"], "limit_passed", "{}", run.stdout);
     let run = scan(&server.url(), &["--no-throttle", "--abort-latency", "1us", "--max-latency", "1us"]).await.expect(2);
@@ -245,13 +233,13 @@ async fn a_hard_limit_ends_the_sweep_and_without_throttle_no_limit_does() {
     std::fs::write(&file, "abort-latency = \"1us\"\nmax-latency = \"1us\"\n").expect("a file");
     let file = file.to_str().expect("a path");
     let run = scan(&server.url(), &["--no-throttle", "--config", file]).await.expect(0);
-    assert_eq!(held(&run, "latency"), 0.0);
+    assert_eq!(run.held("latency"), 0.0);
     assert_eq!(server.dbsize(0).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_limits_of_a_task_can_be_changed_while_it_runs() {
-    let server = with_dead_keys(6_000).await;
+    let server = filled(0, 6_000).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "max-keys-per-sec = 3000")).await;
     let id = daemon.create(json!({"instance_id": "cache", "limits": {"max_latency": "1us"}})).await;
     probe("it holds for the latency", PATIENCE, async || daemon.task(&id).await["holds"][0]["reason"] == "latency")
@@ -271,7 +259,7 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     let flow = flow(&server).await;
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
-    // A twentieth of the flow: the server expires in bursts, and a short look may see few of them.
+    // A twentieth of the flow: the server expires in bursts, and a short window may see few of them.
     let slow = ["--max-keys-per-sec", "300"];
     let predicted = run(["check", &server.url(), "--json"].into_iter().chain(slow)).await;
     let findings = predicted.json()["findings"].to_string();
@@ -297,19 +285,19 @@ async fn a_sweep_that_is_slower_than_keys_expire_is_refused_unless_it_is_asked_f
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_same_db() {
-    let server = with_dead_keys(200).await;
+    let server = filled(0, 200).await;
     let third = Keyspace::of(&server, 3);
     third.live_ttl(18_000, "live").await;
-    third.dead(2_000, "dead").await;
+    third.expired(2_000, "expired").await;
     let proxy = Proxy::start(server.addr()).await;
-    // Slow enough for the flow of expiry to be watched first, for a while, where slow sweeps can harm.
+    // Slow enough that the flow of expiry is watched first, on servers on which slow sweeps can do harm.
     let selects = async || server.info("commandstats").await.get("cmdstat_select").cloned();
     let before = selects().await;
     let running = Running::scan(&proxy.url(), &["--db", "3", "--max-keys-per-sec", "1500"]);
     probe("it has selected its DB", PATIENCE, async || selects().await != before).await;
     proxy.cut_until_back(&server).await;
     probe("it sweeps", PATIENCE, async || server.expired_keys().await > 50).await;
-    assert_eq!(server.dbsize(0).await, 200, "another DB is none of it");
+    assert_eq!(server.dbsize(0).await, 200, "another DB is not swept");
     assert!(server.dbsize(3).await < 20_000);
     running.signal("INT");
     running.end().await.expect(130);
@@ -317,7 +305,7 @@ async fn a_connection_that_is_cut_while_the_flow_is_watched_leads_back_to_the_sa
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
@@ -326,12 +314,12 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
     assert!(run.stdout.contains("active-expire-effort was 10 for"), "{}", run.stdout);
     assert_eq!((effort().await.as_str(), server.dbsize(0).await), ("1", 0));
 
-    Keyspace::of(&server, 0).dead(3_000, "more").await;
+    Keyspace::of(&server, 0).expired(3_000, "more").await;
     let running = Running::scan(&server.url(), &args);
     probe("the effort is raised", PATIENCE, async || effort().await == "10").await;
     running.signal("KILL");
     running.end().await;
-    assert_eq!(effort().await, "10", "nobody was there to put it back");
+    assert_eq!(effort().await, "10", "no process was left to put it back");
     args.truncate(2);
     let run = scan(&server.url(), &args).await.expect(0);
     assert!(run.stdout.contains("it was put back to 1"), "{}", run.stdout);
@@ -342,7 +330,7 @@ async fn assisted_expiry_puts_the_old_effort_back_also_after_a_kill() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn assisted_expiry_knows_the_load_that_others_make() {
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     let (_dir, state) = state_file();
     let limits = ["--max-ops", "1000000", "--max-cpu", "1", "--timeout", "30s"];
     let assist = ["--assist-expiry", "5s", "--state", state.to_str().unwrap()];
@@ -352,11 +340,11 @@ async fn assisted_expiry_knows_the_load_that_others_make() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sweep_without_names_frees_the_same_and_finds_a_server_out_where_it_does_not() {
-    let server = with_dead_keys(30_000).await;
+    let server = filled(0, 30_000).await;
     let keys = Keyspace::of(&server, 0);
     keys.live(30_000, "live").await;
     let run = scan(&server.url(), &["--payload", "none"]).await.expect(0);
-    assert!(run.total("touched") > 0.0, "the audit asks for names all the same");
+    assert!(run.total("touched") > 0.0, "the audit asks for names anyway");
     assert_eq!((run.num(), server.dbsize(0).await), (30_000, 30_000));
     let pass = run.json()["report"]["shards"][0]["dbs"][0].clone();
     let nameless = pass["nameless"].as_u64().unwrap();
@@ -375,7 +363,7 @@ async fn a_pause_is_noticed_without_names_too() {
     if Server::kind() == Kind::Valkey {
         return skipped("Valkey sends names, so a sweep without them is refused");
     }
-    let server = with_dead_keys(3_000).await;
+    let server = filled(0, 3_000).await;
     Keyspace::of(&server, 0).live(6_000, "live").await;
     let running = under_way(&server, &["--payload", "none"]).await;
     server.cmd(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
@@ -385,7 +373,7 @@ async fn a_pause_is_noticed_without_names_too() {
     assert_eq!(server.dbsize(0).await, 6_000);
 }
 
-/// Writes keys that live for six seconds, 3,000 a second, until it is aborted.
+/// Writes 3,000 keys a second with a TTL of six seconds, until this task is aborted.
 async fn flow(server: &Server) -> tokio::task::JoinHandle<()> {
     let mut conn = server.conn().await;
     tokio::spawn(async move {
@@ -411,7 +399,7 @@ async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() 
     let flow = flow(&server).await;
     probe("keys expire all the time", PATIENCE, async || server.expired_keys().await > 6_000).await;
     let slow = ["-v", "--max-keys-per-sec", "1000", "--allow-slow"];
-    // Five seconds until it is known what the server does, and sixteen of patience or more. Where the server's expiry wakes up now
+    // Five seconds until the flow is known, and sixteen of patience or more. If active expiry wakes up now
     // and then, a pass may end before that.
     for pass in 1.. {
         let mut running = Running::scan(&server.url(), &slow);
@@ -431,7 +419,7 @@ async fn a_sweep_that_stops_the_servers_own_expiry_is_found_out_while_it_runs() 
         assert!(pass < 4, "the harm is not seen");
     }
     flow.abort();
-    // As fast as it can is no harm, and frees what the slow one left.
+    // A sweep at full speed does no harm, and frees what the slow one left.
     let fast = scan(&server.url(), &[]).await.expect(0);
     assert!(!fast.stdout.contains("harm"), "{}", fast.stdout);
 }

@@ -1,4 +1,4 @@
-//! What the daemon logs: objects for what collects logs, and never a secret or the name of a key.
+//! What the daemon logs: JSON objects for log collectors, and never a secret or the name of a key.
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, free_port, probe, ttlsweep};
 
-/// Every secret that the daemon of the test is given, by any way, or that a caller sends.
+/// Every secret that the test's daemon gets from its settings or from a caller.
 const PASSWORD: &str = "pw-of-the-server-5f1c";
 const WRONG_PASSWORD: &str = "pw-that-is-wrong-77ab";
 const URL_PASSWORD: &str = "pw-inside-a-url-93de";
@@ -19,10 +19,10 @@ const TOKEN: &str = "token-of-a-caller-40aa";
 const UNKNOWN_TOKEN: &str = "token-of-nobody-8c2e";
 const SIGNING_KEY: &str = "sk-of-an-sdk-e7b1";
 const SECRETS: [&str; 6] = [PASSWORD, WRONG_PASSWORD, URL_PASSWORD, TOKEN, UNKNOWN_TOKEN, SIGNING_KEY];
-/// In front of the names of all keys.
+/// The prefix of all keys.
 const KEY_NAMES: &str = "customer-4711:";
 
-/// The settings, and whatever is said more about the first instance.
+/// The settings, with more lines for the first instance.
 fn settings(server: &Server, refused: &Server, wrong: &str, more: &str) -> String {
     let sha256 = ttlsweep::api::signature::hex(&Sha256::digest(TOKEN));
     let api = format!(
@@ -44,7 +44,7 @@ fn settings(server: &Server, refused: &Server, wrong: &str, more: &str) -> Strin
 
 fn with_secrets(mut command: Command) -> Command {
     command.env("PW_OF_THE_TEST", PASSWORD).env("SK_OF_THE_TEST", SIGNING_KEY);
-    // Of every crate, everything.
+    // Everything, from every crate.
     command.env("TTLSWEEP_LOG", "trace").env("TTLSWEEP_LOG_FORMAT", "json");
     command
 }
@@ -54,7 +54,7 @@ async fn a_log_of_everything_is_json_and_holds_no_secret_and_no_key_name() {
     let server = Server::options().with_password(PASSWORD).start().await;
     let refused = Server::options().with_password("another-one").start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(200, KEY_NAMES).await;
+    keys.expired(200, KEY_NAMES).await;
     keys.live_ttl(800, KEY_NAMES).await;
     let wrong = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(wrong.path(), WRONG_PASSWORD).expect("it is written");
@@ -94,7 +94,7 @@ async fn a_log_of_everything_is_json_and_holds_no_secret_and_no_key_name() {
         assert_eq!(answer.status, 401, "{}", answer.body);
         said.push(answer.body);
     }
-    // A reload that is refused logs what is wrong; one that is taken in logs what it took.
+    // A refused reload logs the problems; an accepted one logs what it applied.
     daemon.write_settings(&settings(&server, &refused, &wrong, "url = 5"));
     said.push(daemon.post("/api/v1/reload").await.body);
     daemon.write_settings(&good);

@@ -1,5 +1,5 @@
-//! What watches the daemon: metrics that promtool accepts, alerts that fire when they should, a dashboard whose every panel a real
-//! Prometheus answers. `make clients` gets them.
+//! Monitoring of the daemon: metrics that promtool accepts, alerts that fire when they should, a dashboard whose panels a real
+//! Prometheus can answer. `make clients` gets these programs.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -49,7 +49,7 @@ struct Prometheus {
 }
 
 impl Prometheus {
-    /// Scrapes the daemon each second and evaluates the alerts that are shipped.
+    /// Scrapes the daemon each second and evaluates the shipped alerts.
     fn start(daemon: &Daemon) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let config = format!(
@@ -77,7 +77,7 @@ impl Prometheus {
         serde_json::from_str(&text).ok()
     }
 
-    /// What an expression gives now; `None` where Prometheus does not understand it or is not there yet.
+    /// The value of an expression now. `None`: Prometheus does not understand it, or is not up yet.
     async fn ask(&self, expr: &str) -> Option<Vec<Value>> {
         let answer = self.get("/api/v1/query", &[("query", expr)]).await?;
         answer["data"]["result"].as_array().cloned()
@@ -91,7 +91,7 @@ impl Drop for Prometheus {
     }
 }
 
-/// The expressions of a dashboard with its variables filled in, each with the title of its panel.
+/// The expressions of a dashboard with their variables filled in, each with the title of its panel.
 fn expressions(dashboard: &Value) -> Vec<(String, String)> {
     let panels = dashboard["panels"].as_array().expect("panels").iter();
     let targets = panels.flat_map(|panel| {
@@ -114,13 +114,13 @@ fn expressions(dashboard: &Value) -> Vec<(String, String)> {
 #[tokio::test]
 async fn a_real_prometheus_answers_every_panel_of_the_dashboard() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     Keyspace::of(&server, 0).live_ttl(2_000, "live:").await;
     let daemon = daemon(&server).await;
     let prometheus = Prometheus::start(&daemon);
     let asked = async |expr: &str| prometheus.ask(expr).await.unwrap_or_default();
     probe("it scrapes the daemon", PATIENCE, async || !asked("up{job=\"ttlsweep\"} == 1").await.is_empty()).await;
-    // A hold, so that there is one to be shown.
+    // So that there is a hold to show.
     let slow = serde_json::json!({"instance_id": "cache", "max_keys_per_sec": 500});
     let id = daemon.create(slow).await;
     daemon.until(&id, "running").await;

@@ -1,5 +1,5 @@
-//! Networks that misbehave in front of real servers, and peers that are hostile: every wait ends, every failure is gone on
-//! from or said, and nothing that a peer sends costs more memory than it may.
+//! Networks that misbehave in front of real servers, and hostile peers: every wait ends, the sweep goes on after every failure
+//! or reports it, and no peer can make it use more memory than it may.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -9,34 +9,22 @@ use std::{
 use crate::support::{
     PATIENCE,
     cluster::Cluster,
-    keyspace::Keyspace,
     probe,
-    proxy::{Direction, Mode, Proxy},
+    proxy::{Direction, Mode, before_each_node, behind_proxy},
     run::{Run, Running, scan},
-    server::Server,
     standin::{StandIn, bulk, info, page},
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
-/// Waits that a test can wait for. The first connection is tried once only.
+/// Timeouts that are short enough for a test. The first connection is tried only once.
 const SHORT: [&str; 4] = ["--response-timeout", "500ms", "--connect-timeout", "3s"];
 
-/// A server with so many live and dead keys behind a proxy.
-async fn behind_proxy(live: u64, dead: u64) -> (Server, Proxy) {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    keys.live(live, "live").await;
-    keys.dead(dead, "dead").await;
-    let proxy = Proxy::start(server.addr()).await;
-    (server, proxy)
-}
-
-/// The count is exact where no reply was lost; the deletions are complete in any case.
+/// The count is exact if no reply was lost; the deletions are always complete.
 #[track_caller]
-fn assert_counted(run: &Run, dead: u64) {
+fn assert_counted(run: &Run, expired: u64) {
     let lost = run.total("lost_replies") as u64;
-    assert!(run.num() <= dead && run.num() + lost * 1_000 >= dead, "{} of {dead}, {lost} lost", run.num());
+    assert!(run.num() <= expired && run.num() + lost * 1_000 >= expired, "{} of {expired}, {lost} lost", run.num());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,33 +82,26 @@ async fn garbage_in_the_middle_ends_in_a_clear_error() {
         probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
         proxy.garbage(garbage);
         let run = running.end().await;
-        // The sampler's connection may have met it instead, which harms nobody.
+        // The sampler's connection may have got the garbage instead, which is harmless.
         match run.code {
             Some(0) => assert_counted(&run, 4_000),
             _ => {
                 let run = run.expect(1);
                 assert!(run.stderr.contains("not a valid reply"), "{}", run.stderr);
                 assert_eq!(run.json()["report"]["failure"]["kind"], "protocol");
-                assert!(run.num() > 0, "what was freed before stays counted");
+                assert!(run.num() > 0, "keys that were freed before stay counted");
             }
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_shard_that_is_silent_holds_up_nobody() {
+async fn a_silent_shard_delays_no_other() {
     let cluster = Cluster::start(3, false).await;
     cluster.fill(0, 3_000).await;
-    let mut proxies = Vec::new();
-    let mut map = Vec::new();
-    for node in &cluster.nodes {
-        let proxy = Proxy::start(node.addr()).await;
-        map.push(format!("{}={}", node.addr(), proxy.addr()));
-        proxies.push(proxy);
-    }
-    // The first in line is the one that is silent, and only one is swept at a time.
+    let (proxies, map) = before_each_node(&cluster).await;
+    // The first shard in the queue is the silent one, and only one is swept at a time.
     proxies[0].set(Mode::Stall);
-    let map = map.join(",");
     let more = ["--node-map", &map, "--parallel", "1"];
     let running = Running::scan(&proxies[1].url(), &[&more[..], &SHORT].concat());
     for place in [1, 2] {
@@ -132,7 +113,7 @@ async fn a_shard_that_is_silent_holds_up_nobody() {
     assert_counted(&run, 3_000);
 }
 
-/// Runs a sweep of a stand-in to its end and returns it with its peak memory in MiB.
+/// Runs a sweep of a simulated server to its end, and returns the run with its peak memory in MiB.
 async fn scan_hostile(url: &str, more: &[&str]) -> (Run, u64) {
     let mut running = Running::scan(url, &[&["--timeout", "60s"][..], more].concat());
     let status = format!("/proc/{}/status", running.pid());
@@ -148,7 +129,7 @@ async fn scan_hostile(url: &str, more: &[&str]) -> (Run, u64) {
     (running.end().await, peak_kib / 1024)
 }
 
-/// A peer that answers SCAN like this ends the sweep with this text, in bounded memory.
+/// A peer that answers SCAN with `scan` ends the sweep with this text, within a memory limit.
 async fn check_hostile(scan: impl Fn(u64) -> Vec<u8> + Send + Sync + 'static, said: &str) {
     let asked = AtomicU64::new(0);
     let peer =
@@ -161,7 +142,7 @@ async fn check_hostile(scan: impl Fn(u64) -> Vec<u8> + Send + Sync + 'static, sa
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cursors_that_never_end_are_given_up() {
-    // As many names as the largest COUNT: fewer would be taken for hidden keys, and waited for.
+    // As many names as the largest COUNT: fewer would look like hidden keys, and the sweep would hold.
     let full = |cursor| page(cursor, &["name"; 1_000]);
     check_hostile(move |_| full(7), "lead nowhere").await;
     check_hostile(move |n| full([8, 4, 12, 2][n as usize % 4]), "lead nowhere").await;
@@ -169,7 +150,7 @@ async fn cursors_that_never_end_are_given_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replies_that_are_none_are_refused_before_memory_is_spent() {
+async fn invalid_replies_are_refused_before_memory_is_spent() {
     check_hostile(|_| b"*2\r\n$1\r\n5\r\n*999999999\r\n".to_vec(), "SCAN announces 999999999 keys").await;
     check_hostile(|_| b"*2\r\n$1\r\n5\r\n*1\r\n$99999999999999\r\n".to_vec(), "a key name announces").await;
     check_hostile(|_| b":5\r\n".to_vec(), "stands where SCAN has something else").await;
@@ -181,7 +162,7 @@ async fn replies_that_are_none_are_refused_before_memory_is_spent() {
 async fn a_flood_of_huge_names_costs_no_memory() {
     let name = "x".repeat(1 << 20);
     let flood = page(1 << 40, &vec![name.as_str(); 200]);
-    // Counted and dropped while they stream by, audit or not; then the pass ends.
+    // The names are counted and dropped while they are read, with or without an audit; then the pass ends.
     let peer = StandIn::start(move |words| {
         let first = words.get(1).is_some_and(|cursor| cursor == "0");
         match words[0].as_str() {

@@ -1,4 +1,4 @@
-//! A webhook that is told what went wrong: signed, again until it is taken, and in nobody's way.
+//! Notifications to a webhook: signed, sent again until accepted, and never delaying a sweep.
 
 use std::time::{Duration, Instant};
 
@@ -12,13 +12,13 @@ use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, free_port, probe};
 
-/// The table for this webhook, and an instance that nobody can reach.
+/// The settings for this webhook, and an unreachable instance.
 fn settings(url: &str, more: &str) -> String {
     let gone = instance("gone", &format!("redis://127.0.0.1:{}", free_port()), "retry-for = \"1ms\"");
     format!("[notify]\nurl = \"{url}\"\n{more}\n{gone}")
 }
 
-/// Whether the signature is what the specification of Standard Webhooks says, for a secret that is taken as it is.
+/// Whether the signature follows the specification of Standard Webhooks, for a secret without a prefix.
 fn is_signed(call: &Call, secret: &str) -> bool {
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("any length will do");
     mac.update(format!("{}.{}.", call.header("webhook-id"), call.header("webhook-timestamp")).as_bytes());
@@ -58,13 +58,13 @@ async fn a_failed_task_is_told_signed_and_a_complete_one_is_not() {
 }
 
 #[tokio::test]
-async fn nobody_is_told_unless_asked_for() {
+async fn no_notification_is_sent_without_a_url() {
     let hook = Hook::start(&[]).await;
     for more in ["events = []", "events = [\"not_swept\"]"] {
         let mut daemon = Daemon::start(&settings(hook.url(), more)).await;
         let id = daemon.scan("gone").await;
         daemon.until(&id, "failed").await;
-        // What is to be told is tried once more before the end.
+        // The remaining events are sent once more before the end.
         assert_eq!(daemon.stop().await, Some(0));
         assert_eq!(hook.calls().len(), 0, "{more}");
     }
@@ -84,10 +84,10 @@ async fn what_is_not_taken_is_sent_again_with_the_same_id() {
 }
 
 #[tokio::test]
-async fn a_webhook_that_is_down_is_told_once_it_is_up() {
+async fn a_webhook_that_was_down_gets_the_event_once_it_is_up() {
     let port = free_port();
     let daemon = Daemon::prepare(&settings(&format!("http://127.0.0.1:{port}/hooks/geheim"), ""));
-    // As on a system without certificates of authorities.
+    // As on a system without certificates of public authorities.
     let bare = |mut command: std::process::Command| {
         command.env("SSL_CERT_FILE", "/dev/null");
         command
@@ -117,7 +117,7 @@ async fn a_webhook_that_refuses_is_not_asked_again_and_its_address_stays_secret(
 #[tokio::test]
 async fn a_webhook_that_never_answers_slows_neither_sweeps_nor_the_end() {
     let (hook, server) = (Hook::start(&[Answer::Never; 9]).await, Server::start().await);
-    Keyspace::of(&server, 0).dead(500, "dead:").await;
+    Keyspace::of(&server, 0).expired(500, "expired:").await;
     let well = instance("well", &server.url(), "");
     let mut daemon = Daemon::start(&(settings(hook.url(), "") + well.as_str())).await;
     let id = daemon.scan("gone").await;
@@ -127,7 +127,7 @@ async fn a_webhook_that_never_answers_slows_neither_sweeps_nor_the_end() {
     assert_eq!(daemon.until(&id, "succeeded").await["reclaimed"], 500);
     let begun = Instant::now();
     assert_eq!(daemon.stop().await, Some(0));
-    // It waits 3 s for the webhook, which itself has 10 s.
+    // The daemon waits 3 s for the webhook, whose own limit is 10 s.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     assert!(daemon.log().contains("the webhook was not told before the daemon stopped"), "{}", daemon.log());
 }
@@ -138,7 +138,7 @@ async fn what_was_not_told_yet_is_tried_once_more_when_the_daemon_stops() {
     let mut daemon = Daemon::start(&settings(hook.url(), "")).await;
     daemon.scan("gone").await;
     hook.wait_for(3).await;
-    // The next try would be 4 s later.
+    // The next attempt would be 4 s later.
     let begun = Instant::now();
     assert_eq!(daemon.stop().await, Some(0));
     assert_eq!(hook.calls().len(), 4);
@@ -153,7 +153,7 @@ async fn an_instance_with_a_schedule_that_is_not_swept_for_too_long_is_told_once
     let settings = [
         format!("[notify]\nurl = \"{}\"\n", hook.url()),
         instance("late", &url, far),
-        // Nobody expects this one to be swept.
+        // This instance has no automatic scan.
         instance("by-hand", &other.url(), "not-swept-for = \"1s\""),
     ];
     let daemon = Daemon::start(&settings.concat()).await;
@@ -162,7 +162,7 @@ async fn an_instance_with_a_schedule_that_is_not_swept_for_too_long_is_told_once
     assert_eq!((told["data"]["last_success_at"].is_null(), &told["data"]["allowed_s"]), (true, &1.0.into()));
     let id = daemon.scan("late").await;
     daemon.until(&id, "succeeded").await;
-    // A change of the settings has it look at once.
+    // A change of the settings makes the daemon check at once.
     daemon.write_settings(&settings.concat());
     daemon.signal("HUP");
     let told = hook.wait_for(2).await[1].json();

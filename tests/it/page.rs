@@ -1,4 +1,4 @@
-//! The page in a real browser, with a real daemon and a real server: each thing that an operator does there. Pictures of it are kept
+//! The page in a real browser, with a real daemon and a real server: everything that an operator does there. Its pictures are kept
 //! below target/screenshots.
 
 use reqwest::Method;
@@ -7,23 +7,14 @@ use thirtyfour::Key;
 
 use crate::support::browser::{Browser, ZONE};
 use crate::support::daemon::{Daemon, PROJECT, instance, window};
-use crate::support::keyspace::Keyspace;
-use crate::support::server::Server;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::{PATIENCE, free_port, probe};
 
 const OTHER_PROJECT: &str = "fedcba9876543210fedcba9876543210";
 /// More than one page of the list.
 const AWAY: usize = 64;
 
-async fn filled(live: u64, dead: u64) -> Server {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    keys.dead(dead, "dead:").await;
-    keys.live_ttl(live, "live:").await;
-    server
-}
-
-/// Instances at addresses where nobody listens, some of them of another project.
+/// Instances at unreachable addresses, some of them in another project.
 fn away() -> String {
     let one = |n: usize| {
         let project = if n.is_multiple_of(8) { OTHER_PROJECT } else { PROJECT };
@@ -70,7 +61,7 @@ async fn instances_are_found_by_name_state_and_project_and_sorted_and_paged() {
     browser.until("document.querySelector('.pager span').textContent === '51–65 of 65'").await;
     assert_eq!(names(&browser).await.last().map(String::as_str), Some("Session cache"));
 
-    // The keyboard alone: a slash leads to the search, a tab on from there.
+    // By keyboard alone: a slash moves to the search, a tab from there on.
     browser.keys("/").await;
     browser.keys("session").await;
     browser.until(&format!("document.querySelectorAll('{NAMES}').length === 1")).await;
@@ -99,7 +90,7 @@ async fn instances_are_found_by_name_state_and_project_and_sorted_and_paged() {
     browser.press("Reclaimed").await;
     browser.until(&format!("{first} === 'Session cache'")).await;
     assert_eq!(browser.value("document.querySelector('th[aria-sort]').getAttribute('aria-sort')").await, "descending");
-    // The way to what is shown is in the address, and leads there again.
+    // The address holds the view, and opens it again.
     browser.run("location.reload();").await;
     browser.until(&format!("{first} === 'Session cache'")).await;
     browser.ready("list").await;
@@ -142,7 +133,7 @@ async fn an_operator_sweeps_with_options_tunes_pauses_resumes_and_cancels() {
         (&settings["intensity"], &settings["max-keys-per-sec"], &settings["timeout"]),
         (&json!("0.5"), &json!("400"), &json!("7200s"))
     );
-    // What is shown goes on by itself.
+    // The view is updated by itself.
     browser.until("document.querySelector('.running .meter i').style.width > '0.5%'").await;
     browser.until("document.querySelector('.running .figures').textContent.includes('keys/s')").await;
     browser.until_text(".running .shard", "DB").await;
@@ -169,7 +160,7 @@ async fn an_operator_sweeps_with_options_tunes_pauses_resumes_and_cancels() {
     browser.until("document.querySelector('section.running').hidden").await;
     browser.until_text("table.sweeps tbody", "cancelled").await;
 
-    // One that somebody else begins is shown too.
+    // A sweep that another client begins is shown too.
     let other = daemon.create(json!({"instance_id": "cache", "max_keys_per_sec": 2000})).await;
     browser.until_text("h1 + span", "running").await;
     daemon.hurry(&other).await;
@@ -193,7 +184,7 @@ async fn an_instance_shows_what_its_sweeps_brought_and_what_held_them() {
     daemon.hurry(&first).await;
     daemon.until(&first, "succeeded").await;
     for round in 1..=3 {
-        Keyspace::of(&server, 0).dead(round * 400, &format!("more:{round}:")).await;
+        Keyspace::of(&server, 0).expired(round * 400, &format!("more:{round}:")).await;
         let id = daemon.scan("cache").await;
         daemon.until(&id, "succeeded").await;
     }
@@ -215,14 +206,14 @@ async fn an_instance_shows_what_its_sweeps_brought_and_what_held_them() {
     browser.until_text("tr.opened .shard", "DB").await;
     let shown = browser.texts("tr.opened").await.concat();
     assert!(shown.contains("1,200") && shown.contains("Settings of this sweep"), "{shown}");
-    // Each sweep, with what held it.
+    // Each sweep, with its holds.
     browser.click(&format!("tr[data-task=\"{first}\"] button")).await;
     browser.until("document.querySelectorAll('tr.opened').length === 2").await;
     let held = browser.texts("tr.opened").await.pop().expect("the last");
     assert!(held.contains("Held: paused"), "{held}");
     browser.press("Sample…").await;
     browser.press("Sample now").await;
-    // There is no replica: what to do is said.
+    // There is no replica: the page says what to do.
     browser.until("document.querySelector('dialog p.wrong')?.textContent.length > 10").await;
     browser.assert_accessible("a refused forecast").await;
     browser.click("#f-on_master").await;
@@ -253,7 +244,7 @@ async fn an_instance_shows_what_its_sweeps_brought_and_what_held_them() {
     browser.run("location.hash = '#/daemons';").await;
     browser.ready("daemons").await;
     browser.assert_accessible("the daemons").await;
-    // There was no forecast at first, and could be none of a replica.
+    // There was no forecast at first, and there is no replica to make one on.
     browser.assert_no_errors(&[404, 409, 502]).await;
 }
 
@@ -269,7 +260,7 @@ async fn a_schedule_is_edited_and_what_is_refused_stands_at_its_field() {
     browser.open(&format!("{}/#/instances/cache", daemon.url()), "instance").await;
     let due = daemon.get("/api/v1/instances/cache").await.ok();
     assert_eq!(browser.value("document.querySelector('.due time').dateTime").await, due["upcoming"][0]);
-    // 03:30 UTC as it is where the reader is.
+    // 03:30 UTC in the reader's time zone.
     assert!(browser.texts(".due time").await[0].ends_with(" 08:00"), "{:?}", browser.texts(".due time").await);
 
     browser.press("Edit…").await;
@@ -328,7 +319,7 @@ async fn an_instance_is_kept_to_bounds_that_are_set_and_shown_there() {
     browser.until_text(".tiles", "backlog at most 5%").await;
     browser.until_text(".tile strong", "").await;
     assert_eq!(daemon.get("/api/v1/instances/cache").await.ok()["keep"]["max_backlog"], "5%");
-    // The run begins by itself, and is seen to keep them.
+    // The keep run begins by itself, and the page shows that it keeps its bounds.
     browser.until("[...document.querySelectorAll('.tile strong')].some((e) => e.textContent === 'kept')").await;
     browser.until_text(".running .shard", "Bounds: ").await;
     assert!(!browser.texts("button").await.iter().any(|text| text == "Cancel"), "it ends with its bounds");
@@ -346,7 +337,7 @@ async fn an_instance_is_kept_to_bounds_that_are_set_and_shown_there() {
 }
 
 #[tokio::test]
-async fn a_reader_looks_and_gives_no_orders_and_a_wrong_token_is_refused() {
+async fn a_reader_may_only_read_and_a_wrong_token_is_refused() {
     let Some(browser) = Browser::start().await else { return };
     let server = filled(10, 10).await;
     // SHA-256 of `figures`.

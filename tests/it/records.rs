@@ -1,4 +1,4 @@
-//! The records: the same promises of a file and of a database that several daemons share.
+//! The records: a file and a database that several daemons share keep the same promises.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,7 +21,7 @@ use crate::support::clients::output;
 use crate::support::postgres::Postgres;
 use crate::support::{PATIENCE, probe, ttlsweep};
 
-/// A store of each kind, with what keeps it.
+/// A store of each kind, with its folder and its server.
 async fn stores() -> Vec<(Store, TempDir, Option<Postgres>)> {
     let file = tempfile::tempdir().unwrap();
     let mut stores = vec![(Store::open_file(&file.path().join("s.db")).await.unwrap(), file, None)];
@@ -38,7 +38,7 @@ async fn shared(postgres: &Postgres) -> (Store, TempDir) {
     (Store::open(&location).await.unwrap(), journal)
 }
 
-/// Shared records with what they are for, and what keeps them.
+/// Shared records with a name for the test's messages, and their server.
 struct Shared {
     store: Store,
     fleet: Fleet,
@@ -94,7 +94,7 @@ async fn a_record_comes_back_as_it_was_written() {
         task.finished_at = Some(task.created_at);
         task.num = u64::MAX >> 1;
         task.spent = Duration::from_micros(1_234_567);
-        // A server may write what no text of PostgreSQL may hold.
+        // A server's error may hold what a text of PostgreSQL may not: a zero byte.
         task.failure = Some(Failure::new(FailureKind::TooSlow, "slow\0er").hint("faster"));
         task.note = Some("ä ' \" \\".to_owned());
         let shard = ShardId("10.0.0.1:6379".to_owned());
@@ -147,7 +147,7 @@ async fn lists_filter_count_and_sum_the_same() {
         let successes = store.last_successes().await.unwrap();
         assert_eq!(successes["a"], tasks[4].created_at);
         assert_eq!(successes["b"], tasks[3].created_at);
-        // The newest of each instance and its newest success stay.
+        // The newest task of each instance and its newest success stay.
         let later = store.now() + SignedDuration::from_hours(1);
         assert_eq!(store.prune(later, 1_000).await.unwrap(), 3);
         let kept = store.page(&TaskFilter::default(), 0, 9).await.unwrap();
@@ -235,7 +235,7 @@ fn claim(owner: DaemonId, most: usize) -> Claim {
 }
 
 const LONG: Duration = Duration::from_secs(3600);
-/// A lease that has run out as soon as it was given.
+/// A lease that has already run out.
 const NONE: Duration = Duration::ZERO;
 
 #[tokio::test]
@@ -291,7 +291,7 @@ async fn a_late_write_of_an_earlier_owner_changes_nothing() {
     assert!(matches!(store.update(&late).await, Err(StoreError::Fenced(_))));
     assert!(fleet.claim(&claim(gone, 1)).await.is_err(), "and can claim nothing");
     let mut claimed = Vec::new();
-    // The rows stay locked until the server has seen the end of that attempt.
+    // The rows stay locked until the server has noticed the end of that attempt.
     probe("another claims it", PATIENCE, async || {
         claimed = fleet.claim(&claim(next, 1)).await.unwrap();
         !claimed.is_empty()
@@ -383,7 +383,7 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     let bounds = Bounds { max_backlog: Some(BacklogSize::Bytes(1 << 20)), max_delay: None };
     source.set_keep("i1", "p", Some(bounds), at).await.unwrap();
     let (target, _journal) = shared(&postgres).await;
-    // A part of it is there already.
+    // A part of the copy is there already.
     target.insert(&tasks[3], None).await.unwrap();
     source.close().await;
     drop(source);

@@ -1,4 +1,4 @@
-//! A sweep that is interrupted or killed goes on where it was, and its count is right.
+//! A sweep that was interrupted or killed goes on where it was, and its count is correct.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::support::{
     server::Server,
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -22,7 +22,7 @@ async fn sigint_ends_the_batch_prints_the_report_and_resume_finishes() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(2_000, "live").await;
-    keys.dead(4_000, "dead").await;
+    keys.expired(4_000, "expired").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     for signal in ["INT", "TERM"] {
@@ -52,14 +52,14 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(2_000, "live").await;
-    keys.dead(8_000, "dead").await;
+    keys.expired(8_000, "expired").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     const KILLS: u64 = 5;
     for kill in 0..KILLS {
         let before = server.expired_keys().await;
         let resume = if kill > 0 { &["--resume"][..] } else { &[] };
-        // COUNT cannot grow here: a batch is one hundred keys or fewer, and one key more by the last bucket.
+        // COUNT cannot grow here: a batch has at most one hundred keys, and those of one more bucket.
         let more = ["--max-slice", "1us", "--count", "100", "--state", state];
         let running = Running::scan(&server.url(), &[&SLOW[..], &more, resume].concat());
         probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 500).await;
@@ -67,10 +67,10 @@ async fn sigkill_loses_no_more_than_the_count_of_the_batch_under_way() {
         assert_eq!(running.end().await.code, None);
     }
     let ended = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
-    assert_eq!(server.expired_keys().await, 8_000, "every dead key is gone");
+    assert_eq!(server.expired_keys().await, 8_000, "every expired key is gone");
     let num = ended.num();
     assert!(num <= 8_000 && num + KILLS * 110 >= 8_000, "{num}");
-    // Each kill may have lost the batches of two workers, or of one in the end, and one that was being counted; the report says so.
+    // Each kill may have lost the batches of two workers, or of one at the end, and one that was being counted; the report says so.
     let lost = ended.total("lost_replies") as u64;
     assert!((2 * KILLS..=3 * KILLS).contains(&lost), "{ended:?}");
     assert_eq!(server.dbsize(0).await, 2_000);
@@ -83,7 +83,7 @@ async fn what_was_known_before_a_signal_is_known_after_a_resume() {
     let keys = Keyspace::of(&server, 0);
     keys.live(1_000, "never").await;
     keys.live_ttl(3_000, "ttl").await;
-    keys.dead(2_000, "dead").await;
+    keys.expired(2_000, "expired").await;
     let (_dir, state) = state_file();
     let asked = [&SLOW[..], &["--state", state.to_str().unwrap(), "--touch", "ttl"]].concat();
     let running = Running::scan(&server.url(), &asked);
@@ -109,7 +109,7 @@ async fn what_was_known_before_a_signal_is_known_after_a_resume() {
 async fn a_batch_journal_that_is_gone_or_damaged_is_noticed_and_the_count_is_said_to_be_the_least() {
     for damage in ["removed", "cut", "noise"] {
         let server = Server::start().await;
-        Keyspace::of(&server, 0).dead(12_000, "dead").await;
+        Keyspace::of(&server, 0).expired(12_000, "expired").await;
         let (_dir, state) = state_file();
         let journal = state.with_file_name(format!("{}.tally", state.file_name().unwrap().to_str().unwrap()));
         let args = ["--state", state.to_str().unwrap()];
@@ -136,7 +136,7 @@ async fn a_batch_journal_that_is_gone_or_damaged_is_noticed_and_the_count_is_sai
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cursor_of_another_process_is_not_used() {
     let mut server = Server::start().await;
-    Keyspace::of(&server, 0).dead(3_000, "old").await;
+    Keyspace::of(&server, 0).expired(3_000, "old").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--state", state]].concat());
@@ -144,7 +144,7 @@ async fn a_cursor_of_another_process_is_not_used() {
     running.signal("INT");
     let first = running.end().await.expect(130).num();
     server.restart().await;
-    Keyspace::of(&server, 0).dead(1_000, "new").await;
+    Keyspace::of(&server, 0).expired(1_000, "new").await;
     let ended = scan(&server.url(), &["--state", state, "--resume"]).await.expect(0);
     assert_eq!(ended.num(), first + 1_000, "the pass began again and missed nothing");
     assert_eq!(server.dbsize(0).await, 0);
@@ -155,7 +155,7 @@ async fn a_cursor_of_another_process_is_not_used() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_before_its_db_has_its_turn() {
     let mut server = Server::start().await;
-    Keyspace::of(&server, 1).dead(9_000, "first").await;
+    Keyspace::of(&server, 1).expired(9_000, "first").await;
     let (_dir, state) = state_file();
     let with_state = ["--state", state.to_str().unwrap()];
     let running = Running::scan(&server.url(), &[&SLOW[..], &with_state].concat());
@@ -163,14 +163,14 @@ async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_be
     running.signal("INT");
     running.end().await.expect(130);
 
-    Keyspace::of(&server, 0).dead(6_000, "another").await;
+    Keyspace::of(&server, 0).expired(6_000, "another").await;
     let before = server.expired_keys().await;
     let running = Running::scan(&server.url(), &[&SLOW[..], &with_state, &["--resume"]].concat());
     probe("the DB before is under way", PATIENCE, async || server.expired_keys().await > before + 300).await;
-    // Or it would find the new process empty, and be done.
+    // Otherwise the sweep would find the new process empty, and end.
     running.signal("STOP");
     server.restart().await;
-    Keyspace::of(&server, 1).dead(9_000, "second").await;
+    Keyspace::of(&server, 1).expired(9_000, "second").await;
     running.signal("CONT");
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(1).await, 0, "{}", run.stdout);
@@ -181,7 +181,7 @@ async fn a_cursor_of_the_checkpoint_is_not_used_where_another_process_answers_be
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_sweep_is_kept_away_from_the_state_file_of_one_that_runs() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(15_000, "dead").await;
+    Keyspace::of(&server, 0).expired(15_000, "expired").await;
     let (_dir, state) = state_file();
     let with_state = ["--state", state.to_str().unwrap()];
     let running = Running::scan(&server.url(), &[&SLOW[..], &with_state].concat());
@@ -194,7 +194,7 @@ async fn a_second_sweep_is_kept_away_from_the_state_file_of_one_that_runs() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_cuts_even_where_the_server_hangs() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(3_000, "d").await;
+    Keyspace::of(&server, 0).expired(3_000, "d").await;
     let mut running = Running::scan(&server.url(), &SLOW);
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
     server.sigstop();
@@ -215,7 +215,7 @@ async fn resume_without_something_to_resume_is_a_usage_error() {
     assert!(no_file.stderr.contains("--state FILE"), "{}", no_file.stderr);
     let missing = scan(&server.url(), &["--resume", "--state", state]).await.expect(2);
     assert!(missing.stderr.contains("there is no state file"), "{}", missing.stderr);
-    // What a timer runs each night: it begins where there is nothing to go on with.
+    // As a timer runs it each night: it begins a new sweep if there is none to go on with.
     for _ in 0..2 {
         scan(&server.url(), &["--resume=auto", "--state", state]).await.expect(0);
     }
@@ -225,7 +225,7 @@ async fn resume_without_something_to_resume_is_a_usage_error() {
 async fn a_sweep_whose_time_was_over_goes_on_where_it_was() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
-    keys.dead(3_000, "d").await;
+    keys.expired(3_000, "d").await;
     keys.live(3_000, "l").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
@@ -246,7 +246,7 @@ async fn a_sweep_whose_time_was_over_goes_on_where_it_was() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(10, "d").await;
+    Keyspace::of(&server, 0).expired(10, "d").await;
     let (dir, state) = state_file();
     std::fs::write(&state, "this is no database, and long enough to be read as one".repeat(100)).unwrap();
     for (path, hint) in [
@@ -298,7 +298,7 @@ async fn a_database_of_another_program_is_refused_and_left_as_it_is() {
     }
 }
 
-/// As versions made it that put no mark into it.
+/// A file of an earlier version, without an application id.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_of_ours_without_the_mark_is_gone_on_with() {
     let server = Server::start().await;
@@ -324,7 +324,7 @@ async fn a_damaged_state_file_is_said_with_what_to_do() {
     let (_dir, state) = state_file();
     let path = state.to_str().unwrap();
     scan(&server.url(), &["--state", path]).await.expect(0);
-    // Else the file could be made anew from its log.
+    // Otherwise SQLite could restore the file from its log.
     let mut file = SqliteConnectOptions::new().filename(&state).connect().await.unwrap();
     sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut file).await.unwrap();
     file.close().await.unwrap();
@@ -344,7 +344,7 @@ async fn a_kill_while_keys_are_hidden_does_not_make_them_done() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(3, "live").await;
-    keys.dead(2, "dead").await;
+    keys.expired(2, "expired").await;
     server.cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
@@ -362,17 +362,17 @@ async fn a_kill_while_keys_are_hidden_does_not_make_them_done() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_earlier_process_finished_is_not_finished_after_a_restart_and_a_resume() {
     let mut server = Server::start().await;
-    Keyspace::of(&server, 0).dead(100, "first").await;
-    Keyspace::of(&server, 1).dead(4_000, "second").await;
+    Keyspace::of(&server, 0).expired(100, "first").await;
+    Keyspace::of(&server, 1).expired(4_000, "second").await;
     let (_dir, state) = state_file();
     let state = state.to_str().unwrap();
     let running = Running::scan(&server.url(), &[&SLOW[..], &["--db", "0,1", "--state", state]].concat());
     probe("the second DB is under way", PATIENCE, async || server.expired_keys().await > 400).await;
-    // Or it would find the new process empty, and be done.
+    // Otherwise the sweep would find the new process empty, and end.
     running.signal("STOP");
     server.restart().await;
-    Keyspace::of(&server, 0).dead(500, "again").await;
-    Keyspace::of(&server, 1).dead(9_000, "again").await;
+    Keyspace::of(&server, 0).expired(500, "again").await;
+    Keyspace::of(&server, 1).expired(9_000, "again").await;
     running.signal("CONT");
     probe("the other process is swept", PATIENCE, async || server.expired_keys().await > 100).await;
     running.signal("INT");

@@ -1,4 +1,4 @@
-//! What is kept of ended tasks, and what goes: by age, by number, and never what somebody still needs.
+//! Which ended tasks are kept and which are deleted: by age, by number, and never a task that is still needed.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 use crate::support::{PATIENCE, probe};
 
-/// So many rows a table of the store holds for tasks that are not these.
+/// How many rows of a table belong to other tasks than these.
 async fn rows_of_others(daemon: &Daemon, table: &str, ids: &[String]) -> i64 {
     let options = SqliteConnectOptions::new().filename(daemon.store()).read_only(true);
     let mut conn = SqliteConnection::connect_with(&options).await.expect("the store opens");
@@ -25,11 +25,11 @@ async fn rows_of_others(daemon: &Daemon, table: &str, ids: &[String]) -> i64 {
     query.fetch_one(&mut conn).await.expect("a number")
 }
 
-/// Puts a retention in force by a reload, as an operator would.
+/// Applies a retention by a reload, as an operator would.
 async fn keep(daemon: &Daemon, instances: &str, retention: &str) {
     daemon.write_settings(instances);
     let path = daemon.settings_path();
-    // The table of the store is the last one of the file.
+    // The table of the store is the last one in the file.
     let text = std::fs::read_to_string(&path).expect("the settings") + retention;
     std::fs::write(&path, text).expect("the settings are written");
     daemon.post("/api/v1/reload").await.ok();
@@ -45,8 +45,8 @@ async fn listed(daemon: &Daemon) -> Vec<String> {
 async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the_last_of_an_instance() {
     let (held, quiet, busy) = (Server::start().await, Server::start().await, Server::start().await);
     Keyspace::of(&held, 0).live_ttl(3_000, "live:").await;
-    Keyspace::of(&held, 0).dead(40, "dead:").await;
-    Keyspace::of(&quiet, 0).dead(7, "dead:").await;
+    Keyspace::of(&held, 0).expired(40, "expired:").await;
+    Keyspace::of(&quiet, 0).expired(7, "expired:").await;
     Keyspace::of(&busy, 0).live_ttl(20, "live:").await;
     let instances = [
         instance("held", &held.url(), "max-keys-per-sec = 500"),
@@ -56,7 +56,7 @@ async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the
     .concat();
     let mut daemon = Daemon::start(&instances).await;
 
-    // The oldest of all has not ended; then one of an instance that is seldom swept, and many of another one.
+    // The oldest task has not ended. Then there are one of an instance that is seldom swept, and many of another.
     let paused = daemon.scan("held").await;
     daemon.until(&paused, "running").await;
     daemon.post(&format!("/api/v1/tasks/{paused}/pause")).await.ok();
@@ -86,7 +86,7 @@ async fn ended_tasks_go_by_number_and_by_age_but_never_an_unfinished_one_nor_the
     probe("beyond the age they go", PATIENCE, async || listed(&daemon).await.len() <= 3).await;
     assert_eq!(listed(&daemon).await, expected);
 
-    // The look at the start of the next process finds nothing more to remove.
+    // The next process finds nothing more to delete when it starts.
     daemon.restart().await;
     let next = daemon.scan("quiet").await;
     daemon.until(&next, "succeeded").await;

@@ -1,4 +1,4 @@
-//! A user who may read no value and write no key can sweep; what is missing is named.
+//! A user who may read no value and write no key can sweep; missing rights are named.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,7 +12,7 @@ use crate::support::{
     shell_words,
 };
 
-/// Runs the line that we tell operators to run.
+/// Runs the ACL line of the documentation.
 async fn grant(server: &Server, line: &str) {
     let words = shell_words(&line.replace("PASSWORD", "pw"));
     server.cmd(&words.iter().map(String::as_str).collect::<Vec<_>>()).await;
@@ -24,7 +24,7 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
     grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     let keys = Keyspace::of(&server, 0);
     keys.live(500, "live").await;
-    keys.dead(500, "dead").await;
+    keys.expired(500, "expired").await;
     let url = server.url_as("ttlsweep", "pw");
     let run = scan(&url, &[]).await.expect(0);
     assert_eq!(run.num(), 500);
@@ -53,7 +53,7 @@ async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_missing_right_is_named_with_the_line_that_grants_it() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(10, "d").await;
+    Keyspace::of(&server, 0).expired(10, "d").await;
     for (missing, command) in
         [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
     {
@@ -65,7 +65,7 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
         assert_eq!(run.json()["report"]["failure"]["kind"], "not_allowed");
         assert_eq!(run.code, Some(3), "{missing}");
     }
-    assert_eq!(server.expired_keys().await, 0, "nothing was freed that nobody counted");
+    assert_eq!(server.expired_keys().await, 0, "nothing was freed uncounted");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,7 +85,7 @@ async fn a_right_that_is_missing_is_asked_for_once() {
 async fn another_server_process_is_asked_anew_what_it_allows() {
     let mut server = Server::start().await;
     grant(&server, ttlsweep::node::acl::ACL_LINE).await;
-    Keyspace::of(&server, 0).dead(4_000, "first").await;
+    Keyspace::of(&server, 0).expired(4_000, "first").await;
     let url = server.url_as("ttlsweep", "pw");
     let running = Running::scan(&url, &["--max-keys-per-sec", "1500", "--db", "0"]);
     probe("the first is swept", PATIENCE, async || server.expired_keys().await > 300).await;
@@ -93,7 +93,7 @@ async fn another_server_process_is_asked_anew_what_it_allows() {
     server.restart().await;
     grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     server.cmd(&["ACL", "SETUSER", "ttlsweep", "~*", "+exists"]).await;
-    Keyspace::of(&server, 0).dead(2_000, "second").await;
+    Keyspace::of(&server, 0).expired(2_000, "second").await;
     running.signal("CONT");
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 0);
@@ -114,7 +114,7 @@ async fn a_touch_that_was_asked_for_needs_its_right() {
 async fn a_right_that_is_taken_away_during_the_sweep_ends_it_and_what_was_freed_stays_counted() {
     let server = Server::start().await;
     grant(&server, ttlsweep::node::acl::ACL_LINE).await;
-    Keyspace::of(&server, 0).dead(5_000, "d").await;
+    Keyspace::of(&server, 0).expired(5_000, "d").await;
     let running = Running::scan(&server.url_as("ttlsweep", "pw"), &["--max-keys-per-sec", "2000"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;
     server.cmd(&["ACL", "SETUSER", "ttlsweep", "-scan"]).await;
@@ -140,7 +140,7 @@ async fn a_wrong_or_missing_password_is_said_without_showing_it() {
     }
 }
 
-/// Whoever asks for a password may have made it of any bytes.
+/// A password may consist of any bytes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_password_of_any_bytes_lets_in_by_each_way_to_give_one() {
     let server = Server::start().await;
@@ -187,13 +187,13 @@ async fn a_command_that_was_renamed_away_is_no_missing_right() {
         let check = crate::support::run::run(["check", &server.url()]).await;
         let said = format!("{}{}", check.stdout, check.stderr);
         assert!(said.contains(command) && said.contains("rename-command") && !said.contains("ACL SETUSER"), "{said}");
-        // Without INFO there is nothing to look at.
+        // Without INFO the sweep cannot begin.
         assert_eq!(check.code, Some(if command == "INFO" { 3 } else { 1 }), "{said}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_repeats_what_it_does_not_know_makes_us_repeat_no_secret() {
+async fn errors_of_a_server_that_quotes_its_commands_show_no_secret() {
     let no_auth = Server::options().with_config("rename-command", "AUTH \"\"").start().await;
     let run = scan(&format!("redis://:hunter2@127.0.0.1:{}", no_auth.port()), &[]).await;
     assert!(run.stderr.contains("unknown command") && !format!("{run:?}").contains("hunter2"), "{run:?}");

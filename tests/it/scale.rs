@@ -1,4 +1,4 @@
-//! Many shards at a time: nothing waits for the slowest, and each costs little.
+//! Many shards at a time: no shard waits for the slowest, and each costs little.
 
 use std::net::SocketAddr;
 
@@ -20,10 +20,10 @@ use crate::support::{
 /// Real servers, each of some megabytes; `benches/shards.rs` goes up to 200.
 const SHARDS: usize = 60;
 const LIVE: u64 = 20;
-const DEAD: u64 = 80;
+const EXPIRED: u64 = 80;
 
-/// So many real servers with dead keys in them. They are no cluster nodes: those would, in this number, spend the machine
-/// on talking to each other.
+/// Real servers with expired keys. They are no cluster nodes: in this number, those would keep the machine busy
+/// with talking to each other.
 async fn start(shards: usize) -> Vec<Server> {
     let local = LocalSet::new();
     local
@@ -34,7 +34,7 @@ async fn start(shards: usize) -> Vec<Server> {
                     let server = Server::start().await;
                     let keys = Keyspace::of(&server, 0);
                     keys.live(LIVE, "live").await;
-                    keys.dead(DEAD, "dead").await;
+                    keys.expired(EXPIRED, "expired").await;
                     server
                 });
             }
@@ -43,8 +43,8 @@ async fn start(shards: usize) -> Vec<Server> {
         .await
 }
 
-/// Puts a stand-in in front of each server, which says that all of them together are the masters of one cluster, and hands
-/// everything else on. Returns the URL. Ends with the set.
+/// Puts a relay in front of each server. The relay answers that all of them are the masters of one cluster, and passes
+/// everything else on to the server. Returns the URL. The relays end with the set.
 async fn cluster_of(servers: &[SocketAddr]) -> (String, JoinSet<()>) {
     let mut listeners = Vec::new();
     for &server in servers {
@@ -57,7 +57,7 @@ async fn cluster_of(servers: &[SocketAddr]) -> (String, JoinSet<()>) {
         slots.push_str(&format!("*3\r\n:{}\r\n:{}\r\n", edge(place), edge(place + 1) - 1));
         slots.push_str(&format!("*3\r\n$9\r\n127.0.0.1\r\n:{0}\r\n$5\r\n{0:05}\r\n", port(listener)));
     }
-    // A comma makes it a cluster whatever the nodes say of themselves.
+    // A comma in the URL means a cluster, whatever the nodes say of themselves.
     let url = format!("redis://127.0.0.1:{},127.0.0.1:{}", port(&listeners[1].0), port(&listeners[2].0));
     let mut relays = JoinSet::new();
     for (listener, server) in listeners {
@@ -72,7 +72,7 @@ async fn cluster_of(servers: &[SocketAddr]) -> (String, JoinSet<()>) {
     (url, relays)
 }
 
-/// The client sends a question about the cluster alone, and waits for its answer.
+/// The client sends a command about the cluster on its own, and waits for the answer.
 async fn relay(mut client: TcpStream, server: SocketAddr, slots: String) {
     let Ok(mut server) = TcpStream::connect(server).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -107,7 +107,7 @@ fn peak_kib(running: &Running) -> u64 {
 async fn many_shards_are_swept_at_a_time_and_none_waits_for_the_slowest() {
     let servers = start(SHARDS).await;
     let mut addrs: Vec<SocketAddr> = servers.iter().map(Server::addr).collect();
-    // The first in line is silent, and keeps its seat for as long as an answer may take.
+    // The first shard is silent, and keeps its permit for as long as an answer may take.
     let proxy = Proxy::start(servers[0].addr()).await;
     proxy.set(Mode::Stall);
     addrs[0] = proxy.addr();
@@ -122,12 +122,12 @@ async fn many_shards_are_swept_at_a_time_and_none_waits_for_the_slowest() {
         true
     })
     .await;
-    assert_eq!(servers[0].dbsize(0).await, LIVE + DEAD, "the silent one has not even begun");
+    assert_eq!(servers[0].dbsize(0).await, LIVE + EXPIRED, "the silent one has not even begun");
     let memory = peak_kib(&running);
     proxy.set(Mode::Pass);
     let run = running.end().await.expect(0);
-    assert_eq!(run.num(), SHARDS as u64 * DEAD);
+    assert_eq!(run.num(), SHARDS as u64 * EXPIRED);
     assert_eq!(run.json()["report"]["shards"].as_array().unwrap().len(), SHARDS);
-    // With eight shards at a time, sixty cost little more than eight; a debug build counts in here.
+    // With eight shards at a time, sixty cost little more than eight; this allows for a debug build.
     assert!(memory < 64 << 10, "{memory} KiB");
 }

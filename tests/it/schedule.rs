@@ -1,4 +1,4 @@
-//! Scans that run by themselves, in real time: intervals of a second, and a daemon that dies in between.
+//! Scheduled scans in real time: intervals of a second, and a daemon that is killed in between.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ fn soon() -> Timestamp {
 #[tokio::test]
 async fn an_interval_of_zero_runs_once_with_the_count_that_was_set() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(200, "dead:").await;
+    Keyspace::of(&server, 0).expired(200, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     set(&daemon, &config(soon(), 0)).await;
     probe("the scan has run", PATIENCE, async || daemon.history("cache").await["total"] == 200).await;
@@ -59,7 +59,7 @@ async fn due_times_come_one_after_the_other_and_survive_kills_without_doubling()
     set(&daemon, &json!({"enable_auto_scan": false})).await;
     let history = daemon.history("cache").await;
     let records = history["records"].as_array().expect("a list");
-    // Each was created in the second after its own due time: none was run twice.
+    // Each task was created in the second after its own due time: none was run twice.
     let turns: Vec<i64> = records
         .iter()
         .map(|record| {
@@ -76,7 +76,7 @@ async fn due_times_come_one_after_the_other_and_survive_kills_without_doubling()
 #[tokio::test]
 async fn a_daemon_that_was_down_at_the_due_time_catches_up_once() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(50, "dead:").await;
+    Keyspace::of(&server, 0).expired(50, "expired:").await;
     let mut daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let first = soon();
     set(&daemon, &config(first, 3600)).await;
@@ -132,63 +132,63 @@ async fn due_times_that_overtake_each_other_while_the_instance_is_busy_are_count
     assert_eq!(daemon.history("cache").await["count"], 1, "the first one still runs");
 }
 
-/// How far back the first due time lies in the tests of the grace, which is five minutes.
+/// How long ago the first due time is in the tests of the grace period of five minutes.
 const INSIDE: SignedDuration = SignedDuration::from_mins(4);
 const BEYOND: SignedDuration = SignedDuration::from_mins(6);
 
-/// A first due time that has passed by this much, on whole seconds, with an hour to the next one.
+/// A first due time this long ago, in whole seconds, with an hour to the next one.
 fn first_before(passed: SignedDuration) -> Timestamp {
     let at = Timestamp::now() - passed;
     Timestamp::from_second(at.as_second()).expect("a time")
 }
 
-/// Two servers: of the instance `cache` whose schedule is tested, and of `other`, which is due each second.
+/// Two servers: that of the instance `cache`, whose schedule is tested, and that of `other`, which is due each second.
 async fn two_servers() -> [Server; 2] {
     [Server::start().await, Server::start().await]
 }
 
-/// An automatic scan that is due each hour from then on, if it is on.
+/// The settings of an automatic scan that is due each hour from `first` on.
 fn hourly(enabled: bool, first: Timestamp) -> String {
     format!("[instances.auto-scan]\nenabled = {enabled}\nfirst-scan-at = \"{first}\"\ninterval = \"60min\"\n")
 }
 
-/// The settings of both instances, with these of `cache`.
+/// The settings of both instances, with this schedule of `cache`.
 fn both(servers: &[Server; 2], cache: &str) -> String {
     let [one, other] = servers.each_ref().map(Server::url);
     [instance("cache", &one, cache), instance("other", &other, EACH_SECOND)].concat()
 }
 
-/// The same, where the first due time of `cache` was then.
+/// The same, with the first due time of `cache` at `first`.
 fn due_at(servers: &[Server; 2], first: Timestamp, more: &str) -> String {
     both(servers, &format!("{more}\n{}", hourly(true, first)))
 }
 
-/// Waits until the daemon has looked at the schedule of `cache` again: it has once `other` has run twice.
-async fn looked_again(daemon: &Daemon) {
+/// Waits until the daemon has checked the schedule of `cache` again, which is certain once `other` has run twice.
+async fn checked_again(daemon: &Daemon) {
     let count = async || daemon.history("other").await["count"].as_u64().expect("a number");
     let before = count().await;
-    probe("schedules are looked at", PATIENCE, async || count().await >= before + 2).await;
+    probe("schedules are checked", PATIENCE, async || count().await >= before + 2).await;
 }
 
-/// Makes it look as if the daemon had been there before the due time: its mark of what was dealt with is older.
+/// Sets the daemon's record of the last due time back, as if the daemon had run before the due time.
 async fn rewind(daemon: &Daemon) {
     let mut conn = daemon.records().await;
     let sql = "UPDATE dues SET handled = handled - 600000 WHERE instance_id = 'cache'";
     let changed = sqlx::query(sql).execute(&mut conn).await.expect("it is written").rows_affected();
-    assert_eq!(changed, 1, "the daemon has looked at the schedule");
+    assert_eq!(changed, 1, "the daemon has checked the schedule");
 }
 
-/// A daemon that was there ten minutes ago and not since, with a due time in between.
+/// A daemon that ran until ten minutes ago, with a due time since then.
 async fn after_an_absence(servers: &[Server; 2], first: Timestamp, more: &str) -> Daemon {
     let mut daemon = Daemon::start(&due_at(servers, first, more)).await;
-    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    probe("the schedule was checked", PATIENCE, async || has_checked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
     daemon.restart().await;
     daemon
 }
 
-async fn has_looked(daemon: &Daemon) -> bool {
+async fn has_checked(daemon: &Daemon) -> bool {
     let options = SqliteConnectOptions::new().filename(daemon.store()).read_only(true);
     let Ok(mut conn) = SqliteConnection::connect_with(&options).await else { return false };
     let sql = "SELECT COUNT(*) FROM dues WHERE instance_id = 'cache'";
@@ -203,10 +203,10 @@ async fn outcome(daemon: &Daemon, word: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyond_it() {
+async fn a_missed_due_time_is_caught_up_once_inside_the_grace_and_beyond_it() {
     for passed in [INSIDE, BEYOND] {
         let servers = two_servers().await;
-        Keyspace::of(&servers[0], 0).dead(30, "dead:").await;
+        Keyspace::of(&servers[0], 0).expired(30, "expired:").await;
         let first = first_before(passed);
         let mut daemon = after_an_absence(&servers, first, "").await;
         probe("it was caught up", PATIENCE, async || daemon.history("cache").await["total"] == 30).await;
@@ -216,14 +216,14 @@ async fn a_due_time_that_nobody_saw_is_caught_up_once_inside_the_grace_and_beyon
         assert_eq!(next, first + SignedDuration::from_mins(60), "an hour after the first one, not after the catch-up");
         for _ in 0..2 {
             daemon.restart().await;
-            looked_again(&daemon).await;
+            checked_again(&daemon).await;
             assert_eq!(daemon.history("cache").await["count"], 1, "{passed}: never doubled");
         }
     }
 }
 
 #[tokio::test]
-async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window_is_closed() {
+async fn a_missed_due_time_is_skipped_beyond_the_grace_if_the_window_is_closed() {
     let servers = two_servers().await;
     let now = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
     let hour = |ahead: i64| (&now + SignedDuration::from_hours(ahead)).strftime("%H:%M").to_string();
@@ -232,11 +232,11 @@ async fn a_due_time_that_nobody_saw_is_skipped_beyond_the_grace_where_the_window
     probe("it is skipped", PATIENCE, async || outcome(&daemon, "missed").await == 1).await;
     assert_eq!(daemon.history("cache").await["count"], 0);
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!((daemon.history("cache").await["count"].clone(), outcome(&daemon, "missed").await), (json!(0), 0));
 }
 
-/// A daemon whose instance has a paused task, and a due time that has passed by this much.
+/// A daemon whose instance has a paused task and a due time this long ago.
 async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, String) {
     Keyspace::of(&servers[0], 0).live_ttl(3_000, "live:").await;
     let slow = "max-keys-per-sec = 500";
@@ -244,7 +244,7 @@ async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, S
     let id = daemon.scan("cache").await;
     daemon.until(&id, "running").await;
     daemon.post(&format!("/api/v1/tasks/{id}/pause")).await.ok();
-    probe("the schedule was looked at", PATIENCE, async || has_looked(&daemon).await).await;
+    probe("the schedule was checked", PATIENCE, async || has_checked(&daemon).await).await;
     daemon.kill9();
     rewind(&daemon).await;
     daemon.restart().await;
@@ -255,16 +255,16 @@ async fn busy_since(servers: &[Server; 2], passed: SignedDuration) -> (Daemon, S
 async fn a_due_time_waits_for_a_busy_instance_inside_the_grace() {
     let servers = two_servers().await;
     let (mut daemon, id) = busy_since(&servers, INSIDE).await;
-    // Killed while it waits, it waits again.
-    looked_again(&daemon).await;
+    // Killed while the due scan waits: it waits again after the restart.
+    checked_again(&daemon).await;
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "the paused task is there, and nothing else");
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     probe("the due scan follows", PATIENCE, async || daemon.history("cache").await["count"] == 2).await;
     assert_eq!(daemon.history("cache").await["records"][0]["scan_type"], "auto");
     daemon.restart().await;
-    looked_again(&daemon).await;
+    checked_again(&daemon).await;
     assert_eq!(daemon.history("cache").await["count"], 2, "once");
 }
 
@@ -276,18 +276,18 @@ async fn a_due_time_is_skipped_when_the_instance_is_busy_beyond_the_grace() {
     assert!(daemon.log().contains("a due scan is skipped"), "{}", daemon.log());
     daemon.post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
     for _ in 0..2 {
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 1, "it waits for the next due time");
         daemon.restart().await;
     }
     assert!(daemon.get("/api/v1/instances/cache").await.ok()["next_scan_at"].is_string());
 }
 
-/// Gives the daemon another schedule of `cache`, and waits until it has looked at that.
-async fn looked_at_after(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
+/// Gives the daemon another schedule of `cache`, and waits until it has checked that.
+async fn set_and_checked(daemon: &Daemon, servers: &[Server; 2], cache: &str) {
     daemon.write_settings(&both(servers, cache));
     daemon.post("/api/v1/reload").await.ok();
-    looked_again(daemon).await;
+    checked_again(daemon).await;
 }
 
 #[tokio::test]
@@ -295,19 +295,19 @@ async fn a_schedule_that_is_switched_on_or_changed_runs_nothing_for_the_time_bef
     let servers = two_servers().await;
     let first = Timestamp::now() + SignedDuration::from_secs(2);
     let daemon = Daemon::start(&instance("cache", &servers[0].url(), &hourly(false, first))).await;
-    // A due time passes while it is switched off.
-    looked_at_after(&daemon, &servers, &hourly(false, first)).await;
+    // A due time passes while the schedule is switched off.
+    set_and_checked(&daemon, &servers, &hourly(false, first)).await;
     probe("the time has passed", PATIENCE, async || Timestamp::now() > first).await;
-    looked_at_after(&daemon, &servers, &hourly(true, first)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, first)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was switched on after its due time");
-    // A recurrence that would have been due a second ago.
+    // A schedule that would have been due a second ago.
     let earlier = Timestamp::now() - SignedDuration::from_secs(1);
-    looked_at_after(&daemon, &servers, &hourly(true, earlier)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, earlier)).await;
     assert_eq!(daemon.history("cache").await["count"], 0, "it was changed after that time");
     let soon = soon();
-    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, soon)).await;
     probe("the time that comes is kept", PATIENCE, async || daemon.history("cache").await["count"] == 1).await;
-    looked_at_after(&daemon, &servers, &hourly(true, soon)).await;
+    set_and_checked(&daemon, &servers, &hourly(true, soon)).await;
     assert_eq!(daemon.history("cache").await["count"], 1, "once, although it was not due on a whole millisecond");
 }
 
@@ -316,12 +316,12 @@ async fn a_schedule_that_is_new_or_changed_at_a_restart_runs_nothing_for_the_tim
     let servers = two_servers().await;
     let mut daemon = Daemon::start(&both(&servers, "")).await;
     for (what, passed) in [("new", INSIDE), ("changed", BEYOND)] {
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         daemon.kill9();
         rewind(&daemon).await;
         daemon.write_settings(&due_at(&servers, first_before(passed), ""));
         daemon.restart().await;
-        looked_again(&daemon).await;
+        checked_again(&daemon).await;
         assert_eq!(daemon.history("cache").await["count"], 0, "{what}");
         assert_eq!(outcome(&daemon, "missed").await, 0, "{what}");
     }

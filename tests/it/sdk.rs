@@ -1,4 +1,4 @@
-//! Real clients: the public Python SDK runs all five calls, a fuzzer that reads the API's own description finds nothing
+//! Real clients: the public Python SDK runs all five calls, and a fuzzer that reads the API's own description finds nothing
 //! wrong. `make clients` gets them.
 
 use std::process::Command;
@@ -10,7 +10,7 @@ use crate::support::daemon::{Daemon, PROJECT, instance};
 use crate::support::keyspace::Keyspace;
 use crate::support::server::Server;
 
-pub const DEAD: u64 = 1_500;
+pub const EXPIRED: u64 = 1_500;
 
 /// A key pair whose secret is in the environment, and tokens of the SHA-256 of `secret` and of `figures`.
 pub const CREDENTIALS: &str = r#"
@@ -35,7 +35,7 @@ sha256 = "dc2e3999e6b3e23f3327c0e6cb9a3d6cde4ab7cc16a46ec0fe716df8ce2717b9"
 "#;
 const TOKEN: &str = "secret";
 
-/// A daemon with the credentials that the clients have.
+/// A daemon with the clients' credentials.
 pub async fn daemon(server: &Server) -> Daemon {
     let settings = format!("{CREDENTIALS}{}", instance("cache", &server.url(), ""));
     let secret = |mut command: Command| {
@@ -47,7 +47,7 @@ pub async fn daemon(server: &Server) -> Daemon {
 
 async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(DEAD, "dead:").await;
+    Keyspace::of(&server, 0).expired(EXPIRED, "expired:").await;
     let daemon = daemon(&server).await;
     let mut sdk = Command::new(client("python"));
     sdk.arg(root().join("tests/it/sdk.py")).args([daemon.url(), "cache", PROJECT, "AKEXAMPLE", secret]).args(more);
@@ -59,8 +59,8 @@ async fn all_five_calls(more: &[&str], secret: &str) -> (Value, Daemon, Server) 
 
 pub fn check(seen: &Value) {
     assert_eq!(seen["created"]["status"], "waiting");
-    assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(DEAD), &json!(1)));
-    assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(DEAD), &json!(2)));
+    assert_eq!((&seen["first"]["total"], &seen["first"]["count"]), (&json!(EXPIRED), &json!(1)));
+    assert_eq!((&seen["first"]["records"][0]["num"], &seen["second"]["count"]), (&json!(EXPIRED), &json!(2)));
     assert_eq!(seen["second"]["records"][0]["id"], seen["again"]["id"], "newest first");
     assert_eq!(seen["filtered"]["records"].as_array().map(Vec::len), Some(1));
     assert_eq!(seen["shown"]["interval"], 3600);
@@ -101,7 +101,7 @@ async fn a_fuzzer_that_reads_the_description_finds_nothing_wrong() {
     fuzz.arg("--config-file").arg(root().join("tests/it/schemathesis.toml"));
     fuzz.args(["run", &format!("{}/openapi.json", daemon.url()), "--header", &format!("X-Auth-Token: {TOKEN}")]);
     fuzz.args(["--max-examples", "15", "--seed", "1", "--no-color", "--phases", "examples,coverage,fuzzing"]);
-    // It keeps what it found in its folder: a run must not depend on those before it.
+    // The fuzzer keeps its findings in its folder: a run must not depend on earlier ones.
     let folder = tempfile::tempdir().expect("a temporary folder");
     fuzz.args(["--request-timeout", "20"]).current_dir(folder.path());
     let run = output(fuzz).await;

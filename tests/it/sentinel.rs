@@ -1,19 +1,17 @@
 //! Masters behind real sentinels, and standalone servers that change their role.
 
-use serde_json::Value;
-
 use crate::support::{
     PATIENCE,
     keyspace::Keyspace,
     probe,
-    run::{Run, Running, scan},
-    server::{Options, Server},
+    run::{Running, scan},
+    server::{self, Options, Server, until_copied},
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "3000"];
 
-/// How many sentinels, and how many must agree.
+/// How many sentinels there are, and how many must agree.
 const SENTINELS: usize = 3;
 const QUORUM: usize = 2;
 
@@ -59,30 +57,19 @@ impl Watched {
     }
 }
 
-/// A master and its replica, neither of which frees dead keys by itself.
+/// A master and its replica without active expiry.
 async fn pair() -> (Server, Server) {
-    let (master, replica) = (Server::start().await, Server::start().await);
-    replica.replica_of(&master).await;
+    let (master, replica) = server::pair().await;
     for server in [&master, &replica] {
-        server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+        server.stop_active_expiry().await;
     }
     (master, replica)
 }
 
-fn shard(run: &Run) -> Value {
-    run.json()["report"]["shards"][0].clone()
-}
-
-/// Every dead key is gone from the master that is left, and every live one is there.
+/// Checks that the remaining master has no expired key and every live one.
 async fn assert_swept(master: &Server, live: u64) {
     let there: Vec<Vec<u8>> = master.query(&["KEYS", "*"]).await;
     assert_eq!((there.len() as u64, master.dbsize(0).await), (live, live));
-}
-
-/// A replica is "in step" before its master begins to stream to it: waits until it has the keys.
-async fn until_copied(master: &Server, replica: &Server) {
-    let keys = master.dbsize(0).await;
-    probe("the replica has the keys", PATIENCE, async || replica.dbsize(0).await == keys).await;
 }
 
 async fn until_promoted(replica: &Server) {
@@ -98,14 +85,14 @@ async fn the_master_that_sentinels_name_is_swept_exactly() {
     let mut watched = Watched::start(Server::options()).await;
     let keys = Keyspace::of(&watched.master, 0);
     keys.live(500, "live").await;
-    keys.dead(3_000, "dead").await;
+    keys.expired(3_000, "expired").await;
     let run = scan(&watched.url(), &[]).await.expect(0);
     assert_eq!(run.num(), 3_000);
-    assert_eq!(shard(&run)["shard"], "main");
-    assert_eq!(shard(&run)["server"]["addr"], watched.master.addr().to_string());
+    assert_eq!(run.shards()[0]["shard"], "main");
+    assert_eq!(run.shards()[0]["server"]["addr"], watched.master.addr().to_string());
     assert_swept(&watched.master, 500).await;
 
-    // One that answers is enough.
+    // One sentinel that answers is enough.
     watched.sentinels[0].kill9();
     scan(&watched.url(), &[]).await.expect(0);
 
@@ -126,8 +113,8 @@ async fn the_master_that_sentinels_name_is_swept_exactly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn sentinels_have_credentials_of_their_own() {
     let watched = Watched::start(Server::options()).await;
-    Keyspace::of(&watched.master, 0).dead(1_000, "dead").await;
-    // The sentinels ask for a password, the master for another one.
+    Keyspace::of(&watched.master, 0).expired(1_000, "expired").await;
+    // The sentinels and the master have different passwords.
     for sentinel in &watched.sentinels {
         sentinel.cmd(&["ACL", "SETUSER", "watcher", "on", ">spw", "+@all", "~*"]).await;
         sentinel.cmd(&["ACL", "SETUSER", "default", "resetpass", "-@all"]).await;
@@ -147,17 +134,17 @@ async fn a_failover_that_sentinels_order_is_followed() {
     let watched = Watched::start(Server::options()).await;
     let keys = Keyspace::of(&watched.master, 0);
     keys.live(1_000, "live").await;
-    keys.dead(8_000, "dead").await;
+    keys.expired(8_000, "expired").await;
     until_copied(&watched.master, &watched.replica).await;
     let running = Running::scan(&watched.url(), &SLOW);
     probe("the pass is under way", PATIENCE, async || watched.master.expired_keys().await > 500).await;
     watched.sentinels[0].cmd(&["SENTINEL", "FAILOVER", "main"]).await;
     until_promoted(&watched.replica).await;
     let run = running.end().await.expect(0);
-    let shard = shard(&run);
+    let shard = run.shards().remove(0);
     assert_eq!(shard["server"]["addr"], watched.replica.addr().to_string());
     assert!(shard["dbs"][0]["restarts"].as_u64() >= Some(1), "{shard}");
-    // The old master stays one for seconds: its pass may even end, and the promotion is seen afterwards.
+    // The old master keeps its role for seconds: its pass may even end before the promotion is noticed.
     let said = shard["warnings"].to_string();
     assert!(said.contains("is the master now") || said.contains("became the master after"), "{shard}");
     assert_swept(&watched.replica, 1_000).await;
@@ -168,20 +155,20 @@ async fn a_master_that_dies_is_followed_to_the_one_that_sentinels_promote() {
     let mut watched = Watched::start(Server::options()).await;
     let keys = Keyspace::of(&watched.master, 0);
     keys.live(1_000, "live").await;
-    keys.dead(8_000, "dead").await;
+    keys.expired(8_000, "expired").await;
     until_copied(&watched.master, &watched.replica).await;
     let running = Running::scan(&watched.url(), &SLOW);
     probe("the pass is under way", PATIENCE, async || watched.master.expired_keys().await > 500).await;
     watched.master.kill9();
     let run = running.end().await.expect(0);
-    assert_eq!(shard(&run)["server"]["addr"], watched.replica.addr().to_string());
+    assert_eq!(run.shards()[0]["server"]["addr"], watched.replica.addr().to_string());
     assert_swept(&watched.replica, 1_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standalone_server_that_becomes_a_replica_stops_the_sweep() {
     let (master, replica) = pair().await;
-    Keyspace::of(&master, 0).dead(8_000, "dead").await;
+    Keyspace::of(&master, 0).expired(8_000, "expired").await;
     let running = Running::scan(&master.url(), &SLOW);
     probe("the pass is under way", PATIENCE, async || master.expired_keys().await > 500).await;
     replica.cmd(&["REPLICAOF", "NO", "ONE"]).await;
@@ -197,22 +184,22 @@ async fn a_standalone_server_that_becomes_a_replica_is_followed_where_that_is_wa
     let (master, replica) = pair().await;
     let keys = Keyspace::of(&master, 0);
     keys.live(1_000, "live").await;
-    keys.dead(8_000, "dead").await;
+    keys.expired(8_000, "expired").await;
     until_copied(&master, &replica).await;
     let running = Running::scan(&master.url(), &[&SLOW[..], &["--follow"]].concat());
     probe("the pass is under way", PATIENCE, async || master.expired_keys().await > 500).await;
     replica.cmd(&["REPLICAOF", "NO", "ONE"]).await;
     master.cmd(&["REPLICAOF", "127.0.0.1", &replica.port().to_string()]).await;
     let run = running.end().await.expect(0);
-    assert_eq!(shard(&run)["server"]["addr"], replica.addr().to_string());
-    assert!(shard(&run)["dbs"][0]["restarts"].as_u64() >= Some(1));
+    assert_eq!(run.shards()[0]["server"]["addr"], replica.addr().to_string());
+    assert!(run.shards()[0]["dbs"][0]["restarts"].as_u64() >= Some(1));
     assert_swept(&replica, 1_000).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_in_the_url_leads_to_its_master_where_that_is_wanted() {
     let (master, replica) = pair().await;
-    Keyspace::of(&master, 0).dead(1_000, "dead").await;
+    Keyspace::of(&master, 0).expired(1_000, "expired").await;
     let refused = scan(&replica.url(), &[]).await.expect(3);
     assert_eq!(refused.json()["report"]["failure"]["kind"], "not_a_master");
     assert_eq!(scan(&replica.url(), &["--follow"]).await.expect(0).num(), 1_000);

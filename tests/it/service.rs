@@ -1,4 +1,4 @@
-//! What the daemon does beyond the contract: the queue, orders, windows, recovery, reload, and standing up to clients.
+//! What the daemon does beyond the contract: the queue, commands to tasks, windows, recovery, reload, and misbehaving clients.
 
 use std::time::{Duration, Instant};
 
@@ -8,24 +8,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::support::daemon::{Daemon, EACH_SECOND, instance, window};
-use crate::support::keyspace::Keyspace;
+use crate::support::keyspace::{Keyspace, filled};
 use crate::support::proxy::Proxy;
-use crate::support::server::Server;
 use crate::support::{PATIENCE, probe, ttlsweep};
 
-/// Slow enough to be met while it runs, and fast enough to be waited for once the ceiling is lifted.
+/// Slow enough for a test to act during the sweep, and soon done once the ceiling is lifted.
 const SLOW: &str = "max-keys-per-sec = 500";
-
-/// A server with so many live and dead keys.
-async fn filled(live: u64, dead: u64) -> Server {
-    let server = Server::start().await;
-    let keys = Keyspace::of(&server, 0);
-    if dead > 0 {
-        keys.dead(dead, "dead:").await;
-    }
-    keys.live_ttl(live, "live:").await;
-    server
-}
 
 fn hold(task: &Value) -> &str {
     task["holds"][0]["reason"].as_str().unwrap_or("")
@@ -60,7 +48,7 @@ async fn a_task_is_paused_resumed_tuned_and_cancelled() {
     assert_eq!(order("pause").await.code(), (409, "DCS.4017"));
     assert_eq!(daemon.history("cache").await["records"][0]["status"], "running");
     probe("it stands still", PATIENCE, async || hold(&daemon.task(&id).await) == "paused").await;
-    // What is not sent cannot be waited for: the server's own count must stay where it is for a while.
+    // That nothing is sent cannot be awaited: the server's own count has to stay the same for a while.
     let scans = async || server.info("commandstats").await.get("cmdstat_scan").cloned();
     let before = scans().await;
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -147,7 +135,7 @@ async fn a_task_that_has_ended_shows_what_it_showed_while_it_ran() {
     }
 }
 
-/// Follows a task and gives the last view that came before its stream ended.
+/// Follows a task, and returns the last view before its stream ended.
 async fn last_view(daemon: &Daemon, id: &str) -> Value {
     let response = daemon.request(Method::GET, &format!("/api/v1/tasks/{id}/events")).send().await.expect("a stream");
     let text = response.text().await.expect("it ends");
@@ -158,11 +146,11 @@ async fn last_view(daemon: &Daemon, id: &str) -> Value {
 #[tokio::test]
 async fn a_pause_ends_the_help_for_the_servers_own_expiry() {
     let server = filled(0, 100_000).await;
-    // Its sample of stale keys stays as high as it is then, so that the help does not end by itself.
+    // The share of expired keys in its sample then stays high, so that the assistance does not end by itself.
     server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "1"]).await;
     let stale = async || server.info("stats").await["expired_stale_perc"].parse::<f64>().expect("a share");
-    probe("it has sampled stale keys", PATIENCE, async || stale().await > 3.0).await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    probe("it has sampled expired keys", PATIENCE, async || stale().await > 3.0).await;
+    server.stop_active_expiry().await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "assist-expiry = \"10min\"")).await;
     let effort = async || server.query::<Vec<String>>(&["CONFIG", "GET", "active-expire-effort"]).await[1].clone();
     let id = daemon.scan("cache").await;
@@ -235,10 +223,10 @@ async fn a_killed_daemon_goes_on_where_it_was_and_counts_what_it_freed() {
     let task = daemon.until(&id, "succeeded").await;
     assert!(freed < 2_000 && server.expired_keys().await == 2_000, "{freed}");
     let counted = task["reclaimed"].as_u64().expect("a number");
-    // The one batch that was under way at the kill, of COUNT 100 at most, may be uncounted; a second's worth is 2,000.
+    // The batch under way at the kill, of at most 100 keys, may be uncounted; those of a second would be 2,000.
     assert!((1_900..=2_000).contains(&counted), "{counted}");
     assert_eq!(task["shards"][0]["dbs"][0]["restarts"], 0, "the same process: from the same cursor");
-    assert_eq!(task["shards"][0]["dbs"][0]["lost_replies"], 2, "what may be uncounted is said");
+    assert_eq!(task["shards"][0]["dbs"][0]["lost_replies"], 2, "what may be uncounted is reported");
     assert_eq!(daemon.history("cache").await["count"], 1);
 }
 
@@ -259,7 +247,7 @@ async fn a_scan_that_goes_on_waits_for_a_server_that_is_up_later_than_the_daemon
 #[tokio::test]
 async fn the_db_of_an_instances_url_is_swept_and_no_other_whoever_asks() {
     let server = filled(10, 100).await;
-    Keyspace::of(&server, 3).dead(50, "dead:").await;
+    Keyspace::of(&server, 3).expired(50, "expired:").await;
     let daemon = Daemon::start(&instance("cache", &format!("{}/3", server.url()), "")).await;
     let id = daemon.create(json!({"instance_id": "cache"})).await;
     let task = daemon.until(&id, "succeeded").await;
@@ -365,12 +353,12 @@ async fn lists_have_filters() {
 async fn a_thousand_slow_clients_stop_neither_a_sweep_nor_the_health_answer() {
     let server = filled(20_000, 5_000).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
-    // Each takes a descriptor of this process too.
+    // Each connection takes a descriptor of this process too.
     rlimit::increase_nofile_limit(4_096).expect("descriptors");
     let mut clients = Vec::new();
     for n in 0..1_000 {
         let mut stream = TcpStream::connect(daemon.authority()).await.expect("a connection");
-        // Half a header, a body that does not come, and a reader that does not read.
+        // Half a header, a missing body, and a client that does not read.
         let begin = match n % 3 {
             0 => "GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ".to_owned(),
             1 => format!(
@@ -426,7 +414,7 @@ async fn what_a_sweep_did_is_in_the_figures() {
     ] {
         assert!(text.lines().any(|have| have == line), "{line}\n{text}");
     }
-    // A path of the client's making is no label.
+    // A path that a client invents is not a label.
     daemon.get("/no/such/path").await;
     let open = daemon.request(Method::GET, "/metrics").header("Accept", "application/openmetrics-text; version=1.0.0");
     let text = open.send().await.expect("an answer").text().await.expect("text");
@@ -463,7 +451,7 @@ async fn a_second_daemon_is_kept_away_from_the_records() {
 }
 
 #[tokio::test]
-async fn an_instance_is_looked_at_without_touching_it() {
+async fn an_instance_is_checked_without_touching_a_key() {
     let server = filled(100, 50).await;
     let daemon = Daemon::start(&instance("cache", &server.url(), "")).await;
     let seen = daemon.post("/api/v1/instances/cache/check").await.ok();
@@ -505,7 +493,7 @@ async fn a_due_scan_that_weighs_the_backlog_of_a_server_that_hangs_can_be_cancel
 }
 
 #[tokio::test]
-async fn a_stranger_is_answered_before_its_body_is_read() {
+async fn a_caller_without_credentials_is_answered_before_its_body_is_read() {
     let hash = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
     let token = format!("[[api.tokens]]\nname = \"t\"\nrole = \"operator\"\nprojects = \"*\"\nsha256 = \"{hash}\"\n");
     let daemon = Daemon::start(&format!("[api]\nlisten = \"127.0.0.1:0\"\n{token}")).await;

@@ -1,4 +1,4 @@
-//! Does the ground hold on which the other tests stand?
+//! Tests of the tools in `support`, which the other tests rely on.
 
 use std::{path::Path, time::Duration};
 
@@ -28,7 +28,7 @@ async fn ping(stream: &mut TcpStream) -> Option<Vec<u8>> {
     }
 }
 
-/// Is there no answer to PING for a while?
+/// Whether PING is not answered for a while.
 async fn is_silent(stream: &mut TcpStream) -> bool {
     let while_ = Duration::from_millis(100);
     tokio::time::timeout(while_, ping(stream)).await.is_err()
@@ -78,7 +78,7 @@ async fn frozen_server_answers_when_it_goes_on() {
     assert!(is_silent(&mut stream).await);
     server.sigcont();
     assert!(ping(&mut stream).await.unwrap().starts_with(b"+PONG\r\n"));
-    // A frozen one can be dropped too.
+    // A suspended server can be dropped too.
     server.sigstop();
 }
 
@@ -89,7 +89,7 @@ async fn password_and_users_are_asked_for() {
         .with_user("looker", "on >look-secret resetkeys -@all +ping +dbsize")
         .start()
         .await;
-    // Users are still there after a restart.
+    // Users survive a restart.
     server.restart().await;
     Keyspace::of(&server, 0).live(10, "k").await;
     assert_eq!(server.dbsize(0).await, 10);
@@ -104,14 +104,14 @@ async fn password_and_users_are_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replica_hides_dead_keys_and_counts_them() {
+async fn replica_hides_expired_keys_and_counts_them() {
     let master = Server::options().with_password("secret").start().await;
     let replica = Server::start().await;
     Keyspace::of(&master, 0).live(100, "live").await;
     replica.replica_of(&master).await;
-    Keyspace::of(&master, 0).dead(1_000, "dead").await;
+    Keyspace::of(&master, 0).expired(1_000, "expired").await;
     probe("the replica has all keys", PATIENCE, async || replica.dbsize(0).await == 1_100).await;
-    probe("the replica hides the dead ones", PATIENCE, async || {
+    probe("the replica hides the expired keys", PATIENCE, async || {
         Keyspace::of(&replica, 0).snapshot_live().await.keys.len() == 100
     })
     .await;
@@ -119,17 +119,17 @@ async fn replica_hides_dead_keys_and_counts_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dead_keys_are_exact_and_only_hidden() {
+async fn expired_keys_are_exact_and_only_hidden() {
     let server = Server::start().await;
     let space = Keyspace::of(&server, 3);
     space.live(2_500, "live").await;
     space.live_ttl(1_500, "ttl").await;
-    space.dead(3_001, "dead").await;
-    space.zoo(600, "zoo-dead", Life::Dead, 1).await;
+    space.expired(3_001, "expired").await;
+    space.zoo(600, "zoo-expired", Life::Expired, 1).await;
     space.zoo(600, "", Life::Long, 2).await;
     space.zoo(60, "zoo", Life::Forever, 3).await;
-    let (live, dead) = (2_500 + 1_500 + 600 + 60, 3_001 + 600);
-    assert_eq!(space.dbsize().await, live + dead);
+    let (live, expired) = (2_500 + 1_500 + 600 + 60, 3_001 + 600);
+    assert_eq!(space.dbsize().await, live + expired);
 
     let before = space.snapshot_live().await;
     assert_eq!(before.keys.len() as u64, live);
@@ -140,10 +140,10 @@ async fn dead_keys_are_exact_and_only_hidden() {
     kinds.sort_unstable();
     kinds.dedup();
     assert_eq!(kinds, ["hash", "list", "set", "stream", "string", "zset"]);
-    assert_eq!(space.dbsize().await, live + dead, "the snapshot frees none");
+    assert_eq!(space.dbsize().await, live + expired, "the snapshot frees none");
     assert_eq!(server.expired_keys().await, 0);
 
-    // SCAN frees exactly the dead ones, and leaves the live ones as they are.
+    // SCAN frees exactly the expired keys, and does not change the live ones.
     let mut connection = server.conn_to(3).await;
     let mut cursor = 0;
     loop {
@@ -158,7 +158,7 @@ async fn dead_keys_are_exact_and_only_hidden() {
             break;
         }
     }
-    assert_eq!(server.expired_keys().await, dead);
+    assert_eq!(server.expired_keys().await, expired);
     assert_eq!(space.dbsize().await, live);
     assert_same_live(&before, &space.snapshot_live().await);
 }

@@ -1,4 +1,4 @@
-//! Encrypted connections to real servers, and what is said when one fails.
+//! Encrypted connections to real servers, and the errors when one fails.
 
 use std::net::SocketAddr;
 
@@ -22,7 +22,7 @@ struct TlsServer {
 }
 
 impl TlsServer {
-    /// `None`, said loudly, where the server under test was built without TLS.
+    /// `None`: the server under test was built without TLS, which is reported as skipped.
     async fn start(names: &[&str], validity: Validity, more: &[(&str, &str)]) -> Option<Self> {
         if !Server::has_tls() {
             return None;
@@ -65,19 +65,19 @@ async fn a_sweep_by_tls_is_exact() {
     let Some(tls) = TlsServer::start(&["localhost", "127.0.0.1"], Validity::Now, &[]).await else { return };
     let keys = Keyspace::of(&tls.server, 0);
     keys.live(500, "live").await;
-    keys.dead(3_000, "dead").await;
+    keys.expired(3_000, "expired").await;
     let run = tls.scan("localhost", &[]).await.expect(0);
     assert_eq!(run.num(), 3_000);
     assert_eq!(run.json()["report"]["target"], tls.url("localhost"));
     assert_eq!(tls.server.dbsize(0).await, 500);
-    // The address is a name of the certificate too.
+    // The certificate names the address too.
     assert_eq!(tls.scan("127.0.0.1", &[]).await.expect(0).num(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
     let Some(tls) = TlsServer::start(&["127.0.0.1"], Validity::Now, &[]).await else { return };
-    Keyspace::of(&tls.server, 0).dead(6_000, "dead").await;
+    Keyspace::of(&tls.server, 0).expired(6_000, "expired").await;
     let proxy = Proxy::start(SocketAddr::from(([127, 0, 0, 1], tls.port))).await;
     let (url, cacert) = (format!("rediss://{}", proxy.addr()), tls.authority.cacert());
     let running =
@@ -86,7 +86,7 @@ async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
     proxy.set(Mode::HangUp);
     proxy.cut().await;
     let accepted = proxy.accepted();
-    // The sampler comes back too.
+    // The sampler reconnects too.
     probe("it has come back again and again", PATIENCE, async || proxy.accepted() > accepted + 4).await;
     proxy.set(Mode::Pass);
     running.end().await.expect(0);
@@ -97,7 +97,7 @@ async fn a_peer_that_hangs_up_during_the_handshake_for_a_while_is_waited_for() {
 async fn a_server_that_asks_for_our_certificate_gets_it() {
     let asks = [("tls-auth-clients", "yes")];
     let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &asks).await else { return };
-    Keyspace::of(&tls.server, 0).dead(1_000, "dead").await;
+    Keyspace::of(&tls.server, 0).expired(1_000, "expired").await;
     refused(tls.scan("localhost", &[]).await, "does not accept our certificate", "--cert FILE");
     let Identity { cert, key } = tls.authority.issue("client", &["sweeper"], Validity::Now);
     let mine = ["--cert", cert.to_str().unwrap(), "--key", key.to_str().unwrap()];
@@ -117,13 +117,13 @@ async fn a_certificate_for_another_name_is_refused_unless_that_name_is_given() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_authority_that_nobody_trusts_is_named_as_the_problem() {
+async fn an_untrusted_authority_is_named_as_the_problem() {
     let Some(tls) = TlsServer::start(&["localhost"], Validity::Now, &[]).await else { return };
     let other = Authority::new();
     let url = tls.url("localhost");
     let run = run(["scan", &url, "--cacert", other.cacert().to_str().unwrap()]).await;
     refused(run, "not signed by the authority of that name", "--cacert FILE");
-    // The system's own authorities know nothing of this server. A machine may have none.
+    // The system's authorities did not sign this certificate. A machine may have no authorities.
     let run = self::run(["scan", &url]).await;
     match run.code {
         Some(2) => assert!(run.stderr.contains("no certificate authorities to trust"), "{}", run.stderr),
@@ -142,7 +142,7 @@ async fn tls_to_a_plain_port_and_plain_to_a_tls_port_are_told_apart() {
     let server = Server::start().await;
     let url = format!("rediss://localhost:{}", server.port());
     let run_plain = run(["scan", &url, "--insecure", "--connect-timeout", "1s"]).await.expect(3);
-    // A plain server may answer with an error line or wait for a line end that never comes.
+    // A plain server may answer with an error line, or wait for a line end that never comes.
     let said = ["something that is no TLS", "did not answer the TLS handshake"]
         .iter()
         .any(|text| run_plain.stderr.contains(text));
@@ -188,7 +188,7 @@ async fn a_cluster_is_swept_by_tls_from_seed_to_last_master() {
     let cluster = Cluster::start_with_tls(3, tls_only).await;
     let live = cluster.fill(300, 1_500).await;
     let (cacert, url) = (file(&authority.cacert()), format!("rediss://127.0.0.1:{}", cluster.tls_port(0)));
-    // The nodes are announced by address, and their certificate holds a name: that is what --sni is for.
+    // The nodes are announced by address, and their certificate has a name: --sni is for that.
     let fixed = ["scan", &url, "--json", "--cacert", &cacert];
     refused(run(fixed).await, "its certificate is for node.example, not for 127.0.0.1", "--sni NAME");
     let run = run(fixed.iter().chain(&["--sni", "node.example"])).await.expect(0);

@@ -1,4 +1,4 @@
-//! Touching: what it finds, what it counts, and that it is used where SCAN itself does not reclaim.
+//! The touch: what it finds and counts, and that it is used if SCAN itself does not reclaim.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ async fn the_ttl_touch_shows_when_keys_expire() {
     let keys = Keyspace::of(&server, 0);
     keys.live(30, "never").await;
     keys.live_ttl(50, "in one to two hours ").await;
-    keys.dead(20, "dead").await;
+    keys.expired(20, "expired").await;
     let run = scan(&server.url(), &["--touch", "ttl"]).await.expect(0);
     assert_eq!(run.num(), 20);
     let db = &run.json()["report"]["shards"][0]["dbs"][0];
@@ -29,7 +29,7 @@ async fn the_exists_touch_asks_for_every_key_and_finds_that_scan_had_done_the_wo
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(500, "live").await;
-    keys.dead(500, "dead").await;
+    keys.expired(500, "expired").await;
     let run = scan(&server.url(), &["--touch", "exists"]).await.expect(0);
     let db = &run.json()["report"]["shards"][0]["dbs"][0];
     assert_eq!((&db["touched"], &db["found_by_touch"]), (&500.into(), &0.into()));
@@ -41,7 +41,7 @@ async fn the_audit_looks_at_a_few_batches_and_trusts_scan() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(5_000, "live").await;
-    keys.dead(5_000, "dead").await;
+    keys.expired(5_000, "expired").await;
     let run = scan(&server.url(), &[]).await.expect(0);
     let json = run.json();
     let shard = &json["report"]["shards"][0];
@@ -51,12 +51,12 @@ async fn the_audit_looks_at_a_few_batches_and_trusts_scan() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_scan_leaves_keys_dead_every_key_is_touched_and_counted() {
+async fn if_scan_leaves_expired_keys_every_key_is_touched_and_counted() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(600, "live").await;
-    keys.dead(900, "dead").await;
-    let names = (0..600).map(|i| format!("live{i}")).chain((0..900).map(|i| format!("dead{i}"))).collect();
+    keys.expired(900, "expired").await;
+    let names = (0..600).map(|i| format!("live{i}")).chain((0..900).map(|i| format!("expired{i}"))).collect();
     let indexed = ScanFromIndex::start(server.addr(), names).await;
     let run = scan(&indexed.url(), &[]).await.expect(0);
     let json = run.json();
@@ -67,8 +67,8 @@ async fn where_scan_leaves_keys_dead_every_key_is_touched_and_counted() {
     assert_eq!(server.dbsize(0).await, 600);
 }
 
-/// A stand-in for an engine or a proxy whose SCAN answers from an index of its own and frees nothing. Everything else
-/// goes to a real server. No server that can be had here behaves so.
+/// Simulates an engine or a proxy whose SCAN answers from an index of its own and frees nothing. Everything else
+/// goes to a real server. No server in the tests behaves so.
 struct ScanFromIndex(SocketAddr);
 
 impl ScanFromIndex {
@@ -123,7 +123,7 @@ fn command(buf: &[u8]) -> Option<(Vec<Vec<u8>>, usize)> {
     }
 }
 
-/// The page behind a cursor that is a place in the index.
+/// The page at a cursor, which is a place in the index.
 fn page(words: &[Vec<u8>], names: &[String]) -> Vec<u8> {
     let number = |i: usize| -> usize { std::str::from_utf8(&words[i]).unwrap().parse().unwrap() };
     let (from, count) = (number(1), number(3));

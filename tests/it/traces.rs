@@ -1,4 +1,4 @@
-//! Spans of tasks, as a receiver of OTLP gets them.
+//! Spans of tasks, as an OTLP receiver gets them.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     attributes.iter().map(|pair| (pair.key.clone(), text(pair).unwrap_or_default())).collect()
 }
 
-/// What a receiver got: the attributes of who sent it, and every span by its name, in the order in which they ended.
+/// What a receiver got: the sender's attributes, and the spans by name, in the order in which they ended.
 fn received(hook: &Hook) -> (BTreeMap<String, String>, BTreeMap<String, Vec<Span>>) {
     let (mut resource, mut spans) = (BTreeMap::new(), BTreeMap::<_, Vec<_>>::new());
     for call in hook.calls() {
@@ -43,7 +43,7 @@ fn received(hook: &Hook) -> (BTreeMap<String, String>, BTreeMap<String, Vec<Span
 #[tokio::test]
 async fn a_receiver_gets_the_task_with_its_shards_passes_and_holds() {
     let (hook, server) = (Hook::start(&[]).await, Server::start().await);
-    Keyspace::of(&server, 0).dead(300, "dead:").await;
+    Keyspace::of(&server, 0).expired(300, "expired:").await;
     Keyspace::of(&server, 3).live_ttl(50, "live:").await;
     let gone = instance("gone", &format!("redis://127.0.0.1:{}", free_port()), "retry-for = \"1ms\"");
     let mut daemon = Daemon::prepare(&(instance("cache", &server.url(), "") + gone.as_str()))
@@ -61,7 +61,7 @@ async fn a_receiver_gets_the_task_with_its_shards_passes_and_holds() {
     daemon.until(&slow, "succeeded").await;
     let failed = daemon.scan("gone").await;
     let why = daemon.until(&failed, "failed").await["failure"]["message"].clone();
-    // It sends what is left before it ends.
+    // The remaining spans are sent before the end.
     assert_eq!(daemon.stop().await, Some(0));
 
     let (resource, spans) = received(&hook);
@@ -93,7 +93,7 @@ async fn a_receiver_that_never_answers_or_is_not_there_changes_no_sweep() {
     let (hook, server) = (Hook::start(&[Answer::Never; 9]).await, Server::start().await);
     let nobody = format!("http://127.0.0.1:{}", free_port());
     for receiver in [hook.url(), &nobody] {
-        Keyspace::of(&server, 0).dead(300, "dead:").await;
+        Keyspace::of(&server, 0).expired(300, "expired:").await;
         let mut scan = ttlsweep();
         scan.args(["scan", &server.url(), "--json"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", receiver);
         let began = std::time::Instant::now();

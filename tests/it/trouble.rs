@@ -1,4 +1,4 @@
-//! Each trouble that a server or a network can make, made for real.
+//! Failures of servers and networks, provoked on real ones.
 
 use std::time::Duration;
 
@@ -7,23 +7,16 @@ use crate::support::{
     keyspace::Keyspace,
     probe,
     proxy::{Mode, Proxy},
-    run::{Run, Running, scan},
+    run::{Running, scan, scan_under_way},
     server::Server,
 };
 
-/// Slow enough that a test can do something meanwhile.
+/// Slow enough for a test to act during the sweep.
 const SLOW: [&str; 2] = ["--max-keys-per-sec", "1500"];
 
-/// A server with dead keys, and a slow sweep of it that is under way.
+/// A slow sweep that is under way.
 async fn under_way(server: &Server, url: &str, more: &[&str]) -> Running {
-    let before = server.expired_keys().await;
-    let running = Running::scan(url, &[&SLOW[..], more].concat());
-    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + 300).await;
-    running
-}
-
-fn held(run: &Run, reason: &str) -> f64 {
-    run.json()["report"]["shards"][0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
+    scan_under_way(server, url, &[&SLOW[..], more].concat(), 300).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -31,7 +24,7 @@ async fn a_cut_connection_is_made_again_and_the_sweep_goes_on_from_the_last_curs
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(1_000, "live").await;
-    keys.dead(4_000, "dead").await;
+    keys.expired(4_000, "expired").await;
     let proxy = Proxy::start(server.addr()).await;
     let running = under_way(&server, &proxy.url(), &[]).await;
     for _ in 0..3 {
@@ -40,20 +33,20 @@ async fn a_cut_connection_is_made_again_and_the_sweep_goes_on_from_the_last_curs
     let run = running.end().await.expect(0);
     assert_eq!(server.dbsize(0).await, 1_000);
     assert_eq!(server.expired_keys().await, 4_000);
-    // A reply that was lost takes its count along; the report says how many those were.
+    // The count of a lost reply is lost; the report says how many replies those were.
     let lost = run.total("lost_replies") as u64;
     assert!(lost <= 3 && run.num() <= 4_000 && run.num() + lost * 1_000 >= 4_000, "{} {lost}", run.num());
     if lost == 0 {
         assert_eq!(run.num(), 4_000);
     }
-    assert!(held(&run, "reconnecting") > 0.0);
+    assert!(run.held("reconnecting") > 0.0);
     assert_eq!(run.json()["report"]["shards"][0]["dbs"][0]["restarts"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_stays_away_fails_the_sweep_after_the_time_given() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(4_000, "dead").await;
+    Keyspace::of(&server, 0).expired(4_000, "expired").await;
     let proxy = Proxy::start(server.addr()).await;
     let running = under_way(&server, &proxy.url(), &["--retry-for", "500ms"]).await;
     proxy.refuse().await;
@@ -67,7 +60,7 @@ async fn a_server_that_stays_away_fails_the_sweep_after_the_time_given() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_gets_a_pass_from_the_beginning() {
     let mut server = Server::start().await;
-    Keyspace::of(&server, 0).dead(4_000, "dead").await;
+    Keyspace::of(&server, 0).expired(4_000, "expired").await;
     let running = under_way(&server, &server.url(), &[]).await;
     server.restart().await;
     let run = running.end().await.expect(0);
@@ -79,7 +72,7 @@ async fn a_restarted_server_gets_a_pass_from_the_beginning() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_server_is_waited_for() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(3_000, "dead").await;
+    Keyspace::of(&server, 0).expired(3_000, "expired").await;
     let running =
         under_way(&server, &server.url(), &["--response-timeout", "300ms", "--connect-timeout", "300ms"]).await;
     server.sigstop();
@@ -87,10 +80,10 @@ async fn a_frozen_server_is_waited_for() {
     server.sigcont();
     let run = running.end().await.expect(0);
     assert_eq!(server.expired_keys().await, 3_000);
-    assert!(held(&run, "reconnecting") > 0.0);
+    assert!(run.held("reconnecting") > 0.0);
 }
 
-/// CLIENT PAUSE ... WRITE is there from 6.2 on.
+/// CLIENT PAUSE ... WRITE exists from 6.2 on.
 async fn pause(server: &Server) {
     server.cmd(&["CLIENT", "PAUSE", "600000", "WRITE"]).await;
 }
@@ -100,7 +93,7 @@ async fn keys_that_a_paused_server_only_hides_are_never_reported_as_done() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(1_000, "live").await;
-    keys.dead(4_000, "dead").await;
+    keys.expired(4_000, "expired").await;
     pause(&server).await;
     let running = Running::scan(&server.url(), &[]);
     running.says("holding: the server hides expired keys").await;
@@ -108,7 +101,7 @@ async fn keys_that_a_paused_server_only_hides_are_never_reported_as_done() {
     server.cmd(&["CLIENT", "UNPAUSE"]).await;
     let run = running.end().await.expect(0);
     assert_eq!(run.num(), 4_000);
-    assert!(held(&run, "deletion_blocked") > 0.0);
+    assert!(run.held("deletion_blocked") > 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,7 +109,7 @@ async fn a_pause_in_the_middle_hides_nothing_from_the_sweep() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(4_000, "live").await;
-    keys.dead(1_000, "dead").await;
+    keys.expired(1_000, "expired").await;
     let running = under_way(&server, &server.url(), &["--count", "20"]).await;
     pause(&server).await;
     running.says("holding: the server hides expired keys").await;
@@ -130,7 +123,7 @@ async fn a_handful_of_hidden_keys_in_one_batch_is_noticed_too() {
     let server = Server::start().await;
     let keys = Keyspace::of(&server, 0);
     keys.live(3, "live").await;
-    keys.dead(2, "dead").await;
+    keys.expired(2, "expired").await;
     pause(&server).await;
     let running = Running::scan(&server.url(), &[]);
     running.says("holding: the server hides expired keys").await;
@@ -141,7 +134,7 @@ async fn a_handful_of_hidden_keys_in_one_batch_is_noticed_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_that_outlasts_the_time_allowed_is_a_failure() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(1_000, "dead").await;
+    Keyspace::of(&server, 0).expired(1_000, "expired").await;
     pause(&server).await;
     let run = scan(&server.url(), &["--timeout", "2s"]).await.expect(4);
     assert_eq!((run.num(), run.json()["status"].as_str()), (0, Some("failed")));
@@ -156,8 +149,8 @@ async fn a_sparse_table_is_not_taken_for_hidden_keys() {
     let keys = Keyspace::of(&server, 0);
     keys.live(30_000, "gone").await;
     keys.live(50, "live").await;
-    keys.dead(50, "dead").await;
-    // A child process holds the table at its size.
+    keys.expired(50, "expired").await;
+    // While a child process runs, the table is not resized.
     let resized = server.try_query::<String>(&["DEBUG", "DICT-RESIZING", "0"]).await.is_ok();
     let mut conn = server.conn().await;
     let mut pipeline = redis::pipe();
@@ -168,7 +161,7 @@ async fn a_sparse_table_is_not_taken_for_hidden_keys() {
     deleted.expect("the keys are deleted");
     let run = scan(&server.url(), &[]).await.expect(0);
     assert_eq!(run.num(), 50, "resizing stopped: {resized}");
-    assert_eq!(held(&run, "deletion_blocked"), 0.0);
+    assert_eq!(run.held("deletion_blocked"), 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -184,7 +177,7 @@ async fn a_replica_is_refused_and_its_master_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_master_that_becomes_a_replica_ends_the_sweep_with_the_reason() {
     let (server, other) = (Server::start().await, Server::start().await);
-    Keyspace::of(&server, 0).dead(4_000, "dead").await;
+    Keyspace::of(&server, 0).expired(4_000, "expired").await;
     let running = under_way(&server, &server.url(), &[]).await;
     server.cmd(&["REPLICAOF", "127.0.0.1", &other.port().to_string()]).await;
     let run = running.end().await.expect(1);
@@ -194,7 +187,7 @@ async fn a_master_that_becomes_a_replica_ends_the_sweep_with_the_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_loads_its_data_is_waited_for() {
-    // While it loads, a server looks at its clients every two megabytes.
+    // While it loads, a server answers its clients every two megabytes.
     let server = Server::options().with_config("rdbcompression", "no").start().await;
     let value = "v".repeat(3 << 20);
     for i in 0..10 {
@@ -217,7 +210,7 @@ async fn a_server_that_loads_its_data_is_waited_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_that_keeps_the_server_busy_is_waited_for() {
     let server = Server::options().with_config("lua-time-limit", "50").start().await;
-    Keyspace::of(&server, 0).dead(3_000, "dead").await;
+    Keyspace::of(&server, 0).expired(3_000, "expired").await;
     let running = under_way(&server, &server.url(), &[]).await;
     let mut conn = server.conn().await;
     let script = tokio::spawn(async move {
@@ -228,14 +221,14 @@ async fn a_script_that_keeps_the_server_busy_is_waited_for() {
     server.cmd(&["SCRIPT", "KILL"]).await;
     let run = running.end().await.expect(0);
     assert_eq!(run.num(), 3_000);
-    assert!(held(&run, "busy") > 0.0);
+    assert!(run.held("busy") > 0.0);
     script.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_time_allowed_ends_the_sweep_and_what_was_freed_stays_counted() {
     let server = Server::start().await;
-    Keyspace::of(&server, 0).dead(20_000, "dead").await;
+    Keyspace::of(&server, 0).expired(20_000, "expired").await;
     let run = scan(&server.url(), &["--timeout", "1s", "--max-keys-per-sec", "2000"]).await.expect(4);
     assert_eq!(run.num(), server.expired_keys().await);
     assert!((1..6_000).contains(&run.num()), "{}", run.num());
@@ -243,7 +236,7 @@ async fn the_time_allowed_ends_the_sweep_and_what_was_freed_stays_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_hangs_where_nobody_answers() {
+async fn nothing_hangs_if_a_peer_does_not_answer() {
     let server = Server::start().await;
     let proxy = Proxy::start(server.addr()).await;
     proxy.set(Mode::Stall);
@@ -276,11 +269,11 @@ async fn a_db_that_does_not_exist_is_a_usage_error() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_huge_key_is_freed_within_the_sweep_whatever_time_that_takes() {
     let server = Server::options().with_config("lazyfree-lazy-expire", "no").start().await;
-    server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    server.stop_active_expiry().await;
     let script = "for i = 1, 400 do local m = {} for j = 1, 1000 do m[j] = i * 1000 + j end \
                   redis.call('SADD', KEYS[1], unpack(m)) end return redis.call('PEXPIRE', KEYS[1], 100)";
     server.cmd(&["EVAL", script, "1", "huge"]).await;
-    probe("it is dead", PATIENCE, async || is_hidden(&server).await).await;
+    probe("the key has expired", PATIENCE, async || is_hidden(&server).await).await;
     assert_eq!(server.dbsize(0).await, 1);
     assert_eq!(scan(&server.url(), &[]).await.expect(0).num(), 1);
     assert_eq!(server.dbsize(0).await, 0);
@@ -289,8 +282,8 @@ async fn a_huge_key_is_freed_within_the_sweep_whatever_time_that_takes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_cannot_save_refuses_ping_and_is_swept_all_the_same() {
     let server = Server::options().with_config("save", "3600 100000000").start().await;
-    Keyspace::of(&server, 0).dead(500, "dead").await;
-    // What was saved beside it cannot take its place.
+    Keyspace::of(&server, 0).expired(500, "expired").await;
+    // No snapshot on disk can restore it.
     std::fs::create_dir(server.dir().join("dump.rdb")).expect("a folder");
     server.cmd(&["BGSAVE"]).await;
     probe("PING is refused", PATIENCE, async || {
@@ -301,7 +294,7 @@ async fn a_server_that_cannot_save_refuses_ping_and_is_swept_all_the_same() {
     assert_eq!(server.dbsize(0).await, 0);
 }
 
-/// KEYS hides what has expired and frees nothing.
+/// KEYS hides expired keys and frees none.
 async fn is_hidden(server: &Server) -> bool {
     server.query::<Vec<String>>(&["KEYS", "*"]).await.is_empty()
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::check::backlog::Counted;
-use crate::check::backlog::{Backlog, NoCount};
+use crate::check::backlog::{NoCount, ReplicaCount};
 use crate::check::facts::{Expiry, Rights};
 use crate::check::facts::{Facts, Right};
 use crate::model::shard::DbIndex;
@@ -48,8 +48,8 @@ fn facts(changes: &[(&str, &str)]) -> Facts {
     Facts::new(&addr(6379), Info::parse(&info), expiry, all_rights(), Some(Duration::from_micros(30)))
 }
 
-fn shown(facts: &Facts, counted: Option<Result<Backlog, NoCount>>, settings: &Settings) -> String {
-    let verdict = verdict::judge(facts, counted.as_ref(), &settings.scan);
+fn shown(facts: &Facts, counted: Option<Result<ReplicaCount, NoCount>>, settings: &Settings) -> String {
+    let verdict = verdict::assess(facts, counted.as_ref(), &settings.scan);
     let sentence = sentence(facts, &verdict, ORDER);
     text(facts, counted.as_ref(), &verdict, &settings.scan, &sentence)
 }
@@ -113,8 +113,8 @@ fn a_count_on_a_replica_takes_the_place_of_the_estimate() {
     let exact = Counted { keys: 1_000_000, expired: 82_000, moved: 0 };
     let moving = Counted { keys: 500, expired: 7, moved: 2 };
     let dbs = [(DbIndex(0), exact), (DbIndex(3), moving)].into();
-    let backlog = Backlog { replica: addr(6380), dbs };
-    insta::assert_snapshot!(shown(&facts, Some(Ok(backlog)), &settings()));
+    let count = ReplicaCount { replica: addr(6380), dbs };
+    insta::assert_snapshot!(shown(&facts, Some(Ok(count)), &settings()));
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn nothing_to_sweep_is_said() {
 fn the_json_holds_every_figure() {
     let facts = facts(&[("role:master", "role:master\r\nslave0:ip=10.0.0.2,port=6379,state=online,offset=4990,lag=1")]);
     let settings = settings();
-    let verdict = verdict::judge(&facts, None, &settings.scan);
+    let verdict = verdict::assess(&facts, None, &settings.scan);
     let sentence = sentence(&facts, &verdict, ORDER);
     let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);
     insta::assert_snapshot!(serde_json::to_string_pretty(&object).unwrap());

@@ -1,13 +1,13 @@
-//! Cursors that lead nowhere.
+//! Detects cursors that lead nowhere: a broken or hostile server must not keep a pass going for ever.
 
 use crate::model::shard::ScanPosition;
 use crate::node::conn::Reply;
 
-/// Tells cursors that lead nowhere: a broken or hostile server must not hold us for ever.
+/// The cursors of one pass.
 ///
-/// A circle is told by remembering one position, and another after twice as many batches, so that a circle of any length
-/// is met in the end (Brent's method). Cursors without a circle and without an end are told by the keys: SCAN returns a key
-/// a few times at most, so they cannot be many times those that the DB holds.
+/// A circle is detected by remembering one position, and another after twice as many batches, so that a circle of any length is found
+/// in the end (Brent's method). Cursors without a circle and without an end are detected by the keys: SCAN returns a key a few times at
+/// most, so it cannot return many times as many keys as the DB holds.
 #[derive(Debug, Clone, Copy)]
 pub struct CursorLoop {
     mark: Option<ScanPosition>,
@@ -25,18 +25,17 @@ impl Default for CursorLoop {
 }
 
 impl CursorLoop {
-    /// The same position may come twice where a table was resized in between; a circle leads past it again and again.
+    /// A position that comes this often is in a circle. It may come twice if the table was resized in between.
     const MET_AT_MOST: u32 = 3;
-    /// So many times the most keys that the DB held may be seen, and so many more.
+    /// SCAN may return this many times the most keys that the DB held, and this many more.
     const SEEN_AT_MOST: (u64, u64) = (10, 1_000_000);
 
-    /// A part is to be walked again on purpose, and positions come again that have come before: that is no circle. What
-    /// was seen still counts.
+    /// Positions may come again from now on, since a part is walked again on purpose. The keys that were returned still count.
     pub fn walks_again(&mut self) {
         (self.mark, self.met) = (None, 0);
     }
 
-    /// Takes a batch in. Returns why the cursors lead nowhere, once they are known to.
+    /// Adds a batch. Returns why the cursors lead nowhere, if they are known to.
     pub fn add(&mut self, reply: &Reply) -> Option<String> {
         let next = reply.to;
         self.seen += reply.returned;
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_any_length_is_met_and_a_an_order_of_any_kind_is_none() {
+    fn a_circle_of_any_length_is_found_and_ascending_cursors_are_none() {
         for length in [1_u64, 2, 7, 1000] {
             let mut cursors = CursorLoop::default();
             let steps = (0..).position(|n: u64| cursors.add(&batch(1 + n % length, 1, 1 << 40)).is_some());
@@ -93,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn cursors_without_an_end_are_told_by_the_keys() {
+    fn cursors_without_an_end_are_detected_by_the_keys() {
         let mut cursors = CursorLoop::default();
         let steps = (0..).position(|n: u64| cursors.add(&batch(n + 1, 1000, 5000)).is_some());
         assert_eq!(steps, Some(1050));

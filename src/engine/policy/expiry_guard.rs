@@ -1,14 +1,14 @@
-//! Never worse than doing nothing.
+//! Ends a sweep that would leave more expired keys behind than no sweep at all.
 //!
-//! From Redis 7.2 on, and on every Valkey, active expiry walks the table in SCAN's own order, and gets stuck in the freshly
-//! cleaned wake of a slow SCAN: it finds nothing, stops trying, and keys pile up faster than the sweep frees them. Measured
-//! with 20,000 keys a second written for 10 s each: a sweep of 10,000 keys a second made the backlog ten times what it is
-//! without any sweep, one of 100,000 made it a third. So a sweep must read well over twice as many keys a second as expire, or
-//! its pass must be short.
+//! From Redis 7.2 on, and on every Valkey, active expiry walks the table in the same order as SCAN, and gets stuck in the freshly
+//! cleaned part behind a slow SCAN: it finds nothing, stops trying, and keys pile up faster than the sweep reclaims them. Measured with
+//! 20,000 keys a second that live for 10 s each: a sweep of 10,000 keys a second made the backlog ten times what it is without a
+//! sweep; one of 100,000 made it a third. So a sweep must read well over twice as many keys a second as expire, or its pass must be
+//! short.
 //!
-//! Before: a sweep that its ceiling or its intensity makes slow is compared with the flow of expiry, and refused where it
-//! would harm. During: where the server's own expiry has collapsed, the sweep does not make up for it, and keys pile up, it
-//! hurries, and stops where that does not help. Pure: the loop does the looking.
+//! Before the pass: a sweep that is slow by its ceiling or intensity is compared with the flow of expiry, and refused if it would do
+//! harm. During the pass: if active expiry has collapsed, the sweep does not make up for it, and keys pile up, then the sweep hurries;
+//! if that does not help, it stops. Pure: the loop reads the values.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -18,37 +18,36 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::PassCounters;
 use crate::settings::{ScanSettings, Tuning};
 
-/// A sweep should read this many times as many keys as expire meanwhile.
+/// A sweep has to read this many times as many keys a second as expire.
 const OUTRUN: f64 = 2.0;
-/// A pass that ends within this does no harm: what piles up meanwhile is freed at once after it.
+/// A pass that ends within this time does no harm: active expiry frees what has piled up as soon as the pass has ended.
 const SHORT_PASS: Duration = Duration::from_secs(10);
-/// Fewer keys a second are no flow that a sweep could harm.
+/// A sweep cannot do harm where fewer keys than this expire each second.
 const LEAST_FLOW: f64 = 100.0;
-/// Server time for a key in microseconds, at most: what a rest multiplies.
+/// The most server time for a key, in microseconds, from which the rests follow.
 const SLOW_KEY_US: f64 = 2.5;
-/// How long the flow is watched before a sweep that would be slow: keys expire in bursts, and one of them is no flow.
+/// How long the flow is watched before a slow sweep: keys expire in bursts, and the mean has to span several.
 pub const WATCH_FOR: Duration = Duration::from_secs(4);
 
-/// Of the flow before, expiry that is below this share has collapsed.
+/// Active expiry has collapsed once it frees less than this share of the flow before.
 const COLLAPSED: f64 = 0.25;
-/// So many more keys than at the beginning are a backlog that grows.
+/// The DB grows once it holds this many times as many keys as at the beginning.
 const GROWN: f64 = 1.05;
-/// The flow during the sweep is the mean of this long.
+/// The flow during the sweep is the mean of this span.
 const WINDOW: Duration = Duration::from_secs(5);
-/// Two looks are no further apart than this while a sweep goes on.
+/// The longest time between two samples while a sweep goes on; the rest was a hold.
 const LONGEST_BETWEEN: Duration = Duration::from_secs(1);
-/// So much trouble makes the sweep hurry, and as much again ends it. Trouble adds up, and time without it takes half as much off:
-/// where the server's expiry wakes up for a few seconds now and then (Valkey 8.1 and 9.1: each 14 s), keys pile up between all the
-/// same.
+/// After this much harmful time the sweep hurries, and after twice as much it ends. Harmful time adds up, and harmless time takes half
+/// of itself off: on Valkey 8.1 and 9.1 active expiry wakes up for a few seconds each 14 s, and keys pile up in between.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// Keys that expired each second between two readings of `expired_keys`, [`WATCH_FOR`] apart.
+/// Keys that expired each second between two readings of `expired_keys` that are [`WATCH_FOR`] apart.
 pub fn flow(before: Option<u64>, after: Option<u64>) -> Option<f64> {
     let expired = after?.saturating_sub(before?);
     Some(expired as f64 / WATCH_FOR.as_secs_f64())
 }
 
-/// Keys a second that a sweep reads at most with these limits, where they make it slow.
+/// The most keys a second that a sweep can read with these limits; `None`: nothing limits it.
 pub fn fastest(tuning: &Tuning) -> Option<f64> {
     let ceiling = tuning.max_keys_per_sec.map(f64::from);
     let rested = (tuning.intensity < 1.0).then_some(tuning.intensity * 1e6 / SLOW_KEY_US);
@@ -58,14 +57,14 @@ pub fn fastest(tuning: &Tuning) -> Option<f64> {
     }
 }
 
-/// Whether a pass over so many keys may be so slow that the flow of expiry has to be known first.
+/// Whether a pass over `keys` may be so slow that the flow of expiry has to be known first.
 /// `starves`: [`slow_scan_starves_expiry`](super::profile::slow_scan_starves_expiry).
 pub fn has_to_know_the_flow(starves: bool, keys: u64, settings: &ScanSettings) -> bool {
     let pass = fastest(&settings.tuning).map(|per_sec| keys as f64 / per_sec);
     starves && pass.is_some_and(|seconds| seconds > SHORT_PASS.as_secs_f64())
 }
 
-/// Why a sweep would do harm, if it would: a pass over `keys` while `expire_per_sec` of them expire each second.
+/// The failure of a sweep that would do harm: a slow pass over `keys` while `expire_per_sec` keys expire each second. `None`: no harm.
 pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettings) -> Option<Failure> {
     if !has_to_know_the_flow(starves, keys, settings) || expire_per_sec < LEAST_FLOW {
         return None;
@@ -83,72 +82,73 @@ pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettin
     );
     let hint = format!(
         "raise max-keys-per-sec above {:.0} and the intensity towards 1, or sweep when fewer keys expire; --allow-slow \
-         sweeps all the same",
+         sweeps anyway",
         OUTRUN * expire_per_sec
     );
     Some(Failure::new(FailureKind::TooSlow, message).hint(hint))
 }
 
-/// What counts of expiry have been seen.
+/// The counts at a time since the pass began.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Seen {
+struct Sample {
     at: Duration,
     expired: u64,
     reclaimed: u64,
     scanned: u64,
 }
 
-/// What the guard wants.
+/// What the guard advises.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Advice {
-    /// All is well.
+    /// No harm is seen.
     Fine,
-    /// Take the most that is allowed, whatever others need.
+    /// Take the most that is allowed, whatever other clients need.
     Hurry,
-    /// The sweep does harm. Said once in a pass: who sweeps on all the same is told to hurry from then on.
+    /// The sweep does harm. Advised once in a pass: a sweep that goes on gets `Hurry` from then on.
     Stop(Failure),
 }
 
-/// Watches the server's own expiry during a pass.
+/// Watches active expiry during a pass.
 #[derive(Debug)]
 pub struct ExpiryGuard {
-    /// Whether this version's active expiry can be harmed at all.
+    /// Whether a slow SCAN can stop active expiry on this version.
     guards: bool,
-    /// Most keys that the server was seen to expire each second, before the sweep or during it: flow may come after the sweep
-    /// has begun.
+    /// The most keys that the server expired each second, before the sweep or during it: the flow may begin after the sweep.
     most: f64,
     keys_at_start: u64,
-    window: VecDeque<Seen>,
-    /// When it looked last.
-    looked: Duration,
-    troubled: Duration,
-    /// Whether it has said that the sweep does harm.
+    /// The samples of the last [`WINDOW`].
+    window: VecDeque<Sample>,
+    /// When the last sample was taken, since the pass began.
+    advised: Duration,
+    /// Harmful time, less half of the harmless time: see [`PATIENCE`].
+    harmful: Duration,
+    /// Whether `Stop` was advised.
     told: bool,
 }
 
 impl ExpiryGuard {
-    /// A guard of a pass over `keys` on a server that expired so many keys each second before.
-    /// `starves`: a slow SCAN can stop this server's expiry.
+    /// A guard of a pass over `keys` on a server on which `expire_per_sec` keys expired before.
+    /// `starves`: a slow SCAN can stop the active expiry of this version.
     pub fn new(starves: bool, keys: u64, expire_per_sec: Option<f64>) -> Self {
         Self {
             guards: starves,
             most: expire_per_sec.unwrap_or(0.0),
             keys_at_start: keys,
             window: VecDeque::new(),
-            looked: Duration::ZERO,
-            troubled: Duration::ZERO,
+            advised: Duration::ZERO,
+            harmful: Duration::ZERO,
             told: false,
         }
     }
 
-    /// A look at a time since the pass began: what the server says, the counters of the pass, and DBSIZE.
-    pub fn look(&mut self, at: Duration, seen: &Observation, counters: &PassCounters, keys: u64) -> Advice {
+    /// Advises at a time since the pass began, from an observation, the counters of the pass and DBSIZE.
+    pub fn advise(&mut self, at: Duration, seen: &Observation, counters: &PassCounters, keys: u64) -> Advice {
         let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };
-        // What lies behind a hold is not the sweep's doing.
-        let since = at.saturating_sub(std::mem::replace(&mut self.looked, at)).min(LONGEST_BETWEEN);
-        let now = Seen { at, expired, reclaimed: counters.reclaimed, scanned: counters.scanned };
+        // The time of a hold is not the sweep's doing.
+        let since = at.saturating_sub(std::mem::replace(&mut self.advised, at)).min(LONGEST_BETWEEN);
+        let now = Sample { at, expired, reclaimed: counters.reclaimed, scanned: counters.scanned };
         self.window.push_back(now);
         while self.window.get(1).is_some_and(|second| at.saturating_sub(second.at) >= WINDOW) {
             self.window.pop_front();
@@ -158,25 +158,25 @@ impl ExpiryGuard {
         if span < WINDOW {
             return Advice::Fine;
         }
-        let per_sec = |of: fn(&Seen) -> u64| of(&now).saturating_sub(of(&first)) as f64 / span.as_secs_f64();
+        let per_sec = |of: fn(&Sample) -> u64| of(&now).saturating_sub(of(&first)) as f64 / span.as_secs_f64();
         let by_us = per_sec(|seen| seen.reclaimed);
         let expired = per_sec(|seen| seen.expired);
-        // `expired_keys` counts ours among them.
+        // `expired_keys` includes the keys that the sweep reclaimed.
         let by_server = if seen.expired_by_server.is_some() { expired } else { (expired - by_us).max(0.0) };
         self.most = self.most.max(by_server);
         let before = self.most;
-        // A fast sweep is none that harms, whatever else happens meanwhile.
+        // A fast sweep does no harm, whatever happens meanwhile.
         let slow = per_sec(|seen| seen.scanned) < before * OUTRUN;
         let grown = keys as f64 > self.keys_at_start as f64 * GROWN;
         if before < LEAST_FLOW || !slow || by_server >= before * COLLAPSED || by_server + by_us >= before || !grown {
-            self.troubled = self.troubled.saturating_sub(since / 2);
+            self.harmful = self.harmful.saturating_sub(since / 2);
             return Advice::Fine;
         }
-        self.troubled = (self.troubled + since).min(3 * PATIENCE);
-        if self.troubled < PATIENCE {
+        self.harmful = (self.harmful + since).min(3 * PATIENCE);
+        if self.harmful < PATIENCE {
             return Advice::Fine;
         }
-        if self.told || self.troubled < 2 * PATIENCE {
+        if self.told || self.harmful < 2 * PATIENCE {
             return Advice::Hurry;
         }
         self.told = true;
@@ -186,7 +186,7 @@ impl ExpiryGuard {
             self.keys_at_start
         );
         let hint = "let it read more keys a second (max-keys-per-sec, intensity), or sweep when fewer keys expire; \
-                    --allow-slow sweeps all the same";
+                    --allow-slow sweeps anyway";
         Advice::Stop(Failure::new(FailureKind::TooSlow, message).hint(hint))
     }
 }
@@ -223,8 +223,8 @@ mod tests {
         assert!(harm(NEW, 1_000_000, 20_000.0, &with(None, 0.05)).is_some(), "the intensity makes it slow too");
     }
 
-    /// Looks each quarter of a second at a server of which is told, for some seconds each, what it expires, what the sweep
-    /// frees and reads, and how the DB grows.
+    /// Takes a sample each quarter of a second. Each phase lasts some seconds, with rates per second: keys that the server expires, keys
+    /// that the sweep reclaims, keys that it reads, and by how many keys the DB grows.
     fn advice(guard: &mut ExpiryGuard, phases: &[(u64, [u64; 4])]) -> Vec<Advice> {
         let mut sums = [0; 4];
         let mut advice = Vec::new();
@@ -233,10 +233,10 @@ mod tests {
         {
             let [by_server, by_us, read, growth] = sums;
             let seen = Observation { expired_keys: Some(by_server + by_us), ..Observation::default() };
-            // It went on from a checkpoint that knew a million more.
+            // The pass went on from a checkpoint with a million keys.
             let reclaimed = 1_000_000 + by_us;
             let counters = PassCounters { reclaimed, scanned: read, ..PassCounters::default() };
-            advice.push(guard.look(Duration::from_millis(250) * quarter as u32, &seen, &counters, 200_000 + growth));
+            advice.push(guard.advise(Duration::from_millis(250) * quarter as u32, &seen, &counters, 200_000 + growth));
             sums.iter_mut().zip(rates).for_each(|(sum, rate)| *sum += rate / 4);
         }
         advice.dedup();
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn where_expiry_collapses_and_keys_pile_up_the_sweep_hurries_and_then_stops() {
+    fn if_expiry_collapses_and_keys_pile_up_the_sweep_hurries_and_then_stops() {
         let guard = || ExpiryGuard::new(NEW, 200_000, Some(20_000.0));
         let harm = [500, 3_000, 10_000, 16_500];
         let course = advice(&mut guard(), &[(30, harm)]);
@@ -255,9 +255,9 @@ mod tests {
         );
         let harmless = [
             ([18_000, 3_000, 10_000, 16_500], "the server keeps up"),
-            ([500, 21_000, 30_000, 16_500], "the sweep makes up for it"),
+            ([500, 21_000, 30_000, 16_500], "the sweep reclaims as much"),
             ([500, 3_000, 10_000, 0], "nothing piles up"),
-            ([500, 3_000, 50_000, 16_500], "a fast sweep is not what does it"),
+            ([500, 3_000, 50_000, 16_500], "a fast sweep is not the cause"),
         ];
         for (flow, why) in harmless {
             assert_eq!(advice(&mut guard(), &[(30, flow)]), [Advice::Fine], "{why}");
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn flow_that_comes_after_the_beginning_is_guarded_too() {
+    fn a_flow_that_begins_after_the_pass_is_guarded_too() {
         let quiet = [0, 0, 10_000, 0];
         let course = advice(
             &mut ExpiryGuard::new(NEW, 200_000, Some(0.0)),
@@ -283,7 +283,7 @@ mod tests {
         );
         assert!(
             matches!(&course[..], [Advice::Fine, Advice::Hurry, Advice::Stop(_), Advice::Hurry]),
-            "harm is said once: {course:?}"
+            "harm is reported once: {course:?}"
         );
     }
 }

@@ -1,38 +1,38 @@
-//! Expired keys that the server hides: it neither returns them nor frees them, since it may not delete just now. Pure
-//! arithmetic on replies proves them; [`super::verdict`] asks, the loop acts on it.
+//! Expired keys that the server hides: it neither returns nor deletes them, because it may not delete just now. Arithmetic on the
+//! replies proves that there are some. Called by [`super::verdict`].
 
 use crate::model::shard::ScanPosition;
 use crate::model::slots::CursorSpace;
 use crate::node::conn::Reply;
 
-/// The most buckets that one SCAN walks, found keys or not: the loop of the server counts down from 10 x COUNT and looks
-/// at the counter after it has walked. Seen on Redis 6.2, 7.0, 8.2 and Valkey 8.0.
+/// The most buckets that one SCAN walks, whether it finds keys or not: the server's loop counts down from 10 x COUNT and tests the
+/// counter after it has walked a bucket. Seen on Redis 6.2, 7.0, 8.2 and Valkey 8.0.
 fn bucket_limit(count: u32) -> u64 {
     u64::from(count) * 10 + 1
 }
 
-/// What a batch tells about expired keys that the server hides because it may not delete just now.
+/// What a batch proves about hidden keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hidden {
-    /// It proves nothing.
+    /// Nothing.
     Unproven,
-    /// It must have looked at this many keys at least that it neither returned nor freed.
+    /// The batch visited at least this many keys that it neither returned nor reclaimed.
     Keys(u64),
-    /// It came back with fewer keys than COUNT, for one reason or the other. Its whole way is to be walked again in batches of
-    /// COUNT 1, which tell: what was hidden then and is not any more is met as well.
+    /// The batch brought fewer keys than COUNT, with or without hidden keys. Its whole range has to be walked again in batches of
+    /// COUNT 1, which prove it either way and also reclaim what is not hidden any more.
     Open,
 }
 
-/// What this batch proves.
+/// What this batch proves about hidden keys.
 ///
-/// A SCAN ends when it has looked at COUNT keys, or at the most buckets that it walks at once, or at the end of the
-/// table. Where it did not end for one of the other two reasons, `returned + reclaimed` below COUNT leaves keys that were
-/// hidden. How many buckets it walked shows in the cursors: each bucket adds one unit, 2^(64 - bits of the table), to the
-/// bit-reversed cursor. So a walk that ended at the limit advanced by the limit times a power of two; where the table has shrunk
-/// since the cursor was given, the first of these buckets began before the cursor.
+/// A SCAN ends when it has visited COUNT keys, or walked the most buckets that it may, or reached the end of the table. If neither of
+/// the last two ended it and `returned + reclaimed` is below COUNT, the missing keys were hidden. The cursors show how many buckets it
+/// walked: each bucket adds one unit, 2^(64 - bits of the table), to the bit-reversed cursor. So a walk that ended at the limit advanced
+/// by the limit times a power of two. If the table has shrunk since the cursor was given, the first of these buckets began before the
+/// cursor.
 ///
-/// Where each slot has a table of its own, a walk through several tables does not tell how many buckets it has seen. A table
-/// shrinks when one bucket in ten holds a key, so COUNT keys are met before the limit on the average, and fewer now and then.
+/// If each slot has a table of its own, a walk through several tables does not show how many buckets it walked. A table shrinks when
+/// one bucket in ten holds a key, so on average COUNT keys are met before the limit, but sometimes fewer.
 pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, reply: &Reply) -> Hidden {
     let next = reply.to;
     if next == ScanPosition::Finished || from == ScanPosition::Finished {
@@ -40,7 +40,7 @@ pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, reply: &Reply
     }
     let missing = u64::from(count).saturating_sub(reply.seen());
     let ((table, begin), (next_table, end)) = (space.rank(from), space.rank(next));
-    // Where the first table lies is only known once the walk has begun.
+    // Which table comes first is known only after the first batch.
     let by_slot = matches!(space, CursorSpace::BySlot(_));
     let crossed = table != next_table || (by_slot && from == ScanPosition::NotStarted);
     match missing {
@@ -53,9 +53,9 @@ pub fn hidden(space: &CursorSpace, from: ScanPosition, count: u32, reply: &Reply
     }
 }
 
-/// What a whole pass proves where nothing moved: no DBSIZE differed from another and nothing was reclaimed, yet SCAN
-/// returned fewer keys than DBSIZE counts. SCAN returns each key that is there from beginning to end, so the others
-/// are hidden. The only proof for a DB so small that every batch ends at the end of the table.
+/// What a whole pass without changes proves: every DBSIZE was the same and nothing was reclaimed, yet SCAN returned fewer keys than
+/// DBSIZE counts. SCAN returns each key that exists from beginning to end, so the others were hidden. This is the only proof for a DB
+/// that is so small that every batch ends at the end of the table.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StillPass {
     keys: Option<u64>,
@@ -64,19 +64,19 @@ pub struct StillPass {
 }
 
 impl StillPass {
-    /// Takes a batch in.
+    /// Adds a batch.
     pub fn add(&mut self, reply: &Reply) {
         self.moved |= reply.after.keys != reply.before.keys || self.keys.is_some_and(|keys| keys != reply.before.keys);
         self.keys = Some(reply.after.keys);
         self.returned += reply.returned;
     }
 
-    /// A part of the pass was walked without this, without names, or twice: the pass proves nothing.
+    /// A part of the pass was not added, was walked without names, or was walked twice: the pass proves nothing.
     pub fn proves_nothing(&mut self) {
         self.moved = true;
     }
 
-    /// Keys that were hidden in this pass, for sure.
+    /// How many keys this pass proves to be hidden.
     pub fn hidden(&self) -> u64 {
         if self.moved { 0 } else { self.keys.unwrap_or(0).saturating_sub(self.returned) }
     }
@@ -109,7 +109,7 @@ mod tests {
             )
         };
         assert_eq!(walked(131, 30, 3700, 3700), Hidden::Keys(70), "returned 30 of 100");
-        assert_eq!(walked(131, 30, 3700, 3630), Hidden::Unproven, "the other 70 were freed");
+        assert_eq!(walked(131, 30, 3700, 3630), Hidden::Unproven, "the other 70 were reclaimed");
         assert_eq!(walked(131, 104, 3700, 3700), Hidden::Unproven, "more than asked for");
     }
 
@@ -132,7 +132,7 @@ mod tests {
     fn a_table_that_has_shrunk_under_the_cursor_ends_at_the_bucket_limit_as_well() {
         for count in [10_u32, 75, 640] {
             let (limit, small) = (bucket_limit(count), 14);
-            // A cursor of a table of 16 times as many buckets: a part of a bucket of the small one.
+            // A cursor of a table with 16 times as many buckets, so that it lies inside a bucket of the small one.
             for part in [1, 5, 15] {
                 let from = ScanPosition::from_reply(cursor(16 * 7 + part, small + 4));
                 let at_limit = batch(cursor(7 + limit, small), 0, 5, 5);
@@ -154,7 +154,11 @@ mod tests {
         assert_eq!(of(from, at(1101, 12, 7), 30), Hidden::Unproven, "the bucket limit");
         assert_eq!(of(from, at(231, 12, 8), 30), Hidden::Open, "into the next table");
         assert_eq!(of(from, at(231, 12, 8), 100), Hidden::Unproven, "as many as were asked for");
-        assert_eq!(of(ScanPosition::NotStarted, at(1001, 12, 0), 30), Hidden::Open, "from nobody knows which table on");
+        assert_eq!(
+            of(ScanPosition::NotStarted, at(1001, 12, 0), 30),
+            Hidden::Open,
+            "from the start, in an unknown table"
+        );
     }
 
     #[test]
@@ -170,6 +174,6 @@ mod tests {
         still.add(&batch(0, 10, 50, 50));
         assert_eq!(still.hidden(), 10);
         still.add(&batch(0, 0, 51, 51));
-        assert_eq!(still.hidden(), 0, "somebody wrote: nothing is proven");
+        assert_eq!(still.hidden(), 0, "a client wrote: nothing is proven");
     }
 }

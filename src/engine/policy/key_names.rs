@@ -1,12 +1,12 @@
 //! Whether SCAN sends the names of the keys back. The sweep needs none of them, and they are nearly all that it reads.
 //!
-//! Redis 8.2 looks at each key's TTL before it looks at its type: SCAN with a TYPE that nobody uses frees what it meets and
-//! returns nothing, one and a half times as many keys a second. From 6.2 to 7.4 it frees them too, but costs what it saves and
-//! counts a keyspace miss for each; on Valkey 8 it frees nothing and refuses a type that it does not know.
+//! Redis 8.2 checks each key's TTL before its type: SCAN with a TYPE that no key has frees the expired keys that it meets and returns
+//! nothing, at one and a half times as many keys a second. Redis 6.2 to 7.4 frees them too, but gains nothing and counts a keyspace
+//! miss for each. Valkey 8 frees nothing and refuses a type that it does not know.
 //!
-//! Nobody has to believe that. Every so often a batch is asked again with its names. Keys that the second SCAN frees were left
-//! dead by the first; and only a batch with names shows that deletions are not blocked (see [`super::hidden_keys`]). What is
-//! between two audits is proven by nothing else, so names are the default.
+//! An audit checks this: now and then a range is scanned again with names. Expired keys that the second SCAN reclaims were left by the
+//! first. Only a batch with names shows that deletions are not blocked (see [`super::hidden_keys`]), and nothing proves what happens
+//! between two audits. So names are the default.
 
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use tokio::time::Instant;
 
 use crate::settings::Payload;
 
-/// A batch is asked again with names every so many batches, and at least this often: a pause of deletions that is longer is met
-/// by an audit, and the sweep goes back to where a deletion was last seen. Less than a thirtieth of the bytes.
+/// One batch in this many is scanned again with names, and at least one in [`AUDIT_AFTER`]. This costs less than a thirtieth of the
+/// bytes.
 const AUDIT_EVERY: u64 = 64;
-/// See [`AUDIT_EVERY`].
+/// If deletions are blocked for longer than this, an audit notices, and the sweep goes back to where a deletion was last seen.
 const AUDIT_AFTER: Duration = Duration::from_millis(5);
-/// Fewer dead keys than this prove nothing: keys expire between two SCANs.
+/// Fewer expired keys than this prove nothing: keys expire between two SCANs.
 const PROOF: u64 = 3;
 
 /// Whether the batches of one server process come with names.
@@ -29,12 +29,12 @@ pub struct KeyNames {
     since_audit: u64,
     audited: Option<Instant>,
     freed: u64,
-    left_dead: u64,
+    left_expired: u64,
 }
 
-/// How a batch is to come.
+/// How a batch is scanned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Names {
+pub enum NamesMode {
     /// With names.
     Read,
     /// Without names.
@@ -44,14 +44,14 @@ pub enum Names {
 }
 
 impl KeyNames {
-    /// Chooses by what was asked for. `type_frees_all`: SCAN with a TYPE frees whatever it meets on this server.
+    /// Chooses by the settings. `type_frees_all`: on this server SCAN with a TYPE frees every expired key that it meets.
     pub fn new(asked: Payload, type_frees_all: bool) -> Self {
         let nameless = match asked {
             Payload::Auto => type_frees_all,
             Payload::Names => false,
             Payload::None => true,
         };
-        Self { nameless, since_audit: 0, audited: None, freed: 0, left_dead: 0 }
+        Self { nameless, since_audit: 0, audited: None, freed: 0, left_expired: 0 }
     }
 
     /// Whether batches come without names.
@@ -59,36 +59,36 @@ impl KeyNames {
         self.nameless
     }
 
-    /// A batch is sent: how it is to come. The first one without names is asked again.
-    pub fn next_batch(&mut self) -> Names {
+    /// How the next batch is scanned. The first one without names is audited.
+    pub fn next_batch(&mut self) -> NamesMode {
         if !self.nameless {
-            return Names::Read;
+            return NamesMode::Read;
         }
         self.since_audit += 1;
         if self.since_audit < AUDIT_EVERY && self.audited.is_some_and(|at| at.elapsed() < AUDIT_AFTER) {
-            return Names::Left;
+            return NamesMode::Left;
         }
         (self.since_audit, self.audited) = (0, Some(Instant::now()));
-        Names::Audited
+        NamesMode::Audited
     }
 
-    /// COUNT of the second SCAN of a batch. It has to stay within the keys that the first one looked at: of those, so many are
-    /// left as were not freed. Half of them is well inside.
+    /// COUNT of the second SCAN of a range. It has to stay within the keys that the first one visited: those that were not reclaimed are
+    /// left. Half of them is well inside.
     pub fn audit_count(count: u32, freed: u64) -> u32 {
         let left = u64::from(count).saturating_sub(freed);
         u32::try_from(left / 2).unwrap_or(u32::MAX).max(1)
     }
 
-    /// A batch without names went by: what it freed, and what the second SCAN freed where there was one. Returns whether it was
-    /// the proof that SCAN without names leaves dead keys.
+    /// A batch without names is done: `freed` keys were reclaimed by it, and `audit` by the second SCAN, if there was one. Returns
+    /// whether it is proven now that SCAN without names leaves expired keys.
     pub fn learn(&mut self, freed: u64, audit: Option<u64>) -> bool {
         self.freed += freed;
-        self.left_dead += audit.unwrap_or(0);
-        // The second SCAN saw one batch in so many, and half of it.
-        self.left_dead >= PROOF && self.left_dead * AUDIT_EVERY > self.freed
+        self.left_expired += audit.unwrap_or(0);
+        // The second SCAN covers half of one batch in `AUDIT_EVERY`.
+        self.left_expired >= PROOF && self.left_expired * AUDIT_EVERY > self.freed
     }
 
-    /// It does not do here. Returns whether that is news.
+    /// Reads names from now on. Returns whether that is a change.
     pub fn give_up(&mut self) -> bool {
         std::mem::take(&mut self.nameless)
     }
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_left_out_where_the_server_frees_all_the_same_or_where_that_is_asked_for() {
+    fn names_are_left_out_if_the_server_frees_keys_without_them_or_if_the_settings_say_so() {
         for (asked, frees_all, left) in [
             (Payload::Auto, true, true),
             (Payload::Auto, false, false),
@@ -108,30 +108,30 @@ mod tests {
         ] {
             assert_eq!(KeyNames::new(asked, frees_all).are_left(), left, "{asked} {frees_all}");
         }
-        assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), Names::Read);
+        assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), NamesMode::Read);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_batch_and_then_one_in_64_or_in_5_ms_is_asked_again() {
+    async fn the_first_batch_and_then_one_in_64_or_in_5_ms_is_audited() {
         let mut names = KeyNames::new(Payload::Auto, true);
         let mut audits = async |batches: u32, pause: Duration| {
             let mut audits = 0;
             for _ in 0..batches {
-                audits += u32::from(names.next_batch() == Names::Audited);
+                audits += u32::from(names.next_batch() == NamesMode::Audited);
                 tokio::time::advance(pause).await;
             }
             audits
         };
         assert_eq!(audits(641, Duration::ZERO).await, 11);
-        assert_eq!(audits(100, Duration::from_millis(5)).await, 99, "all but one that came at once");
+        assert_eq!(audits(100, Duration::from_millis(5)).await, 99, "all but the one that came at once");
     }
 
     #[test]
-    fn dead_keys_that_the_second_scan_frees_bring_the_names_back() {
+    fn expired_keys_that_the_second_scan_reclaims_bring_the_names_back() {
         let mut left = KeyNames::new(Payload::None, false);
         assert!(!left.learn(0, Some(2)), "two may have expired in between");
-        assert!(left.learn(0, Some(2)) && left.give_up() && left.next_batch() == Names::Read);
-        assert!(!left.give_up(), "that is known");
+        assert!(left.learn(0, Some(2)) && left.give_up() && left.next_batch() == NamesMode::Read);
+        assert!(!left.give_up(), "no change");
         let mut fine = KeyNames::new(Payload::Auto, true);
         assert!((0..10_000).all(|n| !fine.learn(5, (n % 64 == 0).then_some(1))), "keys that expired in between");
     }

@@ -1,5 +1,5 @@
-//! Where the time of a sweep goes. Each moment is one of active, waited, rested and held, so that the four add up to the time
-//! taken, however the sweep ends.
+//! Where the time of a sweep goes. Each moment counts as active, waited, rested or held, so that the four add up to the time taken,
+//! however the sweep ends.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,19 +9,19 @@ use tokio::time::Instant;
 use crate::model::progress::PassCounters;
 use crate::model::throttle::Reason;
 
-/// What the sweep does.
+/// What the sweep is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Doing {
-    /// It has batches under way, or asks for something else. What of this time is the server's work on batches is told by
-    /// [`Ledger::worked`]; the rest is waiting.
+    /// Batches or other requests are under way. [`Ledger::worked`] tells how much of this time the server worked on batches; the rest
+    /// is waiting.
     Exchanging,
-    /// It rests for the intensity or the ceiling.
+    /// The sweep rests for the intensity or the ceiling.
     Resting,
-    /// It holds.
+    /// The sweep holds.
     Holding(Reason),
 }
 
-/// Time that is not in anybody's figures yet.
+/// Time that is not in the figures of a pass yet.
 #[derive(Debug)]
 pub struct Ledger {
     doing: Doing,
@@ -33,7 +33,7 @@ pub struct Ledger {
 }
 
 impl Default for Ledger {
-    /// A sweep that begins now.
+    /// The ledger of a sweep that begins now.
     fn default() -> Self {
         Self {
             doing: Doing::Exchanging,
@@ -58,7 +58,7 @@ impl Ledger {
         }
     }
 
-    /// Batches have held the master for so long.
+    /// Adds time for which a batch held the master.
     pub fn worked(&mut self, active: Duration) {
         self.worked += active;
     }
@@ -70,7 +70,7 @@ impl Ledger {
         for (reason, time) in std::mem::take(&mut self.held) {
             *counters.held.entry(reason).or_default() += time;
         }
-        // No more work than there was time for: what an estimate is too large is paid off by what comes.
+        // There cannot be more work than time. An estimate that is too large is carried over to the next call.
         let worked = self.worked.min(self.exchanged);
         counters.active += worked;
         counters.waited += self.exchanged - worked;

@@ -1,4 +1,4 @@
-//! The rules of a sweep. Pure: nothing here sends, sleeps or imports anything of the loop.
+//! The rules of a sweep. Pure: nothing here sends, sleeps, or imports from `sweep`.
 
 pub mod cursor_loop;
 pub mod depth;

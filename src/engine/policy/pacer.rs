@@ -1,18 +1,18 @@
 //! How large the next batch is, and when it may be sent.
 //!
-//! A foreground request waits behind one batch at most, so what it feels is the length of that batch and not how many
-//! there are. Four rules follow:
+//! A request of another client waits behind one batch at most. So what that client notices is the length of a batch, and not how many
+//! batches there are. Four rules follow:
 //!
 //! 1. COUNT is steered so that one batch holds the master for about `max_slice`. It is never raised to go faster.
-//! 2. Rest leaves the master's CPU to others: batches that held it for `w` in all take `w / intensity` of time at least.
-//! 3. The ceiling in keys per second is governor's, with a burst of one batch, or of what the ceiling allows in 5 ms: a timer
-//!    ticks in milliseconds, and with less the sweep would oversleep and never come near a high ceiling.
-//! 4. Where several batches are under way they are spaced by the length of one, at most two at once: a server works off
-//!    whatever has come to it before it looks at anybody else, so batches that arrive together are one long slice to others.
+//! 2. Rest leaves the master's CPU to other clients: batches that held it for `w` in all take at least `w / intensity`.
+//! 3. The ceiling in keys per second is enforced by governor, with a burst of one batch, or of what the ceiling allows in 5 ms: timers
+//!    tick in milliseconds, and with a smaller burst the sweep would oversleep and never reach a high ceiling.
+//! 4. If several batches are under way they are spaced by the length of one, at most two at once: a server finishes everything that
+//!    has arrived before it reads from other clients, so to them batches that arrive together are one long slice.
 //!
-//! The server's time for a batch is what `cmdstat_scan` says, as far as it can be known: its mean corrects ours. Ours is the
-//! time since the reply before it, but no more than since it was sent, less the smallest PING round trip. The replies' way
-//! through both kernels and our own parsing are in it too, so that it is seldom less than the server worked.
+//! The server's time for a batch is measured from this side: the time since the previous reply, but no more than since the batch was
+//! sent, less the smallest PING round trip. It includes the way of the replies through both kernels, and parsing, so it is seldom less
+//! than the server worked. The mean of `cmdstat_scan`, if the server tells it, corrects it.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -28,31 +28,31 @@ use crate::model::progress::SliceSummary;
 use crate::node::info::CommandStat;
 use crate::settings::{COUNT_RANGE, Tuning};
 
-/// COUNT is reconsidered after this many groups of replies, by the median cost among them: one preempted round trip must not
-/// move it.
+/// COUNT is adjusted after this many groups of replies, by their median cost: one round trip with a preempted process must not change
+/// it.
 const STEER_EVERY: usize = 15;
 
-/// Replies that came together are one group; a group that never ends, since we are slower than the server, is cut here.
+/// Replies that came together are one group. If this side is slower than the server a group never ends, and is cut at this size.
 const GROUP_MOST: u32 = 32;
 
-/// Rest that is owed is paid once it reaches this much: tokio's timer ticks in milliseconds, and shorter sleeps would
-/// each be rounded up to one. As much is forgiven where a sleep was too long.
+/// Rests are collected until they reach this length: tokio's timer ticks in milliseconds, and each shorter sleep would be rounded up to
+/// one. A sleep that was too long is made up for by at most this much.
 const REST_AT_LEAST: Duration = Duration::from_millis(2);
 
-/// The burst of the ceiling is a second's keys over this: 5 ms of them.
+/// The burst of the ceiling is the keys of a second divided by this: those of 5 ms.
 const BURSTS_PER_SEC: u32 = 200;
 
-/// A wait counts for no more than so many usual ones where the mean of waits is compared with the server's own: a process that was
-/// not let run, or somebody's slow command, is neither SCAN's time nor the network's.
+/// In the mean that is compared with the server's own, a wait counts for at most this many usual ones: a preempted process, or another
+/// client's slow command, is neither SCAN's time nor the network's.
 const UNUSUAL: u32 = 4;
 
-/// The most rest that may be owed: a wait of seconds is seldom the work of one batch, and nobody is listened to while it rests.
+/// The longest rest that may be owed: a wait of seconds is seldom the work of one batch, and no observation is read during a rest.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
-/// Longest slice that the histogram tells apart, in microseconds: ten minutes.
+/// The longest slice that the histogram can hold, in microseconds: ten minutes.
 const MAX_SLICE_US: u64 = 600_000_000;
 
-/// tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.
+/// Tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.
 #[derive(Debug, Clone)]
 struct TokioClock(Instant);
 
@@ -64,7 +64,7 @@ impl Clock for TokioClock {
     }
 }
 
-/// The limiter and its burst in keys.
+/// The limiter, and its burst in keys.
 #[derive(Debug)]
 struct Ceiling {
     limiter: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>,
@@ -79,10 +79,10 @@ impl Ceiling {
         Self { limiter: RateLimiter::direct_with_clock(quota, TokioClock(Instant::now())), burst }
     }
 
-    /// Pays for keys. Returns how long to wait until more of them can be paid for, or `None` once all are.
+    /// Pays for as many of the keys as the ceiling allows now. Returns how long to wait for more; `None`: all are paid for.
     fn pay(&self, keys: &mut u64) -> Option<Duration> {
         while *keys > 0 {
-            // A batch may hold more keys than one burst: it is paid for in parts.
+            // A batch may have more keys than one burst: it is paid for in parts.
             let part = NonZeroU32::new(u32::try_from(*keys).unwrap_or(u32::MAX))?.min(self.burst);
             match self.limiter.check_n(part).expect("a part is never larger than the burst") {
                 Ok(()) => *keys -= u64::from(part.get()),
@@ -93,15 +93,15 @@ impl Ceiling {
     }
 }
 
-/// How long one batch kept us waiting.
+/// How long the reply to one batch took.
 #[derive(Debug, Clone, Copy)]
 pub struct Wait {
-    /// Since it was sent, or where that is later since the last reply of any connection: the server cannot have worked on it
-    /// for longer.
+    /// Since the batch was sent or the last reply came on any connection, whichever is later: the server cannot have worked on the
+    /// batch for longer.
     pub own: Duration,
-    /// Since it was sent: the way there and back is in it.
+    /// Since the batch was sent, network included.
     pub since_sent: Duration,
-    /// Whether its reply had to be waited for. Else it came together with the one before.
+    /// Whether the reply had to be awaited. Otherwise it came together with the previous one.
     pub waited_for: bool,
 }
 
@@ -110,13 +110,14 @@ pub struct Wait {
 pub struct Later {
     /// When to ask again.
     pub at: Instant,
-    /// For rest or ceiling; else it is only kept at a distance from those before it.
+    /// Whether the reason is rest or the ceiling; otherwise the batch is only spaced.
     pub to_rest: bool,
 }
 
 /// Replies that came together.
 #[derive(Debug, Default)]
 struct Group {
+    /// How long they held the server, together.
     held: Duration,
     keys: u64,
     batches: u32,
@@ -128,36 +129,38 @@ pub struct Pacer {
     max_slice: Duration,
     count: u32,
     tuning: Tuning,
-    /// Share of the master's time that batches take now, `tuning.intensity` at most.
+    /// Share of the master's time that batches may take now, at most `tuning.intensity`.
     intensity: f64,
-    /// Smallest PING round trip: the network's and both kernels' share of a wait.
+    /// The smallest round trip of a PING: the share of the network and both kernels in a wait.
     floor: Duration,
+    /// Replies of the group that has not ended yet.
     group: Group,
     /// Microseconds per key of the last groups.
     costs: Vec<f64>,
-    /// The median of them when COUNT was last reconsidered.
+    /// The median of `costs` when COUNT was last adjusted.
     cost_us: Option<f64>,
-    /// Server time by `cmdstat_scan` over server time by our waits, in (0, 1].
+    /// Server time by `cmdstat_scan` divided by server time by waits, in (0, 1].
     correction: f64,
-    /// When the time that batches took has been rested for.
+    /// When all rest that is owed will be paid.
     rested_at: Instant,
-    /// Whether rest is being paid.
+    /// Whether rest is being paid now.
     resting: bool,
-    /// When another batch may follow the last ones at a distance.
+    /// When the next batch may follow if batches are spaced.
     spaced_at: Instant,
     ceiling: Option<Ceiling>,
-    /// Keys that were looked at and that the ceiling has not let through yet.
+    /// Keys that were scanned and that the ceiling has not allowed for yet.
     unpaid: u64,
     slices: Histogram<u64>,
     last_stat: Option<CommandStat>,
+    /// Batches and their slices since `last_stat`.
     since_stat: (u64, Duration),
-    /// About as many waits are longer as are shorter.
+    /// About the median of the waits.
     usual: Option<Duration>,
     server_us_per_scan: Option<f64>,
 }
 
 impl Pacer {
-    /// A pacer that begins with `count`, keeps it where `max_slice` is zero, and knows the smallest PING round trip.
+    /// A pacer that begins with `count`, and keeps it if `max_slice` is zero. `floor`: the smallest round trip of a PING.
     pub fn new(count: u32, max_slice: Duration, tuning: Tuning, floor: Duration) -> Self {
         Self {
             max_slice,
@@ -174,7 +177,7 @@ impl Pacer {
             spaced_at: Instant::now(),
             ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
             unpaid: 0,
-            // Two digits keep the histogram below 20 kB, and a slice is not known any better than to a per cent.
+            // Two digits keep the histogram below 20 kB, and a slice is measured no better than to a per cent.
             slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
             last_stat: None,
             since_stat: (0, Duration::ZERO),
@@ -188,17 +191,17 @@ impl Pacer {
         self.count
     }
 
-    /// The way to the server and back, at its shortest.
+    /// The shortest round trip.
     pub fn floor(&self) -> Duration {
         self.floor
     }
 
-    /// Another connection: the way to the server may be shorter or longer now.
+    /// Sets the shortest round trip: it may differ on a new connection.
     pub fn set_floor(&mut self, floor: Duration) {
         self.floor = floor;
     }
 
-    /// Takes other limits in. Returns whether they are others.
+    /// Applies limits. Returns whether they have changed.
     pub fn tune(&mut self, tuning: Tuning) -> bool {
         if tuning == self.tuning {
             return false;
@@ -210,17 +213,17 @@ impl Pacer {
         true
     }
 
-    /// Share of the master's time that batches take now.
+    /// Share of the master's time that batches may take now.
     pub fn intensity(&self) -> f64 {
         self.intensity
     }
 
-    /// Takes as much as the master can spare now.
+    /// Sets the share of the master's time that batches may take now.
     pub fn set_intensity(&mut self, intensity: f64) {
         self.intensity = intensity;
     }
 
-    /// Takes a reply to a SCAN that looked at so many keys in. Returns how long it held the server.
+    /// Adds the reply to a SCAN that visited `keys`. Returns how long it held the server.
     pub fn worked(&mut self, keys: u64, wait: Wait) -> Duration {
         let slice = self.slice_of(wait);
         let usual = self.usual.get_or_insert(slice);
@@ -238,15 +241,15 @@ impl Pacer {
         held
     }
 
-    /// So many keys were looked at, which the ceiling has to let through before more are.
+    /// Charges scanned keys to the ceiling, which delays the next batch until they are allowed for.
     pub fn charge(&mut self, keys: u64) {
         if self.ceiling.is_some() {
             self.unpaid += keys;
         }
     }
 
-    /// Takes the reply to something else than a SCAN of the walk in: a touch, which `cmdstat_scan` does not know, or a second
-    /// look, which says nothing of the cost of a key. Returns how long it held the server.
+    /// Adds the reply to a request that does not show the cost of a key: a touch, which `cmdstat_scan` does not include, or the second
+    /// SCAN of a range. Returns how long it held the server.
     pub fn worked_beside(&mut self, wait: Wait) -> Duration {
         let held = self.slice_of(wait).mul_f64(self.correction);
         self.slices.saturating_record(micros(held));
@@ -255,8 +258,8 @@ impl Pacer {
     }
 
     fn slice_of(&mut self, wait: Wait) -> Duration {
-        // No reply comes sooner than by the shortest way there and back, whatever PING said at the start; and the server cannot
-        // work on what has not come yet.
+        // A reply that came sooner than the shortest PING shows that the round trip is shorter. The server cannot work on a batch before
+        // it has arrived.
         self.floor = self.floor.min(wait.since_sent);
         wait.own.min(wait.since_sent - self.floor)
     }
@@ -264,15 +267,15 @@ impl Pacer {
     fn owe(&mut self, held: Duration) {
         if self.intensity < 1.0 {
             let now = Instant::now();
-            // What a sleep was longer than owed is made up for, but no more than one rest: a process that was stopped for a
-            // minute must not race for the next.
+            // A sleep that was too long is made up for, but by no more than one rest: a process that was suspended for a minute must
+            // not send without rest for the next minute.
             let from = now.checked_sub(REST_AT_LEAST).map_or(self.rested_at, |earliest| self.rested_at.max(earliest));
             self.rested_at = (from + held.div_f64(self.intensity)).min(now + REST_AT_MOST);
         }
     }
 
-    /// A server writes its replies once it has worked off what had come, so that of several batches one seems to take the time of
-    /// all and the others none: each is taken for the mean of its group.
+    /// Ends a group. A server writes its replies when it has finished everything that had arrived, so that one of several batches seems
+    /// to take the time of all and the others none: each counts as the mean of its group.
     fn close_group(&mut self) {
         let Group { held, keys, batches } = std::mem::take(&mut self.group);
         if batches == 0 {
@@ -294,24 +297,24 @@ impl Pacer {
             return;
         }
         let wanted = self.max_slice.as_secs_f64() * 1e6 / median;
-        // At most doubled or halved at once: the cost per key of a small batch says little about a large one.
+        // At most doubled or halved: the cost per key of a small batch says little about that of a large one.
         let bounded = wanted.clamp(f64::from(self.count) / 2.0, f64::from(self.count) * 2.0);
-        // Within a tenth it stays: a steady COUNT is easier to read in a slow log.
+        // No change below a tenth: a steady COUNT is easier to read in a slow log.
         if (bounded / f64::from(self.count) - 1.0).abs() > 0.1 {
             self.count = (bounded as u32).clamp(*COUNT_RANGE.start(), *COUNT_RANGE.end());
         }
     }
 
-    /// How long the next batch will hold the server, as far as that is known.
+    /// How long the next batch will probably hold the server; zero before the first adjustment.
     pub fn expected_slice(&self) -> Duration {
         let us = self.cost_us.map_or(0.0, |cost| cost * f64::from(self.count));
         Duration::from_nanos((us * 1e3) as u64)
     }
 
-    /// Takes a reading of `cmdstat_scan` in.
+    /// Adds a reading of `cmdstat_scan`.
     pub fn observe(&mut self, stat: CommandStat) {
         if self.last_stat == Some(stat) {
-            // The same reading, which comes with a newer latency.
+            // The observation is new, but only its latency: INFO was not read again.
             return;
         }
         let last = self.last_stat.replace(stat);
@@ -323,7 +326,7 @@ impl Pacer {
         }
         let mean = usec as f64 / calls as f64;
         self.server_us_per_scan = Some(mean);
-        // With other clients' SCANs among them the mean is not ours.
+        // If other clients sent SCANs as well, the mean is not that of this sweep.
         let ours = batches > 0 && calls <= batches + batches / 5 + 2;
         if ours && !slices.is_zero() {
             let by_round_trip = slices.as_secs_f64() * 1e6 / batches as f64;
@@ -331,10 +334,10 @@ impl Pacer {
         }
     }
 
-    /// Whether the next batch may be sent now. `spaced`: at a distance from those before it.
+    /// Checks that the next batch may be sent now. `spaced`: batches keep the distance of a slice.
     ///
     /// # Errors
-    /// When to ask again, and what for.
+    /// When to ask again.
     pub fn may_send(&mut self, spaced: bool) -> Result<(), Later> {
         let now = Instant::now();
         let owed = self.rested_at.saturating_duration_since(now);
@@ -354,12 +357,12 @@ impl Pacer {
     /// A batch was sent.
     pub fn sent(&mut self) {
         let (now, slice) = (Instant::now(), self.expected_slice());
-        // One of them may follow at once.
+        // One batch may follow at once.
         let from = now.checked_sub(slice).map_or(self.spaced_at, |earliest| self.spaced_at.max(earliest));
         self.spaced_at = from + slice;
     }
 
-    /// How long batches were, all since this pacer was made or [`Pacer::reset_slices`].
+    /// How long batches held the server since the last [`Pacer::reset_slices`].
     pub fn slices(&mut self) -> SliceSummary {
         self.close_group();
         SliceSummary {
@@ -369,13 +372,13 @@ impl Pacer {
         }
     }
 
-    /// Forgets how long batches were: a new DB begins.
+    /// Forgets how long batches held the server, when a new DB begins.
     pub fn reset_slices(&mut self) {
         self.group = Group::default();
         self.slices.reset();
     }
 
-    /// Server time of one SCAN in microseconds by `cmdstat_scan`, where it was read.
+    /// Mean server time of one SCAN in microseconds, by `cmdstat_scan`; `None`: not read yet.
     pub fn server_us_per_scan(&self) -> Option<f64> {
         self.server_us_per_scan
     }
@@ -407,7 +410,7 @@ mod tests {
         }
     }
 
-    /// A batch that nothing was under way beside.
+    /// The reply to a batch while no other is under way.
     fn alone(pacer: &mut Pacer, keys: u64, waited: Duration) -> Duration {
         pacer.worked(keys, Wait { own: waited, since_sent: waited, waited_for: true })
     }
@@ -469,7 +472,7 @@ mod tests {
         let (mut calls, mut usec) = (0, 0);
         let mut counts = Vec::new();
         for batch in 0..2_000_u64 {
-            // 0.75 us a key; one wait in twenty is that of a process that was not let run.
+            // 0.75 us a key; in one wait in twenty the process was preempted.
             let held = u64::from(pacer.count()) * 3 / 4;
             let late = if batch % 20 == 0 { 20_000 } else { 0 };
             let keys = u64::from(pacer.count());
@@ -491,7 +494,7 @@ mod tests {
         assert_eq!(pacer.may_send(false), Err(Later { at: Instant::now() + REST_AT_MOST, to_rest: true }));
     }
 
-    /// Share of the time that batches of 100 us took, whose way there and back takes `away`, with `depth` of them under way.
+    /// Share of the time that batches of 100 us take, with a round trip of `away` and `depth` batches under way.
     async fn share_taken(pacer: &mut Pacer, away: Duration, depth: u32) -> f64 {
         let begun = Instant::now();
         let mut held = Duration::ZERO;
@@ -521,14 +524,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_long_stop_is_not_made_up_for() {
+    async fn a_suspended_process_does_not_make_up_for_the_time() {
         let mut pacer = pacer(100, 0.25, None);
         alone(&mut pacer, 100, 1_020 * US);
         tokio::time::advance(Duration::from_secs(60)).await;
         assert_eq!(pacer.may_send(false), Ok(()));
         alone(&mut pacer, 100, 2_020 * US);
         let later = Later { at: Instant::now() + 6_000 * US, to_rest: true };
-        assert_eq!(pacer.may_send(false), Err(later), "8 ms less the 2 ms that are forgiven");
+        assert_eq!(pacer.may_send(false), Err(later), "8 ms less the 2 ms that are made up for");
     }
 
     #[tokio::test(start_paused = true)]
@@ -541,7 +544,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn batches_that_would_be_sent_together_are_spaced_by_their_length_but_for_two() {
+    async fn batches_are_spaced_by_their_length_and_at_most_two_are_sent_at_once() {
         let mut pacer = pacer(75, 1.0, None);
         settle(&mut pacer, 1.0);
         let slice = pacer.expected_slice();
@@ -581,7 +584,7 @@ mod tests {
         assert_eq!(alone(&mut pacer, 100, 120 * US), 100 * US);
     }
 
-    /// How long so many batches of so many keys take under the ceiling alone.
+    /// How long `batches` of `keys` take if only the ceiling limits them.
     async fn seconds_of(batches: u32, keys: u64, mut pacer: Pacer) -> f64 {
         let begun = Instant::now();
         for _ in 0..batches {

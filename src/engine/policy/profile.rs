@@ -1,23 +1,23 @@
-//! What the product and the version of a server tell of its behaviour. The one table of it.
+//! How a server behaves, by its product and version: the one table of differences.
 
 use crate::engine::policy::throttle;
 use crate::model::failure::{Failure, FailureKind};
 use crate::node::info::{Info, OLDEST};
 use crate::node::topology::Kind;
 
-/// Version of Redis, or of the Redis whose commands a Valkey has, as (major, minor).
+/// The version of Redis, or of the Redis that a Valkey is compatible with, as (major, minor).
 type Version = Option<(u32, u32)>;
 
-/// From this version of Redis on, SCAN with a TYPE frees whatever it meets and counts no misses.
+/// From this version of Redis on, SCAN with a TYPE frees every expired key that it meets and counts no misses.
 const TYPE_FREES_ALL: (u32, u32) = (8, 2);
 /// From this version on, EXISTS leaves a key's LRU clock alone.
 const EXISTS_IS_QUIET: (u32, u32) = (6, 2);
-/// From this version on, active expiry walks the table in SCAN's own order.
+/// From this version on, active expiry walks the table in the same order as SCAN.
 const SAME_ORDER: (u32, u32) = (7, 2);
-/// From these versions of Redis and Valkey on, a cluster node has a table for each slot, and its cursors hold the slot.
+/// From these versions of Redis and Valkey on, a cluster node has a hash table for each slot, and its cursors hold the slot.
 const SLOT_TABLES: ((u32, u32), (u32, u32)) = ((7, 4), (8, 0));
 
-/// Whether a slow SCAN can stop a server's own expiry: see [`super::expiry_guard`].
+/// Whether a slow SCAN can stop active expiry on this version: see [`super::expiry_guard`].
 pub fn slow_scan_starves_expiry(redis_version: Version) -> bool {
     redis_version >= Some(SAME_ORDER)
 }
@@ -27,19 +27,18 @@ pub fn slow_scan_starves_expiry(redis_version: Version) -> bool {
 pub struct ServerProfile {
     /// A DB has a hash table for each slot.
     pub slot_tables: bool,
-    /// Cursors walk hash tables in the order that [`CursorSpace`](crate::model::slots::CursorSpace) knows. Proxies have cursors of
-    /// their own.
+    /// Cursors have the order that [`CursorSpace`](crate::model::slots::CursorSpace) describes. Those of a proxy may not.
     pub ordered_cursors: bool,
-    /// SCAN with a TYPE that nobody uses frees whatever it meets.
+    /// SCAN with a TYPE that no key has frees every expired key that it meets.
     pub type_frees_all: bool,
     /// EXISTS counts as a use of the key.
     pub exists_moves_lru: bool,
-    /// A slow SCAN can stop the server's own expiry.
+    /// A slow SCAN can stop active expiry.
     pub slow_scan_starves_expiry: bool,
 }
 
 impl ServerProfile {
-    /// Of a server by its INFO.
+    /// The profile of a server, by its INFO.
     pub fn of(info: &Info) -> Self {
         let (redis, valkey) = (info.redis_version(), info.valkey_version());
         let slot_tables = match valkey {
@@ -56,10 +55,10 @@ impl ServerProfile {
     }
 }
 
-/// Whether a server, by its INFO, is one that can be swept.
+/// Checks that a server, by its INFO, can be swept.
 ///
 /// # Errors
-/// Why it is not.
+/// Why it cannot.
 pub fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
     match info.redis_version() {
         None => {
@@ -80,9 +79,10 @@ pub fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
             let failure = Failure::new(FailureKind::Unsupported, "this is a sentinel; it holds no keys");
             return Err(failure.hint("give the master that it watches: redis+sentinel://HOST:26379/MASTER"));
         }
-        // It was busy or loading when we asked what it is, and now it answers.
+        // The server was busy or loading when the topology was read.
         Some("cluster") if kind == Kind::Standalone => {
-            let message = "this is a node of a cluster, which it could not say when the sweep began";
+            let message =
+                "this is a node of a cluster, which was unknown when the sweep began, since the server did not answer";
             return Err(Failure::new(FailureKind::Unsupported, message).hint("start again: the whole cluster is swept"));
         }
         _ => {}

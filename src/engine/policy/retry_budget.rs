@@ -1,4 +1,4 @@
-//! How long a server that is away is tried again.
+//! How long, and how often, the sweep tries to reconnect.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use crate::model::throttle::Reason;
 use crate::node::conn::ConnOptions;
 use crate::node::error::NodeError;
 
-/// First and longest wait before another attempt.
+/// The first and the longest wait before another attempt.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// How long attempts go on, and how they thin out.
+/// The budget of one outage.
 pub struct RetryBudget {
     limit: Duration,
-    /// A batch takes no longer: trouble that comes later after a connection was made is other trouble.
+    /// A batch takes no longer than this, so an error later than this after a connection belongs to another outage.
     batch: Duration,
     since: Instant,
     /// When the last connection was made.
@@ -24,7 +24,7 @@ pub struct RetryBudget {
 }
 
 impl RetryBudget {
-    /// A budget of `limit`, on connections with these bounds.
+    /// A budget of `limit`, for connections with these timeouts.
     pub fn new(limit: Duration, options: &ConnOptions) -> Self {
         let batch = options.connect_timeout * 2 + options.response_timeout * 2;
         Self { limit, batch, since: Instant::now(), connected: None, backoff: BACKOFF.0 }
@@ -35,15 +35,15 @@ impl RetryBudget {
         self.connected = Some(Instant::now());
     }
 
-    /// The next wait, or the failure once there were enough.
+    /// The wait before the next attempt.
     ///
     /// # Errors
-    /// The failure that ends the attempts.
+    /// The budget is used up: `error` as a failure.
     pub fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
-        // However long an attempt takes: it may ask many nodes, each of which may say nothing.
-        let other_trouble = self.connected.take().is_some_and(|connected| connected.elapsed() > self.batch);
-        if other_trouble || matches!(reason, Reason::Loading | Reason::Busy) {
-            // It answers: only the task's own time limits how long it may stay so.
+        // The time of an attempt counts in full: it may ask many nodes, each of which may not answer.
+        let is_another = self.connected.take().is_some_and(|connected| connected.elapsed() > self.batch);
+        if is_another || matches!(reason, Reason::Loading | Reason::Busy) {
+            // A server that is loading or busy answers: only the task's own timeout limits how long it may stay so.
             self.since = Instant::now();
         }
         if self.since.elapsed() >= self.limit {
@@ -63,7 +63,7 @@ mod tests {
     use crate::node::error::Class;
 
     #[tokio::test(start_paused = true)]
-    async fn attempts_that_take_long_are_no_other_trouble_and_trouble_after_a_connection_is() {
+    async fn long_attempts_use_the_budget_up_and_a_connection_in_between_renews_it() {
         let second = Duration::from_secs(1);
         let options = ConnOptions::plain(Default::default(), second, second);
         let mut budget = RetryBudget::new(Duration::from_secs(60), &options);

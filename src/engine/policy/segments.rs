@@ -1,39 +1,39 @@
 //! A pass cut into segments of the cursor space, each walked by one worker.
 //!
-//! A SCAN loop knows its next cursor only from the last reply, so one cursor leaves the server idle for a round trip after each
-//! batch. A walk may begin at any bucket, though: cut into segments, a pass can have as many cursors as there are workers.
+//! A SCAN loop knows its next cursor only from the last reply, so with one cursor the server is idle for a round trip after each batch.
+//! But a walk may begin at any bucket: cut into segments, a pass can have as many cursors as there are workers.
 //!
-//! Segments are claimed in order. Everything before the *position* of the pass, its lowest cursor, is done: that is all that a
-//! checkpoint needs to know. After trouble the segments are forgotten, and the pass goes on at its position. What was walked
-//! beyond is walked again; keys that were freed are counted when they are freed, so nothing is counted twice.
+//! Segments are claimed in order. Everything before the *position* of the pass, its lowest cursor, is done: a checkpoint needs to know
+//! no more. After a lost connection the segments are forgotten, and the pass goes on at its position. What was walked beyond it is
+//! walked again. No key is counted twice, since a key is counted when it is reclaimed.
 
 use crate::model::shard::ScanPosition;
 use crate::model::slots::CursorSpace;
 
-/// Keys of a segment, about: many batches, since the last batch of a segment looks at some keys of the next one as well; and few
-/// enough to walk them again after trouble.
+/// About how many keys a segment has: many batches, since the last batch of a segment overlaps with the next segment; and few enough to
+/// walk them again.
 const SEGMENT_KEYS: u64 = 4096;
-/// A pass is cut into no more than `2^` so many segments.
+/// A pass is cut into `2^MOST_BITS` segments at most.
 const MOST_BITS: u32 = 12;
 
-/// Names a segment within its [`Segments`].
+/// Identifies a segment within its [`Segments`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentId(u32);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Segment {
     id: SegmentId,
-    /// Where its walk goes on.
+    /// Where its next batch begins.
     at: ScanPosition,
-    /// It is done once its walk has come here.
+    /// The segment is done once its walk has reached this position.
     end: ScanPosition,
-    /// In batches of COUNT 1.
+    /// Whether it is walked in batches of COUNT 1.
     closely: bool,
-    /// Somebody walks it.
+    /// Whether a worker walks it.
     claimed: bool,
 }
 
-/// How finely a pass over so many keys is cut, for [`Segments::new`].
+/// How finely a pass over `keys` is cut, for [`Segments::new`].
 pub fn bits_of(keys: u64) -> u32 {
     (keys / SEGMENT_KEYS).checked_ilog2().unwrap_or(0).min(MOST_BITS)
 }
@@ -43,27 +43,27 @@ pub fn bits_of(keys: u64) -> u32 {
 pub struct Segments {
     space: CursorSpace,
     bits: u32,
-    /// Segments that are not done, in no order.
+    /// Segments that are not done, in any order.
     open: Vec<Segment>,
-    /// Everything before it is done or in `open`.
+    /// Everything before this position is done or in `open`.
     frontier: ScanPosition,
     last_id: u32,
 }
 
 impl Segments {
-    /// A pass of `2^bits` segments that begins, or goes on, at `position`. With 0 bits it is one segment, which needs no order of
-    /// cursors.
+    /// A pass of `2^bits` segments that begins, or goes on, at `position`. With 0 bits it is a single segment, which needs no order
+    /// of cursors.
     pub fn new(space: CursorSpace, bits: u32, position: ScanPosition) -> Self {
         Self { space, bits, open: Vec::new(), frontier: position, last_id: 0 }
     }
 
-    /// Everything before it is done.
+    /// The position of the pass: everything before it is done.
     pub fn position(&self) -> ScanPosition {
         let open = self.open.iter().map(|segment| segment.at);
         open.chain([self.frontier]).min_by_key(|&at| self.space.rank(at)).unwrap_or(self.frontier)
     }
 
-    /// Orders positions by the way of the pass.
+    /// The sort key of a position, in the order of the pass.
     pub fn rank(&self, position: ScanPosition) -> (u16, u64) {
         self.space.rank(position)
     }
@@ -73,18 +73,18 @@ impl Segments {
         self.open.is_empty() && self.frontier == ScanPosition::Finished
     }
 
-    /// Whether the pass is complete once the walk of this segment has come to `to`.
+    /// Whether the pass is complete once the walk of this segment has reached `to`.
     pub fn finishes(&self, id: SegmentId, to: ScanPosition) -> bool {
         let last = self.frontier == ScanPosition::Finished || to == ScanPosition::Finished;
         last && self.passes_end(id, to) && self.open.iter().all(|segment| segment.id == id)
     }
 
-    /// Whether there may be work for several workers.
+    /// Whether several workers can walk the pass.
     pub fn is_cut(&self) -> bool {
         self.bits > 0
     }
 
-    /// Takes the lowest segment that nobody walks. `None`: there is none left.
+    /// Claims the lowest segment that no worker walks. `None`: there is none left.
     pub fn claim(&mut self) -> Option<SegmentId> {
         let space = &self.space;
         if let Some(free) = self.open.iter_mut().filter(|s| !s.claimed).min_by_key(|segment| space.rank(segment.at)) {
@@ -106,14 +106,14 @@ impl Segments {
         id
     }
 
-    /// Gives a segment back to be walked on by somebody.
+    /// Gives a segment back, so that another worker can go on with it.
     pub fn release(&mut self, id: SegmentId) {
         if let Some(segment) = self.get_mut(id) {
             segment.claimed = false;
         }
     }
 
-    /// Where the walk of a segment goes on; `None` once it is done.
+    /// Where the next batch of a segment begins; `None`: it is done.
     pub fn at(&self, id: SegmentId) -> Option<ScanPosition> {
         self.get(id).map(|segment| segment.at)
     }
@@ -123,15 +123,15 @@ impl Segments {
         self.get(id).is_some_and(|segment| segment.closely)
     }
 
-    /// Whether the walk of a segment is at its end once it has come to `to`.
+    /// Whether a segment is done once its walk has reached `to`.
     pub fn passes_end(&self, id: SegmentId, to: ScanPosition) -> bool {
         self.get(id).is_none_or(|segment| self.space.rank(to) >= self.space.rank(segment.end))
     }
 
-    /// The walk of a segment has come to `to`. Returns whether it is done.
+    /// The walk of a segment has reached `to`. Returns whether the segment is done.
     pub fn advance(&mut self, id: SegmentId, to: ScanPosition) -> bool {
         if self.space.rank(to) > self.space.rank(self.frontier) {
-            // It has come through whatever nobody has claimed yet.
+            // The batch has also walked everything up to here that was not claimed yet.
             self.frontier = to;
         }
         if self.passes_end(id, to) {
@@ -144,12 +144,12 @@ impl Segments {
         false
     }
 
-    /// Sets a range aside that is to be walked once more in batches of COUNT 1, before anything else.
+    /// Sets a range aside, to be walked again in batches of COUNT 1 before anything else.
     pub fn walk_closely(&mut self, from: ScanPosition, to: ScanPosition) {
         self.add(from, to, true, false);
     }
 
-    /// Whether the range that begins there was set aside by [`Segments::walk_closely`].
+    /// Whether a range that begins at `from` was set aside by [`Segments::walk_closely`].
     pub fn is_set_aside(&self, from: ScanPosition) -> bool {
         self.open.iter().any(|segment| segment.closely && segment.at == from)
     }
@@ -159,7 +159,7 @@ impl Segments {
         self.open.iter().any(|segment| segment.closely && !segment.claimed)
     }
 
-    /// Forgets what was walked beyond `position`: the pass goes on there.
+    /// Forgets what was walked beyond `position`: the pass goes on from it.
     pub fn go_on_at(&mut self, position: ScanPosition) {
         self.open.clear();
         self.frontier = position;
@@ -180,11 +180,11 @@ mod tests {
     use crate::model::slots::SlotSet;
     use proptest::prelude::*;
 
-    /// Interval of ranks that a batch has walked.
+    /// The range of ranks that a batch has walked.
     type Walked = ((u16, u64), (u16, u64));
 
-    /// Walks a whole pass with `workers`, whose turns come as `turns` say: whose, and how many buckets a batch walks. A turn of
-    /// length 39 is trouble: all workers are forgotten.
+    /// Walks a whole pass with `workers`. Each of `turns` says whose turn it is and how many buckets the batch walks. A turn of length
+    /// 39 stands for a lost connection: all workers are forgotten.
     fn walk_all(space: &CursorSpace, bits: u32, workers: usize, turns: &[(u8, u8)]) -> Vec<Walked> {
         let mut segments = Segments::new(space.clone(), bits, ScanPosition::NotStarted);
         let mut claimed: Vec<Option<SegmentId>> = vec![None; workers];
@@ -197,7 +197,7 @@ mod tests {
                 return walked;
             }
             let before = segments.position();
-            // Nobody waits for ever: each has a turn now and then.
+            // Every worker has a turn now and then.
             let worker = (usize::from(*whose) + turn / 7) % workers;
             if *length == 39 && trouble > 0 {
                 trouble -= 1;
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_leads_through_segments_that_nobody_has_claimed_has_done_them() {
+    fn a_batch_that_walks_through_unclaimed_segments_finishes_them() {
         let mut segments = Segments::new(CursorSpace::OneTable, 3, ScanPosition::NotStarted);
         let first = segments.claim().unwrap();
         assert!(segments.advance(first, at(0.3)));

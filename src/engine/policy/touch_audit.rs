@@ -1,44 +1,43 @@
-//! Whether keys that SCAN returned must be asked for one by one.
+//! Whether keys that SCAN returned must be touched one by one.
 //!
-//! Every Redis and Valkey that we know frees an expired key when SCAN meets it, so asking again costs time and finds
-//! only what expired in the milliseconds between. A proxy or another engine may answer SCAN from an index of its own.
-//! The audit tells: it asks with EXISTS for the keys of a few batches. Where more of them are dead than SCAN freed, SCAN
-//! does not reclaim, and from then on every batch is touched. A SCAN that freed keys has proven that it does, so then
-//! the audit is only a spot check.
+//! Every known Redis and Valkey frees an expired key when SCAN meets it. Touching the keys as well would cost time and find only those
+//! that expired in the milliseconds between. But a proxy or another engine may answer SCAN from an index of its own. The audit finds
+//! out: it touches keys of a few batches with EXISTS. If more of them have expired than SCAN reclaimed, SCAN does not reclaim, and from
+//! then on every batch is touched. Once SCAN has reclaimed a key, the audit is only a spot check.
 
 use crate::model::progress::TouchOutcome;
 use crate::settings::Touch;
 
-/// The first batches of a shard are audited, this many.
+/// This many of the first batches of a shard are audited, all of them.
 const AUDIT_FIRST: u64 = 4;
-/// While neither SCAN nor the audit has met a dead key, every so many batches: among the first ones closely, since a small
-/// DB has no more, and then seldom, since an audit costs a round trip in which no batch is under way.
+/// While neither SCAN nor the audit has met an expired key, one batch in this many is audited: before [`AUDIT_CLOSELY`] batches, since
+/// a small DB has no more; and after them, when audits are rarer since each costs a round trip in which no batch is under way.
 const AUDIT_UNPROVEN: (u64, u64) = (8, 64);
-/// So many batches are the first ones.
+/// See [`AUDIT_UNPROVEN`].
 const AUDIT_CLOSELY: u64 = 512;
-/// Once SCAN has freed a key, every so many batches.
+/// Once SCAN has reclaimed a key, one batch in this many is audited.
 const AUDIT_PROVEN: u64 = 256;
-/// Of an audited batch this many keys are asked: enough to meet dead keys where there are any, and 1 per cent of the time.
+/// How many keys of an audited batch are touched: enough to meet expired keys if there are any, at 1 per cent of the time.
 const AUDIT_KEYS: usize = 16;
-/// Fewer dead keys than this prove nothing: keys expire between the SCAN and the EXISTS.
+/// Fewer expired keys than this prove nothing: keys expire between the SCAN and the EXISTS.
 const PROOF: u64 = 3;
 
-/// The touch of one server process.
+/// The audit of one server process.
 #[derive(Debug, Clone)]
 pub struct TouchAudit {
     mode: Touch,
     /// The command that audits.
     audit: &'static str,
     outcome: TouchOutcome,
-    /// Whether the server has answered one of these commands.
+    /// Whether the server has answered such a command.
     may_ask: bool,
     sent: u64,
     freed_by_scan: u64,
-    left_dead: u64,
+    left_expired: u64,
 }
 
 impl TouchAudit {
-    /// `exists_moves_lru`: EXISTS is no command to look with on this server, and TTL is.
+    /// `exists_moves_lru`: on this server EXISTS counts as a use of the key, so the audit uses TTL.
     pub fn new(mode: Touch, exists_moves_lru: bool) -> Self {
         let audit = if exists_moves_lru { "TTL" } else { "EXISTS" };
         let outcome = match mode {
@@ -46,7 +45,7 @@ impl TouchAudit {
             Touch::None => TouchOutcome::Off,
             Touch::Exists | Touch::Ttl => TouchOutcome::Asked,
         };
-        Self { mode, audit, outcome, may_ask: false, sent: 0, freed_by_scan: 0, left_dead: 0 }
+        Self { mode, audit, outcome, may_ask: false, sent: 0, freed_by_scan: 0, left_expired: 0 }
     }
 
     /// What is known so far.
@@ -54,14 +53,14 @@ impl TouchAudit {
         self.outcome
     }
 
-    /// A batch is sent. Returns the command to ask with for its keys, if they are to be asked for.
+    /// A batch is about to be sent. Returns the command to touch its keys with, if they are to be touched.
     pub fn next_batch(&mut self) -> Option<&'static str> {
         let command = self.command_of(self.sent);
         self.sent += 1;
         command
     }
 
-    /// Whether the keys of every batch are to be asked for.
+    /// Whether the keys of every batch are to be touched.
     pub fn touches_all(&self) -> bool {
         matches!(self.mode, Touch::Exists | Touch::Ttl) || self.outcome == TouchOutcome::ScanLeavesDead
     }
@@ -84,8 +83,8 @@ impl TouchAudit {
         }
     }
 
-    /// Of the keys of a batch that is touched, how many are asked: only one until the server has answered, since a server
-    /// notes each refusal in its ACL LOG.
+    /// How many keys of a batch are touched at most: only one until the server has answered, since a server writes each refusal into
+    /// its ACL LOG.
     pub fn keys(&self) -> usize {
         match () {
             () if !self.may_ask => 1,
@@ -94,7 +93,7 @@ impl TouchAudit {
         }
     }
 
-    /// Whether the server has answered such a question.
+    /// Whether the server has answered such a command, so that the user may run it.
     pub fn may_ask(&self) -> bool {
         self.may_ask
     }
@@ -104,23 +103,23 @@ impl TouchAudit {
         self.may_ask = true;
     }
 
-    /// A batch went by, with a touch or without. Returns the outcome where it changed.
-    pub fn learn(&mut self, freed_by_scan: u64, left_dead: u64) -> Option<TouchOutcome> {
+    /// A batch is done, with a touch or without. Returns the outcome if it has changed.
+    pub fn learn(&mut self, freed_by_scan: u64, left_expired: u64) -> Option<TouchOutcome> {
         self.freed_by_scan += freed_by_scan;
-        self.left_dead += left_dead;
-        let found = if self.left_dead >= PROOF && self.left_dead > self.freed_by_scan {
+        self.left_expired += left_expired;
+        let found = if self.left_expired >= PROOF && self.left_expired > self.freed_by_scan {
             TouchOutcome::ScanLeavesDead
         } else if self.freed_by_scan > 0 {
             TouchOutcome::ScanReclaims
         } else {
             TouchOutcome::NothingDead
         };
-        // A user without the right is not audited, and a finding against SCAN stands.
+        // Without the right there is no audit, and a proof that SCAN does not reclaim stands.
         let open = !matches!(self.outcome, TouchOutcome::ScanLeavesDead | TouchOutcome::NoRight);
         if self.mode == Touch::Auto && open { self.change(found) } else { None }
     }
 
-    /// The user may not ask. Returns the outcome where the sweep can do without, `None` where the touch was asked for.
+    /// The user may not run the command. Returns the outcome if the sweep can do without; `None`: the settings ask for the touch.
     pub fn refused(&mut self) -> Option<TouchOutcome> {
         if self.mode == Touch::Auto { self.change(TouchOutcome::NoRight) } else { None }
     }
@@ -140,7 +139,7 @@ mod tests {
         TouchAudit::new(Touch::Auto, false)
     }
 
-    /// Lets batches go by, each with what SCAN freed in it, and counts the audits.
+    /// Passes batches in each of which SCAN reclaimed `freed` keys, and counts the audits.
     fn audits(touch: &mut TouchAudit, batches: u64, freed: u64) -> u64 {
         let mut audits = 0;
         for _ in 0..batches {
@@ -158,19 +157,19 @@ mod tests {
     }
 
     #[test]
-    fn while_no_dead_key_was_met_the_audit_stays_awake() {
+    fn until_an_expired_key_is_met_the_audit_goes_on() {
         let mut touch = auto();
         assert_eq!(audits(&mut touch, 6400, 0), 4 + 63 + 92);
         assert_eq!(touch.outcome(), TouchOutcome::NothingDead);
         for _ in 0..64 {
-            let left_dead = u64::from(touch.next_batch().is_some()) * 3;
-            touch.learn(0, left_dead);
+            let left_expired = u64::from(touch.next_batch().is_some()) * 3;
+            touch.learn(0, left_expired);
         }
         assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesDead);
     }
 
     #[test]
-    fn dead_keys_that_scan_left_make_every_batch_a_touch() {
+    fn expired_keys_that_scan_left_make_every_batch_a_touch() {
         let mut touch = auto();
         assert_eq!(touch.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
         assert_eq!(touch.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));

@@ -1,8 +1,8 @@
-//! What a reply means for its pass. Pure: the table of tests below is the documentation of its rules.
+//! What a reply means for its pass. Pure: the table of tests below documents its rules.
 //!
-//! Each exchange with the server has a [`Purpose`]. Its reply gets a [`Verdict`], which the loop carries out. A verdict that asks
-//! for something more about the same range leads to another exchange, whose reply is judged in turn; the range is done with
-//! [`Verdict::Advance`] or [`Verdict::Finished`].
+//! Each exchange with the server has a [`Purpose`]. Its reply gets a [`Verdict`], which the loop carries out. Some verdicts lead to
+//! another exchange about the same range, whose reply is judged in turn. The range is done with [`Verdict::Advance`] or
+//! [`Verdict::Finished`].
 
 use crate::engine::policy::cursor_loop::CursorLoop;
 use crate::engine::policy::hidden_keys::{Hidden, StillPass, hidden};
@@ -14,54 +14,54 @@ use crate::model::shard::ScanPosition;
 use crate::model::slots::CursorSpace;
 use crate::node::conn::{Reply, Request};
 
-/// What an exchange with the server is for.
+/// Why a request is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// The next batch of a segment.
     Walk,
-    /// The next batch of a segment; its keys are asked for by name after it, with this command.
+    /// The next batch of a segment; its keys are then touched with this command.
     WalkToTouch(&'static str),
-    /// The next batch of a segment, without names; the same range is asked again after it, with names.
+    /// The next batch of a segment, without names; the same range is then scanned again, with names.
     WalkToAudit,
-    /// That second batch. `first`: the reply without names.
+    /// The second scan of a range, with names.
     AuditNames {
-        /// The reply of the first batch.
+        /// The reply of the first scan, without names.
         first: Reply,
     },
-    /// Asking for the keys of a batch by name. `scanned`: the batch's reply.
+    /// The touch of the keys of a batch.
     Touch {
-        /// The command.
+        /// The command that touches.
         command: &'static str,
         /// The reply of the batch.
         scanned: Reply,
     },
 }
 
-/// What came back.
+/// The reply to be judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Of a SCAN.
+    /// The reply to a SCAN.
     Scanned(Reply),
-    /// Of a touch.
+    /// The replies to a touch.
     Touched {
-        /// Keys that SCAN had left dead and the touch has freed.
-        left_dead: u64,
+        /// Expired keys that SCAN had left and the touch has reclaimed.
+        left_expired: u64,
     },
 }
 
 /// Why a pass has to begin again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Restart {
-    /// Its cursors are not those of a hash table: with one worker, which needs no order of cursors.
+    /// The cursors are not those of a hash table: again with one worker, which needs no order of cursors.
     Unordered,
-    /// SCAN without names left expired keys in memory: with names.
+    /// SCAN without names left expired keys in memory: again with names.
     NamesNeeded,
-    /// SCAN left expired keys in memory: touching every key.
+    /// SCAN left expired keys in memory: again, and every key is touched.
     TouchNeeded,
 }
 
 impl Restart {
-    /// Why, for people.
+    /// The reason, for people.
     pub fn sentence(&self) -> &'static str {
         match self {
             Self::Unordered => "its cursors are not those of a hash table, as behind some proxies",
@@ -74,137 +74,144 @@ impl Restart {
 /// What a reply means.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// The range is done: its segment goes on there.
+    /// The range is done: its segment goes on at this position.
     Advance(ScanPosition),
     /// The range is done, and with it the pass.
     Finished,
-    /// Ask for the range again, with names.
+    /// Scan the range again, with names.
     AuditNames,
-    /// Ask for the keys of the reply by name.
+    /// Touch the keys of the reply with this command.
     TouchKeys(&'static str),
-    /// The range up to there may hold hidden keys: set it aside to be walked in batches of COUNT 1, and judge the reply again.
+    /// The range up to this position may hold hidden keys: set it aside to be walked in batches of COUNT 1, and judge the reply again.
     WalkClosely(ScanPosition),
-    /// So many expired keys were hidden and not freed: go back, and see whether deletions work. `at`: how far the pass has to
-    /// come again until that is over.
+    /// Expired keys were hidden instead of deleted: go back, and find out whether deletions work.
     Suspect {
-        /// Keys that were hidden, for sure.
+        /// At least this many keys were hidden.
         hidden: u64,
-        /// Where that was.
+        /// The end of the batch that hid them.
         at: ScanPosition,
     },
-    /// What the pass has swept is worth nothing: begin it again.
+    /// What the pass has swept proves nothing: begin it again.
     Restart(Restart),
-    /// The cursors lead nowhere.
+    /// The cursors lead nowhere, and why.
     Broken(String),
 }
 
-/// What is known of the pass when the reply comes.
+/// The state of the pass when the reply comes.
 #[derive(Debug, Clone, Copy)]
-pub struct Known<'a> {
-    /// How cursors are to be read.
+pub struct Context<'a> {
+    /// The order of the cursors.
     pub space: &'a CursorSpace,
-    /// Whether they follow the order of a hash table.
+    /// Whether the cursors follow that order.
     pub ordered: bool,
-    /// The segments.
+    /// The segments of the pass.
     pub segments: &'a Segments,
-    /// The batches before this one.
+    /// What the earlier batches prove about a pass without changes.
     pub still: &'a StillPass,
-    /// The cursors before this one's.
+    /// The cursors of the earlier batches.
     pub cursors: &'a CursorLoop,
-    /// What was learnt about the touch.
+    /// What is known about the need to touch keys.
     pub touch: &'a TouchAudit,
-    /// What was learnt about SCAN without names.
+    /// What is known about SCAN without names.
     pub names: &'a KeyNames,
     /// Whether keys were returned that were not touched.
     pub untouched: bool,
 }
 
-/// Judges the answer to `request`, which was sent in the segment `id` for a purpose.
-pub fn judge(known: &Known<'_>, id: SegmentId, purpose: Purpose, request: &Request, answer: Answer) -> Verdict {
+/// Judges the answer to `request`, which was sent in the segment `id` for `purpose`.
+pub fn judge(context: &Context<'_>, id: SegmentId, purpose: Purpose, request: &Request, answer: Answer) -> Verdict {
     match (purpose, answer) {
-        (Purpose::Touch { command, scanned }, Answer::Touched { left_dead }) => {
-            judge_touch(known, id, command, scanned, left_dead)
+        (Purpose::Touch { command, scanned }, Answer::Touched { left_expired }) => {
+            judge_touch(context, id, command, scanned, left_expired)
         }
-        (Purpose::AuditNames { first }, Answer::Scanned(reply)) => judge_audit(known, id, request, first, reply),
-        (_, Answer::Scanned(reply)) if known.segments.is_walked_closely(id) => judge_closely(known, id, request, reply),
-        (purpose, Answer::Scanned(reply)) => judge_walk(known, id, purpose, request, reply),
-        // A touch is answered by a touch.
+        (Purpose::AuditNames { first }, Answer::Scanned(reply)) => judge_audit(context, id, request, first, reply),
+        (_, Answer::Scanned(reply)) if context.segments.is_walked_closely(id) => {
+            judge_closely(context, id, request, reply)
+        }
+        (purpose, Answer::Scanned(reply)) => judge_walk(context, id, purpose, request, reply),
+        // The loop reads a touch only after it has sent one.
         (_, Answer::Touched { .. }) => Verdict::Broken("a touch was answered that was not sent".to_owned()),
     }
 }
 
-fn judge_walk(known: &Known<'_>, id: SegmentId, purpose: Purpose, request: &Request, reply: Reply) -> Verdict {
-    let rank = |position| known.space.rank(position);
-    if known.ordered && rank(reply.to) < rank(request.from) {
+fn judge_walk(context: &Context<'_>, id: SegmentId, purpose: Purpose, request: &Request, reply: Reply) -> Verdict {
+    let rank = |position| context.space.rank(position);
+    if context.ordered && rank(reply.to) < rank(request.from) {
         return Verdict::Restart(Restart::Unordered);
     }
-    let mut still = *known.still;
+    let mut still = *context.still;
     if !request.nameless {
         still.add(&reply);
-        if let Some(verdict) = hidden_in(known, request, &reply) {
+        if let Some(verdict) = hidden_in(context, request, &reply) {
             return verdict;
         }
     }
-    if known.ordered && !request.nameless && known.segments.finishes(id, reply.to) && still.hidden() > 0 {
+    if context.ordered && !request.nameless && context.segments.finishes(id, reply.to) && still.hidden() > 0 {
         return Verdict::Suspect { hidden: still.hidden(), at: reply.to };
     }
-    if let Some(why) = { *known.cursors }.add(&reply) {
+    if let Some(why) = { *context.cursors }.add(&reply) {
         return Verdict::Broken(why);
     }
     match purpose {
         Purpose::WalkToTouch(command) if reply.returned > 0 => Verdict::TouchKeys(command),
         Purpose::WalkToAudit => Verdict::AuditNames,
-        _ => go_on(known, id, reply.to),
+        _ => go_on(context, id, reply.to),
     }
 }
 
-/// Hidden keys of a batch with names, unless that is settled.
-fn hidden_in(known: &Known<'_>, request: &Request, reply: &Reply) -> Option<Verdict> {
-    if !known.ordered {
+/// Hidden keys in a batch with names. `None`: there is no sign of any, or the range is set aside already.
+fn hidden_in(context: &Context<'_>, request: &Request, reply: &Reply) -> Option<Verdict> {
+    if !context.ordered {
         return None;
     }
-    match hidden(known.space, request.from, request.count, reply) {
+    match hidden(context.space, request.from, request.count, reply) {
         Hidden::Unproven => None,
         Hidden::Keys(hidden) => Some(Verdict::Suspect { hidden, at: reply.to }),
-        Hidden::Open if known.segments.is_set_aside(request.from) => None,
+        Hidden::Open if context.segments.is_set_aside(request.from) => None,
         Hidden::Open => Some(Verdict::WalkClosely(reply.to)),
     }
 }
 
-fn judge_closely(known: &Known<'_>, id: SegmentId, request: &Request, reply: Reply) -> Verdict {
-    if let Hidden::Keys(hidden) = hidden(known.space, request.from, request.count, &reply) {
+fn judge_closely(context: &Context<'_>, id: SegmentId, request: &Request, reply: Reply) -> Verdict {
+    if let Hidden::Keys(hidden) = hidden(context.space, request.from, request.count, &reply) {
         return Verdict::Suspect { hidden, at: reply.to };
     }
-    if known.space.rank(reply.to) <= known.space.rank(request.from) {
+    if context.space.rank(reply.to) <= context.space.rank(request.from) {
         return Verdict::Restart(Restart::Unordered);
     }
-    go_on(known, id, reply.to)
+    go_on(context, id, reply.to)
 }
 
-fn judge_audit(known: &Known<'_>, id: SegmentId, request: &Request, first: Reply, reply: Reply) -> Verdict {
-    if let Some(verdict) = hidden_in(known, request, &reply) {
+fn judge_audit(context: &Context<'_>, id: SegmentId, request: &Request, first: Reply, reply: Reply) -> Verdict {
+    if let Some(verdict) = hidden_in(context, request, &reply) {
         return verdict;
     }
-    if { known.names.clone() }.learn(first.reclaimed(), Some(reply.reclaimed())) {
+    if { context.names.clone() }.learn(first.reclaimed(), Some(reply.reclaimed())) {
         return Verdict::Restart(Restart::NamesNeeded);
     }
-    go_on(known, id, first.to)
+    go_on(context, id, first.to)
 }
 
-fn judge_touch(known: &Known<'_>, id: SegmentId, command: &'static str, scanned: Reply, left_dead: u64) -> Verdict {
-    if !known.touch.may_ask() {
-        // That was the question whether we may. Now for the keys.
+fn judge_touch(
+    context: &Context<'_>,
+    id: SegmentId,
+    command: &'static str,
+    scanned: Reply,
+    left_expired: u64,
+) -> Verdict {
+    if !context.touch.may_ask() {
+        // That touch of one key tested the right to run the command. Now for all keys.
         return Verdict::TouchKeys(command);
     }
-    let found = { known.touch.clone() }.learn(scanned.reclaimed(), left_dead);
-    if found == Some(TouchOutcome::ScanLeavesDead) && known.untouched {
+    let found = { context.touch.clone() }.learn(scanned.reclaimed(), left_expired);
+    if found == Some(TouchOutcome::ScanLeavesDead) && context.untouched {
         return Verdict::Restart(Restart::TouchNeeded);
     }
-    go_on(known, id, scanned.to)
+    go_on(context, id, scanned.to)
 }
 
-fn go_on(known: &Known<'_>, id: SegmentId, to: ScanPosition) -> Verdict {
-    if known.segments.finishes(id, to) { Verdict::Finished } else { Verdict::Advance(to) }
+fn go_on(context: &Context<'_>, id: SegmentId, to: ScanPosition) -> Verdict {
+    if context.segments.finishes(id, to) { Verdict::Finished } else { Verdict::Advance(to) }
 }
 
 #[cfg(test)]
@@ -214,7 +221,7 @@ mod tests {
     use crate::node::conn::{Gauge, Reading};
     use crate::settings::{Payload, Touch};
 
-    /// One table of 4,096 buckets, a batch of COUNT 100 from a quarter of it on, in a pass of four segments.
+    /// One table of 4,096 buckets, and a batch of COUNT 100 from a quarter of it on, in a pass of four segments.
     struct Case {
         space: CursorSpace,
         ordered: bool,
@@ -232,12 +239,12 @@ mod tests {
         untouched: bool,
     }
 
-    /// The position after so many buckets of that table.
+    /// The position after this many buckets of that table.
     fn at(buckets: u64) -> ScanPosition {
         ScanPosition::from_reply((buckets << 52).reverse_bits())
     }
 
-    /// A place in the table of a slot, of 4,096 buckets as well.
+    /// A position in the table of a slot, which has 4,096 buckets as well.
     fn in_slot(slot: u64, buckets: u64) -> ScanPosition {
         ScanPosition::from_reply((buckets << 52).reverse_bits() << 14 | slot)
     }
@@ -289,7 +296,7 @@ mod tests {
             })
         }
 
-        /// A node with a table for each slot of 0 to 99, in one segment, from a place on.
+        /// A node with a table for each slot from 0 to 99, in one segment that begins at `from`.
         fn by_slot(self, from: ScanPosition) -> Self {
             self.with(|case| {
                 case.space = CursorSpace::BySlot(SlotSet::new([0..=99]));
@@ -303,7 +310,7 @@ mod tests {
             self.with(|case| case.purpose = purpose)
         }
 
-        /// Cursors of no known order, in one segment.
+        /// Cursors without a known order, in one segment.
         fn unordered(self) -> Self {
             self.whole().with(|case| case.ordered = false)
         }
@@ -333,14 +340,14 @@ mod tests {
             })
         }
 
-        fn touched(self, left_dead: u64) -> Self {
+        fn touched(self, left_expired: u64) -> Self {
             let scanned = reply(at(1124), 100, 0);
             self.purpose(Purpose::Touch { command: "EXISTS", scanned })
-                .with(|case| case.answer = Answer::Touched { left_dead })
+                .with(|case| case.answer = Answer::Touched { left_expired })
         }
 
         fn judge(&self) -> Verdict {
-            let known = Known {
+            let context = Context {
                 space: &self.space,
                 ordered: self.ordered,
                 segments: &self.segments,
@@ -351,11 +358,11 @@ mod tests {
                 untouched: self.untouched,
             };
             let request = Request { from: self.from, count: self.count, nameless: self.nameless, gauge: Gauge::Dbsize };
-            judge(&known, self.id, self.purpose, &request, self.answer)
+            judge(&context, self.id, self.purpose, &request, self.answer)
         }
     }
 
-    /// A table whose 70 of 100 keys a still pass did not return.
+    /// A pass without changes over 50,000 keys, of which `returned` were returned.
     fn still_with(returned: u64) -> StillPass {
         let mut still = StillPass::default();
         let reading = Reading { keys: 50_000, expired: None };
@@ -363,7 +370,7 @@ mod tests {
         still
     }
 
-    /// Cursors of which one more that leads to the same place is known to go round.
+    /// Cursors that are found to go in a circle once one more leads to `to`.
     fn nearly_a_circle(to: ScanPosition) -> CursorLoop {
         let mut cursors = CursorLoop::default();
         loop {
@@ -389,7 +396,7 @@ mod tests {
             // A batch of the walk.
             ("as many keys as asked for", walk(at(1124), 100, 0), Advance(at(1124))),
             ("more keys than asked for", walk(at(1124), 107, 3), Advance(at(1124))),
-            ("keys that were freed count as looked at", walk(at(1124), 30, 70), Advance(at(1124))),
+            ("keys that were reclaimed count as scanned", walk(at(1124), 30, 70), Advance(at(1124))),
             ("the most buckets of one SCAN: a sparse table", walk(limit, 0, 0), Advance(limit)),
             ("past the end of its segment", walk(at(2050), 100, 0), Advance(at(2050))),
             ("a worker of an earlier segment meets the end", walk(end, 3, 0), Finished),
@@ -438,7 +445,7 @@ mod tests {
                 suspect(9_900, end),
             ),
             (
-                "somebody wrote during the pass",
+                "a client wrote during the pass",
                 walk(end, 100, 0).whole().with(|case| {
                     case.still = still_with(40_000);
                     case.still.proves_nothing();
@@ -479,7 +486,7 @@ mod tests {
                 Advance(in_slot(8, 1)),
             ),
             (
-                "from nobody knows which table on",
+                "from the start, in an unknown table",
                 walk(in_slot(0, 1001), 30, 0).by_slot(ScanPosition::NotStarted),
                 WalkClosely(in_slot(0, 1001)),
             ),
@@ -532,7 +539,7 @@ mod tests {
                 Advance(at(1124)),
             ),
             (
-                "the one key that asks for the right",
+                "the one key that tests the right",
                 walk(at(1124), 100, 0).touched(0).with(|case| {
                     case.touch = TouchAudit::new(Touch::Auto, false);
                 }),
@@ -569,7 +576,7 @@ mod tests {
                 suspect(30, at(1074)),
             ),
             ("the audit of the last batch", walk(at(1074), 50, 0).audited(reply(end, 0, 9)), Finished),
-            ("names that come all the same are no audit", walk(at(1124), 100, 0).purpose(Walk), Advance(at(1124))),
+            ("names without an audit", walk(at(1124), 100, 0).purpose(Walk), Advance(at(1124))),
         ];
         for (what, case, expected) in table {
             assert_eq!(case.judge(), expected, "{what}");

@@ -1,4 +1,4 @@
-//! Which shards there are, and which of them may be swept now.
+//! Where each shard's master is, and which shards may be swept now.
 
 pub(super) mod permits;
 pub(super) mod shard_map;

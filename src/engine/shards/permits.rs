@@ -1,5 +1,5 @@
-//! How many masters are swept at a time: a permit each. Who waits for a server that is away gives the permit to another, so
-//! that one bad shard holds up nobody.
+//! How many masters are swept at a time: each needs a permit. A sweep that holds gives its permit to another shard, so that one shard
+//! in trouble delays no other.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -14,65 +14,66 @@ use crate::model::shard::NodeAddr;
 
 /// The permits of one task.
 #[derive(Debug, Clone)]
-pub(in crate::engine) struct Permits(Arc<Kind>);
+pub(in crate::engine) struct Permits(Arc<Limit>);
 
 #[derive(Debug)]
-enum Kind {
-    /// So many in all, wherever their masters are.
-    InAll(Arc<Semaphore>),
+enum Limit {
+    /// This many, wherever the masters are.
+    InTotal(Arc<Semaphore>),
     /// One for each host.
-    OnEachHost(Mutex<HashMap<String, Arc<Semaphore>>>),
+    PerHost(Mutex<HashMap<String, Arc<Semaphore>>>),
 }
 
-/// A place in the line for a permit.
+/// A place in the queue for a permit.
 pub(in crate::engine) type Turn = Pin<Box<dyn Future<Output = Permit> + Send + Sync>>;
 
-/// The right to sweep. Given back on drop.
+/// The permission to sweep one master. Given back on drop.
 #[derive(Debug)]
 pub(in crate::engine) struct Permit {
     _semaphore: Option<OwnedSemaphorePermit>,
 }
 
 impl Permits {
+    /// `parallel` permits in total; `None`: one for each host.
     pub(in crate::engine) fn new(parallel: Option<NonZeroUsize>) -> Self {
         Self(Arc::new(match parallel {
-            Some(all) => Kind::InAll(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
-            None => Kind::OnEachHost(Mutex::default()),
+            Some(all) => Limit::InTotal(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
+            None => Limit::PerHost(Mutex::default()),
         }))
     }
 
-    /// A permit for everybody at once.
+    /// A permit for every master at once.
     pub(in crate::engine) fn for_all() -> Self {
-        Self(Arc::new(Kind::InAll(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
+        Self(Arc::new(Limit::InTotal(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
     }
 
-    /// Stands in line for a permit now, in the order of the calls, whenever the line is awaited.
+    /// Queues for a permit now. The queue is in the order of these calls, whenever the turns are awaited.
     pub(in crate::engine) async fn queue_up(&self, master: &NodeAddr) -> Turn {
         let permits = self.clone();
         let master = master.clone();
-        let mut line: Turn = Box::pin(async move { permits.take(&master).await });
-        // The semaphore knows of those who were polled once.
-        match poll_fn(|cx| Poll::Ready(line.as_mut().poll(cx))).await {
+        let mut turn: Turn = Box::pin(async move { permits.take(&master).await });
+        // The semaphore queues a future when it is first polled.
+        match poll_fn(|cx| Poll::Ready(turn.as_mut().poll(cx))).await {
             Poll::Ready(permit) => Box::pin(std::future::ready(permit)),
-            Poll::Pending => line,
+            Poll::Pending => turn,
         }
     }
 
     /// Waits for a permit to sweep the master at this address.
     pub(in crate::engine) async fn take(&self, master: &NodeAddr) -> Permit {
-        // The semaphore is never closed; if it were, nobody would be kept from sweeping.
-        Permit { _semaphore: self.of(master).acquire_owned().await.ok() }
+        // The semaphore is never closed; if it were, every sweep would get a permit.
+        Permit { _semaphore: self.semaphore(master).acquire_owned().await.ok() }
     }
 
-    /// A permit, where one is free and nobody waits for it.
+    /// A permit, if one is free and no other shard waits for it.
     pub(in crate::engine) fn take_now(&self, master: &NodeAddr) -> Option<Permit> {
-        self.of(master).try_acquire_owned().ok().map(|permit| Permit { _semaphore: Some(permit) })
+        self.semaphore(master).try_acquire_owned().ok().map(|permit| Permit { _semaphore: Some(permit) })
     }
 
-    fn of(&self, master: &NodeAddr) -> Arc<Semaphore> {
+    fn semaphore(&self, master: &NodeAddr) -> Arc<Semaphore> {
         match &*self.0 {
-            Kind::InAll(semaphore) => semaphore.clone(),
-            Kind::OnEachHost(hosts) => {
+            Limit::InTotal(semaphore) => semaphore.clone(),
+            Limit::PerHost(hosts) => {
                 let mut hosts = hosts.lock().unwrap_or_else(PoisonError::into_inner);
                 hosts.entry(host(master)).or_insert_with(|| Arc::new(Semaphore::new(1))).clone()
             }
@@ -80,7 +81,7 @@ impl Permits {
     }
 }
 
-/// The host of an address, by which masters that share a machine are told.
+/// The host of an address. Masters with the same host share a machine.
 fn host(addr: &NodeAddr) -> String {
     match addr {
         NodeAddr::Tcp { host, .. } => host.clone(),
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_line_is_in_the_order_of_calls_not_of_awaits() {
+    async fn the_queue_is_in_the_order_of_calls_not_of_awaits() {
         let permits = Permits::new(None);
         let first = permits.queue_up(&addr("a", 1)).await;
         let second = permits.queue_up(&addr("a", 2)).await;
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_number_counts_whatever_the_host() {
+    async fn a_total_number_counts_masters_of_all_hosts() {
         let permits = Permits::new(NonZeroUsize::new(2));
         let _first = permits.take(&addr("a", 1)).await;
         let second = permits.take(&addr("a", 2)).await;

@@ -1,8 +1,8 @@
-//! Which master is which shard's, now that some of them have moved.
+//! Which master belongs to which shard, even after some of them have moved.
 //!
-//! A shard keeps its name for the whole task while its master fails over, its slots migrate and nodes join and leave. The
-//! shard map remembers for each shard the nodes and the slots that it had, and finds it again in each new view of the
-//! cluster: [`assign`] is pure, and the table of its tests is its whole behaviour.
+//! A shard keeps its name for the whole task while its master fails over, its slots migrate and nodes join and leave. The shard map
+//! remembers the nodes and slots that each shard had, and finds the shard again in each new view of the cluster. [`assign`] is pure,
+//! and its tests show its whole behaviour.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,17 +16,17 @@ use crate::model::target::Place;
 use crate::node::error::{Class, NodeError};
 use crate::node::topology::{Kind, Master, Topology, View};
 
-/// Pause before a node that was loading or busy is asked again.
+/// Pause before the nodes are asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
-/// What is known of one shard.
+/// What the map remembers of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Member {
-    /// The node that was its master when it was last seen.
+    /// The id of the node that was its master in the last view.
     master: Option<String>,
-    /// Every node that was its master or a replica of it.
+    /// The ids of all nodes that were its master or a replica of it.
     nodes: BTreeSet<String>,
-    /// The slots that it owned when it was last seen.
+    /// The slots that its master owned in the last view.
     slots: SlotSet,
 }
 
@@ -41,10 +41,10 @@ impl Member {
 
 /// Where a shard is.
 #[derive(Debug, Clone, PartialEq)]
-pub(in crate::engine) enum Found {
-    /// This is its master now.
+pub(in crate::engine) enum Location {
+    /// On this master.
     At(Master),
-    /// It is no more: other shards own all of its slots.
+    /// Nowhere: other shards own all of its slots.
     Dissolved,
 }
 
@@ -57,15 +57,16 @@ pub(in crate::engine) struct ShardMap {
 }
 
 impl ShardMap {
-    /// Looks for the masters for the first time, and names the shards. For `patience` where nobody is there to be asked.
+    /// Finds the masters for the first time, and names the shards. Tries for `patience` if no node is reachable, and without limit
+    /// while a node is loading or busy.
     ///
     /// # Errors
-    /// [`NodeError`]; then nothing can be swept.
+    /// [`NodeError`]: nothing can be swept.
     pub(in crate::engine) async fn begin(
         topology: Arc<Topology>,
         patience: Duration,
     ) -> Result<(Self, Vec<(ShardId, Master)>), NodeError> {
-        let (begun, mut said) = (Instant::now(), String::new());
+        let (begun, mut warned_of) = (Instant::now(), String::new());
         let view = loop {
             let (error, is_there) = match topology.view(None).await {
                 Ok(view) => break view,
@@ -74,7 +75,7 @@ impl ShardMap {
                 Err(error) => return Err(error),
             };
             match (&error, &topology.target().place) {
-                // It answers later: its shard waits for it, and says so.
+                // A standalone server needs no topology: its shard waits until it answers, and reports a hold.
                 (NodeError::Server { command, .. }, Place::Standalone(addr))
                     if is_there && !command.starts_with("CLUSTER") =>
                 {
@@ -82,11 +83,10 @@ impl ShardMap {
                         Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
                     break View { kind: Kind::Standalone, masters: vec![master] };
                 }
-                // A node that knows its cluster, and will say so once it has its data.
-                _ if said == error.to_string() => {}
+                _ if warned_of == error.to_string() => {}
                 _ => {
                     tracing::warn!(%error, "waiting for a node that can name the masters");
-                    said = error.to_string();
+                    warned_of = error.to_string();
                 }
             }
             tokio::time::sleep(ASK_AGAIN).await;
@@ -101,28 +101,28 @@ impl ShardMap {
         Ok((Self { topology, kind: view.kind, members: Arc::new(Mutex::new(members)) }, shards))
     }
 
-    /// What the instance is.
+    /// Whether the instance is a server alone, a cluster, or behind sentinels.
     pub(in crate::engine) fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// How its nodes are connected to.
+    /// Finds the instance's masters and connects to them.
     pub(in crate::engine) fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// Whether a master that is gone or demoted is looked for elsewhere.
+    /// Whether the topology can name another master when one is gone or demoted.
     pub(in crate::engine) fn follows(&self) -> bool {
         self.kind != Kind::Standalone || self.topology.follow()
     }
 
-    /// Looks for one shard's master. Without anything to follow this is `last`, and nobody is asked.
+    /// Finds one shard's master. This is `last`, without a request, if there is no topology to follow.
     ///
     /// # Errors
-    /// [`NodeError`]: nobody could say.
-    pub(in crate::engine) async fn find(&self, id: &ShardId, last: &Master) -> Result<Found, NodeError> {
+    /// [`NodeError`]: no node could name the master.
+    pub(in crate::engine) async fn find(&self, id: &ShardId, last: &Master) -> Result<Location, NodeError> {
         if !self.follows() {
-            return Ok(Found::At(last.clone()));
+            return Ok(Location::At(last.clone()));
         }
         let view = self.topology.view(Some(self.kind)).await?;
         let mut members = self.lock();
@@ -131,12 +131,12 @@ impl ShardMap {
             if let Some(member) = members.get_mut(id) {
                 member.update(master);
             }
-            return Ok(Found::At(master.clone()));
+            return Ok(Location::At(master.clone()));
         }
         let slots = members.get(id).map(|member| member.slots.clone()).unwrap_or_default();
         let orphaned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
         if orphaned.is_empty() {
-            return Ok(Found::Dissolved);
+            return Ok(Location::Dissolved);
         }
         Err(NodeError::NoMaster {
             problem: format!("no node owns the slots {orphaned} of the shard `{id}`"),
@@ -145,10 +145,10 @@ impl ShardMap {
         })
     }
 
-    /// Where every shard's master is now, shards that are new included.
+    /// Finds every shard's master, new shards included.
     ///
     /// # Errors
-    /// [`NodeError`]: nobody could say.
+    /// [`NodeError`]: no node could name the masters.
     pub(in crate::engine) async fn read_again(&self) -> Result<Vec<(ShardId, Master)>, NodeError> {
         let view = self.topology.view(Some(self.kind)).await?;
         let mut members = self.lock();
@@ -164,17 +164,17 @@ impl ShardMap {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, Member>> {
-        // Each change is one call of `update`; a panic inside it would leave facts that the next view corrects.
+        // A panic inside `update` could leave a member half updated; the next view corrects it.
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Names a shard that was met for the first time.
+/// Names a new shard.
 fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap<ShardId, Member>) -> ShardId {
     let base = match &target.place {
         _ if !master.slots.is_empty() => format!("slots {}", master.slots.name()),
         Place::Sentinel { master, .. } => master.clone(),
-        // The address in the URL, wherever it led.
+        // The address in the URL, even if `follow` led to another.
         Place::Standalone(addr) => addr.to_string(),
         Place::Cluster(_) => master.addr.to_string(),
     };
@@ -187,11 +187,11 @@ fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap
     id
 }
 
-/// Finds the shards in a view. Returns the master of each shard that has one, and the masters that belong to none.
+/// Finds the shards in a view. Returns the master of each shard that has one, and the masters that belong to no shard.
 ///
-/// The node that was a shard's master stays it while it owns slots. Else the shard's master is the one of the remaining
-/// masters that was its replica, or else the one that owns most of its slots: a promotion changes the node and keeps the
-/// slots, a node that is replaced hands all of them to another.
+/// The node that was a shard's master stays its master while it owns slots. If it owns none, one of the remaining masters takes its
+/// place: one that was its replica, or else the one that owns most of its slots. For a promotion changes the node and keeps the slots,
+/// and a node that is replaced hands all its slots to another.
 fn assign(kind: Kind, members: &BTreeMap<ShardId, Member>, view: &View) -> (BTreeMap<ShardId, Master>, Vec<Master>) {
     if kind != Kind::Cluster {
         let owners = members.keys().cloned().zip(view.masters.iter().cloned()).collect();
@@ -248,7 +248,7 @@ mod tests {
         members
     }
 
-    /// Begins with a (0-99, replica ra), b (100-199, replica rb); checks who owns what in the next view.
+    /// Begins with a (0-99, replica ra) and b (100-199, replica rb), and checks which node is whose master in the next view.
     #[track_caller]
     fn check(view: &[Master], expected: &str) {
         let before = members(&[master("a", &["ra"], &[0..=99]), master("b", &["rb"], &[100..=199])]);

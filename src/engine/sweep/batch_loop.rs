@@ -1,17 +1,17 @@
-//! One turn of the loop: wait until nothing holds it, send, receive, judge, apply. What a reply means is
-//! [`verdict::judge`]'s to say; only `apply` and what it calls change the pass.
+//! One turn of the loop: wait until nothing holds it, send, receive, judge, apply. [`verdict::judge`] decides what a reply means; only
+//! `apply` and what it calls move the pass.
 
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use crate::engine::control::stop_ordered;
-use crate::engine::policy::key_names::{KeyNames, Names};
+use crate::engine::control::stop_requested;
+use crate::engine::policy::key_names::{KeyNames, NamesMode};
 use crate::engine::policy::pacer::Wait;
 use crate::engine::policy::profile::may_be_swept;
 use crate::engine::policy::segments::SegmentId;
 use crate::engine::policy::touch_audit::TouchAudit;
-use crate::engine::policy::verdict::{self, Answer, Known, Purpose, Restart, Verdict};
+use crate::engine::policy::verdict::{self, Answer, Context, Purpose, Restart, Verdict};
 use crate::engine::sweep::pass::{Pass, REPORT_EVERY};
 use crate::engine::sweep::pipeline::Exchange;
 use crate::engine::sweep::session::Session;
@@ -24,22 +24,22 @@ use crate::node::commands;
 use crate::node::conn::{Gauge, Reply, Request, Timing, TouchReply};
 use crate::node::error::{Class, NodeError};
 
-/// How often hidden keys that a batch proved are looked for again before we say so: a table that was resized in the middle
-/// of a SCAN can look like it once, but not again at the same cursor.
-const DOUBTS: u32 = 2;
-/// Pause between looks at a server that does not delete.
+/// A hold begins once hidden keys were proven more often than this: a table that is resized in the middle of a SCAN can look like
+/// hidden keys once, but not again at the same cursor.
+const SUSPICIONS_BEFORE_HOLD: u32 = 2;
+/// Pause before the next batch to a server that does not delete.
 const BLOCKED_EVERY: Duration = Duration::from_millis(250);
-/// After an error on one connection, the replies on the others are waited for this long in all.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// After an error on one connection, the replies on the others are awaited for this long in all.
+const DRAIN_WITHIN: Duration = Duration::from_secs(1);
 
-/// What was received.
+/// The reply of an exchange.
 enum Received {
     Scanned(Reply),
     Touched(TouchReply),
 }
 
 impl ShardSweep {
-    /// Walks a pass to its end.
+    /// Walks the pass to its end.
     pub(super) async fn walk(&mut self, pass: &mut Pass) -> Result<(), End> {
         while pass.figures.checkpoint.position != ScanPosition::Finished {
             self.turn(pass).await?;
@@ -61,7 +61,7 @@ impl ShardSweep {
                 _ if stand_still => self.stand_still(pass).await,
                 Some(until) => self.rest(pass, until).await,
                 None => {
-                    let what = "nothing of the pass is left to walk, and it is not at its end";
+                    let what = "nothing of the pass is left to walk, but it is not complete";
                     Err(Failure::new(FailureKind::Protocol, what).into())
                 }
             };
@@ -78,7 +78,7 @@ impl ShardSweep {
         self.receive(worker, pass, !stand_still).await
     }
 
-    /// Sends as many batches as may be under way. Returns when to ask again, where the pacer holds one back.
+    /// Sends as many batches as may be under way. Returns when to try again if the pacer delays one.
     async fn send(&mut self, pass: &mut Pass) -> Result<Option<Instant>, NodeError> {
         let options = self.job.map.topology().options();
         let depth = self.depth_of(pass);
@@ -115,31 +115,31 @@ impl ShardSweep {
 
     /// How many batches may be under way.
     fn depth_of(&self, pass: &Pass) -> usize {
-        // Where deletions may be blocked, batch after batch tells.
-        if pass.doubts > 0 || !pass.segments.is_cut() { 1 } else { pass.pipeline.depth.now() }
+        // While deletions may be blocked, each batch has to be judged before the next one is sent.
+        if pass.suspicions > 0 || !pass.segments.is_cut() { 1 } else { pass.pipeline.depth.now() }
     }
 
-    /// What tells how many keys a batch frees.
+    /// What measures how many keys a batch reclaims.
     fn gauge(&self) -> Gauge {
         if self.session.seen.may_evict { Gauge::ExpiredKeys } else { Gauge::Dbsize }
     }
 
-    /// Receives what a worker has under way, and carries out what it means. `go_on`: the worker's next batch may be sent as soon
-    /// as the cursor has come.
+    /// Receives the reply of a worker's exchange and carries out what it means. `go_on`: the worker's next batch may be sent as soon
+    /// as the cursor has arrived.
     async fn receive(&mut self, worker: usize, pass: &mut Pass, go_on: bool) -> Result<(), End> {
         let depth = self.depth_of(pass);
         let gauge = self.gauge();
         let Some(exchange) = pass.pipeline.workers[worker].exchange.take() else { return Ok(()) };
         let Exchange { purpose, segment, .. } = exchange;
-        // A process that was stopped for a while may have sent for the last time.
-        let free = go_on
-            && self.orders.borrow().holds().is_none()
+        // This process may have been suspended, and its lease may have ended meanwhile.
+        let may_go_on = go_on
+            && self.control.borrow().holds().is_none()
             && purpose == Purpose::Walk
             && pass.pipeline.under_way() < depth
             && !pass.segments.is_walked_closely(segment)
             && !pass.segments.has_set_aside();
         let Session { conns, touch, names, .. } = &mut self.session;
-        let (pacer, segments, workers) = (&mut self.pacer, &pass.segments, &mut pass.pipeline.workers[worker]);
+        let (pacer, segments, state) = (&mut self.pacer, &pass.segments, &mut pass.pipeline.workers[worker]);
         let keep = &mut self.keep;
         let mut sent = None;
         let received = match purpose {
@@ -147,10 +147,10 @@ impl ShardSweep {
                 conns[worker].receive_touch().await.map(|(reply, timing)| (Received::Touched(reply), timing))
             }
             _ => {
-                let kept = matches!(purpose, Purpose::WalkToTouch(_)).then_some(&mut workers.names);
+                let kept = matches!(purpose, Purpose::WalkToTouch(_)).then_some(&mut state.names);
                 let next = |to| {
                     let waits = keep.as_mut().is_some_and(|keep| keep.pace.may_send(Instant::now()).is_err());
-                    if !free || waits || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
+                    if !may_go_on || waits || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
                         return None;
                     }
                     let next = compose(segment, to, pacer.count(), gauge, touch, names);
@@ -161,7 +161,7 @@ impl ShardSweep {
                 conns[worker].receive_scan(kept, next).await.map(|(reply, timing)| (Received::Scanned(reply), timing))
             }
         };
-        workers.exchange = sent;
+        state.exchange = sent;
         match received {
             Ok((received, timing)) => {
                 self.retry = None;
@@ -171,7 +171,7 @@ impl ShardSweep {
         }
     }
 
-    /// An exchange that brought no reply that can be judged.
+    /// Handles an exchange whose reply cannot be judged.
     async fn refused(&mut self, error: NodeError, exchange: Exchange, pass: &mut Pass) -> Result<(), End> {
         let fatal = matches!(error.class(), Class::Fatal(_)) && matches!(error, NodeError::Server { .. });
         if let (Purpose::Touch { scanned, .. }, true) = (exchange.purpose, fatal) {
@@ -187,7 +187,7 @@ impl ShardSweep {
         self.lost(error, pass).await
     }
 
-    /// Judges a reply until it needs no more, counts it, and carries the verdict out.
+    /// Judges a reply, counts it, and carries the verdict out, or sends the follow-up that the verdict asks for.
     async fn take(
         &mut self,
         worker: usize,
@@ -198,20 +198,20 @@ impl ShardSweep {
     ) -> Result<(), End> {
         let answer = match &received {
             Received::Scanned(reply) => Answer::Scanned(*reply),
-            Received::Touched(reply) => Answer::Touched { left_dead: left_dead(exchange.purpose, reply) },
+            Received::Touched(reply) => Answer::Touched { left_expired: left_expired(exchange.purpose, reply) },
         };
         let mut verdict = self.judge(&exchange, answer, pass);
-        let mut is_open = false;
+        let mut is_set_aside = false;
         if let Verdict::WalkClosely(to) = verdict {
-            is_open = true;
+            is_set_aside = true;
             pass.segments.walk_closely(exchange.request.from, to);
             pass.still.proves_nothing();
             verdict = self.judge(&exchange, answer, pass);
         }
         self.count(&exchange, &received, timing, pass);
-        // What is set aside may still turn out to hide keys.
-        if !is_open && !matches!(verdict, Verdict::Suspect { .. }) {
-            self.dispel_doubts(&exchange, answer, pass).await;
+        // A range that is set aside may still turn out to hide keys.
+        if !is_set_aside && !matches!(verdict, Verdict::Suspect { .. }) {
+            self.clear_suspicions(&exchange, answer, pass).await;
         }
         match (verdict, answer) {
             (Verdict::AuditNames, Answer::Scanned(first)) => {
@@ -226,14 +226,14 @@ impl ShardSweep {
                     (Purpose::Touch { scanned, .. }, _) | (_, Answer::Scanned(scanned)) => scanned,
                     (_, Answer::Touched { .. }) => return Ok(()),
                 };
-                // The right was asked for with one key: now for the others.
+                // The server has answered for one key, so the user may run the command: now for the other keys.
                 if matches!(exchange.purpose, Purpose::Touch { .. }) {
                     self.session.touch.was_answered();
                 }
                 let keys = self.session.touch.keys();
                 let names = &pass.pipeline.workers[worker].names;
                 pass.untouched |= scanned.returned > names.len().min(keys) as u64;
-                // What was freed is safe from here on; the position follows once the batch is done.
+                // The count is safe from here on; the position follows once the batch is done.
                 self.write_journal(pass).await;
                 let gauge = self.gauge();
                 let names = &pass.pipeline.workers[worker].names;
@@ -249,7 +249,7 @@ impl ShardSweep {
     }
 
     fn judge(&self, exchange: &Exchange, answer: Answer, pass: &Pass) -> Verdict {
-        let known = Known {
+        let context = Context {
             space: &self.session.space,
             ordered: self.session.ordered,
             segments: &pass.segments,
@@ -259,14 +259,14 @@ impl ShardSweep {
             names: &self.session.names,
             untouched: pass.untouched,
         };
-        verdict::judge(&known, exchange.segment, exchange.purpose, &exchange.request, answer)
+        verdict::judge(&context, exchange.segment, exchange.purpose, &exchange.request, answer)
     }
 
     fn go_on_at(&self, segment: SegmentId, to: ScanPosition, pass: &Pass) -> Verdict {
         if pass.segments.finishes(segment, to) { Verdict::Finished } else { Verdict::Advance(to) }
     }
 
-    /// A worker has something more to ask about its range.
+    /// Notes the worker's next exchange about the same range, unless it could not be sent.
     async fn follow_up(
         &mut self,
         worker: usize,
@@ -283,7 +283,7 @@ impl ShardSweep {
         }
     }
 
-    /// Counts what a reply brought, whatever it means.
+    /// Counts a reply, whatever its verdict.
     fn count(&mut self, exchange: &Exchange, received: &Received, timing: Timing, pass: &mut Pass) {
         let pipeline = &mut pass.pipeline;
         let before = pipeline.last_read.replace(timing.read).map_or(timing.sent, |read| read.max(timing.sent));
@@ -301,11 +301,11 @@ impl ShardSweep {
             }
             Received::Touched(reply) => {
                 self.ledger.worked(self.pacer.worked_beside(wait));
-                let left_dead = left_dead(exchange.purpose, reply);
+                let left_expired = left_expired(exchange.purpose, reply);
                 let counters = &mut pass.figures.counters;
-                counters.found_by_touch += left_dead;
-                counters.reclaimed += left_dead;
-                // The key that asks for the right is asked again with the others.
+                counters.found_by_touch += left_expired;
+                counters.reclaimed += left_expired;
+                // The one key that tests the right is touched again with the others.
                 if self.session.touch.may_ask() {
                     let answers = reply.answers.iter().flatten();
                     counters.touched += answers.clone().count() as u64;
@@ -325,11 +325,11 @@ impl ShardSweep {
         counters.reclaimed += reclaimed;
         pass.keys = reply.after.keys;
         if pass.segments.is_walked_closely(*segment) {
-            // Keys that were looked at before.
+            // These keys were counted as scanned before.
             return self.pacer.worked_beside(wait);
         }
         if matches!(purpose, Purpose::AuditNames { .. }) {
-            // It looked at keys that were counted the first time, but for those that the first time left dead.
+            // These keys were counted by the first SCAN, but for the expired ones that it left.
             counters.scanned += reclaimed;
             self.pacer.charge(reply.seen());
             return self.pacer.worked_beside(wait);
@@ -337,12 +337,12 @@ impl ShardSweep {
         let share = |position| pass.figures.checkpoint.space.fraction(position);
         let walked = (share(reply.to) - share(request.from)).max(0.0);
         let seen = if request.nameless {
-            // Keys that live are not in the reply. The keys that were not met yet are spread over the rest of the table, so the
-            // share of that rest which was walked tells how many were met now.
+            // Live keys are not in the reply. The keys that were not met yet are spread over the rest of the table, so the share of
+            // that rest which this batch walked tells how many it met.
             let to_come = reply.before.keys.saturating_sub(pass.met);
             let part = (walked / (1.0 - pass.walked).max(f64::EPSILON)).clamp(0.0, 1.0);
             counters.nameless += 1;
-            // A batch that tells nothing about the keys that it looked at proves nothing about a whole pass.
+            // A batch without names cannot show hidden keys, so the whole pass cannot either.
             pass.still.proves_nothing();
             reclaimed.max((part * to_come as f64).round() as u64)
         } else {
@@ -355,29 +355,30 @@ impl ShardSweep {
         }
         pass.met += seen.saturating_sub(reclaimed);
         counters.scanned += seen;
-        // Where it is not known how many were looked at, COUNT is the least.
+        // How many keys a batch without names visited is an estimate: COUNT is the least.
         self.pacer.charge(if request.nameless { seen.max(u64::from(request.count)) } else { seen });
         self.pacer.worked(seen, wait)
     }
 
-    /// A batch whose keys were not hidden, at a place that was doubted or with keys that were freed.
-    async fn dispel_doubts(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
+    /// Ends the suspicion that deletions are blocked, once a batch reclaims keys or gets past the suspected place without hidden keys.
+    async fn clear_suspicions(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
         let Answer::Scanned(reply) = answer else { return };
-        // Without names nothing shows what was hidden. Going back may have led far back: the batches up to the doubtful place prove nothing about it.
+        // A batch without names cannot show hidden keys. Batches before the suspected place prove nothing about it: going back may have
+        // led far before it.
         let rank = |position| self.session.space.rank(position);
-        let is_past = !exchange.request.nameless && rank(reply.to) >= rank(pass.doubted);
+        let is_past = !exchange.request.nameless && rank(reply.to) >= rank(pass.suspected_at);
         if is_past || reply.reclaimed() > 0 {
-            pass.doubts = 0;
-            pass.doubted = ScanPosition::NotStarted;
+            pass.suspicions = 0;
+            pass.suspected_at = ScanPosition::NotStarted;
             self.end_hold().await;
         }
     }
 
-    /// Takes in what the range that is done tells about the server.
+    /// Learns about the server from a range that is done.
     async fn learn(&mut self, exchange: &Exchange, answer: Answer, pass: &mut Pass) {
         let outcome = match (exchange.purpose, answer) {
-            (Purpose::Touch { scanned, .. }, Answer::Touched { left_dead }) => {
-                self.session.touch.learn(scanned.reclaimed(), left_dead)
+            (Purpose::Touch { scanned, .. }, Answer::Touched { left_expired }) => {
+                self.session.touch.learn(scanned.reclaimed(), left_expired)
             }
             (Purpose::AuditNames { first }, Answer::Scanned(reply)) => {
                 self.session.names.learn(first.reclaimed(), Some(reply.reclaimed()));
@@ -421,10 +422,10 @@ impl ShardSweep {
             Verdict::Broken(why) => {
                 let message = format!("the cursors of {} lead nowhere: {why}", self.session.addr());
                 let failure = Failure::new(FailureKind::Protocol, message);
-                let hint = "is this a Redis or Valkey server, and is nothing in between that answers for it?";
+                let hint = "is this a Redis or Valkey server, or does a proxy answer in its place?";
                 return Err(failure.hint(hint).into());
             }
-            // Carried out by the exchange that they led to.
+            // `take` has sent the follow-up.
             Verdict::AuditNames | Verdict::TouchKeys(_) | Verdict::WalkClosely(_) => {}
         }
         if pass.reported.elapsed() >= REPORT_EVERY {
@@ -446,19 +447,19 @@ impl ShardSweep {
             }
         }
         pass.figures.checkpoint.position = pass.segments.position();
-        // Each worker's, and the one that is being counted.
+        // One of each worker, and the one that is being counted.
         pass.figures.gauges.under_way = self.depth_of(pass) as u64 + 1;
-        if freed > pass.freed_at_proof {
-            (pass.freed_at_proof, pass.proven) = (freed, pass.figures.checkpoint.position);
+        if freed > pass.reclaimed_at_proof {
+            (pass.reclaimed_at_proof, pass.proven) = (freed, pass.figures.checkpoint.position);
         }
         self.write_journal(pass).await;
     }
 
-    /// Receives and counts what is under way; where the sweep goes on is another matter. Returns whether nothing went wrong; else
-    /// the sweep has gone back.
+    /// Receives and counts everything under way, without moving the pass. Returns whether that worked; if not, the connection was
+    /// lost and the sweep has recovered.
     async fn settle(&mut self, pass: &mut Pass) -> Result<bool, End> {
         while let Some(worker) = pass.pipeline.next(&self.session) {
-            match self.take_in(worker, pass).await {
+            match self.receive_and_count(worker, pass).await {
                 Ok(()) => {}
                 Err(error) => return self.lost(error, pass).await.map(|()| false),
             }
@@ -467,7 +468,7 @@ impl ShardSweep {
         Ok(true)
     }
 
-    async fn take_in(&mut self, worker: usize, pass: &mut Pass) -> Result<(), NodeError> {
+    async fn receive_and_count(&mut self, worker: usize, pass: &mut Pass) -> Result<(), NodeError> {
         let Some(exchange) = pass.pipeline.workers[worker].exchange else { return Ok(()) };
         let conn = &mut self.session.conns[worker];
         let received = match exchange.purpose {
@@ -482,26 +483,26 @@ impl ShardSweep {
                 self.count(&exchange, &received, timing, pass);
                 Ok(())
             }
-            // Refused, it has freed nothing, and the sweep that goes on is told the same.
+            // A refused batch has reclaimed nothing, and the next one will be refused too.
             Err(NodeError::Server { .. }) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    /// A batch that was not answered. What else is under way is taken in, without much patience: the connections are given up.
+    /// Handles a batch without an answer: counts what else is under way, then reconnects.
     async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
         if !matches!(error, NodeError::Server { .. }) {
             pass.figures.counters.lost_replies += 1;
         }
-        self.last_words(pass).await;
+        self.drain(pass).await;
         self.recover(error, Some(pass)).await
     }
 
-    /// Takes in what is still under way when the pass ends or its connections do.
-    pub(super) async fn last_words(&mut self, pass: &mut Pass) {
-        let deadline = Instant::now() + LAST_WORDS;
+    /// Counts what is still under way when the pass ends or its connections do, for [`DRAIN_WITHIN`] at most.
+    pub(super) async fn drain(&mut self, pass: &mut Pass) {
+        let deadline = Instant::now() + DRAIN_WITHIN;
         while let Some(worker) = pass.pipeline.next(&self.session) {
-            if !matches!(timeout_at(deadline, self.take_in(worker, pass)).await, Ok(Ok(()))) {
+            if !matches!(timeout_at(deadline, self.receive_and_count(worker, pass)).await, Ok(Ok(()))) {
                 pass.pipeline.workers[worker].exchange = None;
                 self.session.conns[worker].forget();
                 pass.figures.counters.lost_replies += 1;
@@ -509,26 +510,26 @@ impl ShardSweep {
         }
     }
 
-    /// Deletions may not work: back to the last place where they did, and look again until they do.
+    /// Deletions may be blocked: goes back to where they last worked, and tries again until they do.
     async fn suspect(&mut self, hidden: u64, at: ScanPosition, pass: &mut Pass) -> Result<(), End> {
-        // A reply that is still to come is none to the batches after the wait.
+        // A reply that is still to come must not be taken for that of a batch after the wait.
         if !self.settle(pass).await? {
             return Ok(());
         }
         pass.go_back();
         self.write_journal(pass).await;
-        pass.doubts += 1;
-        pass.doubted = at;
-        if pass.doubts > DOUBTS {
+        pass.suspicions += 1;
+        pass.suspected_at = at;
+        if pass.suspicions > SUSPICIONS_BEFORE_HOLD {
             let detail = format!("at least {hidden} expired keys were hidden and not freed by one batch");
             self.begin_hold(Reason::DeletionBlocked, Some(detail)).await;
             self.report(pass).await;
-            // Another master of the host may be swept meanwhile, each time anew.
+            // Another master of the host may be swept meanwhile; `begin_hold` gives the permit back only the first time.
             self.permit = None;
-            // It may have become a replica, and the sampler may look at another server: its connection is another one.
+            // The server may be a replica now. The sampler cannot tell: its connection may lead to another server.
             let info = tokio::select! {
                 info = commands::info(self.session.conn()) => info,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
             };
             match info {
                 Ok(info) => {
@@ -542,7 +543,7 @@ impl ShardSweep {
         self.wait(BLOCKED_EVERY).await
     }
 
-    /// What the pass has swept, and what passes of this process before it have, is worth nothing.
+    /// Begins the pass again, and with it the finished passes of this process: what they swept proves nothing.
     async fn restart(&mut self, why: Restart, pass: &mut Pass) -> Result<(), End> {
         if !self.settle(pass).await? {
             return Ok(());
@@ -557,14 +558,14 @@ impl ShardSweep {
         Ok(())
     }
 
-    /// The server refuses SCAN without names: from now on they are read, and what was swept without them is swept again.
+    /// The server refuses SCAN without names: from now on names are read, and what was swept without them is swept again.
     async fn read_names(&mut self, pass: &mut Pass, why: String) -> Result<(), End> {
         if !self.session.names.give_up() {
-            // The reply to another worker has said so.
+            // Another worker's reply has said so already.
             return Ok(());
         }
         if pass.figures.counters.nameless == 0 {
-            self.reporter.warn(format!("{why}: its names are read")).await;
+            self.reporter.warn(format!("{why}: names are read")).await;
             return Ok(());
         }
         if self.settle(pass).await? {
@@ -575,8 +576,8 @@ impl ShardSweep {
     }
 }
 
-/// The worker that sends next, with a segment to walk: who walks the lowest one, or else whoever is free. `None`: nobody is, or
-/// nothing is left to walk.
+/// The idle worker that sends next: the one in the lowest segment, or else one that claims a new segment. `None`: no worker is idle,
+/// or nothing is left to walk.
 fn claim(pass: &mut Pass) -> Option<usize> {
     let segments = &mut pass.segments;
     let idle = |number: &usize| pass.pipeline.workers[*number].exchange.is_none();
@@ -606,17 +607,17 @@ fn compose(
         // A batch without names cannot be touched.
         Some(command) => (Purpose::WalkToTouch(command), false),
         None => match names.next_batch() {
-            Names::Read => (Purpose::Walk, false),
-            Names::Left => (Purpose::Walk, true),
-            Names::Audited => (Purpose::WalkToAudit, true),
+            NamesMode::Read => (Purpose::Walk, false),
+            NamesMode::Left => (Purpose::Walk, true),
+            NamesMode::Audited => (Purpose::WalkToAudit, true),
         },
     };
     Exchange { purpose, request: Request { from, count, nameless, gauge }, segment }
 }
 
-/// Keys that SCAN had left dead and a touch has freed. A key may also be gone because its owner has deleted it since the SCAN.
-/// And a long touch is not run back to back: what others did in between is not ours.
-fn left_dead(purpose: Purpose, reply: &TouchReply) -> u64 {
+/// Expired keys that SCAN had left and a touch has reclaimed. The smaller of two counts: a key may be gone because a client has deleted
+/// it since the SCAN, and a long touch does not run back to back, so DBSIZE may hold changes by other clients.
+fn left_expired(purpose: Purpose, reply: &TouchReply) -> u64 {
     let no_key = if matches!(purpose, Purpose::Touch { command: "TTL", .. }) { -2 } else { 0 };
     let gone = reply.answers.iter().filter(|answer| **answer == Some(no_key)).count() as u64;
     reply.reclaimed().min(gone)

@@ -1,12 +1,11 @@
-//! Letting the server itself do what it does more cheaply.
+//! `assist-expiry`: the server's own active expiry frees what it can free more cheaply, before the sweep.
 //!
-//! Active expiry walks only the keys that have a TTL, and stops near 10 per cent of stale ones, or near 1 per cent with
-//! `active-expire-effort 10`. Where few of many keys have a TTL that costs far less per freed key than SCAN. So, where the
-//! operator asks for it, the effort is raised for a while, under the same throttle as the sweep, which then frees the rest.
+//! Active expiry visits only keys that have a TTL. It stops when about 10 per cent of them have expired, or about 1 per cent with
+//! `active-expire-effort 10`. If few of many keys have a TTL, that costs far less per key than SCAN. So, if the operator asks for it,
+//! the effort is raised for a while, under the same throttle as the sweep, and the sweep then reclaims the rest.
 //!
-//! The old value is noted beside the state file before anything is changed, and put back on every way out, also on a server
-//! that has lost its part to another meanwhile. Where it does not answer, the end of the sweep tries again, and then every
-//! later sweep of the instance.
+//! The old value is noted beside the state file before it is changed, and restored on every way out, even if another server has taken
+//! over meanwhile. If the server does not answer, the end of the sweep tries again, and then every later sweep of the instance.
 
 use std::time::Duration;
 
@@ -24,61 +23,61 @@ use crate::store::undo::{Undo, UndoNote};
 
 const PARAMETER: &str = "active-expire-effort";
 const MOST: &str = "10";
-/// Once active expiry finds no more than this share stale it has done what it can: at the highest effort it stops at 1 %.
+/// Active expiry is done once no more than this share of its sample has expired: at the highest effort it stops at 1 %.
 const SETTLED: f64 = 0.015;
-/// The share that the server tells is a moving mean: it has to be given this long to follow.
+/// The server's share of expired keys is a moving mean, which needs this long to follow.
 const AT_LEAST: Duration = Duration::from_secs(2);
-/// Pause between looks.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Pause between two readings of INFO.
+const READ_EVERY: Duration = Duration::from_millis(250);
 
 impl ShardSweep {
-    /// Puts back what sweeps before this one could not, or this one on a server that did not answer.
-    pub(super) async fn put_back_what_was_left(&mut self) {
+    /// Restores the values that earlier sweeps of this instance, or this sweep, could not restore.
+    pub(super) async fn restore_from_notes(&mut self) {
         let Some(dir) = &self.job.journals else { return };
         let target = self.job.map.topology().target().to_string();
         let ours = |undo: &Undo| undo.target == target || undo.addr == *self.session.addr();
         for note in UndoNote::left(dir, ours) {
             let Undo { addr, parameter, value, .. } = note.undo.clone();
-            if self.put_back(note).await {
+            if self.restore(note).await {
                 let message = format!("{parameter} of {addr} had been left at {MOST}: it was put back to {value}");
                 self.reporter.warn(message).await;
             }
         }
     }
 
-    /// Raises the effort until few stale keys are left, for `at_most` that long.
+    /// Raises the effort until few expired keys are left, but no longer than `at_most`.
     pub(super) async fn assist(&mut self, at_most: Duration) -> Result<(), End> {
         let note = match self.raise().await {
             Ok(Ok(note)) => note,
             Ok(Err(why)) => {
-                self.reporter.warn(format!("the server's own expiry was not helped: {why}")).await;
+                self.reporter.warn(format!("active-expire-effort was not raised: {why}")).await;
                 return Ok(());
             }
             Err(error) => {
                 self.recover(error, None).await?;
-                self.reporter.warn("the server's own expiry was not helped: the connection was lost".to_owned()).await;
-                // The answer was lost, and perhaps not the order.
-                self.put_back_what_was_left().await;
+                self.reporter.warn("active-expire-effort was not raised: the connection was lost".to_owned()).await;
+                // The answer was lost, but the server may have carried out the CONFIG SET.
+                self.restore_from_notes().await;
                 return Ok(());
             }
         };
         let (begun, before, addr) = (Instant::now(), self.session.baseline.stale_share, note.undo.addr.clone());
         let watched = self.watch_expiry(at_most, &note.undo.value).await;
         self.end_hold().await;
-        self.put_back(note).await;
+        self.restore(note).await;
         let what = match watched? {
-            Some((stale, freed)) => format!(
-                "the server freed {freed} keys itself, and its sample of stale keys went from {} to {}",
+            Some((left, freed)) => format!(
+                "the server freed {freed} keys itself, and the expired share of its sample went from {} to {}",
                 percent(before),
-                percent(stale)
+                percent(left)
             ),
-            None => format!("then {addr} was restarted, or another took over from it"),
+            None => format!("then {addr} was restarted, or another server took over"),
         };
         self.reporter.warn(format!("{PARAMETER} was {MOST} for {:.1} s: {what}", begun.elapsed().as_secs_f64())).await;
         Ok(())
     }
 
-    /// The outer error is the connection's; the inner one says why the effort was not raised.
+    /// Notes the old effort and raises it. The outer error is that of the connection; the inner one says why the effort was not raised.
     async fn raise(&mut self) -> Result<Result<UndoNote, String>, NodeError> {
         let Some(dir) = self.job.journals.clone() else { return Ok(Err("there is no state file".to_owned())) };
         let Some(value) = commands::config(self.session.conn(), PARAMETER).await? else {
@@ -103,33 +102,33 @@ impl ShardSweep {
         }
     }
 
-    /// Waits until few stale keys are left. Returns their share and what was freed meanwhile, or nothing where the server
-    /// whose effort was raised is not the one that is swept any more. `value`: the old one, in force while this holds.
+    /// Waits until few expired keys are left. Returns their share and how many keys were freed meanwhile; `None`: another server is
+    /// swept now. `value`: the old effort, which is in force during holds.
     async fn watch_expiry(&mut self, at_most: Duration, value: &str) -> Result<Option<(Option<f64>, u64)>, End> {
         let (begun, process) = (Instant::now(), self.session.number);
         let first = self.session.baseline.expired_keys.unwrap_or(0);
         let mut suspect = false;
         loop {
-            self.wait(LOOK_EVERY).await?;
+            self.wait(READ_EVERY).await?;
             let info = self.info().await?;
             if self.session.number != process {
                 return Ok(None);
             }
-            let orders = *self.orders.borrow();
-            if self.session.foreground.look_is_due(&orders.tuning)
-                && let Err(error) = self.measure_others().await
+            let control = *self.control.borrow();
+            if self.session.foreground.look_is_due(&control.tuning)
+                && let Err(error) = self.measure_foreground().await
             {
                 self.recover(error, None).await?;
                 continue;
             }
             let seen = Observation { latency: self.session.sampler.latency(), ..Observation::from_info(&info) };
-            let seen = self.session.beside_others(seen);
+            let seen = self.session.with_foreground(seen);
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
             let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
-            let is_over = begun.elapsed() >= at_most || orders.holds().is_some();
-            match throttle::decide(&seen, &self.session.baseline, &orders.tuning, held) {
-                // A hold that was ordered is the sweep's own to tell, and ends this.
+            let is_over = begun.elapsed() >= at_most || control.holds().is_some();
+            match throttle::decide(&seen, &self.session.baseline, &control.tuning, held) {
+                // A requested hold ends the assistance: the sweep itself reports it.
                 Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {
                     return Ok(Some((seen.stale_share, freed)));
                 }
@@ -143,7 +142,7 @@ impl ShardSweep {
                     let _ = commands::set_config(self.session.conn(), PARAMETER, value).await;
                     self.begin_hold(reason, detail).await;
                 }
-                // The sweep itself meets it next, and follows.
+                // The sweep finds the new master.
                 Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
                     return Ok(Some((seen.stale_share, freed)));
                 }
@@ -157,8 +156,8 @@ impl ShardSweep {
         }
     }
 
-    /// Puts the old value back where it was changed, and says so if that fails. Then the note stays for the next attempt.
-    async fn put_back(&mut self, note: UndoNote) -> bool {
+    /// Restores the old value on the server where it was changed. If that fails, warns, and leaves the note for the next attempt.
+    async fn restore(&mut self, note: UndoNote) -> bool {
         let Undo { addr, parameter, value, .. } = &note.undo;
         let mut done = Ok(());
         // A full server has no room for another connection.
@@ -170,7 +169,7 @@ impl ShardSweep {
             Err(error) => {
                 let message = format!(
                     "{parameter} of {addr} was raised to {MOST} and cannot be put back to {value} now: {error}. Sweeps of this \
-                     instance try it again. Or run CONFIG SET {parameter} {value} there and remove {}",
+                     instance try again. Or run CONFIG SET {parameter} {value} there and remove {}",
                     note.path().display()
                 );
                 self.reporter.warn(message).await;
@@ -181,7 +180,8 @@ impl ShardSweep {
     }
 }
 
-/// Waits no longer for an answer than for a connection: what was swept before must not keep the sweep from what is swept now.
+/// Sets a parameter over a connection of its own. Waits no longer for the answer than for a connection: a server that was swept before
+/// must not delay the sweep of this one.
 async fn set_config_at(addr: &NodeAddr, options: &ConnOptions, parameter: &str, value: &str) -> Result<(), NodeError> {
     let limit = options.connect_timeout;
     let options = ConnOptions { response_timeout: options.response_timeout.min(limit), ..options.clone() };

@@ -1,12 +1,12 @@
-//! What makes the loop stand still. The order of one place: orders, foreground, throttle, permit, each with no batch under way;
-//! then rest and ceiling, which the pacer asks for before each batch. Every wait ends at once when a stop is ordered, and each
-//! hold is told with its reason when it begins and when it ends.
+//! Everything that makes the loop stand still, in one place and one order: control, foreground, throttle, permit, each with no batch
+//! under way; then rest and ceiling, which the pacer asks for before each batch. Every wait ends at once when a stop is requested. Each
+//! hold is reported with its reason when it begins and when it ends.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, StopReason, stop_ordered};
+use crate::engine::control::{ControlState, StopReason, stop_requested};
 use crate::engine::policy::expiry_guard::Advice;
 use crate::engine::policy::foreground;
 use crate::engine::policy::ledger::Doing;
@@ -21,18 +21,19 @@ use crate::node::commands;
 use crate::node::error::NodeError;
 use crate::settings::Tuning;
 
-/// During a hold that an observation began, a server of which nothing was seen for this long is asked whether it is there.
+/// During a hold by the throttle, a server without a new observation for this long gets a PING, to find out whether it still answers.
 const UNSEEN_AT_MOST: Duration = Duration::from_secs(3);
 
 impl ShardSweep {
-    /// Takes in what is new and changes only the pace. Returns whether the loop has to stand still, once nothing is under way.
+    /// Reads the control state and the newest observation, and adapts the pace. Returns whether the loop has to stand still as soon as
+    /// no batch is under way.
     pub(super) async fn must_stand_still(&mut self, pass: &mut Pass) -> Result<bool, End> {
-        let orders = *self.orders.borrow();
-        if orders.stop.is_some() || orders.holds().is_some() || self.ordered_hold {
+        let control = *self.control.borrow();
+        if control.stop.is_some() || control.holds().is_some() || self.requested_hold {
             return Ok(true);
         }
-        self.tune(orders.tuning);
-        if self.permit.is_none() || self.session.foreground.look_is_due(&orders.tuning) {
+        self.tune(control.tuning);
+        if self.permit.is_none() || self.session.foreground.look_is_due(&control.tuning) {
             return Ok(true);
         }
         match self.session.sampler.take_new() {
@@ -42,24 +43,24 @@ impl ShardSweep {
         }
         match self.decide() {
             (_, Decision::Hold(..) | Decision::Abort(_)) => {
-                // Decided upon again in `throttle`.
+                // `throttle` decides again, with no batch under way.
                 self.session.decided = false;
                 Ok(true)
             }
-            (seen, Decision::Proceed) => self.go_on(pass, &seen, orders.tuning.intensity).await.map(|()| false),
+            (seen, Decision::Proceed) => self.go_on(pass, &seen, control.tuning.intensity).await.map(|()| false),
             (seen, Decision::Rest(share)) => self.go_on(pass, &seen, share).await.map(|()| false),
         }
     }
 
-    /// Stands still as long as anything wants that. Called with nothing under way.
+    /// Stands still as long as anything holds the sweep. Called with no batch under way.
     pub(super) async fn stand_still(&mut self, pass: &mut Pass) -> Result<(), End> {
         self.obey(pass).await?;
-        self.look_around(pass).await?;
+        self.measure_foreground_if_due(pass).await?;
         self.throttle(pass).await?;
         self.take_permit(pass).await
     }
 
-    /// Takes other limits in.
+    /// Applies changed limits.
     fn tune(&mut self, tuning: Tuning) {
         if self.pacer.tune(tuning) {
             self.pacer.set_intensity(tuning.intensity);
@@ -67,37 +68,37 @@ impl ShardSweep {
         }
     }
 
-    /// Takes new orders in. Holds while they say so.
+    /// Holds while the control state says so, or while the lease is over.
     async fn obey(&mut self, pass: &mut Pass) -> Result<(), End> {
         loop {
-            let orders = *self.orders.borrow_and_update();
-            stop_of(&orders)?;
-            self.tune(orders.tuning);
-            let Some(reason) = orders.holds() else {
-                if std::mem::take(&mut self.ordered_hold) {
+            let control = *self.control.borrow_and_update();
+            check_stop(&control)?;
+            self.tune(control.tuning);
+            let Some(reason) = control.holds() else {
+                if std::mem::take(&mut self.requested_hold) {
                     self.end_hold().await;
                 }
                 return Ok(());
             };
-            self.ordered_hold = true;
+            self.requested_hold = true;
             self.begin_hold(reason, None).await;
             self.report(pass).await;
-            if self.orders.changed().await.is_err() {
-                // Nobody is left who could say "go on", and nobody who could say "stop".
+            if self.control.changed().await.is_err() {
+                // Every `Control` is gone: nothing can end this hold any more.
                 return Err(End::Stopped(StopReason::Interrupted));
             }
         }
     }
 
-    /// Stands still for a moment, now and then, to see what others need.
-    async fn look_around(&mut self, pass: &mut Pass) -> Result<(), End> {
-        if !self.session.foreground.look_is_due(&self.orders.borrow().tuning) {
+    /// Stands still for a moment, if that is due, to measure the load by other clients.
+    async fn measure_foreground_if_due(&mut self, pass: &mut Pass) -> Result<(), End> {
+        if !self.session.foreground.look_is_due(&self.control.borrow().tuning) {
             return Ok(());
         }
         if self.hold.is_none() {
             self.ledger.turn_to(Doing::Resting);
         }
-        let measured = self.measure_others().await;
+        let measured = self.measure_foreground().await;
         if self.hold.is_none() {
             self.ledger.turn_to(Doing::Exchanging);
         }
@@ -110,27 +111,28 @@ impl ShardSweep {
         }
     }
 
-    pub(super) async fn measure_others(&mut self) -> Result<(), NodeError> {
+    /// Measures the load by other clients for [`foreground::LOOK_FOR`]. Called with no batch under way.
+    pub(super) async fn measure_foreground(&mut self) -> Result<(), NodeError> {
         let before = commands::load(self.session.conn()).await?;
         let from = Instant::now();
         tokio::time::sleep(foreground::LOOK_FOR).await;
         let after = commands::load(self.session.conn()).await?;
         let span = from.elapsed();
         let commands = after.commands.zip(before.commands).map(|(now, then)| now.saturating_sub(then));
-        // Two of them were ours.
+        // Two of these commands were our own.
         let ops = commands.map(|all| (all.saturating_sub(2) as f64 / span.as_secs_f64()) as u64);
         self.session.foreground.learn(foreground::busy_share(before.cpu, after.cpu, span), ops);
         Ok(())
     }
 
-    /// What was last seen, and what it means.
+    /// The last observation, and what the throttle decides on it.
     fn decide(&mut self) -> (Observation, Decision) {
-        let seen = self.session.beside_others(self.session.seen.clone());
+        let seen = self.session.with_foreground(self.session.seen.clone());
         if let Some(stat) = seen.scan_stat {
             self.pacer.observe(stat);
         }
         let held = self.hold.map(|(reason, _)| reason);
-        let decision = throttle::decide(&seen, &self.session.baseline, &self.orders.borrow().tuning, held);
+        let decision = throttle::decide(&seen, &self.session.baseline, &self.control.borrow().tuning, held);
         (seen, decision)
     }
 
@@ -143,23 +145,23 @@ impl ShardSweep {
         }
         let mut suspect = false;
         loop {
-            let tuning = self.orders.borrow().tuning;
+            let tuning = self.control.borrow().tuning;
             let (seen, decision) = self.decide();
             match decision {
                 Decision::Proceed => return self.go_on(pass, &seen, tuning.intensity).await,
                 Decision::Rest(share) => return self.go_on(pass, &seen, share).await,
                 Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
                     self.demoted(failure, pass).await?;
-                    // The one that was found was looked at when it was reached.
+                    // The new master was observed when it was reached.
                     return Ok(());
                 }
-                // One look may have met a moment.
+                // One observation may be an outlier: a hard limit needs two.
                 Decision::Abort(failure) if failure.kind == FailureKind::LimitPassed && !suspect => suspect = true,
                 Decision::Abort(failure) => return Err(failure.into()),
                 Decision::Hold(reason, detail) => {
                     suspect = false;
                     if matches!(reason, Reason::Loading | Reason::Failover | Reason::DeletionBlocked) {
-                        // What was swept since the last proof may have been swept under the same condition.
+                        // What was swept since deletions were last proven may have been swept while they were blocked.
                         pass.go_back();
                     }
                     if self.begin_hold(reason, detail).await {
@@ -170,29 +172,29 @@ impl ShardSweep {
             self.write_journal(pass).await;
             self.session.seen = tokio::select! {
                 next = self.session.sampler.next() => next,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
                 () = tokio::time::sleep(UNSEEN_AT_MOST) => match commands::ping(self.session.conn()).await {
                     Ok(()) => continue,
-                    // The server is gone, and nothing else can tell that the hold is over.
+                    // The server is gone. Without a new connection nothing would end this hold.
                     Err(error) => return self.recover(error, Some(pass)).await,
                 },
             };
             if self.session.foreground.look_is_due(&tuning)
-                && let Err(error) = self.measure_others().await
+                && let Err(error) = self.measure_foreground().await
             {
                 return self.recover(error, Some(pass)).await;
             }
         }
     }
 
-    /// Nothing holds the sweep: how much may it take?
+    /// Goes on at the share of the master's time that throttle and expiry guard allow.
     async fn go_on(&mut self, pass: &mut Pass, seen: &Observation, share: f64) -> Result<(), End> {
-        // A hold that the arithmetic began is ended by the arithmetic, in the batch loop.
+        // The batch loop began the hold for blocked deletions, and only a batch can end it.
         if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
             self.end_hold().await;
         }
-        let advice = pass.guard.look(pass.begun.elapsed(), seen, &pass.figures.counters, pass.keys);
-        let most = self.orders.borrow().tuning.intensity;
+        let advice = pass.guard.advise(pass.begun.elapsed(), seen, &pass.figures.counters, pass.keys);
+        let most = self.control.borrow().tuning.intensity;
         self.session.decided = true;
         match advice {
             Advice::Fine => self.pacer.set_intensity(share),
@@ -200,13 +202,13 @@ impl ShardSweep {
             Advice::Stop(failure) if !self.job.settings.allow_slow => return Err(failure.into()),
             Advice::Stop(failure) => {
                 self.pacer.set_intensity(most);
-                self.reporter.warn(format!("{} (sweeping on, as asked)", failure.message)).await;
+                self.reporter.warn(format!("{} (going on, since allow-slow is set)", failure.message)).await;
             }
         }
         Ok(())
     }
 
-    /// Takes a permit, and says so where there is none.
+    /// Takes a permit, and holds while there is none.
     async fn take_permit(&mut self, pass: &mut Pass) -> Result<(), End> {
         if self.permit.is_some() {
             return Ok(());
@@ -218,7 +220,7 @@ impl ShardSweep {
             self.session.sampler.slow_down(true);
             let permit = tokio::select! {
                 permit = self.job.permits.take(&self.session.master.addr) => permit,
-                reason = stop_ordered(&mut self.orders) => return Err(End::Stopped(reason)),
+                reason = stop_requested(&mut self.control) => return Err(End::Stopped(reason)),
             };
             self.session.sampler.slow_down(false);
             self.permit = Some(permit);
@@ -227,7 +229,7 @@ impl ShardSweep {
         Ok(())
     }
 
-    /// Rests until the pacer lets the next batch go. Called with nothing under way.
+    /// Rests until the pacer allows the next batch. Called with no batch under way.
     pub(super) async fn rest(&mut self, pass: &mut Pass, until: Instant) -> Result<(), End> {
         let due = until.saturating_duration_since(Instant::now());
         if due >= REPORT_EVERY {
@@ -236,20 +238,20 @@ impl ShardSweep {
         self.ledger.turn_to(Doing::Resting);
         let rested = tokio::select! {
             () = pass.pipeline.timer.until(until) => Ok(()),
-            reason = stop_ordered(&mut self.orders) => Err(End::Stopped(reason)),
+            reason = stop_requested(&mut self.control) => Err(End::Stopped(reason)),
         };
         self.ledger.turn_to(Doing::Exchanging);
         rested
     }
 
-    /// Begins a hold, unless it holds for this reason already. Returns whether it did.
+    /// Begins a hold, unless the sweep holds for this reason already. Returns whether a hold began.
     pub(super) async fn begin_hold(&mut self, reason: Reason, detail: Option<String>) -> bool {
         if self.hold.is_some_and(|(current, _)| current == reason) {
             return false;
         }
         self.end_hold().await;
         if reason != Reason::Paused {
-            // Another master of the host may be swept meanwhile. A pause is the whole task's.
+            // Another master of the host may be swept meanwhile; a pause holds them all.
             self.permit = None;
         }
         self.hold = Some((reason, Instant::now()));
@@ -265,6 +267,6 @@ impl ShardSweep {
     }
 }
 
-fn stop_of(orders: &Orders) -> Result<(), End> {
-    orders.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
+fn check_stop(control: &ControlState) -> Result<(), End> {
+    control.stop.map_or(Ok(()), |reason| Err(End::Stopped(reason)))
 }

@@ -62,7 +62,7 @@ impl ShardSweep {
         }
         let session = self.session.number;
         let Some(keep) = &mut self.keep else { return Ok(()) };
-        let fastest = expiry_guard::fastest(&self.orders.borrow().tuning);
+        let fastest = expiry_guard::fastest(&self.control.borrow().tuning);
         if let Some(cannot) = keep.pace.begin_lap(table, fastest, Instant::now()) {
             self.reporter.warn(self.cannot_keep(&cannot)).await;
         }
@@ -90,7 +90,7 @@ impl ShardSweep {
     }
 
     fn cannot_keep(&self, cannot: &CannotKeep) -> String {
-        let tuning = self.orders.borrow().tuning;
+        let tuning = self.control.borrow().tuning;
         let ceiling = tuning.max_keys_per_sec.map(|keys| format!(", max-keys-per-sec {}", grouped(keys.into())));
         let backlog = self.keep.as_ref().map(|keep| keep.pace.figures()).and_then(|figures| figures.backlog);
         format!(

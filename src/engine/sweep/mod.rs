@@ -3,15 +3,15 @@
 //! | file | what it does |
 //! |---|---|
 //! | `shard` | the shard's sweep from beginning to end, DB after DB |
-//! | `session` | what is known of one server process; gone with it |
-//! | `retry` | comes to the master, and back to it |
+//! | `session` | what is known of one server process; replaced with it |
+//! | `retry` | connects to the master, and reconnects |
 //! | `pass` | the sweep of one DB: begins, goes back, ends |
 //! | `batch_loop` | one turn: wait, send, receive, judge, apply |
 //! | `keep` | the pace that keeps a bound |
 //! | `laps` | lap after lap at that pace |
 //! | `pipeline` | the workers and their connections |
-//! | `hold` | what makes the loop stand still, in order |
-//! | `expire_effort` | lets the server's own expiry try harder first |
+//! | `hold` | everything that makes the loop stand still |
+//! | `expire_effort` | raises the effort of active expiry first |
 //! | `timer` | sleeps of microseconds |
 
 mod batch_loop;
@@ -26,4 +26,4 @@ mod session;
 mod shard;
 mod timer;
 
-pub(super) use shard::{Ended, Job, run};
+pub(super) use shard::{ShardJob, ShardResult, run};

@@ -1,4 +1,4 @@
-//! The sweep of one DB: what is known of it while it runs, and how it begins, goes back and ends.
+//! The sweep of one DB: its state, and how it begins, goes back and ends.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::model::slots::CursorSpace;
 use crate::node::commands;
 use crate::store::journal::Journal;
 
-/// Progress is reported this often.
+/// Progress is reported at most this often.
 pub(super) const REPORT_EVERY: Duration = Duration::from_millis(100);
 
 /// One pass over one DB while it runs.
@@ -26,42 +26,44 @@ pub(super) struct Pass {
     pub(super) figures: PassFigures,
     pub(super) segments: Segments,
     pub(super) pipeline: Pipeline,
-    /// When it began, or went on.
+    /// When the pass began, or went on after a checkpoint.
     pub(super) begun: Instant,
     /// DBSIZE after the last batch.
     pub(super) keys: u64,
     pub(super) guard: ExpiryGuard,
-    /// Keys that were met and that live.
+    /// Live keys that were met.
     pub(super) met: u64,
-    /// Share of the cursor space that was walked.
+    /// Share of the cursor space that was walked, from 0 to 1.
     pub(super) walked: f64,
-    /// From here on deletions were proven to work: where to go back to when they stop.
+    /// The last position at which deletions were proven to work: the pass goes back to it when they stop.
     pub(super) proven: ScanPosition,
-    /// Keys that had been freed then.
-    pub(super) freed_at_proof: u64,
-    /// How often hidden keys were proven since a batch without any.
-    pub(super) doubts: u32,
-    /// How far the pass has to come before those doubts are gone: where hidden keys were last proven.
-    pub(super) doubted: ScanPosition,
+    /// Keys that had been reclaimed when `proven` was set.
+    pub(super) reclaimed_at_proof: u64,
+    /// How often hidden keys were proven since the last batch that showed deletions at work.
+    pub(super) suspicions: u32,
+    /// Where hidden keys were last proven: a batch beyond it without hidden keys ends the suspicion.
+    pub(super) suspected_at: ScanPosition,
     pub(super) still: StillPass,
     /// Whether keys were returned that were not touched.
     pub(super) untouched: bool,
     pub(super) cursors: CursorLoop,
+    /// When progress was last reported.
     pub(super) reported: Instant,
+    /// The batch journal; `None`: there is no state file, or the journal could not be written.
     pub(super) journal: Option<Journal>,
 }
 
 impl Pass {
-    /// The workers are forgotten, and the pass goes on at its position.
+    /// Forgets the workers: the pass goes on at its position.
     pub(super) fn forget_workers(&mut self) {
         self.go_on_at(self.figures.checkpoint.position);
         self.cursors.walks_again();
     }
 
-    /// Back to where deletions were last proven to work.
+    /// Goes back to where deletions were last proven to work.
     pub(super) fn go_back(&mut self) {
         self.go_on_at(self.proven);
-        self.freed_at_proof = self.figures.counters.reclaimed;
+        self.reclaimed_at_proof = self.figures.counters.reclaimed;
         self.cursors = CursorLoop::default();
         self.still = StillPass::default();
         if self.proven != ScanPosition::NotStarted || self.segments.is_cut() {
@@ -73,7 +75,7 @@ impl Pass {
         self.figures.checkpoint.position = position;
         self.segments.go_on_at(position);
         self.pipeline.forget();
-        // It did not come here batch by batch: keys are spread evenly.
+        // The pass did not come here batch by batch: the estimate assumes that keys are spread evenly.
         self.walked = self.figures.checkpoint.fraction();
         self.met = (self.walked * self.keys as f64) as u64;
     }
@@ -82,7 +84,7 @@ impl Pass {
 impl ShardSweep {
     pub(super) async fn sweep_db(&mut self, db: DbIndex) -> Result<(), End> {
         let mut figures = self.job.shard.passes.remove(&db).unwrap_or_default();
-        // The checkpoint was of the process that we met first, and another one may answer by now.
+        // The position may come from another server process than the one that answers now.
         let was_begun = figures.checkpoint.position != ScanPosition::NotStarted;
         let position = match self.session.position_of(&figures.checkpoint) {
             ScanPosition::Finished => ScanPosition::NotStarted,
@@ -93,20 +95,20 @@ impl ShardSweep {
         figures.checkpoint.position = position;
         if was_begun && position == ScanPosition::NotStarted {
             figures.counters.restarts += 1;
-            let why = self.session.again.clone().or_else(|| self.job.shard.again.clone());
+            let why = self.session.restart_reason.clone().or_else(|| self.job.shard.restart_reason.clone());
             let why = why.unwrap_or_else(|| "another server process answers".to_owned());
             self.reporter.say(ScanEventKind::PassRestarted { db, why, figures: figures.clone() }).await;
         }
         let mut pass = Pass {
             db,
             proven: position,
-            freed_at_proof: figures.counters.reclaimed,
+            reclaimed_at_proof: figures.counters.reclaimed,
             untouched: position != ScanPosition::NotStarted,
             figures,
             segments: Segments::new(CursorSpace::default(), 0, position),
             pipeline: Pipeline::new(self.pacer.intensity()),
-            doubts: 0,
-            doubted: ScanPosition::NotStarted,
+            suspicions: 0,
+            suspected_at: ScanPosition::NotStarted,
             still: StillPass::default(),
             cursors: CursorLoop::default(),
             reported: Instant::now(),
@@ -117,18 +119,18 @@ impl ShardSweep {
             guard: ExpiryGuard::new(false, 0, None),
             journal: self.open_journal(db).await,
         };
-        // To people the laps of a keep run are one pass.
+        // The laps of a keep run are reported as one pass.
         let is_lap = self.keep.as_mut().is_some_and(|keep| !keep.begins(db));
         if !is_lap {
             self.pacer.reset_slices();
             self.reporter.say(ScanEventKind::PassStarted { db, figures: pass.figures.clone() }).await;
         }
         let ended = self.begin_and_walk(&mut pass).await;
-        self.last_words(&mut pass).await;
+        self.drain(&mut pass).await;
         pass.pipeline.forget();
         self.session.conns.truncate(1);
         self.end_hold().await;
-        self.fill_in(&mut pass);
+        self.update_figures(&mut pass);
         let figures = pass.figures;
         self.job.shard.passes.insert(db, figures.clone());
         match ended {
@@ -140,7 +142,7 @@ impl ShardSweep {
 
     async fn begin_and_walk(&mut self, pass: &mut Pass) -> Result<(), End> {
         pass.keys = loop {
-            // Alone first: beside a DBSIZE that is refused, a SCAN would free keys that nobody counts.
+            // DBSIZE alone first: in a batch whose DBSIZE is refused, SCAN would reclaim keys that are not counted.
             let ready = async {
                 self.session.conn().select(pass.db).await?;
                 commands::dbsize(self.session.conn()).await
@@ -158,21 +160,21 @@ impl ShardSweep {
         self.walk(pass).await
     }
 
-    /// Cuts the pass into segments, as finely as this process allows, from `position` on.
+    /// Cuts the pass into segments from `position` on, if the cursors of this server process allow that.
     pub(super) fn cut(&self, pass: &mut Pass, position: ScanPosition) {
-        // Cursors without order cannot be told apart; a touch after each batch is a round trip that no segment saves.
+        // Segments need ordered cursors, and save no round trip if every batch is followed by a touch.
         let whole = !self.session.ordered || self.session.touch.touches_all();
         let bits = if whole { 0 } else { segments::bits_of(pass.keys) };
         pass.segments = Segments::new(self.session.space.clone(), bits, position);
         if bits > 0 || position != ScanPosition::NotStarted {
-            // Segments overlap, and a pass that goes on has batches that this one has not seen.
+            // Segments overlap, and a pass that goes on did not see its earlier batches.
             pass.still.proves_nothing();
         }
         pass.walked = pass.figures.checkpoint.fraction();
         pass.met = (pass.walked * pass.keys as f64) as u64;
     }
 
-    /// A sweep that is slower than keys expire is refused; any other is watched.
+    /// Refuses a sweep that is slower than keys expire, and starts the guard that watches any other.
     async fn guard_against_harm(&mut self, pass: &mut Pass) -> Result<(), End> {
         let settings = self.job.settings.clone();
         let mut rate = self.session.expired_per_sec;
@@ -198,7 +200,7 @@ impl ShardSweep {
                 if !settings.allow_slow {
                     return Err(failure.into());
                 }
-                self.reporter.warn(format!("{} (sweeping all the same, as asked)", failure.message)).await;
+                self.reporter.warn(format!("{} (going on, since allow-slow is set)", failure.message)).await;
             }
             rate = now.or(self.session.expired_per_sec);
             break;
@@ -208,7 +210,7 @@ impl ShardSweep {
         Ok(())
     }
 
-    /// Whether a sweep that is too slow leaves more expired keys than none. A keep run reclaims what the server's own expiry leaves.
+    /// Whether a sweep that is too slow leaves more expired keys than none. A keep run reclaims what active expiry leaves.
     fn starves_expiry(&self) -> bool {
         self.session.profile.slow_scan_starves_expiry && self.keep.is_none()
     }
@@ -224,7 +226,7 @@ impl ShardSweep {
         }
     }
 
-    /// Writes the counts down where a kill cannot reach them.
+    /// Writes the counts to the batch journal, where they survive a kill.
     pub(super) async fn write_journal(&self, pass: &mut Pass) {
         if let Some(journal) = &pass.journal
             && let Err(error) = journal.write(&pass.figures)
@@ -242,13 +244,13 @@ impl ShardSweep {
         self.reporter.warn(message).await;
     }
 
-    /// What the pass has swept is worth nothing: it begins again.
+    /// Begins the pass again: what it has swept proves nothing.
     pub(super) async fn begin_again(&self, pass: &mut Pass, why: String) {
         pass.figures.counters.restarts += 1;
         pass.figures.checkpoint.process = self.session.fingerprint();
         pass.proven = ScanPosition::NotStarted;
         pass.untouched = false;
-        pass.doubted = ScanPosition::NotStarted;
+        pass.suspected_at = ScanPosition::NotStarted;
         pass.go_back();
         self.cut(pass, ScanPosition::NotStarted);
         self.write_journal(pass).await;
@@ -256,7 +258,8 @@ impl ShardSweep {
         self.reporter.say(ScanEventKind::PassRestarted { db: pass.db, why, figures }).await;
     }
 
-    fn fill_in(&mut self, pass: &mut Pass) {
+    /// Brings the figures of the pass up to date.
+    fn update_figures(&mut self, pass: &mut Pass) {
         let figures = &mut pass.figures;
         self.ledger.settle(&mut figures.counters);
         figures.checkpoint.server_expired = self.session.seen.expired_keys;
@@ -270,7 +273,7 @@ impl ShardSweep {
     }
 
     pub(super) async fn report(&mut self, pass: &mut Pass) {
-        self.fill_in(pass);
+        self.update_figures(pass);
         pass.reported = Instant::now();
         self.reporter.say(ScanEventKind::Progressed { db: pass.db, figures: pass.figures.clone() }).await;
         if let Some(keep) = &self.keep {

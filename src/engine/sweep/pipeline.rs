@@ -1,8 +1,8 @@
-//! The workers of a pass: each has a connection, and one exchange with the server under way at most.
+//! The workers of a pass: each has a connection, and at most one exchange with the server under way.
 //!
-//! Each worker needs a connection of its own. The count of a batch is exact because its commands are run back to back, and they
-//! are since they come in one write that nothing else is in: on a shared connection the network may cut what is sent where it
-//! likes, so that another client's command gets between a SCAN and its DBSIZE.
+//! Each worker needs a connection of its own. The count of a batch is exact because the server runs its commands back to back, which
+//! it does because they arrive in one write. If batches shared a connection, the network could split their stream anywhere, and
+//! another client's command could run between a SCAN and its DBSIZE.
 
 use std::time::Instant;
 
@@ -19,22 +19,22 @@ use crate::node::conn::{Conn, ConnOptions, Request};
 use crate::node::error::NodeError;
 use crate::node::wire::Names;
 
-/// What a worker has under way.
+/// A request that a worker has sent and whose reply is to come.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Exchange {
     pub(super) purpose: Purpose,
-    /// The SCAN of it; of a touch, the SCAN before it.
+    /// The SCAN; for a touch, the SCAN before it.
     pub(super) request: Request,
     pub(super) segment: SegmentId,
 }
 
-/// Who walks a segment. Its connection has the same number in [`Session::conns`].
+/// Walks one segment at a time. Its connection has the same index in [`Session::conns`].
 #[derive(Debug, Default)]
 pub(super) struct Worker {
     pub(super) exchange: Option<Exchange>,
-    /// The segment that it walks.
+    /// The segment that the worker has claimed.
     pub(super) segment: Option<SegmentId>,
-    /// The names of a batch that is to be touched.
+    /// The keys of a batch that is to be touched.
     pub(super) names: Names,
 }
 
@@ -43,13 +43,14 @@ pub(super) struct Pipeline {
     pub(super) workers: Vec<Worker>,
     pub(super) depth: Depth,
     pub(super) timer: Timer,
-    /// When the last reply was read, of any worker.
+    /// When the last reply was read, whichever worker's it was.
     pub(super) last_read: Option<Instant>,
+    /// Connections that are being opened.
     opening: Option<JoinHandle<Vec<Conn>>>,
 }
 
 impl Pipeline {
-    /// Workers that begin at an intensity.
+    /// A pipeline of one worker, for a sweep at this intensity.
     pub(super) fn new(intensity: f64) -> Self {
         Self {
             workers: vec![Worker::default()],
@@ -60,7 +61,7 @@ impl Pipeline {
         }
     }
 
-    /// Forgets what the workers do, and the connections that are being made.
+    /// Forgets the workers, and the connections that are being opened.
     pub(super) fn forget(&mut self) {
         self.workers = vec![Worker::default()];
         if let Some(opening) = self.opening.take() {
@@ -73,27 +74,27 @@ impl Pipeline {
         self.workers.iter().filter(|worker| worker.exchange.is_some()).count()
     }
 
-    /// The worker whose reply comes next: a server works things off in the order in which they come.
+    /// The worker whose reply comes next: a server answers in the order in which requests arrive.
     pub(super) fn next(&self, session: &Session) -> Option<usize> {
         let under_way = self.workers.iter().enumerate().filter(|(_, worker)| worker.exchange.is_some());
         under_way.map(|(number, _)| number).min_by_key(|&number| session.conns[number].sent_at())
     }
 
-    /// Takes in connections that were made, and has as many made as are wanted and lent.
+    /// Adds the connections that have been opened, and opens more until there are `wanted`, or as many as the session may open.
     pub(super) async fn grow(&mut self, wanted: usize, session: &mut Session, options: &ConnOptions, db: DbIndex) {
         if let Some(opening) = self.opening.take_if(|opening| opening.is_finished()) {
             let asked = session.conns.len();
             session.conns.extend(opening.await.unwrap_or_default());
             if session.conns.len() == asked {
-                tracing::debug!(addr = %session.addr(), asked, "the server lends no more connections");
-                session.lends = asked;
+                tracing::debug!(addr = %session.addr(), asked, "the server accepts no more connections");
+                session.max_conns = asked;
             }
         }
         while self.workers.len() < session.conns.len() {
             self.workers.push(Worker::default());
         }
-        self.depth.limit(session.lends);
-        let more = wanted.min(session.lends).saturating_sub(session.conns.len());
+        self.depth.limit(session.max_conns);
+        let more = wanted.min(session.max_conns).saturating_sub(session.conns.len());
         if more > 0 && self.opening.is_none() {
             let (addr, run_id) = (session.addr().clone(), session.run_id.clone());
             let options = options.clone();
@@ -109,7 +110,7 @@ impl Pipeline {
     }
 }
 
-/// Another connection to the same process, in the same DB; `None` where another process answers.
+/// Opens another connection to the same server process, in the same DB. `None`: another process answers.
 async fn open(
     addr: &NodeAddr,
     options: &ConnOptions,

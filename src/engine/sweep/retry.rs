@@ -1,15 +1,15 @@
-//! Coming to a shard's master, and coming back to it: through lost connections, restarts and failovers.
+//! Connecting to a shard's master, and reconnecting after lost connections, restarts and failovers.
 //!
-//! One rule for the positions: they are good for the process (`run_id`) that gave them. Another process, whether the
-//! server was restarted or another node was promoted, begins every pass again: what was finished on the old one proves
-//! nothing about the new one, which may have missed the last deletions.
+//! One rule for positions: they are valid for the server process (`run_id`) that gave them. On another process, after a restart or a
+//! failover, every pass begins again: what was finished on the old process proves nothing about the new one, which may have missed the
+//! last deletions.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, stop_ordered};
+use crate::engine::control::{ControlState, stop_requested};
 use crate::engine::policy::ledger::{Doing, Ledger};
 use crate::engine::policy::observation::Observation;
 use crate::engine::policy::pacer::Pacer;
@@ -17,11 +17,11 @@ use crate::engine::policy::profile::may_be_swept;
 use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle::{self, Decision};
 use crate::engine::shards::permits::Permit;
-use crate::engine::shards::shard_map::Found;
+use crate::engine::shards::shard_map::Location;
 use crate::engine::sweep::keep::Keep;
 use crate::engine::sweep::pass::Pass;
 use crate::engine::sweep::session::{Reached, Session};
-use crate::engine::sweep::shard::{End, Job, Reporter, ShardSweep};
+use crate::engine::sweep::shard::{End, Reporter, ShardJob, ShardSweep};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::ScanEventKind;
 use crate::model::shard::ScanPosition;
@@ -32,16 +32,16 @@ use crate::node::error::{Class, NodeError};
 use crate::node::info::Info;
 use crate::node::topology::Master;
 
-/// A master that was seen so lately is not looked for again before the first attempt.
+/// The first attempt uses the address of the topology if it was read no longer ago than this.
 const FRESH: Duration = Duration::from_secs(5);
-/// The smallest of this many PINGs is the network's share of a round trip.
+/// The smallest round trip of this many PINGs is the network's share of each exchange.
 const PINGS: usize = 20;
 
 /// Why a master was not reached.
 enum Trouble {
-    /// Perhaps the next attempt will do.
+    /// Another attempt may succeed.
     Node(NodeError),
-    /// No attempt will.
+    /// No attempt can succeed.
     End(End),
 }
 
@@ -51,15 +51,15 @@ impl From<NodeError> for Trouble {
     }
 }
 
-/// Finds the shard's master, connects, and looks whether it may be swept.
-async fn reach(job: &Job, last: &Master) -> Result<Reached, Trouble> {
+/// Finds the shard's master, connects, and checks that it may be swept.
+async fn reach(job: &ShardJob, last: &Master) -> Result<Reached, Trouble> {
     match job.map.find(&job.shard.id, last).await? {
-        Found::At(master) => reach_at(job, master).await,
-        Found::Dissolved => Err(Trouble::End(End::Dissolved)),
+        Location::At(master) => reach_at(job, master).await,
+        Location::Dissolved => Err(Trouble::End(End::Dissolved)),
     }
 }
 
-async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
+async fn reach_at(job: &ShardJob, master: Master) -> Result<Reached, Trouble> {
     let mut conn = Conn::open(&master.addr, job.map.topology().options()).await?;
     let info = commands::info(&mut conn).await?;
     if info.flag("loading") == Some(true) {
@@ -71,8 +71,8 @@ async fn reach_at(job: &Job, master: Master) -> Result<Reached, Trouble> {
     Ok(Reached { conn, info, floor, baseline, master })
 }
 
-/// A replica where the master was said to be: the word of its promotion, or of its demotion, is still on its way.
-fn refused(job: &Job, failure: Failure) -> Trouble {
+/// The node may not be swept. A replica in the place of a master may be a failover that the topology does not show yet: tried again.
+fn refused(job: &ShardJob, failure: Failure) -> Trouble {
     if failure.kind == FailureKind::NotAMaster && job.map.follows() {
         return Trouble::Node(no_master(failure));
     }
@@ -92,7 +92,7 @@ fn loading(conn: &Conn) -> NodeError {
     }
 }
 
-/// What a failed attempt is called while the next one is waited for; `None` where there is no next one.
+/// The reason of the hold until the next attempt; `None`: there is no next attempt.
 fn reason_of(error: &NodeError) -> Option<Reason> {
     match (error, error.class()) {
         (_, Class::Fatal(_)) => None,
@@ -103,23 +103,24 @@ fn reason_of(error: &NodeError) -> Option<Reason> {
     }
 }
 
-/// Sleeps, unless a stop is ordered.
-async fn wait(orders: &mut watch::Receiver<Orders>, duration: Duration) -> Result<(), End> {
+/// Sleeps, unless a stop is requested.
+async fn wait(control: &mut watch::Receiver<ControlState>, duration: Duration) -> Result<(), End> {
     tokio::select! {
         () = tokio::time::sleep(duration) => Ok(()),
-        reason = stop_ordered(orders) => Err(End::Stopped(reason)),
+        reason = stop_requested(control) => Err(End::Stopped(reason)),
     }
 }
 
 impl ShardSweep {
+    /// Connects for the first time, and begins with the server process that answers.
     pub(super) async fn connect(
-        mut job: Job,
+        mut job: ShardJob,
         reporter: Reporter,
-        orders: watch::Receiver<Orders>,
+        control: watch::Receiver<ControlState>,
     ) -> Result<Self, End> {
         let mut ledger = Ledger::default();
-        let (reached, permit) = Self::first_contact(&mut job, &reporter, orders.clone(), &mut ledger).await?;
-        let tuning = orders.borrow().tuning;
+        let (reached, permit) = Self::first_contact(&mut job, &reporter, control.clone(), &mut ledger).await?;
+        let tuning = control.borrow().tuning;
         let pacer = Pacer::new(job.settings.count, job.settings.max_slice, tuning, reached.floor);
         let keep = job.settings.tuning.bounds.any().then(|| Keep::new(tuning.bounds, job.shard.kept));
         Ok(Self {
@@ -128,21 +129,21 @@ impl ShardSweep {
             pacer,
             ledger,
             hold: None,
-            ordered_hold: false,
+            requested_hold: false,
             retry: None,
             permit: Some(permit),
             job,
             reporter,
-            orders,
+            control,
         })
     }
 
-    /// A server that is loading or busy is waited for. One that cannot be reached when the sweep begins is the
-    /// operator's to mend, unless somebody can say who takes its place: a failover may be under way.
+    /// Connects to the master. A server that is loading or busy is waited for. One that cannot be reached fails the sweep, unless a
+    /// cluster or sentinels can name another master: then a failover may be under way.
     async fn first_contact(
-        job: &mut Job,
+        job: &mut ShardJob,
         reporter: &Reporter,
-        mut orders: watch::Receiver<Orders>,
+        mut control: watch::Receiver<ControlState>,
         ledger: &mut Ledger,
     ) -> Result<(Reached, Permit), End> {
         let mut budget: Option<RetryBudget> = None;
@@ -152,7 +153,7 @@ impl ShardSweep {
                 let permit = match job.turn.take() {
                     Some(turn) => {
                         let permit = turn.await;
-                        // Until then it was others' time.
+                        // The time in the queue belongs to the other shards.
                         *ledger = Ledger::default();
                         permit
                     }
@@ -167,7 +168,7 @@ impl ShardSweep {
             };
             let attempt = tokio::select! {
                 attempt = attempt => attempt,
-                reason = stop_ordered(&mut orders) => break Err(End::Stopped(reason)),
+                reason = stop_requested(&mut control) => break Err(End::Stopped(reason)),
             };
             let error = match attempt {
                 Ok(reached) => break Ok(reached),
@@ -185,14 +186,14 @@ impl ShardSweep {
                 let detail = Some(error.to_string());
                 reporter.say(ScanEventKind::HoldStarted { reason, detail }).await;
             }
-            // From the first failure on: waiting for a turn is nobody's failure.
+            // The budget starts with the first failure: waiting for a permit is none.
             let limit = job.settings.retry_for;
             let options = job.map.topology().options();
             let pause = match budget.get_or_insert_with(|| RetryBudget::new(limit, options)).next(reason, error) {
                 Ok(pause) => pause,
                 Err(failure) => break Err(failure.into()),
             };
-            if let Err(end) = wait(&mut orders, pause).await {
+            if let Err(end) = wait(&mut control, pause).await {
                 break Err(end);
             }
         };
@@ -203,12 +204,12 @@ impl ShardSweep {
         ended
     }
 
-    /// Sleeps, unless a stop is ordered.
+    /// Sleeps, unless a stop is requested.
     pub(super) async fn wait(&mut self, duration: Duration) -> Result<(), End> {
-        wait(&mut self.orders, duration).await
+        wait(&mut self.control, duration).await
     }
 
-    /// INFO, however often the connection is lost, outside of a pass.
+    /// Reads INFO outside of a pass, and reconnects as often as needed.
     pub(super) async fn info(&mut self) -> Result<Info, End> {
         loop {
             match commands::info(self.session.conn()).await {
@@ -218,7 +219,7 @@ impl ShardSweep {
         }
     }
 
-    /// INFO, however often the connection is lost. The pass goes on in its DB then.
+    /// Reads INFO during a pass, and reconnects as often as needed. The new connection is in the DB of the pass.
     pub(super) async fn info_in(&mut self, pass: &mut Pass) -> Result<Info, End> {
         loop {
             match commands::info(self.session.conn()).await {
@@ -228,8 +229,8 @@ impl ShardSweep {
         }
     }
 
-    /// Brings the connection back after `error`, or ends the sweep where that cannot help. The workers of the pass are
-    /// forgotten. Afterwards its position is the last one where the process is the same, else the beginning.
+    /// Reconnects after `error`, or ends the sweep if that cannot help. Forgets the workers of the pass. Afterwards the pass is at its
+    /// last position if the server process is the same, or else at its beginning.
     pub(super) async fn recover(&mut self, error: NodeError, mut pass: Option<&mut Pass>) -> Result<(), End> {
         if let Some(pass) = pass.as_deref_mut() {
             pass.forget_workers();
@@ -239,7 +240,7 @@ impl ShardSweep {
         loop {
             let Some(reason) = reason_of(&error) else { return Err(error.into_failure().into()) };
             let detail = error.to_string();
-            // Kept until a batch is answered: a server that lets us in and answers no batch is away as well.
+            // The budget lasts until a batch is answered: a server that accepts connections and answers no batch is away as well.
             let (limit, options) = (self.job.settings.retry_for, self.job.map.topology().options());
             let budget = self.retry.get_or_insert_with(|| RetryBudget::new(limit, options));
             let pause = budget.next(reason, error)?;
@@ -258,7 +259,7 @@ impl ShardSweep {
         }
     }
 
-    /// The server is a replica, or has become one. Looks for its master where that is wanted.
+    /// The server has become a replica. Finds the new master, if the instance can name one.
     pub(super) async fn demoted(&mut self, failure: Failure, pass: &mut Pass) -> Result<(), End> {
         pass.go_back();
         match refused(&self.job, failure) {
@@ -267,8 +268,7 @@ impl ShardSweep {
         }
     }
 
-    /// A pass is complete only where its server was a master that may delete, to the end. Returns whether it was; if not,
-    /// the sweep has gone back.
+    /// Confirms the end of a pass: it is complete only if the server is still a master that may delete. If not, the pass has gone back.
     pub(super) async fn confirm(&mut self, pass: &mut Pass) -> Result<bool, End> {
         let info = match commands::info(self.session.conn()).await {
             Ok(info) => info,
@@ -291,7 +291,7 @@ impl ShardSweep {
     }
 
     async fn reconnect(&mut self, pass: Option<&mut Pass>) -> Result<(), Trouble> {
-        let mut orders = self.orders.clone();
+        let mut control = self.control.clone();
         let db = pass.as_ref().map(|pass| pass.db);
         let attempt = async {
             let mut reached = reach(&self.job, &self.session.master).await?;
@@ -302,7 +302,7 @@ impl ShardSweep {
         };
         let reached = tokio::select! {
             reached = attempt => reached?,
-            reason = stop_ordered(&mut orders) => return Err(Trouble::End(End::Stopped(reason))),
+            reason = stop_requested(&mut control) => return Err(Trouble::End(End::Stopped(reason))),
         };
         self.pacer.set_floor(reached.floor);
         self.end_hold().await;
@@ -337,7 +337,7 @@ impl ShardSweep {
     }
 }
 
-/// The smallest round trip of some PINGs, and the one in their middle.
+/// The smallest and the median round trip of some PINGs.
 async fn pings(conn: &mut Conn) -> Result<(Duration, Duration), NodeError> {
     let mut round_trips = Vec::with_capacity(PINGS);
     for _ in 0..PINGS {

@@ -1,5 +1,5 @@
-//! What is known of one server process. Replaced whole when another process answers: nothing that was learnt of the old one, not
-//! its cursors, what it finished, its load, its rights, says anything about the new one.
+//! What is known of one server process. Replaced as a whole when another process answers: cursors, finished DBs, load and rights of
+//! the old process say nothing about the new one.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,44 +24,44 @@ pub(super) struct Reached {
     pub(super) info: Info,
     /// The smallest PING round trip.
     pub(super) floor: Duration,
-    /// What is seen before the first batch.
+    /// What was observed when it was reached.
     pub(super) baseline: Observation,
     pub(super) master: Master,
 }
 
 /// One server process.
 pub(super) struct Session {
-    /// Which one of those that this sweep has met, from 0 on.
+    /// How many other processes this sweep met before.
     pub(super) number: u32,
-    /// The connections, all in the same DB. The first is there from the beginning to the end; [`super::pipeline`] has the others.
+    /// The connections, all in the same DB. The first stays for the whole session; [`super::pipeline`] opens the others.
     pub(super) conns: Vec<Conn>,
     pub(super) profile: ServerProfile,
-    /// How its cursors are to be read.
+    /// The order of its cursors.
     pub(super) space: CursorSpace,
-    /// Whether its cursors follow the order of a hash table. Not what the profile says, once others were seen.
+    /// Whether its cursors follow the order of a hash table: by the profile, until a cursor proves otherwise.
     pub(super) ordered: bool,
     pub(super) run_id: Option<RunId>,
     /// The node that is swept, and the slots that it owned since the pass began.
     pub(super) master: Master,
-    /// What was seen before the first batch: limits are relative to it.
+    /// What was observed before the first batch: relative limits refer to it.
     pub(super) baseline: Observation,
-    /// What was seen last.
+    /// What was observed last.
     pub(super) seen: Observation,
-    /// Whether that was decided upon.
+    /// Whether the throttle has decided on `seen`.
     pub(super) decided: bool,
     pub(super) sampler: Sampler,
-    /// What others need of it.
+    /// The load by other clients.
     pub(super) foreground: Foreground,
-    /// Keys that expired each second before the sweep, as far as the server tells.
+    /// Keys that expired each second since the server was started; `None`: INFO does not tell.
     pub(super) expired_per_sec: Option<f64>,
     pub(super) touch: TouchAudit,
     pub(super) names: KeyNames,
-    /// DBs that are finished.
+    /// DBs whose pass is finished.
     pub(super) finished: BTreeSet<DbIndex>,
     /// Why DBs that were finished are swept again.
-    pub(super) again: Option<String>,
-    /// Most connections that it lends us.
-    pub(super) lends: usize,
+    pub(super) restart_reason: Option<String>,
+    /// The most connections that the sweep may open.
+    pub(super) max_conns: usize,
 }
 
 impl Session {
@@ -86,12 +86,12 @@ impl Session {
             names: KeyNames::new(settings.payload, profile.type_frees_all),
             profile,
             finished: BTreeSet::new(),
-            again: None,
-            lends: lends(&info),
+            restart_reason: None,
+            max_conns: max_conns(&info),
         }
     }
 
-    /// The same process over a new connection. What was seen of it before says nothing about it now, but what it is stays.
+    /// Goes on with the same process over a new connection: only the observations are replaced.
     pub(super) fn reconnected(&mut self, reached: Reached, options: &ConnOptions) {
         let Reached { conn, info, floor: _, baseline, master } = reached;
         if conn.addr() != self.addr() {
@@ -100,8 +100,8 @@ impl Session {
         self.conns = vec![conn];
         self.seen = baseline;
         self.decided = false;
-        self.lends = lends(&info);
-        // Slots that came meanwhile were not there when the pass began: they are not covered by it.
+        self.max_conns = max_conns(&info);
+        // Slots that the node gained meanwhile were not there when the pass began: the pass does not cover them.
         self.master.slots = self.master.slots.common(&master.slots);
         self.master.addr = master.addr;
     }
@@ -116,44 +116,44 @@ impl Session {
         &mut self.conns[0]
     }
 
-    /// Where it is.
+    /// The address of the server.
     pub(super) fn addr(&self) -> &NodeAddr {
         self.conns[0].addr()
     }
 
-    /// The process, as it is kept with positions.
+    /// Identifies the process beside each position in the checkpoint.
     pub(super) fn fingerprint(&self) -> Option<u64> {
         self.run_id.as_ref().map(RunId::fingerprint)
     }
 
-    /// Whether a position came from this process.
+    /// Whether the position of this checkpoint came from this process.
     pub(super) fn owns(&self, checkpoint: &PassCheckpoint) -> bool {
         self.fingerprint().is_some() && checkpoint.process == self.fingerprint()
     }
 
-    /// Where a pass goes on in this process, by a checkpoint that may be of another one.
+    /// Where a pass with this checkpoint goes on in this process.
     pub(super) fn position_of(&self, checkpoint: &PassCheckpoint) -> ScanPosition {
         if self.owns(checkpoint) { checkpoint.position } else { ScanPosition::NotStarted }
     }
 
-    /// What was finished is worth nothing.
+    /// Forgets the finished DBs: their passes prove nothing.
     pub(super) fn sweep_again(&mut self, why: &str) {
         self.finished.clear();
-        self.again = Some(why.to_owned());
+        self.restart_reason = Some(why.to_owned());
     }
 
-    /// What it is, for people.
+    /// Product and version of the server.
     pub(super) fn facts(&self, info: &Info) -> Option<ServerFacts> {
         info.server(self.addr())
     }
 
-    /// An observation with what others need beside it.
-    pub(super) fn beside_others(&self, seen: Observation) -> Observation {
+    /// An observation with the load by other clients added.
+    pub(super) fn with_foreground(&self, seen: Observation) -> Observation {
         Observation { others_cpu: self.foreground.cpu, ops: self.foreground.ops, ..seen }
     }
 }
 
-/// A cluster node that has a table for each slot has the slot in its cursors.
+/// The cursors of a cluster node that has a hash table for each slot hold the slot.
 fn space_of(profile: &ServerProfile, master: &Master) -> CursorSpace {
     if profile.slot_tables { CursorSpace::BySlot(master.slots.clone()) } else { CursorSpace::OneTable }
 }
@@ -164,8 +164,8 @@ fn lifetime_rate(info: &Info) -> Option<f64> {
     (uptime > 0.0).then(|| expired / uptime)
 }
 
-/// Most connections for us: a quarter of those that are free, where the server tells.
-fn lends(info: &Info) -> usize {
+/// The most connections that the sweep may open: a quarter of the free ones, if INFO tells.
+fn max_conns(info: &Info) -> usize {
     let free = info.parsed::<usize>("maxclients").zip(info.parsed::<usize>("connected_clients"));
     free.map_or(usize::MAX, |(most, taken)| most.saturating_sub(taken) / 4).max(1)
 }

@@ -1,4 +1,4 @@
-//! The sweep of one shard, DB after DB, through whatever trouble its master has.
+//! The sweep of one shard, DB after DB, through lost connections, restarts and failovers of its master.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::engine::control::{Orders, StopReason};
+use crate::engine::control::{ControlState, StopReason};
 use crate::engine::plan::{Outcome, ShardPlan, uncounted};
 use crate::engine::policy::ledger::Ledger;
 use crate::engine::policy::observation::Observation;
@@ -28,7 +28,7 @@ use crate::node::topology::Master;
 use crate::settings::ScanSettings;
 use crate::store::journal::JournalDir;
 
-/// Lazy frees have settled when nothing is pending at a second reading; we wait no longer than this.
+/// Lazy frees have settled when nothing is pending at a second reading. The sweep waits for that no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
 /// Pause between those readings.
 const SETTLE_EVERY: Duration = Duration::from_millis(100);
@@ -37,7 +37,7 @@ const SETTLE_EVERY: Duration = Duration::from_millis(100);
 pub(super) enum End {
     Stopped(StopReason),
     Failed(Failure),
-    /// The shard is no more: others own its slots.
+    /// Other shards own all slots of this one.
     Dissolved,
 }
 
@@ -47,22 +47,22 @@ impl From<Failure> for End {
     }
 }
 
-/// Everything that the sweep of one shard needs to know.
-pub(in crate::engine) struct Job {
+/// Everything that the sweep of one shard needs.
+pub(in crate::engine) struct ShardJob {
     pub(in crate::engine) shard: ShardPlan,
     pub(in crate::engine) task: TaskId,
     pub(in crate::engine) journals: Option<JournalDir>,
     pub(in crate::engine) settings: ScanSettings,
     pub(in crate::engine) map: ShardMap,
     pub(in crate::engine) permits: Permits,
-    /// When the shard has its turn for its first permit.
+    /// The shard's place in the queue for its first permit.
     pub(in crate::engine) turn: Option<Turn>,
 }
 
 /// How the sweep of one shard ended.
-pub(in crate::engine) struct Ended {
+pub(in crate::engine) struct ShardResult {
     pub(in crate::engine) outcome: Outcome,
-    /// What was swept completely: the node, and the slots that it owned from beginning to end.
+    /// The node that was swept completely, with the slots that it owned from beginning to end.
     pub(in crate::engine) swept: Option<Master>,
     /// The figures of each DB.
     pub(in crate::engine) passes: BTreeMap<DbIndex, PassFigures>,
@@ -70,16 +70,16 @@ pub(in crate::engine) struct Ended {
 
 /// Sweeps one shard to its end.
 pub(in crate::engine) async fn run(
-    job: Job,
-    orders: watch::Receiver<Orders>,
+    job: ShardJob,
+    control: watch::Receiver<ControlState>,
     events: mpsc::Sender<ScanEvent>,
-) -> Ended {
+) -> ShardResult {
     let reporter = Reporter { shard: job.shard.id.clone(), events };
     let passes = job.shard.passes.clone();
-    let (ended, swept, passes) = match ShardSweep::connect(job, reporter.clone(), orders).await {
+    let (ended, swept, passes) = match ShardSweep::connect(job, reporter.clone(), control).await {
         Ok(mut sweep) => {
             let ended = sweep.sweep().await;
-            sweep.put_back_what_was_left().await;
+            sweep.restore_from_notes().await;
             (ended, Some(sweep.session.master), sweep.job.shard.passes)
         }
         Err(end) => (Err(end), None, passes),
@@ -88,7 +88,7 @@ pub(in crate::engine) async fn run(
         Ok(()) => (Outcome::Complete, swept),
         Err(End::Stopped(reason)) => (Outcome::Stopped(reason), None),
         Err(End::Dissolved) => {
-            let message = "this shard is no more: its slots went to other masters, which are swept for them".to_owned();
+            let message = "this shard is gone: its slots went to other masters, which are swept instead".to_owned();
             reporter.say(ScanEventKind::Warned { message }).await;
             let (memory, settling) = (Memory::default(), Duration::ZERO);
             reporter.say(ScanEventKind::ShardFinished { memory, settling }).await;
@@ -99,10 +99,10 @@ pub(in crate::engine) async fn run(
             (Outcome::Failed(failure), None)
         }
     };
-    Ended { outcome, swept, passes }
+    ShardResult { outcome, swept, passes }
 }
 
-/// Says what happened. A consumer that is gone has ended the task: nothing is left to tell it.
+/// Sends events. The consumer is gone only when the task has ended: nobody needs the event.
 #[derive(Clone)]
 pub(super) struct Reporter {
     shard: ShardId,
@@ -119,23 +119,23 @@ impl Reporter {
     }
 }
 
-/// The sweep of one shard. What belongs to one server process is in its `session`.
+/// The sweep of one shard. Whatever belongs to one server process is in `session`.
 pub(super) struct ShardSweep {
-    pub(super) job: Job,
+    pub(super) job: ShardJob,
     pub(super) reporter: Reporter,
-    pub(super) orders: watch::Receiver<Orders>,
+    pub(super) control: watch::Receiver<ControlState>,
     pub(super) session: Session,
     pub(super) pacer: Pacer,
     pub(super) ledger: Ledger,
-    /// Why it holds, and since when.
+    /// Why the sweep holds, and since when.
     pub(super) hold: Option<(Reason, Instant)>,
-    /// Whether the hold is one that the orders asked for, and only they can end.
-    pub(super) ordered_hold: bool,
-    /// How long trouble is still borne. Gone once a batch was answered.
+    /// Whether the hold was requested through `control`, so that only `control` can end it.
+    pub(super) requested_hold: bool,
+    /// How long the sweep goes on trying to reconnect. Reset by the first batch that is answered.
     pub(super) retry: Option<RetryBudget>,
-    /// The right to sweep now. Given back while the server is away.
+    /// The permit to sweep now. Given back for the time of every hold but a pause.
     pub(super) permit: Option<Permit>,
-    /// The bounds that it keeps; `None`: it ends once every DB was swept.
+    /// The pace of a keep run; `None`: the sweep ends once every DB is swept.
     pub(super) keep: Option<Keep>,
 }
 
@@ -152,13 +152,16 @@ impl ShardSweep {
         self.say_skipped().await;
         self.say_uncounted(&info).await;
         if self.keep.is_some() {
-            // When a place was walked last is not in the checkpoint: every lap is walked from its beginning.
-            let passes = self.job.shard.passes.values_mut();
-            passes.for_each(|pass| pass.checkpoint.position = ScanPosition::NotStarted);
+            // The checkpoint does not tell when a place was last walked, so the first lap starts from the beginning.
+            self.job
+                .shard
+                .passes
+                .values_mut()
+                .for_each(|figures| figures.checkpoint.position = ScanPosition::NotStarted);
         } else {
             self.check_checkpoint().await;
         }
-        self.put_back_what_was_left().await;
+        self.restore_from_notes().await;
         if let Some(at_most) = self.job.settings.assist_expiry {
             self.assist(at_most).await?;
         }
@@ -182,19 +185,20 @@ impl ShardSweep {
         Ok(())
     }
 
-    /// Default limits that cannot be watched here.
+    /// Warns of default limits that this server gives no reading for.
     async fn say_skipped(&self) {
         let skipped = throttle::skipped(&self.session.baseline, &self.job.settings.tuning.limits);
         if !skipped.is_empty() {
             let message = format!(
-                "the server does not tell what these limits need, so they are not watched: {}",
+                "the server does not report what these limits need, so they are not watched: {}",
                 skipped.join(", ")
             );
             self.reporter.warn(message).await;
         }
     }
 
-    /// What the last second before a kill may have freed uncounted: at most what the server freed since the checkpoint.
+    /// Warns of keys that were reclaimed in the last second before a kill and not counted: at most what the server freed since the
+    /// checkpoint.
     async fn say_uncounted(&self, info: &Info) {
         for &db in &self.job.shard.uncounted {
             let figures = self.job.shard.passes.get(&db).filter(|figures| self.session.owns(&figures.checkpoint));
@@ -204,9 +208,9 @@ impl ShardSweep {
         }
     }
 
-    /// A cursor of the checkpoint is worth nothing to another process, and neither is a pass that it finished.
+    /// Takes over the passes of the checkpoint that this server process has finished. Positions of another process are dropped.
     async fn check_checkpoint(&mut self) {
-        let again = self.job.shard.again.is_some();
+        let again = self.job.shard.restart_reason.is_some();
         let mut lost = false;
         for (&db, figures) in &mut self.job.shard.passes {
             let ours = !again && self.session.owns(&figures.checkpoint);
@@ -229,7 +233,7 @@ impl ShardSweep {
         }
     }
 
-    /// The DBs that were named; else those of the checkpoint and those that hold keys with a TTL.
+    /// The DBs that the settings name, or else those of the checkpoint and those that hold keys with a TTL.
     pub(super) fn choose_dbs(&self, info: &Info) -> Vec<DbIndex> {
         if !self.job.settings.dbs.is_empty() {
             return self.job.settings.dbs.clone();
@@ -241,7 +245,7 @@ impl ShardSweep {
         dbs
     }
 
-    /// Memory once lazy frees are done, or the last reading.
+    /// The memory once lazy frees have settled, or the last reading.
     async fn settled_memory(&mut self) -> Memory {
         let deadline = Instant::now() + SETTLE_WITHIN;
         let mut last: Option<Memory> = None;
@@ -249,7 +253,7 @@ impl ShardSweep {
             let Ok(info) = commands::info(self.session.conn()).await else { return last.unwrap_or_default() };
             let memory = info.memory();
             let pending = Observation::from_info(&info).lazyfree_pending.unwrap_or(0);
-            // Others may write all the time: two equal readings need not come.
+            // Two equal readings may never come, since other clients may write all the time.
             let settled = pending == 0 && last.is_some();
             if settled || Instant::now() >= deadline || self.wait(SETTLE_EVERY).await.is_err() {
                 return memory;

@@ -1,8 +1,8 @@
-//! Sleeps that are shorter than a millisecond. tokio's timers tick in milliseconds; batches are spaced by some 50 microseconds.
+//! Sleeps that are shorter than a millisecond. Tokio's timers tick in milliseconds; batches are spaced by some 50 microseconds.
 
 use tokio::time::Instant;
 
-/// A timer that can be used again and again.
+/// A reusable timer.
 #[derive(Debug, Default)]
 pub(super) struct Timer {
     #[cfg(target_os = "linux")]
@@ -10,7 +10,7 @@ pub(super) struct Timer {
 }
 
 impl Timer {
-    /// Completes at that time, or a millisecond later where the kernel has no timers for us. May be dropped and called again.
+    /// Completes at `at`, or up to a millisecond later if the kernel timer cannot be used. May be dropped half-way and called again.
     pub(super) async fn until(&mut self, at: Instant) {
         #[cfg(target_os = "linux")]
         if self.by_kernel(at).await.is_ok() {
@@ -36,7 +36,7 @@ impl Timer {
                 let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags)?;
                 #[allow(
                     deprecated,
-                    reason = "its successor is unsafe for the sake of types that close their descriptor; this one owns it"
+                    reason = "its successor is unsafe, for types that close their descriptor early; this one owns it"
                 )]
                 AsyncFd::with_interest(timer, Interest::READABLE)?
             }
@@ -58,7 +58,7 @@ mod tests {
     use std::time::Duration;
 
     #[tokio::test]
-    async fn it_sleeps_at_least_as_long_as_asked_and_may_be_dropped_half_way() {
+    async fn the_timer_never_fires_early_and_may_be_dropped_half_way() {
         let mut timer = Timer::default();
         for micros in [0, 1, 50, 300, 50, 2_000] {
             let begun = Instant::now();

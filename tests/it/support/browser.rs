@@ -1,6 +1,6 @@
 //! A real browser: Chromium without a window, driven as WebDriver defines it.
 //!
-//! There is one at a time, since each takes a processor for itself. It waits by looking, sees what a person would see, and ends with
+//! There is one at a time, since each takes a processor for itself. It waits by probing, sees what a person would see, and ends with
 //! its handle.
 
 use std::io::{BufRead, BufReader};
@@ -20,9 +20,9 @@ use super::clients::{client_if_there, root};
 use super::daemon::provide_crypto;
 use super::{probe, skipped};
 
-/// How long a test waits for what a browser should do at once: it shares two processors with everything else.
+/// How long a test waits for the browser, which shares two processors with everything else.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The zone of whoever looks, which is not that of any server and has an offset that is no whole hour.
+/// The reader's time zone: not that of any server, and with an offset that is not a whole hour.
 pub const ZONE: &str = "Asia/Kabul";
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -51,7 +51,7 @@ impl Drop for Process {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // The session ends with its processes: to end it in order would block here, and cannot be done from a test that panics.
+        // The session ends with its processes: quitting would block here, and is impossible in a test that panics.
         if let Some(session) = self.session.take() {
             let _ = session.leak();
         }
@@ -59,7 +59,7 @@ impl Drop for Browser {
 }
 
 impl Browser {
-    /// Starts one, or says that the test is skipped where there is none.
+    /// Starts a browser. `None`: there is none, which is reported as skipped.
     pub async fn start() -> Option<Self> {
         let (Some(chromium), Some(chromedriver)) = (client_if_there("chromium"), client_if_there("chromedriver"))
         else {
@@ -80,7 +80,7 @@ impl Browser {
             let mut lines = BufReader::new(out).lines().map_while(Result::ok);
             let port = lines.find_map(|line| line.split("successfully on port ").nth(1).map(str::to_owned));
             let _ = found.send(port);
-            // What nobody reads would hold it one day.
+            // Output that is not read would block the process in the end.
             lines.for_each(drop);
         });
         let port = port.await.expect("its output is read").expect("the driver says its port");
@@ -89,7 +89,7 @@ impl Browser {
         wishes.set_binary(&chromium.display().to_string()).expect("a path");
         wishes.set_browser_log_level(LoggingPrefsLogLevel::All).expect("a level");
         let profile = format!("--user-data-dir={}", process._folder.path().join("profile").display());
-        // Root may not use the sandbox; a small /dev/shm is common in containers; what moves is never looked at half way.
+        // Root may not use the sandbox; a small /dev/shm is common in containers; animations are off.
         for argument in [
             "--headless=new",
             "--no-sandbox",
@@ -110,7 +110,7 @@ impl Browser {
         self.session.as_ref().expect("it is taken at the end")
     }
 
-    /// Opens a view of the page and waits until it is there. `view`: what the page calls it when it is ready.
+    /// Opens a view of the page and waits until it is ready. `view`: the page's name for it.
     pub async fn open(&self, url: &str, view: &str) {
         self.driver().goto(url).await.expect("it loads");
         self.ready(view).await;
@@ -143,14 +143,14 @@ impl Browser {
         self.until(&format!("document.querySelector({css})?.textContent.includes({text})")).await;
     }
 
-    /// The texts of all elements that fit.
+    /// The texts of all elements that match.
     pub async fn texts(&self, css: &str) -> Vec<String> {
         let found =
             self.value(&format!("[...document.querySelectorAll({})].map((e) => e.textContent)", json!(css))).await;
         serde_json::from_value(found).expect("texts")
     }
 
-    /// The element that fits, once it is there.
+    /// The element that matches, as soon as there is one.
     async fn element(&self, css: &str) -> WebElement {
         self.until(&format!("document.querySelector({})", json!(css))).await;
         self.driver().find(By::Css(css)).await.unwrap_or_else(|error| panic!("{css}: {error}"))
@@ -159,7 +159,7 @@ impl Browser {
     /// Clicks where a person would.
     pub async fn click(&self, css: &str) {
         let mut last = String::new();
-        // A view may be drawn anew between the look and the click.
+        // A view may be redrawn between finding the element and the click.
         probe(&format!("{css} is clicked"), PATIENCE, async || match self.element(css).await.click().await {
             Ok(()) => true,
             Err(error) => {
@@ -182,19 +182,19 @@ impl Browser {
         self.click("[data-pressed]").await;
     }
 
-    /// Replaces what stands in a field.
+    /// Replaces the content of a field.
     pub async fn fill(&self, css: &str, text: &str) {
         let field = self.element(css).await;
         field.clear().await.expect("it can be cleared");
         field.send_keys(text).await.expect("it takes keys");
     }
 
-    /// Types into whatever has the focus.
+    /// Types into the element that has the focus.
     pub async fn keys(&self, keys: impl Into<TypingData>) {
         self.driver().action_chain().send_keys(keys).perform().await.expect("it takes keys");
     }
 
-    /// Shows the page as on a screen of this size, and dark where that is asked for.
+    /// Shows the page on a screen of this size, in dark mode if `dark`.
     pub async fn screen(&self, width: u32, height: u32, dark: bool) {
         let size = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600});
         let scheme = if dark { "dark" } else { "light" };
@@ -206,14 +206,14 @@ impl Browser {
         cdp.send_raw("Emulation.setEmulatedMedia", scheme).await.expect("a scheme");
     }
 
-    /// Keeps a picture below target/screenshots.
+    /// Saves a picture below target/screenshots.
     pub async fn picture(&self, name: &str) {
         let folder = folder();
         std::fs::create_dir_all(&folder).expect("a folder");
         self.driver().screenshot(&folder.join(format!("{name}.png"))).await.expect("a picture");
     }
 
-    /// Panics where axe finds what people with disabilities would stumble over, or where the page is wider than the screen.
+    /// Panics if axe finds an accessibility problem, or if the page is wider than the screen.
     pub async fn assert_accessible(&self, what: &str) {
         let wide = self.value("document.documentElement.scrollWidth > window.innerWidth").await;
         assert_eq!(wide, false, "{what}: it is wider than the screen");
@@ -234,7 +234,7 @@ impl Browser {
         assert_eq!(found, json!([]), "{what}: {found:#}");
     }
 
-    /// Panics where the page logged an error, or something that its policy forbids. Answers of the API that are no success are logged by
+    /// Panics if the page logged an error, or something that its policy forbids. Unsuccessful answers of the API are logged by
     /// the browser; those with one of these codes are wanted.
     pub async fn assert_no_errors(&self, wanted: &[u16]) {
         let log = self.driver().browser_log().await.expect("its log");

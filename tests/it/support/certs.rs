@@ -1,11 +1,11 @@
-//! Certificates of a test's own authority.
+//! Certificates by the test's own authority.
 
 use std::path::PathBuf;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
-/// An authority with the certificates that it issued, as files. They go when it is dropped.
+/// An authority and its certificates, as files that are deleted on drop.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     dir: TempDir,
@@ -27,7 +27,7 @@ pub enum Validity {
 }
 
 impl Authority {
-    /// A new one, which nobody trusts yet.
+    /// A new authority.
     pub fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -39,7 +39,7 @@ impl Authority {
         Self { issuer, dir }
     }
 
-    /// The file with its own certificate.
+    /// The file with the authority's certificate.
     pub fn cacert(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }

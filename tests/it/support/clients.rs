@@ -13,7 +13,7 @@ pub fn client(name: &str) -> PathBuf {
     client_if_there(name).unwrap_or_else(|| panic!("{name} is not there: run `make clients`"))
 }
 
-/// The same of one that not every system has.
+/// The same for a client that not every system has.
 pub fn client_if_there(name: &str) -> Option<PathBuf> {
     let output = Command::new(root().join("scripts/clients.sh")).arg(name).output().expect("clients.sh runs");
     Some(PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim())).filter(|path| path.exists())

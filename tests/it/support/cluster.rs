@@ -13,11 +13,11 @@ use super::{
     server::{Kind, Options, Server, Version},
 };
 
-/// How long a node may be silent before the others call it dead. Short, so that failovers are; long enough for a busy
+/// How long a node may be silent before the others consider it failed. Short, for quick failovers; long enough for a busy
 /// machine.
 const NODE_TIMEOUT_MS: &str = "2000";
 
-/// The TTL of keys that shall be dead soon.
+/// The TTL of keys that are to expire soon.
 const SHORT_MS: u64 = 100;
 
 /// A running cluster. Every node listens on 127.0.0.1.
@@ -29,7 +29,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// So many masters that share the slots evenly, each with a replica if wanted.
+    /// Starts masters that share the slots evenly, each with a replica if wanted.
     pub async fn start(masters: usize, with_replicas: bool) -> Self {
         let count = if with_replicas { 2 * masters } else { masters };
         Self::start_with(masters, vec![Server::options(); count], Vec::new()).await
@@ -48,7 +48,7 @@ impl Cluster {
         Self::start_with(masters, options, tls_ports).await
     }
 
-    /// One node for each of the options; so many of them are masters, the others their replicas.
+    /// Starts a node for each of the options; the first ones are masters, the others their replicas.
     async fn start_with(masters: usize, options: Vec<Options>, tls_ports: Vec<u16>) -> Self {
         let count = options.len();
         let mut nodes = Vec::new();
@@ -58,7 +58,7 @@ impl Cluster {
         let cluster = Self { nodes, masters, tls_ports };
         for (place, range) in even(masters).into_iter().enumerate() {
             add_slots(&cluster.nodes[place], range).await;
-            // Without epochs of their own, nodes that meet would quarrel about them for seconds.
+            // Nodes with equal epochs would need seconds to settle them after they meet.
             let epoch = (place + 1).to_string();
             cluster.nodes[place].cmd(&["CLUSTER", "SET-CONFIG-EPOCH", &epoch]).await;
         }
@@ -83,7 +83,7 @@ impl Cluster {
             .await;
             pairs.push((node_id(&cluster.nodes[place]).await, master));
         }
-        // A master says nothing to the failover order of a node that it does not know as its replica yet.
+        // A master ignores the failover request of a node that it does not know as its replica yet.
         probe("every node knows who replicates whom", PATIENCE, async || {
             for node in &cluster.nodes {
                 let lines = node_lines(node).await;
@@ -109,7 +109,7 @@ impl Cluster {
             .await;
         }
         for node in &cluster.nodes {
-            node.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+            node.stop_active_expiry().await;
         }
         cluster
     }
@@ -124,7 +124,7 @@ impl Cluster {
         self.tls_ports[place]
     }
 
-    /// The replica that was given to a master at the start.
+    /// The replica of a master at the start.
     pub fn replica_of(&self, master: usize) -> &Server {
         &self.nodes[self.masters + master]
     }
@@ -132,7 +132,7 @@ impl Cluster {
     /// Adds an empty node and returns its place.
     pub async fn join(&mut self) -> usize {
         let node = node(Server::options()).await;
-        node.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+        node.stop_active_expiry().await;
         self.nodes.push(node);
         let place = self.nodes.len() - 1;
         self.meet(&self.nodes[place]).await;
@@ -152,7 +152,7 @@ impl Cluster {
         place
     }
 
-    /// Waits until every node thinks that all slots are served.
+    /// Waits until every node reports that all slots are served.
     pub async fn until_well(&self) {
         probe("the cluster is well", PATIENCE, async || {
             for node in &self.nodes {
@@ -166,16 +166,16 @@ impl Cluster {
         .await;
     }
 
-    /// Writes so many keys that live for ever and so many that are dead, spread over all slots. Returns the names of those
-    /// that live.
-    pub async fn fill(&self, live: u64, dead: u64) -> BTreeSet<String> {
+    /// Writes `live` keys without a TTL and `expired` ones, spread over all slots. Returns the names of the live
+    /// keys.
+    pub async fn fill(&self, live: u64, expired: u64) -> BTreeSet<String> {
         let before = self.keys_in_memory().await;
         let names: BTreeSet<String> = (0..live).map(|n| format!("live{n}")).collect();
         self.write(&names, None).await;
-        let mortal: BTreeSet<String> = (0..dead).map(|n| format!("dead{before}:{n}")).collect();
+        let mortal: BTreeSet<String> = (0..expired).map(|n| format!("expired{before}:{n}")).collect();
         self.write(&mortal, Some(SHORT_MS)).await;
         self.until_short_ttls_are_over().await;
-        assert_eq!(self.keys_in_memory().await, before + live + dead, "all dead keys are in memory");
+        assert_eq!(self.keys_in_memory().await, before + live + expired, "all expired keys are in memory");
         for replica in self.masters..self.nodes.len().min(2 * self.masters) {
             let (master, replica) = (&self.nodes[replica - self.masters], &self.nodes[replica]);
             if replica.info("replication").await.get("role").map(String::as_str) == Some("slave") {
@@ -186,7 +186,7 @@ impl Cluster {
         names
     }
 
-    /// Writes keys that are dead in a moment, while somebody may free them.
+    /// Writes keys that expire soon, while a client may free them.
     pub async fn set_for_a_moment(&self, names: &[String]) {
         self.write(&names.iter().cloned().collect(), Some(SHORT_MS)).await;
     }
@@ -252,7 +252,7 @@ impl Cluster {
         panic!("no node answers");
     }
 
-    /// Keys on all masters, dead ones included.
+    /// Keys on all masters, expired ones included.
     pub async fn keys_in_memory(&self) -> u64 {
         let mut keys = 0;
         for place in self.masters().await {
@@ -266,13 +266,13 @@ impl Cluster {
         self.nodes[place].expired_keys().await
     }
 
-    /// Panics unless exactly these keys are there, on the masters that own their slots, and no other key, dead or alive.
+    /// Panics unless exactly these keys are there, on the masters that own their slots, and no other key, live or expired.
     pub async fn assert_only(&self, live: &BTreeSet<String>) {
         let mut there = BTreeSet::new();
         for place in self.masters().await {
             let names: Vec<String> = self.nodes[place].query(&["KEYS", "*"]).await;
             let in_memory = self.nodes[place].dbsize(0).await;
-            assert_eq!(in_memory, names.len() as u64, "node {place} holds dead keys");
+            assert_eq!(in_memory, names.len() as u64, "node {place} holds expired keys");
             there.extend(names);
         }
         assert!(there == *live, "{} keys are there, {} should be", there.len(), live.len());
@@ -308,7 +308,7 @@ impl Cluster {
             // and is no longer to be told.
             let _: redis::RedisResult<()> = set_slot("NODE", &target).query_async(&mut at_source).await;
         }
-        // The others hear of it by gossip, some day: they are told as redis-cli tells them. One that cannot be told, since
+        // Gossip may take long, so the other nodes are told, as redis-cli does. A node that cannot be told, since
         // it is away or a replica, follows its master.
         for node in self.nodes.iter().enumerate().filter(|(place, _)| ![from, to].contains(place)).map(|(_, node)| node)
         {

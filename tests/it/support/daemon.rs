@@ -27,7 +27,7 @@ pub struct Daemon {
     dir: TempDir,
 }
 
-/// An automatic scan of an instance that is due each second.
+/// The settings of an automatic scan that is due each second.
 pub const EACH_SECOND: &str = "[instances.auto-scan]\nenabled = true\ncron = \"* * * * * *\"\n";
 
 /// An answer of the API.
@@ -38,7 +38,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Panics unless it is a success; gives the body.
+    /// Returns the body; panics unless the answer is a success.
     #[track_caller]
     pub fn ok(self) -> Value {
         assert_eq!(self.status, StatusCode::OK, "{}", self.body);
@@ -56,7 +56,7 @@ pub fn instance(id: &str, url: &str, more: &str) -> String {
     format!("[[instances]]\nid = \"{id}\"\nproject_id = \"{PROJECT}\"\nurl = \"{url}\"\n{more}\n")
 }
 
-/// What a client for HTTP needs before it is made, even one without TLS.
+/// Installs the cryptography that an HTTP client needs, even without TLS.
 pub fn provide_crypto() {
     static PROVIDER: Once = Once::new();
     PROVIDER.call_once(|| {
@@ -73,18 +73,18 @@ pub fn window(open: bool) -> String {
 }
 
 impl Daemon {
-    /// Starts one whose settings file holds this besides listener and store, and waits until it answers.
+    /// Starts a daemon whose settings file holds `settings` besides listener and store, and waits until it answers.
     pub async fn start(settings: &str) -> Self {
         let daemon = Self::prepare(settings);
         daemon.launched(|command| command).await
     }
 
-    /// As [`Daemon::start`], at this port, which is the same after a restart.
+    /// As [`Daemon::start`], at this port, which stays the same after a restart.
     pub async fn start_at(port: u16, settings: &str) -> Self {
         Self::start(&format!("[api]\nlisten = \"127.0.0.1:{port}\"\n{settings}")).await
     }
 
-    /// One that is not started yet.
+    /// A daemon that is not started yet.
     pub fn prepare(settings: &str) -> Self {
         provide_crypto();
         let dir = tempfile::Builder::new().prefix("ttlsweep-daemon-").tempdir().expect("a temporary folder");
@@ -94,7 +94,7 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with a command of the caller's making.
+    /// Starts the daemon with a changed command.
     pub async fn launched(mut self, change: impl FnOnce(Command) -> Command) -> Self {
         self.launch(change).await;
         self
@@ -106,7 +106,7 @@ impl Daemon {
         self
     }
 
-    /// Replaces the settings file. An `[api]` table of the caller's own takes the place of the usual one.
+    /// Replaces the settings file. An `[api]` table in `settings` replaces the usual one.
     pub fn write_settings(&self, settings: &str) {
         let api = if settings.contains("[api]") { "" } else { "[api]\nlisten = \"127.0.0.1:0\"\n" };
         let path = format!("[store]\npath = \"{}\"\n", self.store().display());
@@ -152,7 +152,7 @@ impl Daemon {
             std::fs::OpenOptions::new().create(true).append(true).open(path).expect("a file for the output")
         };
         let _ = std::fs::remove_file(&out);
-        // What earlier processes logged is not this one's.
+        // Skips what earlier processes logged.
         let logged = self.log().len();
         let mut command = change(ttlsweep());
         command.args(["serve", "--config"]).arg(self.settings_path());
@@ -181,18 +181,18 @@ impl Daemon {
         lines.find_map(|line| line["url"].as_str().map(str::to_owned))
     }
 
-    /// Starts it again, after killing it where it still runs.
+    /// Kills the daemon if it still runs, and starts it again.
     pub async fn restart(&mut self) {
         self.restart_as(|command| command).await;
     }
 
-    /// As [`Daemon::restart`], with a command of the caller's making.
+    /// As [`Daemon::restart`], with a changed command.
     pub async fn restart_as(&mut self, change: impl FnOnce(Command) -> Command) {
         self.kill9();
         self.launch(change).await;
     }
 
-    /// Kills it without a chance to say goodbye.
+    /// Kills the daemon with SIGKILL.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
@@ -205,7 +205,7 @@ impl Daemon {
         signal(self.pid(), name);
     }
 
-    /// Stops it in order and returns its exit code.
+    /// Stops the daemon with SIGTERM and returns its exit code.
     pub async fn stop(&mut self) -> Option<i32> {
         self.signal("TERM");
         let mut child = self.child.take().expect("it runs");
@@ -227,7 +227,7 @@ impl Daemon {
         }
     }
 
-    /// Sends a request. Whatever the answer is, it carries a request id and is JSON.
+    /// Sends a request. Checks that the answer, whatever it is, has a request id and is JSON.
     pub async fn send(&self, request: RequestBuilder) -> Answer {
         let response = request.send().await.expect("an answer");
         let (status, headers) = (response.status(), response.headers().clone());
@@ -249,7 +249,7 @@ impl Daemon {
         self.send(self.request(Method::PUT, path).json(body)).await
     }
 
-    /// The figures, as Prometheus reads them.
+    /// The metrics, as Prometheus reads them.
     pub async fn figures(&self) -> String {
         let answer = self.request(Method::GET, "/metrics").send().await.expect("an answer");
         answer.text().await.expect("text")
@@ -260,13 +260,13 @@ impl Daemon {
         format!("/v2/{PROJECT}/instances/{id}/{call}")
     }
 
-    /// Asks for a scan by the contract, and gives the task's id.
+    /// Creates a scan by the contract, and returns the task's id.
     pub async fn scan(&self, id: &str) -> String {
         let record = self.post(&Self::path(id, "scan-expire-keys-task")).await.ok();
         record["id"].as_str().expect("an id").to_owned()
     }
 
-    /// Asks for a task with options, and gives its id.
+    /// Creates a task with options, and returns its id.
     pub async fn create(&self, options: Value) -> String {
         let answer = self.send(self.request(Method::POST, "/api/v1/tasks").json(&options)).await.ok();
         answer["id"].as_str().expect("an id").to_owned()

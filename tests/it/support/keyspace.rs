@@ -1,6 +1,6 @@
-//! Keyspaces of known content: so many dead keys, so many live ones, of every type and with every kind of name.
+//! Keyspaces of known content: expired and live keys, of every type and with every kind of name.
 //!
-//! "Dead" means expired and still in memory. The content follows from the arguments alone, so that a failing
+//! "Expired" means expired and still in memory. The content follows from the arguments alone, so that a failing
 //! test fails again. One writer at a time: the counts are checked, and a test's own writers begin afterwards.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -23,14 +23,14 @@ const CHUNK: u64 = 1_000;
 /// Keys that live and have a TTL keep it for at least this long, longer than any test.
 const LONG_MS: u64 = 3_600_000;
 
-/// The TTL of keys that shall be dead soon. It is long against the time within one command: a key whose TTL is
-/// over before its command has ended is deleted at once and never becomes a dead one.
+/// The TTL of keys that are to expire soon. It is long against the time within one command: a key whose TTL is
+/// over before its command has ended is deleted at once and never stays in memory as an expired one.
 const SHORT_MS: u64 = 100;
 
 /// How far two readings of the same expiry may differ on servers that tell only the time left.
 const EXPIRY_TOLERANCE_MS: u64 = 250;
 
-/// How long a key of [`Keyspace::zoo`] lives.
+/// The TTL of the keys of [`Keyspace::zoo`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
     /// No TTL.
@@ -38,10 +38,21 @@ pub enum Life {
     /// A TTL of one to two hours.
     Long,
     /// Expired already.
-    Dead,
+    Expired,
 }
 
-/// One database of a server, to be filled and looked at.
+/// A server of its own with `live` keys that have a long TTL, and `expired` ones.
+pub async fn filled(live: u64, expired: u64) -> Server {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    if expired > 0 {
+        keys.expired(expired, "expired:").await;
+    }
+    keys.live_ttl(live, "live:").await;
+    server
+}
+
+/// One database of a server.
 pub struct Keyspace<'a> {
     server: &'a Server,
     db: u32,
@@ -55,13 +66,13 @@ impl<'a> Keyspace<'a> {
 
     /// Writes exactly `n` keys that have expired and are still in memory, named `{prefix}{0..n}`.
     ///
-    /// Active expiry is off afterwards, on the whole server. On a replica the keys may die a little later than
-    /// on their master, since servers before 7.0 hand on the time to live and not the time of death.
-    pub async fn dead(&self, n: u64, prefix: &str) {
-        self.keep_dead_keys().await;
+    /// Active expiry is off afterwards, on the whole server. On a replica the keys may expire a little later than
+    /// on their master, since servers before 7.0 pass on the TTL and not the time of expiry.
+    pub async fn expired(&self, n: u64, prefix: &str) {
+        self.keep_expired_keys().await;
         let before = self.dbsize().await;
         self.set_all(n, |i| (format!("{prefix}{i}"), Some(SHORT_MS))).await;
-        self.until_dead(before + n).await;
+        self.until_expired(before + n).await;
     }
 
     /// Writes `n` string keys without a TTL, named `{prefix}{0..n}`.
@@ -79,8 +90,8 @@ impl<'a> Keyspace<'a> {
     ///
     /// The first key's name is the prefix itself, which makes the empty name with an empty prefix.
     pub async fn zoo(&self, n: u64, prefix: &str, life: Life, seed: u64) {
-        if life == Life::Dead {
-            self.keep_dead_keys().await;
+        if life == Life::Expired {
+            self.keep_expired_keys().await;
         }
         let before = self.dbsize().await;
         let mut connection = self.connection().await;
@@ -93,26 +104,26 @@ impl<'a> Keyspace<'a> {
                 let ttl = match life {
                     Life::Forever => continue,
                     Life::Long => LONG_MS + random.below(LONG_MS),
-                    Life::Dead => SHORT_MS,
+                    Life::Expired => SHORT_MS,
                 };
                 pipeline.cmd("PEXPIRE").arg(&key).arg(ttl).ignore();
             }
             let written: RedisResult<()> = pipeline.query_async(&mut connection).await;
             written.expect("the zoo is written");
         }
-        if life == Life::Dead {
-            self.until_dead(before + n).await;
+        if life == Life::Expired {
+            self.until_expired(before + n).await;
         } else {
             assert_eq!(self.dbsize().await, before + n, "every name is new");
         }
     }
 
-    /// How many keys the database holds, the dead ones included.
+    /// How many keys the database holds, expired ones included.
     pub async fn dbsize(&self) -> u64 {
         self.server.dbsize(self.db).await
     }
 
-    /// Every live key with its value and expiry. Frees no dead key (KEYS does not), but counts as a use of
+    /// Every live key with its value and expiry. Frees no expired key (KEYS does not), but counts as a use of
     /// each live one: read LRU and LFU data before.
     pub async fn snapshot_live(&self) -> LiveKeys {
         let mut connection = self.connection().await;
@@ -140,19 +151,19 @@ impl<'a> Keyspace<'a> {
         self.server.conn_to(self.db).await
     }
 
-    /// Stops active expiry, which would free dead keys behind the test's back.
-    async fn keep_dead_keys(&self) {
-        self.server.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    /// Switches off active expiry, which would free expired keys during the test.
+    async fn keep_expired_keys(&self) {
+        self.server.stop_active_expiry().await;
     }
 
-    /// Waits until everything written with [`SHORT_MS`] is dead, and checks that all of it is still there.
+    /// Waits until every key written with [`SHORT_MS`] has expired, and checks that all are still in memory.
     ///
-    /// The server's clock says so: asking for a key would free it.
-    async fn until_dead(&self, expected: u64) {
+    /// Uses the server's clock: asking for a key would free it.
+    async fn until_expired(&self, expected: u64) {
         let mut connection = self.connection().await;
         let written_ms = time_ms(&mut connection).await;
         probe("the short TTL is over", PATIENCE, async || time_ms(&mut connection).await > written_ms + SHORT_MS).await;
-        assert_eq!(self.dbsize().await, expected, "all dead keys are in memory");
+        assert_eq!(self.dbsize().await, expected, "all expired keys are in memory");
     }
 
     /// Sets `n` string keys, as fast as the server takes them.

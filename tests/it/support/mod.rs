@@ -1,6 +1,6 @@
-//! What the integration tests stand on: real servers, known keyspaces, a network that misbehaves on command.
+//! The tools of the integration tests: real servers, known keyspaces, a network that misbehaves on command.
 //!
-//! Nothing in here knows what a sweep is. Everything that is started ends when its handle is dropped.
+//! Everything that is started ends when its handle is dropped.
 
 #![allow(dead_code, reason = "a toolbox: not every test theme uses every tool")]
 
@@ -34,7 +34,7 @@ const PROBE_TICK: Duration = Duration::from_millis(5);
 /// How long a test waits for what should take milliseconds: long, since the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until `holds` says yes, and panics with what was awaited if it does not within `timeout`.
+/// Waits until `holds` returns true, and panics with `what` if it does not within `timeout`.
 ///
 /// For the test's own task: the future of an async closure cannot be spawned.
 pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -> bool) {
@@ -50,12 +50,12 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
     }
 }
 
-/// Says that the running test, or a part of it, is skipped, and why. The test runner swallows what a test that passes prints; this
-/// goes past it, and `make matrix` counts the lines.
+/// Reports that the running test, or a part of it, is skipped, and why. The test runner swallows the output of a passing test; this
+/// bypasses it, and `make matrix` counts the lines.
 pub fn skipped(why: &str) {
     let thread = std::thread::current();
     let line = format!("SKIPPED {}: {why}\n", thread.name().unwrap_or("a test"));
-    // One write, so that lines of tests that run side by side stay whole.
+    // One write, so that lines of parallel tests stay whole.
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
@@ -76,7 +76,7 @@ pub fn signal(pid: u32, name: &str) {
     kill_process(process(pid), signal).unwrap_or_else(|error| panic!("SIG{name} cannot be sent to {pid}: {error}"));
 }
 
-/// Whether a process of this id is there, be it only one that nobody has waited for.
+/// Whether a process of this id exists, be it a zombie.
 pub fn is_there(pid: u32) -> bool {
     test_kill_process(process(pid)).is_ok()
 }
@@ -85,13 +85,13 @@ fn process(pid: u32) -> Pid {
     i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id")
 }
 
-/// The command under test, without the settings and secrets of whoever runs the tests. It competes for this machine's
-/// processors: a machine that others keep busy would give it nothing otherwise.
+/// The command under test, without the settings and secrets in the environment. It runs at normal priority: on a busy
+/// machine it would get no processor otherwise.
 pub fn ttlsweep() -> Command {
     by(&[])
 }
 
-/// The same by way of programs that start others, such as `nohup`.
+/// The same, started by other programs, such as `nohup`.
 pub fn by(starters: &[&str]) -> Command {
     let program = env!("CARGO_BIN_EXE_ttlsweep");
     let mut words = starters.iter().copied().chain([program]);
@@ -101,7 +101,7 @@ pub fn by(starters: &[&str]) -> Command {
     command
 }
 
-/// Takes the settings of whoever runs the tests out of a command's environment.
+/// Removes the program's settings and secrets from a command's environment.
 pub fn without_settings(command: &mut Command) {
     command.env_remove("REDISCLI_AUTH");
     for (name, _) in std::env::vars_os() {
@@ -113,7 +113,7 @@ pub fn without_settings(command: &mut Command) {
     command.env("TTLSWEEP_PRIORITY", "normal");
 }
 
-/// The words of a line that people are told to type, as a shell takes them.
+/// Splits a documented command line as a shell does.
 #[track_caller]
 pub fn shell_words(line: &str) -> Vec<String> {
     let output = Command::new("sh").args(["-c", &format!("printf '%s\\n' {line}")]).output().expect("a shell");
@@ -121,11 +121,11 @@ pub fn shell_words(line: &str) -> Vec<String> {
     String::from_utf8(output.stdout).expect("UTF-8").lines().map(str::to_owned).collect()
 }
 
-/// A TCP port of 127.0.0.1 that nobody listens on.
+/// A free TCP port of 127.0.0.1.
 ///
-/// It lies below 32768, outside of what systems hand out to outgoing connections: a server that is stopped for
+/// It is below 32768, outside of the range for outgoing connections: a server that is stopped for
 /// a while finds its port still free, and a cluster bus (port + 10000) fits beside it.
-/// The walk begins at a place of this process's own, so that test processes seldom meet.
+/// The search begins at a place that depends on the process id, so that test processes seldom try the same port.
 pub fn free_port() -> u16 {
     const FIRST: u16 = 11_000;
     const COUNT: u16 = 10_000;

@@ -23,7 +23,7 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one with an empty database `records`. `None`, with a word about it, where the tests have none.
+    /// Starts one with an empty database `records`. `None`: there is no PostgreSQL, which is reported as skipped.
     pub async fn start() -> Option<Self> {
         let Some(bin) = std::env::var_os("TTLSWEEP_TEST_POSTGRES").map(PathBuf::from) else {
             skipped(
@@ -57,13 +57,13 @@ impl Postgres {
         probe("PostgreSQL answers", PATIENCE, async || self.conn_to("postgres").await.is_ok()).await;
     }
 
-    /// Ends it at once, as a crash would, and starts it again at the same address.
+    /// Stops it at once, as a crash would, and starts it again at the same address.
     pub async fn restart(&mut self) {
         self.stop();
         self.launch().await;
     }
 
-    /// Ends it at once. What was committed is there after [`Postgres::restart`].
+    /// Stops it at once. Committed data is there again after [`Postgres::restart`].
     pub fn stop(&mut self) {
         if let Some(mut child) = self.child.take() {
             // Immediate shutdown: its own children end with it.
@@ -86,7 +86,7 @@ impl Postgres {
         self.url_at(self.port)
     }
 
-    /// The same by way of a proxy at another port.
+    /// The same through a proxy at another port.
     pub fn url_at(&self, port: u16) -> String {
         format!("postgres://ttlsweep@127.0.0.1:{port}/records?sslmode=disable")
     }
@@ -105,7 +105,7 @@ impl Postgres {
         self.dir.path().join("data")
     }
 
-    /// One of its programs, as a user that it takes.
+    /// One of its programs, run as a user that it accepts.
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin.join(program));
         let libraries = self.bin.with_file_name("lib");

@@ -19,7 +19,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{PATIENCE, PROBE_TICK, free_port, probe, server::Server};
+use super::{PATIENCE, PROBE_TICK, cluster::Cluster, free_port, keyspace::Keyspace, probe, server::Server};
 
 /// What happens to bytes on their way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,9 +30,9 @@ pub enum Mode {
     Delay(Duration),
     /// They are held until the mode changes, and then go on in order.
     Stall,
-    /// So many bytes pass, then comes a rest, and so on.
+    /// This many bytes pass in each tick.
     Trickle { bytes: usize, tick: Duration },
-    /// Whoever connects is hung up on at once. What is open stays.
+    /// New connections are closed at once. Open ones stay.
     HangUp,
     /// One direction loses everything, the other passes.
     HalfOpen { lost: Direction },
@@ -43,6 +43,27 @@ pub enum Mode {
 pub enum Direction {
     ToServer,
     ToClient,
+}
+
+/// A server with `live` keys without a TTL and `expired` ones, behind a proxy.
+pub async fn behind_proxy(live: u64, expired: u64) -> (Server, Proxy) {
+    let server = Server::start().await;
+    let keys = Keyspace::of(&server, 0);
+    keys.live(live, "live").await;
+    keys.expired(expired, "expired").await;
+    let proxy = Proxy::start(server.addr()).await;
+    (server, proxy)
+}
+
+/// A proxy in front of each node of a cluster, and the `--node-map` that leads to them.
+pub async fn before_each_node(cluster: &Cluster) -> (Vec<Proxy>, String) {
+    let (mut proxies, mut map) = (Vec::new(), Vec::new());
+    for node in &cluster.nodes {
+        let proxy = Proxy::start(node.addr()).await;
+        map.push(format!("{}={}", node.addr(), proxy.addr()));
+        proxies.push(proxy);
+    }
+    (proxies, map.join(","))
 }
 
 /// A running proxy.
@@ -56,13 +77,13 @@ pub struct Proxy {
 struct Shared {
     upstream: SocketAddr,
     mode: watch::Sender<Mode>,
-    /// Shall new connections be taken?
+    /// Whether new connections are to be accepted.
     open: watch::Sender<bool>,
-    /// Is the port really open?
+    /// Whether the port is open.
     listening: watch::Sender<bool>,
     /// Counts the cuts; a connection lives as long as the number that it began with.
     cuts: watch::Sender<u64>,
-    /// Bytes that the next chunk to a client will be preceded by.
+    /// Bytes that are put before the next chunk to a client.
     garbage: Mutex<Vec<u8>>,
     /// How many connections live, by the number of cuts at their beginning.
     connections: watch::Sender<BTreeMap<u64, usize>>,
@@ -128,7 +149,7 @@ impl Proxy {
             .expect("the sender lives as long as the proxy");
     }
 
-    /// Closes the port: who connects is refused. Open connections stay.
+    /// Closes the port: new connections are refused. Open ones stay.
     pub async fn refuse(&self) {
         self.shared.open.send_replace(false);
         self.until_listening(false).await;
@@ -145,7 +166,7 @@ impl Proxy {
         *self.shared.garbage() = bytes.to_vec();
     }
 
-    /// Has the garbage been delivered?
+    /// Whether the garbage has been delivered.
     pub fn garbage_gone(&self) -> bool {
         self.shared.garbage().is_empty()
     }
@@ -195,7 +216,7 @@ impl Shared {
     }
 }
 
-/// Takes connections as long as the port shall be open, for ever.
+/// Accepts connections whenever the port is to be open, for ever.
 async fn listen(addr: SocketAddr, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     let mut open = shared.open.subscribe();
@@ -221,7 +242,7 @@ async fn listen(addr: SocketAddr, shared: Arc<Shared>) {
     }
 }
 
-/// Opens the port. Whoever waits for that (see `until_listening`) gives up if it never succeeds.
+/// Opens the port. `until_listening` times out if that never succeeds.
 async fn bind(addr: SocketAddr) -> TcpListener {
     loop {
         match TcpListener::bind(addr).await {
@@ -338,7 +359,7 @@ async fn forward(
             tokio::time::sleep(wait).await;
         }
         let (head, rest) = chunk.split_at(length);
-        // Counted first, so that who has received something finds it counted.
+        // Counted first, so that a byte that was received is always counted.
         shared.counter(direction).fetch_add(head.len() as u64, Ordering::Relaxed);
         to.write_all(head).await?;
         chunk = rest;

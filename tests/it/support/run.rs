@@ -9,16 +9,16 @@ use std::{
 use serde_json::Value;
 use tokio::process::Child;
 
-use super::{PATIENCE, probe, ttlsweep};
+use super::{PATIENCE, probe, server::Server, ttlsweep};
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct Run {
     /// The exit code; `None` when a signal ended it.
     pub code: Option<i32>,
-    /// What stood on stdout.
+    /// The content of stdout.
     pub stdout: String,
-    /// What stood on stderr.
+    /// The content of stderr.
     pub stderr: String,
 }
 
@@ -51,6 +51,18 @@ impl Run {
         self.json()["report"]["totals"][name].as_f64().unwrap_or_else(|| panic!("no total {name}"))
     }
 
+    /// The shards of the report.
+    #[track_caller]
+    pub fn shards(&self) -> Vec<Value> {
+        self.json()["report"]["shards"].as_array().expect("a list of shards").clone()
+    }
+
+    /// Seconds for which the first DB of the first shard was held for a reason.
+    #[track_caller]
+    pub fn held(&self, reason: &str) -> f64 {
+        self.shards()[0]["dbs"][0]["held_s"][reason].as_f64().unwrap_or(0.0)
+    }
+
     /// Panics unless it ended with this code.
     #[track_caller]
     pub fn expect(self, code: i32) -> Self {
@@ -67,6 +79,14 @@ pub async fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
 /// Runs `ttlsweep scan URL --json` with more arguments.
 pub async fn scan(url: &str, more: &[&str]) -> Run {
     run(["scan", url, "--json"].iter().chain(more)).await
+}
+
+/// Starts `ttlsweep scan URL --json` with more arguments, and waits until the server has freed `keys` more expired keys.
+pub async fn scan_under_way(server: &Server, url: &str, more: &[&str], keys: u64) -> Running {
+    let before = server.expired_keys().await;
+    let running = Running::scan(url, more);
+    probe("the pass is under way", PATIENCE, async || server.expired_keys().await > before + keys).await;
+    running
 }
 
 /// A `ttlsweep` that runs. Killed on drop.

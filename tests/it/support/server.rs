@@ -38,14 +38,14 @@ pub enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u32, pub u32, pub u32);
 
-/// What the binary under test says about itself.
+/// The product and version of the binary under test.
 #[derive(Clone, Copy, Debug)]
 struct Binary {
     kind: Kind,
     version: Version,
 }
 
-/// How a server shall be started; see [`Server::options`].
+/// How a server is started; see [`Server::options`].
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     config: Vec<(String, String)>,
@@ -72,7 +72,7 @@ impl Options {
         self.with_config("requirepass", password)
     }
 
-    /// An ACL user that is there from the start, also after a restart: `("sweeper", "on >pw +scan +dbsize")`.
+    /// An ACL user that exists from the start, also after a restart: `("sweeper", "on >pw +scan +dbsize")`.
     pub fn with_user(self, name: &str, rules: &str) -> Self {
         self.with_config("user", &format!("{name} {rules}"))
     }
@@ -130,7 +130,7 @@ impl Server {
         binary().kind
     }
 
-    /// Whether the binary under test was built with TLS; says that the test is skipped where it was not.
+    /// Whether the binary under test was built with TLS; if not, the test is reported as skipped.
     pub fn has_tls() -> bool {
         let has = Self::was_built_with_tls();
         if !has {
@@ -262,6 +262,11 @@ impl Server {
         redis::cmd("DBSIZE").query_async(&mut connection).await.expect("DBSIZE")
     }
 
+    /// Switches active expiry off: only a client that touches an expired key frees it from now on.
+    pub async fn stop_active_expiry(&self) {
+        self.cmd(&["DEBUG", "SET-ACTIVE-EXPIRE", "0"]).await;
+    }
+
     /// The id of this run of the process; another after a restart.
     pub async fn run_id(&self) -> String {
         self.info("server").await["run_id"].clone()
@@ -298,10 +303,10 @@ impl Server {
         }
     }
 
-    /// Kills the process without a chance to say goodbye; the port stays reserved in practice (`free_port`).
+    /// Kills the process with SIGKILL; the port stays reserved in practice (`free_port`).
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // Both fail only if it has ended by itself, which is as good.
+            // Both fail only if the process has ended by itself.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -397,7 +402,20 @@ impl Drop for Server {
     }
 }
 
-/// Does the server answer? Asked over its private socket, which no other server can have, and which is opened
+/// A master and its replica.
+pub async fn pair() -> (Server, Server) {
+    let (master, replica) = (Server::start().await, Server::start().await);
+    replica.replica_of(&master).await;
+    (master, replica)
+}
+
+/// Waits until a replica holds as many keys as its master: it is "in step" before the master begins to stream to it.
+pub async fn until_copied(master: &Server, replica: &Server) {
+    let keys = master.dbsize(0).await;
+    probe("the replica has the keys", PATIENCE, async || replica.dbsize(0).await == keys).await;
+}
+
+/// Whether the server answers. Asked over its own socket, which no other server can have, and which is opened
 /// after the TCP port. A server that asks for a password is up; one that is loading is not.
 async fn answers_ping(socket: &Path) -> bool {
     let Ok(mut stream) = UnixStream::connect(socket).await else {

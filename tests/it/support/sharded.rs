@@ -18,7 +18,7 @@ pub struct Sharded {
 }
 
 impl Sharded {
-    /// `mode`: what it says that it is, in INFO.
+    /// `mode`: the `redis_mode` in its INFO.
     pub async fn start(servers: &[Server], mode: &str) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let addr = listener.local_addr().expect("an address");
@@ -50,7 +50,7 @@ impl Drop for Sharded {
 
 /// Answers one client, a command after the other.
 async fn serve(client: TcpStream, mut shards: Vec<MultiplexedConnection>, mode: String) {
-    // Each answer is small and waits for nobody's acknowledgement.
+    // Small answers must not wait for an acknowledgement.
     let _ = client.set_nodelay(true);
     let mut client = BufReader::new(client);
     while let Some(words) = read(&mut client).await {
@@ -128,7 +128,7 @@ fn encode(value: Value, mode: &str) -> Vec<u8> {
         Value::Int(number) => format!(":{number}\r\n").into_bytes(),
         Value::BulkString(text) => {
             let text = String::from_utf8_lossy(&text).replace("redis_mode:standalone", mode);
-            // Valkey says it in a field of its own as well.
+            // Valkey has a field of its own for the mode as well.
             let text = text.replace("server_mode:standalone", &mode.replace("redis", "server"));
             format!("${}\r\n{text}\r\n", text.len()).into_bytes()
         }

@@ -1,5 +1,5 @@
-//! A stand-in that speaks RESP: for what no real server can be made to do. It answers INFO, PING and the like as a small
-//! master would; a test says what else it answers.
+//! A simulated server that speaks RESP, for behaviour that no real server can be made to show. It answers INFO, PING and the like as
+//! a small master would; a test defines the other answers.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -14,14 +14,14 @@ use tokio::{
 
 type Answer = dyn Fn(&[String]) -> Option<Vec<u8>> + Send + Sync;
 
-/// A running stand-in. It ends on drop.
+/// A running simulated server. It ends on drop.
 pub struct StandIn {
     addr: SocketAddr,
     listener: JoinHandle<()>,
 }
 
 impl StandIn {
-    /// Starts one. `answer` gets each command, name in capitals; where it gives nothing, the usual answer is given.
+    /// Starts one. `answer` gets each command, with its name in capitals; if it returns `None`, the usual answer is sent.
     pub async fn start(answer: impl Fn(&[String]) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let addr = listener.local_addr().expect("its address");
