@@ -199,7 +199,7 @@ async fn a_second_signal_cuts_even_where_the_server_hangs() {
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
     server.sigstop();
     running.signal("INT");
-    running.says("once more to cut").await;
+    running.says("a second signal stops at once").await;
     running.signal("INT");
     probe("it is cut", PATIENCE, async || !running.is_running()).await;
     server.sigcont();
