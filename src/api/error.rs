@@ -143,7 +143,7 @@ impl From<StoreError> for ApiError {
             StoreError::Silent(_) | StoreError::Connect { .. } => Self::store_away(),
             StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => Self::store_away(),
             // It changed hands meanwhile.
-            StoreError::Fenced(_) | StoreError::DealtWith | StoreError::Unfinished(_) => Self::unavailable(),
+            StoreError::Fenced(_) | StoreError::AlreadyHandled | StoreError::Unfinished(_) => Self::unavailable(),
             _ => Self::internal(),
         }
     }

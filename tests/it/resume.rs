@@ -250,10 +250,10 @@ async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     let (dir, state) = state_file();
     std::fs::write(&state, "this is no database, and long enough to be read as one".repeat(100)).unwrap();
     for (path, hint) in [
-        (state.to_str().unwrap(), "nothing in it was changed"),
-        (dir.path().to_str().unwrap(), "nothing in it was changed"),
-        ("/dev/null", "nothing in it was changed"),
-        ("/proc/no/such/place.db", "make its folder first"),
+        (state.to_str().unwrap(), "it was not changed"),
+        (dir.path().to_str().unwrap(), "it was not changed"),
+        ("/dev/null", "it was not changed"),
+        ("/proc/no/such/place.db", "create its folder first"),
     ] {
         let run = run(["scan", &server.url(), "--state", path]).await.expect(1);
         assert!(run.stderr.contains(&format!("cannot open the state file {path}: ")), "{}", run.stderr);
