@@ -130,7 +130,7 @@ impl ScheduleState {
     }
 
     /// The due positions, each with the id of its instance.
-    pub(super) fn placeholders(&self) -> impl Iterator<Item = (&str, &DuePosition)> {
+    pub(super) fn positions(&self) -> impl Iterator<Item = (&str, &DuePosition)> {
         self.positions.iter().map(|(instance, position)| (instance.as_str(), position))
     }
 
@@ -170,7 +170,7 @@ fn position_in(row: &AnyRow) -> Result<(String, DuePosition), StoreError> {
 }
 
 /// Sets due positions, also to an earlier instant.
-pub(super) async fn set_due_positions(conn: &mut AnyConnection, placeholders: &[(&str, &DuePosition)]) -> Result<(), StoreError> {
+pub(super) async fn set_due_positions(conn: &mut AnyConnection, positions: &[(&str, &DuePosition)]) -> Result<(), StoreError> {
     for some in positions.chunks(POSITIONS_AT_ONCE) {
         let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", rows::placeholders(3 * row + 1..3 * row + 4))).collect();
         let sql = format!(
