@@ -1,7 +1,7 @@
 //! Makes sure that each instance with a bound has a keep run while its window is open: starts one if there is none, and ends one whose
 //! bounds were changed, so that a new one replaces it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -111,13 +111,16 @@ impl Keeper {
         missed: &mut BTreeMap<TaskId, Missed>,
     ) {
         let bounds_of = |instance: &Instance| set.get(&instance.id, &instance.project_id).unwrap_or(instance.keep);
-        let mut here = BTreeSet::new();
-        let views = self.service.active_views();
-        missed.retain(|id, _| views.iter().any(|view| view.task.id == *id));
-        for view in views {
+        let bounds = settings.instances.iter().map(|instance| (instance, bounds_of(instance)));
+        let mut kept: BTreeMap<&str, _> =
+            bounds.filter(|(_, bounds)| bounds.any()).map(|kept| (kept.0.id.as_str(), kept)).collect();
+        let views = self.service.on_hand();
+        missed.retain(|id, _| views.contains_key(id));
+        for view in views.into_values() {
+            let view = view.borrow().clone();
             self.report_miss(&view, missed);
             let task = &view.task;
-            let bounds = settings.instance(&task.instance_id).map(|instance| bounds_of(instance)).unwrap_or_default();
+            let bounds = kept.get(task.instance_id.as_str()).map(|(_, bounds)| *bounds).unwrap_or_default();
             if task.cause == Cause::Keep && !keeps_to(task, bounds) {
                 // It has other bounds than those in force: it ends, and a new run takes them.
                 match self.service.order(task.id, Order::GiveWay).await {
@@ -125,13 +128,9 @@ impl Keeper {
                     Err(error) => self.failed(&error, Some(&task.instance_id)),
                 }
             }
-            here.insert(task.instance_id.clone());
+            kept.remove(task.instance_id.as_str());
         }
-        for instance in &settings.instances {
-            let bounds = bounds_of(instance);
-            if !bounds.any() || here.contains(&instance.id) {
-                continue;
-            }
+        for (instance, bounds) in kept.into_values() {
             let known = known.entry(instance.id.clone()).or_default();
             if known.not_before.is_some_and(|at| at > Instant::now()) {
                 continue;

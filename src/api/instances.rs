@@ -25,6 +25,7 @@ use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
 use crate::store::{Glance, Standing, TaskFilter};
+use crate::tasks::TaskView;
 
 /// Most instances of one list.
 const MOST: u32 = 1000;
@@ -220,10 +221,14 @@ pub async fn list_history(
     // The id may have been another project's.
     let projects = Some(vec![instance.project_id.clone()]);
     let filter = TaskFilter { projects, instance_id: Some(instance.id.clone()), ..TaskFilter::default() };
-    let page = app.service.store().page(&filter, offset, limit).await?;
+    // The sweep that came after the newest one of the page is read too.
+    let newer = offset.min(1);
+    let page = app.service.store().page(&filter, offset - newer, limit + newer).await?;
     let views = app.service.views(page.tasks).await?;
     let with_shards = list.shards.unwrap_or(true);
-    let sweeps = views.iter().map(|view| HistoryEntry::new(view, with_shards)).collect();
+    let next_of = |place: usize| place.checked_sub(1).map(|next| views[next].as_ref());
+    let entry = |(place, view): (usize, &Arc<TaskView>)| HistoryEntry::new(view, next_of(place), with_shards);
+    let sweeps = views.iter().enumerate().skip(newer as usize).map(entry).collect();
     Ok(Json(HistoryList { sweeps, total: page.count, reclaimed: page.total }))
 }
 
@@ -287,7 +292,8 @@ impl AppState {
     async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
         let mut standings = self.service.store().standings(&ids).await?;
-        for view in self.service.active_views() {
+        for view in self.service.on_hand().into_values() {
+            let view = view.borrow();
             // The records are up to a second old.
             if let Some(standing) = standings.get_mut(&view.task.instance_id)
                 && standing.latest == view.task.id

@@ -303,6 +303,13 @@ pub struct HistoryEntry {
     /// Expired keys in memory: those that a keep run estimates, at its end or now; those that a complete sweep has found, and freed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u64>,
+    /// Keys that the masters evicted during the sweep, to stay below `maxmemory`. Left out where one of them does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evicted_keys: Option<u64>,
+    /// Keys that the masters evicted from the end of the sweep to the beginning of the next one. Left out of the newest sweep, and where
+    /// a master was restarted or is not in both.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evicted_keys_after: Option<u64>,
     /// Time held by reason, in seconds.
     #[schema(value_type = BTreeMap<String, f64>)]
     pub held_s: BTreeMap<&'static str, f64>,
@@ -316,9 +323,10 @@ pub struct HistoryEntry {
 }
 
 impl HistoryEntry {
-    /// What is known of a task.
-    pub fn new(view: &TaskView, with_shards: bool) -> Self {
+    /// What is known of a task, with the task of the same instance that came next.
+    pub fn new(view: &TaskView, next: Option<&TaskView>, with_shards: bool) -> Self {
         let snapshot = &view.snapshot;
+        let evicted: Option<Vec<u64>> = snapshot.shards.values().map(|shard| shard.evicted()).collect();
         let freed = |shard: &crate::model::progress::ShardView| {
             let (before, after) = (shard.memory_before.used?, shard.memory_after.used?);
             Some(i64::try_from(before).ok()? - i64::try_from(after).ok()?)
@@ -332,6 +340,8 @@ impl HistoryEntry {
             backlog: snapshot
                 .backlog()
                 .or((view.task.state == TaskState::Succeeded && !view.task.keeps()).then_some(view.task.num)),
+            evicted_keys: evicted.filter(|evicted| !evicted.is_empty()).map(|evicted| evicted.iter().sum()),
+            evicted_keys_after: next.and_then(|next| snapshot.evicted_until(&next.snapshot)),
             held_s: held_by_reason(snapshot),
             masters: snapshot.shards.len(),
             holds: view.holds(),

@@ -21,7 +21,6 @@ use crate::node::conn::ConnOptions;
 use crate::node::topology::{Kind, Topology};
 use crate::settings::Settings;
 use crate::settings::raw::{KEYS, Origin, Problem};
-use crate::tasks::conn_options;
 
 /// `ttlsweep check`
 ///
@@ -52,13 +51,9 @@ pub struct CheckArgs {
 /// # Errors
 /// A stdout that cannot be written.
 pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
-    let settings = match scan::load(&args.server, matches) {
-        Ok(settings) => settings,
+    let (settings, options) = match scan::load(&args.server, matches) {
+        Ok(loaded) => loaded,
         Err(problems) => return Ok(scan::usage(&problems)),
-    };
-    let options = match conn_options(&settings) {
-        Ok(options) => options,
-        Err(problem) => return Ok(scan::usage(&[problem])),
     };
     let replica = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
         Ok(replica) => replica,

@@ -14,7 +14,6 @@ use crate::forecast::prefixes::By;
 use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
 use crate::node::topology::Topology;
 use crate::settings::positive_duration;
-use crate::tasks::conn_options;
 
 /// `ttlsweep forecast`
 ///
@@ -77,13 +76,9 @@ pub struct ForecastArgs {
 /// # Errors
 /// A stdout that cannot be written.
 pub async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
-    let settings = match scan::load(&args.server, matches) {
-        Ok(settings) => settings,
+    let (settings, options) = match scan::load(&args.server, matches) {
+        Ok(loaded) => loaded,
         Err(problems) => return Ok(scan::usage(&problems)),
-    };
-    let options = match conn_options(&settings) {
-        Ok(options) => options,
-        Err(problem) => return Ok(scan::usage(&[problem])),
     };
     let place = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
         Ok(Some((addr, options))) => Place::Replica(addr, Box::new(options)),

@@ -69,10 +69,5 @@ pub async fn run(args: KeepArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
         Ok(conn) => conn,
         Err(problem) => return Ok(scan::usage(&[problem])),
     };
-    let show = match (args.json, args.quiet) {
-        (true, _) => Show::Json,
-        (false, true) => Show::Quiet,
-        (false, false) => Show::Text,
-    };
-    scan::sweep(settings, conn, None, show, Until::Stopped(args.keep_for)).await
+    scan::sweep(settings, conn, None, Show::of(args.json, args.quiet), Until::Stopped(args.keep_for)).await
 }

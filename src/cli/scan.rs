@@ -76,25 +76,27 @@ pub enum Show {
     Quiet,
 }
 
+impl Show {
+    /// As the options say; clap lets nobody give both.
+    pub fn of(json: bool, quiet: bool) -> Self {
+        match (json, quiet) {
+            (true, _) => Self::Json,
+            (false, true) => Self::Quiet,
+            (false, false) => Self::Text,
+        }
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// A stdout that cannot be written. Everything else is printed here and becomes an exit code.
 pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
-    let settings = match load(&args.server, matches) {
-        Ok(settings) => settings,
+    let (settings, conn) = match load(&args.server, matches) {
+        Ok(loaded) => loaded,
         Err(problems) => return Ok(usage(&problems)),
     };
-    let show = match (args.json, args.quiet) {
-        (true, _) => Show::Json,
-        (false, true) => Show::Quiet,
-        (false, false) => Show::Text,
-    };
-    let conn = match tasks::conn_options(&settings).map_err(|problem| vec![problem]) {
-        Ok(conn) => conn,
-        Err(problems) => return Ok(usage(&problems)),
-    };
-    sweep(settings, conn, args.resume, show, Until::Done).await
+    sweep(settings, conn, args.resume, Show::of(args.json, args.quiet), Until::Done).await
 }
 
 /// When a task from the command line ends.
@@ -106,12 +108,15 @@ pub enum Until {
     Stopped(Option<Duration>),
 }
 
-/// The settings of one sweep from the command line, the environment and the settings file, without the bounds of a keep run.
+/// The settings of one sweep from the command line, the environment and the settings file, without the bounds of a keep run, and the
+/// options of its connections.
 ///
 /// # Errors
-/// Every problem of the settings.
-pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
-    load_with_bounds(server, matches).map(Settings::without_bounds)
+/// Every problem of the settings, or of the files of TLS.
+pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, ConnOptions), Vec<Problem>> {
+    let settings = load_with_bounds(server, matches)?.without_bounds();
+    let conn = tasks::conn_options(&settings).map_err(|problem| vec![problem])?;
+    Ok((settings, conn))
 }
 
 /// The settings as [`load`] reads them, with the bounds of a keep run.

@@ -78,12 +78,7 @@ const NAMED: usize = 5;
 
 /// The peaks, the largest first. A run has a neighbour on either side: what stands at the edge cannot be told from a decay.
 pub fn peaks(bins: &[Estimate], with_ttl: f64) -> Vec<Peak> {
-    let sum = |range: Range<usize>| {
-        bins[range].iter().fold(Estimate::default(), |mut sum, bin| {
-            sum.add(*bin);
-            sum
-        })
-    };
+    let sum = |range: Range<usize>| bins[range].iter().copied().sum::<Estimate>();
     let mut found: Vec<Peak> = Vec::new();
     for run in RUNS {
         // The first part is not whole.

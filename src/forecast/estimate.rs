@@ -31,11 +31,22 @@ impl Estimate {
     pub fn error(&self) -> f64 {
         STANDARD_ERRORS * self.variance.sqrt()
     }
+}
 
-    /// Adds one of other keys.
-    pub fn add(&mut self, other: Self) {
+/// Adds the estimate of other keys; the errors of the two are independent.
+impl std::ops::AddAssign for Estimate {
+    fn add_assign(&mut self, other: Self) {
         self.keys += other.keys;
         self.variance += other.variance;
+    }
+}
+
+impl std::iter::Sum for Estimate {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), |mut sum, part| {
+            sum += part;
+            sum
+        })
     }
 }
 

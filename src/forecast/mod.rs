@@ -4,8 +4,8 @@
 //! cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their names. [`report`] is what people
 //! read. Called by `cli::forecast` and by the API.
 //!
-//! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, and on replicas of a cluster
-//! READONLY. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
+//! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, on replicas of a
+//! cluster READONLY, and where a cluster has a table for each slot CLUSTER COUNTKEYSINSLOT, which may be refused. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
 
 pub mod bins;
 pub mod estimate;
@@ -24,7 +24,7 @@ use crate::engine::policy::profile::ServerProfile;
 use crate::forecast::bins::{Bins, Peak};
 use crate::forecast::estimate::{Estimate, Tally};
 use crate::forecast::prefixes::{By, Group, Groups};
-use crate::forecast::sample::{Pace, Table, Walk};
+use crate::forecast::sample::{Pace, Tables, Walk, slot_sizes};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::TTL_BOUNDS_S;
 use crate::model::shard::{DbIndex, NodeAddr};
@@ -85,6 +85,8 @@ pub struct Source {
     pub looked_at: u64,
     /// How long that took.
     pub took: Duration,
+    /// The user may not ask how many keys are in which hash slot: where few slots hold most keys, the errors are too small.
+    pub slots_are_unknown: bool,
 }
 
 /// What is known of one DB, or of all of them together.
@@ -132,12 +134,12 @@ impl Outlook {
         self.bytes_per_key = bytes.map(|bytes| bytes / self.keys.max(1) as f64);
         self.expires += other.expires;
         self.looked_at += other.looked_at;
-        self.with_ttl.add(other.with_ttl);
-        self.without_ttl.add(other.without_ttl);
-        self.later.add(other.later);
-        self.within.iter_mut().zip(other.within).for_each(|(sum, part)| sum.add(part));
+        self.with_ttl += other.with_ttl;
+        self.without_ttl += other.without_ttl;
+        self.later += other.later;
+        self.within.iter_mut().zip(other.within).for_each(|(sum, part)| *sum += part);
         self.bins.resize(self.bins.len().max(other.bins.len()), Estimate::default());
-        self.bins.iter_mut().zip(&other.bins).for_each(|(sum, part)| sum.add(*part));
+        self.bins.iter_mut().zip(&other.bins).for_each(|(sum, part)| *sum += *part);
     }
 }
 
@@ -193,8 +195,13 @@ pub async fn make(target: String, view: &View, options: &ConnOptions, request: &
         let begun = Instant::now();
         let mut looker = Looker::open(view.kind, master, options, request).await?;
         let looked_at = looker.look(request, &mut forecast, groups.as_mut()).await?;
-        let (master, addr) = (master.addr.clone(), looker.conn.addr().clone());
-        forecast.sources.push(Source { master, addr, looked_at, took: begun.elapsed() });
+        forecast.sources.push(Source {
+            master: master.addr.clone(),
+            addr: looker.conn.addr().clone(),
+            looked_at,
+            took: begun.elapsed(),
+            slots_are_unknown: looker.slots_are_unknown,
+        });
     }
     for outlook in forecast.dbs.values() {
         forecast.total.add(outlook);
@@ -214,6 +221,8 @@ struct Looker {
     /// The master's replication history, where a replica is asked: it must still be of it at the end.
     history: Option<Option<String>>,
     pace: Pace,
+    /// Whether the server did not tell how many keys are in which slot.
+    slots_are_unknown: bool,
 }
 
 impl Looker {
@@ -265,7 +274,7 @@ impl Looker {
                 (conn, info, Some(history.clone()), Pace::REPLICA)
             }
         };
-        Ok(Self { conn, info, profile, master: master.clone(), history, pace })
+        Ok(Self { conn, info, profile, master: master.clone(), history, pace, slots_are_unknown: false })
     }
 
     /// Looks at each DB. Returns at how many keys.
@@ -286,14 +295,11 @@ impl Looker {
             let failed = NodeError::into_failure;
             self.conn.select(db).await.map_err(failed)?;
             let keys = commands::dbsize(&mut self.conn).await.map_err(failed)?;
-            let table = match self.profile.slot_tables {
-                true => Table::by_slot(keys, &self.master.slots),
-                false => Table::one(keys),
-            };
+            let tables = self.tables(keys).await.map_err(failed)?;
             let mut tally = Tally::new(forecast.bins.clone());
-            let pieces = table.draw(request.sample);
-            let drawn = (pieces.len() as f64, table.pieces() as f64);
-            let mut walk = Walk::new(&table, pieces, self.pace, forecast.begun);
+            let pieces = tables.draw(request.sample);
+            let drawn = (pieces.len() as f64, tables.pieces() as f64);
+            let mut walk = Walk::new(&tables, pieces, self.pace, forecast.begun);
             while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
                 if let Some(groups) = groups.as_deref_mut() {
                     groups.add(&piece, drawn);
@@ -307,6 +313,21 @@ impl Looker {
         }
         self.still_in_step().await?;
         Ok(looked_at)
+    }
+
+    /// The hash tables of the selected DB. Where hash tags put most keys into few slots, those are cut into more pieces; without the
+    /// right to ask which slots these are, all are cut alike, and a sample may miss a large slot without its error telling.
+    async fn tables(&mut self, keys: u64) -> Result<Tables, NodeError> {
+        if !self.profile.slot_tables {
+            return Ok(Tables::one(keys));
+        }
+        let slots = &self.master.slots;
+        if let Some(sizes) = slot_sizes(&mut self.conn, slots, self.pace).await? {
+            return Ok(Tables::by_slot(keys, sizes));
+        }
+        self.slots_are_unknown = true;
+        let each = keys / u64::from(slots.len().max(1));
+        Ok(Tables::by_slot(keys, slots.ranges().cloned().flatten().map(|slot| (slot, each))))
     }
 
     /// It may have been promoted or cut off meanwhile.

@@ -15,6 +15,9 @@ use crate::model::format::{bytes, grouped, span, table};
 const LINES: usize = 24;
 /// Letters of the longest bar.
 const WIDTH: usize = 40;
+/// Why the errors may be too small, and what to do.
+const SLOTS_ARE_UNKNOWN: &str = "note: the user may not ask how many keys are in which hash slot; if hash tags put most keys into few \
+slots, the errors are too small (grant '+cluster|countkeysinslot')\n";
 const WITHIN: [&str; 6] = ["1 minute", "10 minutes", "1 hour", "6 hours", "1 day", "7 days"];
 
 /// Everything, in a zone's time.
@@ -32,6 +35,9 @@ pub fn text(forecast: &Forecast, zone: &TimeZone) -> String {
             source.addr,
             span(source.took)
         );
+    }
+    if forecast.sources.iter().any(|source| source.slots_are_unknown) {
+        text.push_str(SLOTS_ARE_UNKNOWN);
     }
     let _ = writeln!(text);
     text.push_str(&sizes(forecast));
@@ -92,7 +98,7 @@ fn soon(outlook: &Outlook) -> String {
     };
     let mut sum = Estimate::default();
     for (name, within) in WITHIN.iter().zip(outlook.within) {
-        sum.add(within);
+        sum += within;
         row(name, sum);
     }
     row("later", outlook.later);
@@ -103,7 +109,7 @@ fn picture(forecast: &Forecast, zone: &TimeZone) -> String {
     let bins = &forecast.total.bins;
     let in_line = bins.len().div_ceil(LINES).max(1);
     let lines: Vec<(usize, Estimate)> =
-        bins.chunks(in_line).enumerate().map(|(line, bins)| (line * in_line, sum(bins))).collect();
+        bins.chunks(in_line).enumerate().map(|(line, bins)| (line * in_line, bins.iter().copied().sum())).collect();
     let most = lines.iter().map(|(_, keys)| keys.keys).fold(0.0, f64::max);
     let days = forecast.bins.step.as_secs() * in_line as u64 * LINES as u64 > 86_400;
     let mut rows = Vec::new();
@@ -116,13 +122,6 @@ fn picture(forecast: &Forecast, zone: &TimeZone) -> String {
     }
     let each = span(forecast.bins.step * u32::try_from(in_line).unwrap_or(1));
     format!("keys that expire in each {each} from then on, local time\n{}\n", rows.join("\n"))
-}
-
-fn sum(bins: &[Estimate]) -> Estimate {
-    bins.iter().fold(Estimate::default(), |mut sum, bin| {
-        sum.add(*bin);
-        sum
-    })
 }
 
 /// From when to when.

@@ -33,35 +33,59 @@ impl Pace {
     pub const REPLICA: Self = Self { commands: 100, share: 0.5 };
     /// Everybody waits for a master.
     pub const MASTER: Self = Self { commands: 10, share: 0.05 };
+
+    /// Leaves the server alone for as long as what has begun then makes necessary.
+    async fn rest(self, begun: Instant) {
+        tokio::time::sleep(begun.elapsed().mul_f64(1.0 / self.share - 1.0)).await;
+    }
 }
 
 /// The hash tables of a DB, and how they are cut into pieces.
 #[derive(Debug, Clone)]
-pub struct Table {
+pub struct Tables {
     keys: u64,
-    /// The slot of each table; `None`: there is one table.
-    slots: Option<SlotSet>,
-    /// A table is cut into `2^bits` pieces.
+    tables: Vec<Table>,
+    pieces: u64,
+}
+
+/// One hash table, which is cut into `2^bits` pieces.
+#[derive(Debug, Clone, Copy)]
+struct Table {
+    /// The hash slot whose keys it holds; `None`: it holds all keys of the DB.
+    slot: Option<u16>,
     bits: u32,
+    /// The number of its first piece.
+    first: PieceNumber,
 }
 
 /// A piece, by its number.
 pub type PieceNumber = u64;
 
-impl Table {
-    /// One table for the DB.
+impl Tables {
+    /// One table with so many keys.
     pub fn one(keys: u64) -> Self {
-        Self { keys, slots: None, bits: bits_of(keys) }
+        Self::new(keys, [(None, keys)])
     }
 
-    /// A table for each of these slots.
-    pub fn by_slot(keys: u64, slots: &SlotSet) -> Self {
-        Self { keys, slots: Some(slots.clone()), bits: bits_of(keys / u64::from(slots.len().max(1))) }
+    /// A table for each of these slots, with so many keys. `keys` are those of all slots together.
+    pub fn by_slot(keys: u64, sizes: impl IntoIterator<Item = (u16, u64)>) -> Self {
+        Self::new(keys, sizes.into_iter().map(|(slot, keys)| (Some(slot), keys)))
+    }
+
+    fn new(keys: u64, sizes: impl IntoIterator<Item = (Option<u16>, u64)>) -> Self {
+        let mut pieces = 0;
+        let table = |(slot, keys)| {
+            let table = Table { slot, bits: bits_of(keys), first: pieces };
+            pieces += 1 << table.bits;
+            table
+        };
+        let tables = sizes.into_iter().map(table).collect();
+        Self { keys, tables, pieces }
     }
 
     /// How many pieces there are.
     pub fn pieces(&self) -> u64 {
-        self.slots.as_ref().map_or(1, |slots| u64::from(slots.len())) << self.bits
+        self.pieces
     }
 
     /// Draws pieces that hold about so many keys, none twice; all of them where that would be the half.
@@ -81,17 +105,40 @@ impl Table {
 
     /// Where a piece begins and ends.
     fn range(&self, number: PieceNumber) -> Range {
-        let (table, part) = (number >> self.bits, number & ((1 << self.bits) - 1));
-        let slot = self.slots.as_ref().and_then(|slots| slots.nth(u32::try_from(table).ok()?));
-        let width = 64 - self.bits;
-        let first = if self.bits == 0 { 0 } else { part << width };
-        let last = if self.bits == 0 { u64::MAX } else { first | (u64::MAX >> self.bits) };
-        Range { slot, first, last }
+        let behind = self.tables.partition_point(|table| table.first <= number);
+        let Table { slot, bits, first } = self.tables[behind - 1];
+        let part = number - first;
+        let first = if bits == 0 { 0 } else { part << (64 - bits) };
+        Range { slot, first, last: first | (u64::MAX >> bits) }
     }
 }
 
 fn bits_of(keys: u64) -> u32 {
     (keys / KEYS_IN_PIECE).checked_ilog2().unwrap_or(0)
+}
+
+/// How many keys are in each of these slots, or `None` without the right to CLUSTER COUNTKEYSINSLOT.
+///
+/// # Errors
+/// [`NodeError`] of the connection.
+pub async fn slot_sizes(conn: &mut Conn, slots: &SlotSet, pace: Pace) -> Result<Option<Vec<(u16, u64)>>, NodeError> {
+    let slots: Vec<u16> = slots.ranges().cloned().flatten().collect();
+    let mut sizes = Vec::with_capacity(slots.len());
+    for some in slots.chunks(pace.commands) {
+        let count = |slot: &u16| redis::cmd("CLUSTER").arg("COUNTKEYSINSLOT").arg(*slot).to_owned();
+        let commands: Vec<_> = some.iter().map(count).collect();
+        let begun = Instant::now();
+        let replies = conn.call_all::<u64>("CLUSTER COUNTKEYSINSLOT", &commands).await?;
+        pace.rest(begun).await;
+        for (slot, reply) in some.iter().zip(replies) {
+            match reply {
+                Ok(keys) => sizes.push((*slot, keys)),
+                Err(error) if error.is_no_permission() => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(Some(sizes))
 }
 
 /// A stretch of the cursor space, by rank: SCAN counts the reversed bits of its cursor up.
@@ -157,8 +204,8 @@ pub struct Walk {
 
 impl Walk {
     /// A walk of these pieces. TTLs are counted from `from`.
-    pub fn new(table: &Table, pieces: Vec<PieceNumber>, pace: Pace, from: Instant) -> Self {
-        let ranges: Vec<_> = pieces.into_iter().map(|number| table.range(number)).collect();
+    pub fn new(tables: &Tables, pieces: Vec<PieceNumber>, pace: Pace, from: Instant) -> Self {
+        let ranges: Vec<_> = pieces.into_iter().map(|number| tables.range(number)).collect();
         Self { to_come: ranges.into_iter(), walkers: Vec::new(), done: Vec::new(), pace, from }
     }
 
@@ -187,7 +234,7 @@ impl Walk {
         let commands: Vec<_> = self.walkers.iter().map(scan).collect();
         let begun = Instant::now();
         let replies = conn.call_all::<(String, Vec<Vec<u8>>)>("SCAN", &commands).await?;
-        self.rest(begun).await;
+        self.pace.rest(begun).await;
         let mut names: Vec<(usize, Vec<u8>)> = Vec::new();
         let mut ended = 0;
         let mut walkers = Vec::new();
@@ -218,7 +265,7 @@ impl Walk {
             let begun = Instant::now();
             let replies = conn.call_all::<i64>("PTTL", &commands).await?;
             let since = self.from.elapsed();
-            self.rest(begun).await;
+            self.pace.rest(begun).await;
             for ((piece, name), reply) in some.iter().zip(replies) {
                 let ttl = match reply? {
                     // It has expired meanwhile, or was deleted.
@@ -231,10 +278,6 @@ impl Walk {
         self.done = pieces;
         Ok(())
     }
-
-    async fn rest(&self, begun: Instant) {
-        tokio::time::sleep(begun.elapsed().mul_f64(1.0 / self.pace.share - 1.0)).await;
-    }
 }
 
 #[cfg(test)]
@@ -244,7 +287,7 @@ mod tests {
     #[test]
     fn pieces_cover_the_cursor_space_without_a_gap_or_an_overlap() {
         for keys in [0, 1, 127, 128, 129, 100_000, 10_000_000] {
-            let table = Table::one(keys);
+            let table = Tables::one(keys);
             let mut next = 0_u128;
             for number in 0..table.pieces() {
                 let range = table.range(number);
@@ -260,8 +303,9 @@ mod tests {
     #[test]
     fn a_table_for_each_slot_is_cut_by_slot() {
         let slots = SlotSet::new([0..=9, 16_380..=16_383]);
-        let table = Table::by_slot(14 * 256, &slots);
-        assert_eq!((table.bits, table.pieces()), (2, 14 * 4));
+        let sizes = slots.ranges().cloned().flatten().map(|slot| (slot, 256));
+        let table = Tables::by_slot(14 * 256, sizes);
+        assert_eq!(table.pieces(), 14 * 4);
         let last = table.range(table.pieces() - 1);
         assert_eq!((last.slot, last.first, last.last), (Some(16_383), 3 << 62, u64::MAX));
         assert_eq!(last.cursor(), 3 << SLOT_BITS | 16_383);
@@ -269,12 +313,23 @@ mod tests {
     }
 
     #[test]
+    fn a_slot_with_many_keys_is_cut_into_pieces_as_small_as_those_of_the_others() {
+        let table = Tables::by_slot(128_100, [(3, 50), (7, 0), (9, 128_000), (11, 50)]);
+        assert_eq!(table.pieces(), 1 + 1 + 1_024 + 1);
+        let heavy: Vec<_> = (2..1_026).map(|number| table.range(number)).collect();
+        assert!(heavy.iter().all(|range| range.slot == Some(9)));
+        assert_eq!((heavy[0].first, heavy[1_023].last), (0, u64::MAX));
+        assert!(heavy.windows(2).all(|two| two[0].last + 1 == two[1].first));
+        assert_eq!(table.range(1_026), Range { slot: Some(11), first: 0, last: u64::MAX });
+    }
+
+    #[test]
     fn what_is_drawn_is_drawn_once_and_small_tables_are_taken_whole() {
-        let table = Table::one(1_000_000);
+        let table = Tables::one(1_000_000);
         let drawn = table.draw(100_000);
         let distinct: std::collections::BTreeSet<_> = drawn.iter().collect();
         assert_eq!(distinct.len(), drawn.len());
         assert!((drawn.len() as f64 / table.pieces() as f64 - 0.1).abs() < 0.01);
-        assert_eq!(Table::one(150_000).draw(100_000).len() as u64, Table::one(150_000).pieces());
+        assert_eq!(Tables::one(150_000).draw(100_000).len() as u64, Tables::one(150_000).pieces());
     }
 }

@@ -462,6 +462,17 @@ impl Snapshot {
         known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
     }
 
+    /// Keys that the masters evicted between the end of this sweep and the beginning of a later one; `None` where a master does not tell,
+    /// was restarted meanwhile or is not in the later sweep.
+    pub fn evicted_until(&self, later: &Self) -> Option<u64> {
+        let of = |(id, shard): (&ShardId, &Arc<ShardView>)| {
+            let before = shard.memory_after.evicted?;
+            later.shards.get(id)?.memory_before.evicted?.checked_sub(before)
+        };
+        let known: Option<Vec<u64>> = self.shards.iter().map(of).collect();
+        known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
+    }
+
     /// Keys looked at so far.
     pub fn scanned(&self) -> u64 {
         self.passes().map(|p| p.scanned).sum()

@@ -1,5 +1,7 @@
 //! The last forecast of each instance, as the JSON of the API.
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use sqlx::{AnyConnection, Row};
 
@@ -37,7 +39,7 @@ pub(super) async fn get(
 }
 
 /// The ids of the instances whose last forecast was made after an instant.
-pub(super) async fn made_after(conn: &mut AnyConnection, after: Timestamp) -> Result<Vec<String>, StoreError> {
+pub(super) async fn made_after(conn: &mut AnyConnection, after: Timestamp) -> Result<BTreeSet<String>, StoreError> {
     let query = sqlx::query("SELECT instance_id FROM forecasts WHERE made_at > $1");
     let rows = query.bind(after.as_millisecond()).fetch_all(conn).await?;
     rows.iter().map(|row| Ok(row.try_get("instance_id")?)).collect()

@@ -30,7 +30,7 @@ use open::SHARED_WITHIN;
 pub use overview::{Glance, Standing};
 pub use schedules::{DueOutcome, DuePosition, ScheduleState};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -365,7 +365,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn forecasts_after(&self, after: Timestamp) -> Result<Vec<String>, StoreError> {
+    pub async fn forecasts_after(&self, after: Timestamp) -> Result<BTreeSet<String>, StoreError> {
         self.run(async |conn| forecasts::made_after(conn, after).await).await
     }
 

@@ -24,7 +24,6 @@ use crate::engine::control::{Control, StopReason};
 use crate::engine::{self, Outcome, ScanPlan};
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::Bounds;
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
@@ -292,15 +291,6 @@ impl TaskService {
     pub async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
         let set = self.store.auto_scan(&instance.id, &instance.project_id).await?;
         Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
-    }
-
-    /// The bounds that an instance is kept to: what the API set, else what the settings say; none: it is not kept.
-    ///
-    /// # Errors
-    /// [`TaskError::Store`].
-    pub async fn keep(&self, instance: &Instance) -> Result<Bounds, TaskError> {
-        let set = self.store.keeps().await?.get(&instance.id, &instance.project_id);
-        Ok(set.unwrap_or(instance.keep))
     }
 
     /// Records a task in state `Waiting`.

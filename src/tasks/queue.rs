@@ -474,11 +474,6 @@ impl TaskService {
         self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
     }
 
-    /// The tasks that this process has, as they stand now.
-    pub fn active_views(&self) -> Vec<Arc<TaskView>> {
-        self.queue.active().values().map(|task| task.view.borrow().clone()).collect()
-    }
-
     /// The tasks that this process has, with their instances.
     pub(super) fn active_tasks(&self) -> Vec<(TaskId, String)> {
         self.queue.active().iter().map(|(id, task)| (*id, task.instance_id.clone())).collect()

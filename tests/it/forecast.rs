@@ -175,6 +175,34 @@ async fn every_master_of_a_cluster_is_looked_at_on_a_replica_of_its_own() {
     assert!(named.stderr.contains("leave --replica out"), "{named:?}");
 }
 
+#[tokio::test]
+async fn a_sample_of_a_cluster_is_as_near_as_it_says_also_where_hash_tags_put_most_keys_into_few_slots() {
+    let cluster = Cluster::start(3, true).await;
+    let names = |prefix: &str, many: u64| (0..many).map(|n| format!("{prefix}{n}")).collect();
+    cluster.write(&names("spread:", 30_000), None).await;
+    cluster.write(&names("{tenant-1}:", 30_000), Some(12 * HOUR_MS)).await;
+    cluster.write(&names("{tenant-2}:", 20_000), Some(12 * HOUR_MS)).await;
+    cluster.write(&names("{tenant-3}:", 10_000), Some(200 * HOUR_MS)).await;
+    probe("the replicas have every key", PATIENCE, async || {
+        let mut keys = 0;
+        for master in 0..3 {
+            keys += cluster.replica_of(master).dbsize(0).await;
+        }
+        keys == 90_000
+    })
+    .await;
+    let found = forecast(&cluster.url(), &["--sample", "4000"]).await;
+    let total = &found["total"];
+    let looked_at = total["looked_at"].as_u64().expect("a number");
+    assert!((7_000..20_000).contains(&looked_at), "{looked_at}");
+    near(&total["with_ttl"], 60_000, "with a TTL");
+    near(&total["without_ttl"], 30_000, "without");
+    near(&total["later"], 10_000, "later than a week");
+    near(&total["within"][4], 50_000, "within six hours to a day");
+    assert!(total["with_ttl"]["keys_error"].as_u64() < Some(15_000), "and that is near: {}", total["with_ttl"]);
+    assert!(!found["report"].as_str().expect("a text").contains("countkeysinslot"), "{found:#}");
+}
+
 /// A forecast once the replicas have every key.
 async fn probe_forecast(url: &str, all: u64) -> Value {
     let mut found = json!(null);

@@ -1,6 +1,6 @@
 //! The records: the same promises of a file and of a database that several daemons share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -211,7 +211,7 @@ async fn bounds_and_the_last_forecast_belong_to_the_project_that_set_them() {
         }
         assert_eq!(store.forecast("a", "p").await.unwrap().as_deref(), Some("{\"at\": 1}"));
         assert_eq!(store.forecast("a", "q").await.unwrap(), None);
-        assert_eq!(store.forecasts_after(before).await.unwrap(), ["a"]);
+        assert_eq!(store.forecasts_after(before).await.unwrap(), BTreeSet::from(["a".to_owned()]));
         assert!(store.forecasts_after(store.now() + SignedDuration::from_secs(1)).await.unwrap().is_empty());
     }
 }

@@ -60,6 +60,8 @@ function report(sweep) {
     h("div", { class: "facts" }, [
       ["Scanned", number(totals.scanned)], ["Reclaimed", number(totals.reclaimed)],
       ["Memory freed", sweep.freed_bytes === undefined ? undefined : bytes(sweep.freed_bytes)],
+      ["Evicted meanwhile", sweep.evicted_keys ? number(sweep.evicted_keys) : undefined],
+      ["Evicted until the next", sweep.evicted_keys_after === undefined ? undefined : number(sweep.evicted_keys_after)],
       ["Touched", totals.touched ? number(totals.touched) : undefined], ["Lost replies", totals.lost_replies ? number(totals.lost_replies) : undefined],
       ["Active", span(totals.active_s)], ["Waited", span(totals.waited_s)], ["Rested", span(totals.rested_s)], ["Held", span(totals.held_s)],
       ...Object.entries(sweep.held_s).filter(([, s]) => s > 0).map(([reason, s]) => [`Held: ${reason.replaceAll("_", " ")}`, span(s)]),

@@ -177,8 +177,7 @@ impl ShardSweep {
         let settings = self.job.settings.clone();
         let mut rate = self.session.expired_per_sec;
         loop {
-            // A keep run frees what the server's own expiry does not.
-            let starves = self.session.profile.slow_scan_starves_expiry && self.keep.is_none();
+            let starves = self.starves_expiry();
             if !expiry_guard::has_to_know_the_flow(starves, pass.keys, &settings) {
                 break;
             }
@@ -204,10 +203,14 @@ impl ShardSweep {
             rate = now.or(self.session.expired_per_sec);
             break;
         }
-        let starves = self.session.profile.slow_scan_starves_expiry && self.keep.is_none();
-        pass.guard = ExpiryGuard::new(starves, pass.keys, rate);
+        pass.guard = ExpiryGuard::new(self.starves_expiry(), pass.keys, rate);
         pass.begun = Instant::now();
         Ok(())
+    }
+
+    /// Whether a sweep that is too slow leaves more expired keys than none. A keep run reclaims what the server's own expiry leaves.
+    fn starves_expiry(&self) -> bool {
+        self.session.profile.slow_scan_starves_expiry && self.keep.is_none()
     }
 
     async fn open_journal(&self, db: DbIndex) -> Option<Journal> {

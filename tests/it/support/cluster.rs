@@ -6,6 +6,7 @@ use std::{
 };
 
 use redis::Value;
+use ttlsweep::model::slots::{SLOTS, slot_of};
 
 use super::{
     PATIENCE, free_port, probe,
@@ -18,9 +19,6 @@ const NODE_TIMEOUT_MS: &str = "2000";
 
 /// The TTL of keys that shall be dead soon.
 const SHORT_MS: u64 = 100;
-
-/// All hash slots.
-const SLOTS: u16 = 16_384;
 
 /// A running cluster. Every node listens on 127.0.0.1.
 pub struct Cluster {
@@ -205,11 +203,11 @@ impl Cluster {
         }
     }
 
-    async fn write(&self, names: &BTreeSet<String>, ttl_ms: Option<u64>) {
+    pub async fn write(&self, names: &BTreeSet<String>, ttl_ms: Option<u64>) {
         let owners = self.owners().await;
         let mut by_node: BTreeMap<usize, Vec<&String>> = BTreeMap::new();
         for name in names {
-            by_node.entry(owners[usize::from(slot_of(name))]).or_default().push(name);
+            by_node.entry(owners[usize::from(slot_of(name.as_bytes()))]).or_default().push(name);
         }
         for (place, names) in by_node {
             let mut connection = self.nodes[place].conn().await;
@@ -410,12 +408,4 @@ pub async fn node_id(node: &Server) -> String {
 async fn node_lines(node: &Server) -> Vec<String> {
     let text: String = node.query(&["CLUSTER", "NODES"]).await;
     text.lines().map(str::to_owned).collect()
-}
-
-/// The hash slot of a name without braces: CRC16 (XMODEM) modulo 16384.
-fn slot_of(name: &str) -> u16 {
-    let crc = name.bytes().fold(0_u16, |crc, byte| {
-        (0..8).fold(crc ^ u16::from(byte) << 8, |crc, _| if crc & 0x8000 == 0 { crc << 1 } else { crc << 1 ^ 0x1021 })
-    });
-    crc % SLOTS
 }
