@@ -77,7 +77,7 @@ pub enum Show {
 }
 
 impl Show {
-    /// As the options say; clap lets nobody give both.
+    /// By the options `--json` and `--quiet`; clap refuses both together.
     pub fn of(json: bool, quiet: bool) -> Self {
         match (json, quiet) {
             (true, _) => Self::Json,
