@@ -39,7 +39,7 @@ const HAS_LASTED: SignedDuration = SignedDuration::from_mins(5);
 pub struct Keeper {
     /// Starts and ends tasks, and gives access to the store.
     pub service: TaskService,
-    /// The settings in force.
+    /// The settings in force; a change starts a round at once.
     pub settings: watch::Receiver<Arc<ServeSettings>>,
     /// Changes when the API has set bounds.
     pub changed: watch::Receiver<()>,

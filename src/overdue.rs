@@ -19,11 +19,11 @@ const CHECK_EVERY: Duration = Duration::from_secs(60);
 /// The check and what it needs.
 #[derive(Debug)]
 pub struct Overdue {
-    /// Access to the records.
+    /// Gives access to the records and their clock.
     pub service: TaskService,
     /// The settings in force; a change starts a check at once.
     pub settings: watch::Receiver<Arc<ServeSettings>>,
-    /// Sends the notifications.
+    /// Sends the notifications of overdue instances.
     pub notifier: Notifier,
 }
 

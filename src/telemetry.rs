@@ -19,7 +19,7 @@ pub const FILTER: &str = "TTLSWEEP_LOG";
 /// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum LogFormat {
-    /// Lines of text
+    /// Lines of text, for people
     #[default]
     Text,
     /// One JSON object per line: `timestamp`, `level`, `message`, `target`, and the fields of the event

@@ -51,7 +51,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 pub struct CallerDto {
     /// Name of the credentials in the settings.
     pub name: String,
-    /// `reader` or `operator`.
+    /// What the caller may do: `reader` or `operator`.
     pub role: &'static str,
     /// Projects that the caller may see; left out: all.
     #[serde(skip_serializing_if = "Option::is_none")]

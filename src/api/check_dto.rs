@@ -31,11 +31,11 @@ pub struct CheckOutput {
     pub dbs: Vec<DbDto>,
     /// Sums over the DBs that would be swept.
     pub backlog: BacklogDto,
-    /// The server's own expiry.
+    /// Settings and state of the server's own expiry.
     pub expiry: ExpiryDto,
-    /// Memory and eviction.
+    /// Memory of the server, and its eviction.
     pub memory: MemoryDto,
-    /// Its replicas.
+    /// The replicas that the master lists.
     pub replicas: Vec<ReplicaDto>,
     /// What could hold a sweep now.
     pub busy: BusyDto,
@@ -58,7 +58,7 @@ pub struct CheckOutput {
 pub enum Checked {
     /// One server, or the master behind sentinels.
     One(Box<CheckOutput>),
-    /// A cluster.
+    /// A cluster, with the result of each master.
     Cluster(ClusterOutput),
 }
 
@@ -136,9 +136,9 @@ impl Checked {
 /// A DB with its keys.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DbDto {
-    /// Number of the DB.
+    /// Number of the DB, from 0.
     pub db: u32,
-    /// Numbers of its keys.
+    /// How many keys the DB holds, and how many have expired.
     #[serde(flatten)]
     pub backlog: BacklogDto,
 }
@@ -173,7 +173,7 @@ impl From<&DbLook> for BacklogDto {
     }
 }
 
-/// The server's own expiry.
+/// Settings and state of the server's own expiry.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names are those of the server's configuration")]
 pub struct ExpiryDto {

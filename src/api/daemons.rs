@@ -12,22 +12,22 @@ use crate::api::auth::Caller;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
 
-/// A daemon.
+/// A daemon of those that share a database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DaemonDto {
     /// Id of this run of the daemon.
     pub id: String,
-    /// Name for people.
+    /// Name of the daemon: `--name`, `[daemon] name` or its host name.
     pub name: String,
     /// Whether this daemon answers the request.
     pub answers: bool,
-    /// Version of its program.
+    /// Version of the program that it runs.
     pub version: String,
     /// Address of its API, as it sees that itself.
     pub address: String,
     /// Labels of what its network reaches: it sweeps the instances whose `where` is one of these, and those without `where`.
     pub labels: Vec<String>,
-    /// When it started.
+    /// When this run of it started.
     pub started_at: String,
     /// When it last renewed its lease.
     pub heartbeat_at: String,
@@ -35,7 +35,7 @@ pub struct DaemonDto {
     pub heartbeat_age_s: f64,
     /// When its lease expires, and others may take over its tasks.
     pub lease_until: String,
-    /// Hash of its settings.
+    /// Hash of its settings files, in hexadecimal digits.
     pub settings: String,
     /// Whether its settings are those of the daemon that answers.
     pub same_settings: bool,
@@ -46,7 +46,7 @@ pub struct DaemonDto {
 /// A task of a daemon.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DaemonTaskDto {
-    /// Id of the task.
+    /// Id of the unfinished task.
     pub task_id: String,
     /// Id of the instance that it sweeps.
     pub instance_id: String,

@@ -26,16 +26,16 @@ use crate::tasks::{TaskError, TaskSpec};
 /// Default `offset`, default `limit` and largest `limit` of a history.
 const PAGE: (u32, u32, u32) = (0, 10, 1000);
 
-/// A scan task.
+/// A scan task, as the contract describes it.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskRecord {
-    /// Id of the task.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// Id of the instance.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// `waiting`, `running`, `success` or `failed`.
     pub status: String,
-    /// `manual` or `auto`.
+    /// `manual`, or `auto` for a scheduled scan.
     pub scan_type: String,
     /// When the task was created.
     #[schema(format = DateTime)]
@@ -70,7 +70,7 @@ impl From<&Task> for TaskRecord {
 pub struct History {
     /// The scans of this page.
     pub records: Vec<HistoryRecord>,
-    /// Id of the instance.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// Expired keys that all matching scans reclaimed, over all pages; at most 2147483647.
     pub total: i32,
@@ -81,7 +81,7 @@ pub struct History {
 /// The automatic scan of an instance.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AutoScanConfig {
-    /// Id of the instance.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// Whether the automatic scan is switched on.
     pub enable_auto_scan: bool,
@@ -254,7 +254,7 @@ pub enum ContractStatus {
     Waiting,
     /// The scan is running, paused or interrupted.
     Running,
-    /// The scan is complete.
+    /// The scan has swept every DB.
     Success,
     /// The scan failed or was cancelled.
     Failed,

@@ -24,16 +24,16 @@ pub fn clamp(number: u64) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// The contract's history record.
+/// A scan in the contract's history.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HistoryRecord {
-    /// Id of the task.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// Id of the instance.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// `waiting`, `running`, `success` or `failed`.
     pub status: &'static str,
-    /// `manual` or `auto`.
+    /// `manual`, or `auto` for a scheduled scan and a keep run.
     pub scan_type: &'static str,
     /// Expired keys that this scan reclaimed; at most 2147483647.
     pub num: i32,
@@ -91,7 +91,7 @@ pub struct Report {
     /// Why the task ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why the task failed.
+    /// Why the task failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
@@ -144,13 +144,13 @@ impl From<&ScanSettings> for SettingsDto {
 /// Sums over all shards and DBs of a task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Totals {
-    /// Keys scanned.
+    /// Keys that SCAN visited; a few are visited twice.
     pub scanned: u64,
     /// Expired keys reclaimed, also above 32 bits.
     pub reclaimed: u64,
     /// Keys asked for with EXISTS or TTL.
     pub touched: u64,
-    /// SCANs that were answered.
+    /// Batches (SCANs) that were answered.
     pub batches: u64,
     /// Batches whose reply was lost: the keys that they reclaimed are not in `reclaimed`.
     pub lost_replies: u64,
@@ -170,7 +170,7 @@ pub struct Totals {
 /// A shard of a task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ShardDto {
-    /// Name of the shard.
+    /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub shard: String,
     /// Its master; `null` until it was reached.
     pub server: Option<ServerDto>,
@@ -235,14 +235,14 @@ impl From<&KeepFigures> for KeepDto {
     }
 }
 
-/// A server.
+/// Product, version and address of a server.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ServerDto {
     /// Name of the product, such as `Redis` or `Valkey`.
     pub product: String,
-    /// Version of the product.
+    /// Version of the product, such as `7.0.15`.
     pub version: String,
-    /// Address of the connection.
+    /// Address of the connection to it.
     pub addr: String,
 }
 
@@ -255,16 +255,16 @@ impl From<&ServerFacts> for ServerDto {
 /// An amount of memory in bytes, before and after the sweep.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct MemoryDto {
-    /// When the sweep began.
+    /// The value when the sweep began.
     pub before: Option<u64>,
-    /// After the sweep, once background frees were done.
+    /// The value after the sweep, once background frees were done.
     pub after: Option<u64>,
 }
 
 /// The pass over one DB of one shard.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PassDto {
-    /// Number of the DB.
+    /// Number of the DB, from 0.
     pub db: u32,
     /// Whether the whole DB was walked.
     pub complete: bool,
@@ -272,15 +272,15 @@ pub struct PassDto {
     pub fraction: f64,
     /// DBSIZE when the pass began.
     pub keys_at_start: u64,
-    /// Keys scanned.
+    /// Keys that SCAN visited; a few are visited twice.
     pub scanned: u64,
-    /// Expired keys reclaimed.
+    /// Expired keys that were reclaimed in this DB.
     pub reclaimed: u64,
     /// Keys asked for with EXISTS or TTL.
     pub touched: u64,
     /// Expired keys that SCAN had left and the touch reclaimed.
     pub found_by_touch: u64,
-    /// SCANs that were answered.
+    /// Batches (SCANs) that were answered.
     pub batches: u64,
     /// Batches whose reply was lost.
     pub lost_replies: u64,
@@ -318,14 +318,14 @@ pub struct SliceDto {
     pub max: u64,
 }
 
-/// How soon keys expire.
+/// Histogram of the remaining TTLs of live keys.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TtlDto {
     /// Number of keys that expire within this many seconds, and not within the bound before.
     pub within_s: BTreeMap<u64, u64>,
     /// Keys that expire after the last bound.
     pub later: u64,
-    /// Keys without a TTL.
+    /// Keys without a TTL: they never expire.
     pub never: u64,
 }
 
@@ -348,7 +348,7 @@ pub struct FailureDto {
     /// The contract's error code, if it has one for this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_code: Option<&'static str>,
-    /// What happened and why.
+    /// What happened and why, in a sentence.
     pub message: String,
     /// What to do about it, if known.
     #[serde(skip_serializing_if = "Option::is_none")]

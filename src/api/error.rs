@@ -16,7 +16,7 @@ pub struct ErrorBody {
     /// Error code, as the contract defines it.
     #[schema(example = "DCS.3022")]
     pub error_code: String,
-    /// What is wrong.
+    /// What is wrong, in a sentence.
     #[schema(example = "This DCS instance does not exist.")]
     pub error_msg: String,
     /// What to do about it, if known. The contract does not use this field.

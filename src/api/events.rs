@@ -34,7 +34,7 @@ const LONGEST: Duration = Duration::from_hours(1);
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
 pub struct TaskEvent {
-    /// Always `task`.
+    /// Name of the event: always `task`.
     event: String,
     /// The task's details, as `GET /api/v1/tasks/{task_id}` gives them, in JSON.
     data: String,
@@ -67,7 +67,7 @@ pub async fn follow_task(
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
 pub struct TasksEvent {
-    /// Always `tasks`.
+    /// Name of the event: always `tasks`.
     event: String,
     /// A list of [`TaskProgress`] in JSON: at first all unfinished tasks, then those that have changed or ended.
     data: Vec<TaskProgress>,

@@ -38,11 +38,11 @@ pub struct ForecastOutput {
 /// Where the keys of a master were sampled.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct SourceDto {
-    /// Address of the master.
+    /// Address of the master whose keys were sampled.
     pub master: String,
     /// Address of the server that was sampled: a replica, or the master itself.
     pub addr: String,
-    /// Number of sampled keys.
+    /// Number of keys in the sample.
     pub looked_at: u64,
     /// Time that the sampling took, in seconds.
     pub took_s: f64,
@@ -56,13 +56,13 @@ pub struct OutlookDto {
     pub db: Option<u32>,
     /// Keys in memory, expired ones included.
     pub keys: u64,
-    /// Number of sampled keys.
+    /// Number of keys in the sample.
     pub looked_at: u64,
     /// Live keys with a TTL.
     pub with_ttl: Figure,
     /// Live keys without a TTL.
     pub without_ttl: Figure,
-    /// Expired keys in memory.
+    /// Expired keys that are still in memory.
     pub expired: Figure,
     /// Keys that expire within a bound, and not within the bound before.
     pub within: Vec<WithinDto>,
@@ -77,7 +77,7 @@ pub struct OutlookDto {
 pub struct Figure {
     /// Estimated number of keys.
     pub keys: u64,
-    /// Error of `keys`.
+    /// Error of `keys`: half of the confidence interval.
     pub keys_error: u64,
     /// Memory in bytes by the mean size of a key; `null` if the server hides its memory.
     pub bytes: Option<u64>,
@@ -88,7 +88,7 @@ pub struct Figure {
 pub struct WithinDto {
     /// The bound, in seconds from now.
     pub within_s: u64,
-    /// The estimated keys.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
 }
@@ -96,11 +96,11 @@ pub struct WithinDto {
 /// The keys that expire in one bin of the histogram.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BinDto {
-    /// Begin of the bin.
+    /// When the bin begins.
     pub from: String,
-    /// End of the bin.
+    /// When the bin ends.
     pub to: String,
-    /// The estimated keys.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
 }
@@ -108,11 +108,11 @@ pub struct BinDto {
 /// A span in which far more keys expire than before and after it.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PeakDto {
-    /// Begin of the span.
+    /// When the span begins.
     pub from: String,
-    /// End of the span.
+    /// When the span ends.
     pub to: String,
-    /// The estimated keys.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
     /// The peak as a sentence.
@@ -122,11 +122,11 @@ pub struct PeakDto {
 /// The keys whose names begin with the same parts.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PrefixDto {
-    /// The parts that the names begin with; bytes that are not printable are escaped. Empty: names of one part.
+    /// The parts that the names begin with; bytes that are not printable ASCII are escaped. Empty: names of one part.
     pub prefix: String,
-    /// Live keys.
+    /// Live keys of the group.
     pub keys: u64,
-    /// Error of `keys`.
+    /// Error of `keys`: half of the confidence interval.
     pub keys_error: u64,
     /// Live keys with a TTL.
     pub with_ttl: u64,

@@ -21,7 +21,7 @@ const STORE_WITHIN: Duration = Duration::from_secs(2);
 pub struct Health {
     /// Always `ok`; an unhealthy daemon answers with an error.
     pub status: &'static str,
-    /// Version of the program.
+    /// Version of the running program.
     pub version: &'static str,
 }
 

@@ -144,11 +144,11 @@ pub enum TlsListenError {
     /// A file cannot be read, or does not contain what it should in PEM.
     #[error("{setting}: cannot read {what} from {path}: {source}; it must be a PEM file", path = path.display())]
     Pem {
-        /// `tls-cert` or `tls-key`.
+        /// The setting that names the file: `tls-cert` or `tls-key`.
         setting: &'static str,
         /// What the file should contain.
         what: &'static str,
-        /// Path of the file.
+        /// Path of the file that was read.
         path: PathBuf,
         /// Error of reading or parsing it.
         source: pem::Error,

@@ -59,11 +59,11 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Reads the settings file again and puts it in force, or returns its problems.
 pub type Reload = Box<dyn Fn() -> Result<(), Vec<Problem>> + Send + Sync>;
 
-/// What all handlers use.
+/// The state that all handlers share.
 pub struct AppState {
     /// Creates and commands tasks, and gives access to the records.
     pub service: TaskService,
-    /// The settings in force.
+    /// The settings in force; a reload replaces them.
     pub settings: watch::Receiver<Arc<ServeSettings>>,
     /// Metrics to count requests in, and to show.
     pub metrics: Metrics,
@@ -71,7 +71,7 @@ pub struct AppState {
     pub schedule_changed: Arc<Notify>,
     /// Wakes the keeper after bounds were changed.
     pub keep_changed: watch::Sender<()>,
-    /// Reloads the settings.
+    /// Reads the settings file again, for the call `reload`.
     pub reload: Reload,
     /// Cancelled when the daemon begins to stop: streams end then.
     pub stopping: CancellationToken,
@@ -243,7 +243,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for QueryPa
     }
 }
 
-/// The body as received.
+/// The body as received; longer ones than `auth::MAX_BODY` are refused.
 pub struct RawBody(pub Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {

@@ -22,7 +22,7 @@ const SKEW: Duration = Duration::from_secs(15 * 60);
 /// The characters to encode: all but `A-Za-z0-9-_.~`.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// The parsed Authorization header.
+/// The parsed Authorization header of a signed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signed {
     /// Access key of the caller.

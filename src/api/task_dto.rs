@@ -13,16 +13,16 @@ use crate::model::schedule::{AutoScan, Recurrence, Window};
 use crate::model::task::{Task, TaskState};
 use crate::tasks::TaskView;
 
-/// An instance.
+/// An instance with its newest task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct InstanceDto {
-    /// Id of the instance.
+    /// Id of the instance, as the settings have it.
     pub id: String,
-    /// Id of its project.
+    /// Id of the project that it belongs to.
     pub project_id: String,
-    /// Name for people.
+    /// Name to show; the id if the settings have none.
     pub name: String,
-    /// URL without credentials.
+    /// URL of the instance, without credentials.
     pub target: String,
     /// Whether its off-peak window is open; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,10 +51,10 @@ pub struct InstanceDto {
     pub latest: Option<TaskDto>,
 }
 
-/// A task.
+/// A task as it is recorded.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskDto {
-    /// Id of the task.
+    /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance that it sweeps.
     pub instance_id: String,
@@ -85,7 +85,7 @@ pub struct TaskDto {
     /// Why it ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why it failed.
+    /// Why it failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
@@ -120,9 +120,9 @@ pub struct TaskDetails {
     pub task: TaskDto,
     /// Share of the sweep that is done, 0 to 1.
     pub progress: f64,
-    /// Keys scanned so far.
+    /// Keys that SCAN has visited so far; a few are visited twice.
     pub scanned: u64,
-    /// The current holds.
+    /// The holds at this moment; empty while it runs freely.
     pub holds: Vec<HoldDto>,
     /// The shards, in the order of their names.
     pub shards: Vec<ShardDto>,
@@ -204,7 +204,7 @@ pub struct InstanceDetails {
     /// Its off-peak window; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<WindowDto>,
-    /// Its automatic scan.
+    /// Its automatic scan, set by the API or the settings file.
     pub schedule: ScheduleDto,
     /// `api` or `file`: where its bounds, or the lack of them, were set.
     pub keep_source: &'static str,
@@ -212,7 +212,7 @@ pub struct InstanceDetails {
     pub settings: BTreeMap<String, String>,
 }
 
-/// An off-peak window.
+/// An off-peak window, in which scheduled sweeps may run.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct WindowDto {
     /// Days on which it opens, `Mon` to `Sun`.
@@ -304,7 +304,7 @@ pub struct HistoryEntry {
     /// Expired keys in memory: the estimate of a keep run, now or at its end, or what a complete sweep found and reclaimed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u64>,
-    /// Keys that the masters evicted during the sweep, to stay below `maxmemory`. Left out where one of them does not tell.
+    /// Keys that the masters evicted during the sweep, to stay below `maxmemory`. Left out if one of them hides the number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evicted_keys: Option<u64>,
     /// Keys that the masters evicted from the end of the sweep to the beginning of the next one. Left out of the newest sweep, and where
@@ -316,7 +316,7 @@ pub struct HistoryEntry {
     pub held_s: BTreeMap<&'static str, f64>,
     /// Number of masters that it sweeps.
     pub masters: usize,
-    /// The current holds.
+    /// The holds at this moment; empty while it runs freely.
     pub holds: Vec<HoldDto>,
     /// The shards with their DBs, warnings and failures; left out if the request has `shards` false.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -324,7 +324,7 @@ pub struct HistoryEntry {
 }
 
 impl HistoryEntry {
-    /// What is known of a task, with the task of the same instance that came next.
+    /// Converts the view of a task. `next` is the next task of the same instance.
     pub fn new(view: &TaskView, next: Option<&TaskView>, with_shards: bool) -> Self {
         let snapshot = &view.snapshot;
         let evicted: Option<Vec<u64>> = snapshot.shards.values().map(|shard| shard.evicted()).collect();
@@ -354,11 +354,11 @@ impl HistoryEntry {
 /// A task in the stream of all tasks.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskProgress {
-    /// Id of the task.
+    /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance that it sweeps.
     pub instance_id: String,
-    /// State of the task.
+    /// State of the task: see the field of the same name of a task.
     pub state: &'static str,
     /// `cli`, `api`, `schedule` or `keep`.
     pub cause: &'static str,
@@ -372,7 +372,7 @@ pub struct TaskProgress {
     pub finished_at: Option<String>,
     /// Share of the sweep that is done, 0 to 1.
     pub progress: f64,
-    /// Keys scanned so far.
+    /// Keys that SCAN has visited so far; a few are visited twice.
     pub scanned: u64,
     /// Expired keys that it reclaimed so far.
     pub reclaimed: u64,
@@ -381,7 +381,7 @@ pub struct TaskProgress {
     /// Why it ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why it failed.
+    /// Why it failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }

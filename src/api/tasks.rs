@@ -22,7 +22,7 @@ const LIMIT: u32 = 50;
 /// Largest `limit` of a list.
 const MOST: u32 = 1000;
 
-/// Lists tasks, newest first.
+/// Lists the tasks that the caller may see, newest first.
 #[utoipa::path(
     get, path = "/api/v1/tasks", tag = "tasks", operation_id = "list_tasks", params(ListTasks),
     responses(
@@ -57,7 +57,7 @@ pub async fn list_tasks(
     Ok(Json(TaskList { tasks, count: page.count, reclaimed: page.total, instance_names }))
 }
 
-/// Creates a task.
+/// Creates a task that sweeps an instance now.
 #[utoipa::path(
     post, path = "/api/v1/tasks", tag = "tasks", operation_id = "create_task", request_body = CreateTask,
     responses(

@@ -56,7 +56,7 @@ pub enum ClientError {
     /// The daemon answered with an error of the API.
     #[error("{code}: {message}")]
     Refused {
-        /// The HTTP status.
+        /// HTTP status of the response.
         status: StatusCode,
         /// The error code of the body, such as `DCS.3022`.
         code: String,

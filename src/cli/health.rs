@@ -7,7 +7,7 @@ use clap::Args;
 use crate::cli::exit::Exit;
 use crate::cli::output;
 
-/// Timeout of the request.
+/// Timeout of the request: shorter than that of usual health checks.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
 /// `ttlsweep health`

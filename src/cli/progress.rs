@@ -32,7 +32,7 @@ pub struct Rows {
 /// What is shown of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ShardRow {
-    /// The shard's name.
+    /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub name: String,
     /// Why it is held, in words; `None` while it is not.
     pub hold: Option<String>,
@@ -53,7 +53,7 @@ pub struct PassRow {
     pub fraction: f64,
     /// Whether the whole DB was walked.
     pub complete: bool,
-    /// Keys scanned so far.
+    /// Keys that SCAN has visited so far.
     pub scanned: u64,
     /// Expired keys reclaimed so far.
     pub reclaimed: u64,

@@ -72,7 +72,7 @@ pub enum Show {
     Text,
     /// Progress, and one JSON object at the end.
     Json,
-    /// Errors only.
+    /// Nothing but errors.
     Quiet,
 }
 

@@ -24,7 +24,7 @@ use crate::settings::serve::ServeSettings;
 
 /// Most events that wait. One more is dropped and counted.
 const QUEUE: usize = 256;
-/// Timeout of a request.
+/// Timeout of a request to the webhook.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Pause before the second attempt; each further one is twice as long, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_secs(1);
@@ -52,7 +52,7 @@ impl Notifier {
     }
 }
 
-/// Sends the queued events.
+/// The receiving end of the queue, which sends the events.
 #[derive(Debug)]
 pub struct Delivery {
     queue: mpsc::Receiver<Event>,

@@ -40,17 +40,17 @@ pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
 pub enum Touch {
     /// Audit a few batches with EXISTS; if the audit finds expired keys that SCAN left, touch every batch.
     Auto,
-    /// No command.
+    /// Send no command.
     None,
-    /// EXISTS for each key.
+    /// Send EXISTS for each key.
     Exists,
-    /// TTL for each key; the report then shows how soon keys expire.
+    /// Send TTL for each key; the report then shows how soon keys expire.
     Ttl,
 }
 
 words!(Touch, "touch mode", Auto = "auto", None = "none", Exists = "exists", Ttl = "ttl");
 
-/// What SCAN returns.
+/// What SCAN returns: the setting `payload`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Payload {
     /// No names where the server is known to free expired keys then too, else names.
@@ -78,7 +78,7 @@ pub struct Tuning {
     pub bounds: Bounds,
 }
 
-/// How to sweep.
+/// The settings of a sweep, without those of its connections.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScanSettings {
     /// DBs to sweep; empty: each whose `expires` in INFO keyspace is above 0.
@@ -95,7 +95,7 @@ pub struct ScanSettings {
     pub assist_expiry: Option<Duration>,
     /// The command to send for each key that SCAN returned.
     pub touch: Touch,
-    /// What SCAN returns.
+    /// Whether SCAN returns names.
     pub payload: Payload,
     /// Longest time that the sweep may take.
     pub timeout: Duration,
@@ -125,11 +125,11 @@ pub struct TlsSettings {
 pub struct Settings {
     /// Address of the instance, without credentials.
     pub target: Target,
-    /// Credentials for the servers.
+    /// User and password for the servers.
     pub credentials: Credentials,
     /// Where the password came from; `None`: there is none.
     pub password_from: Option<Origin>,
-    /// Credentials for the sentinels.
+    /// User and password for the sentinels.
     pub sentinel_credentials: Credentials,
     /// TLS settings; `None`: the URL asks for no TLS.
     pub tls: Option<TlsSettings>,
@@ -139,7 +139,7 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// Longest time to wait for a reply.
     pub response_timeout: Duration,
-    /// How to sweep.
+    /// The settings of the sweep itself.
     pub scan: ScanSettings,
     /// The state file; `None`: the task and its checkpoint are not kept.
     pub state: Option<PathBuf>,
@@ -161,9 +161,9 @@ impl Settings {
 /// A password that is not the value of a key: from `REDISCLI_AUTH`, `--askpass`, or `password-env` of the daemon's file.
 #[derive(Debug, Clone)]
 pub struct GivenPassword {
-    /// The password itself.
+    /// The password, which may be empty.
     pub secret: Password,
-    /// Where it came from.
+    /// Where the password came from.
     pub origin: Origin,
 }
 

@@ -86,15 +86,15 @@ pub const TUNE_KEYS: &[&str] = &[
 /// The bounds: a task whose settings have one that is not `off` is a keep run.
 pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
 
-/// The text of `default.toml`.
+/// The text of `default.toml`, with its comments.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// Where a value came from. A later layer wins.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// `default.toml`.
+    /// A default of `default.toml`.
     Default,
-    /// A settings file.
+    /// A line of a settings file.
     File {
         /// Path of the file as it was given.
         path: PathBuf,
@@ -178,7 +178,7 @@ impl Raw {
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 
-    /// Overrides one value.
+    /// Replaces the value of one key, and its origin.
     pub fn set(&mut self, key: &'static str, value: String, origin: Origin) {
         self.values.insert(key, (value, origin));
     }

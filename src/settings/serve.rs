@@ -28,7 +28,7 @@ use crate::settings::values::{
 };
 use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, password_in_env, positive_duration};
 
-/// The text of `serve.toml`.
+/// The text of `serve.toml`, with its comments.
 pub const SERVE_TOML: &str = include_str!("serve.toml");
 
 /// Longest interval of the automatic scan in seconds, by the contract: 43200 minutes.
@@ -68,7 +68,7 @@ impl ServeSettings {
     }
 }
 
-/// `[api]`
+/// The table `[api]`: address, TLS, limits and credentials.
 #[derive(Debug, Clone)]
 pub struct ApiSettings {
     /// Address and port to listen on.
@@ -77,13 +77,13 @@ pub struct ApiSettings {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Lines of `tls-cert` and `tls-key` in the file.
     pub lines: Lines,
-    /// Most open connections.
+    /// Most open connections of clients.
     pub max_connections: usize,
     /// Longest time to receive a request, and to answer it.
     pub request_timeout: Duration,
-    /// `[[api.tokens]]`
+    /// The tokens of `[[api.tokens]]`.
     pub tokens: Vec<Token>,
-    /// `[[api.keys]]`
+    /// The key pairs of `[[api.keys]]`.
     pub keys: Vec<AccessKey>,
 }
 
@@ -126,11 +126,11 @@ impl Grant {
 /// A token that callers send in `X-Auth-Token`. Only its hash is kept.
 #[derive(Debug, Clone)]
 pub struct Token {
-    /// SHA-256 of the token.
+    /// SHA-256 of the token, which itself is not stored.
     pub sha256: [u8; 32],
     /// When it expires; `None`: never.
     pub expires: Option<Timestamp>,
-    /// What it allows.
+    /// What a caller with it may do, and where.
     pub grant: Grant,
 }
 
@@ -141,11 +141,11 @@ pub struct AccessKey {
     pub access: String,
     /// The secret key, never sent.
     pub secret: SecretString,
-    /// What it allows.
+    /// What a caller with it may do, and where.
     pub grant: Grant,
 }
 
-/// `[daemon]`
+/// The table `[daemon]`: this daemon among those that share a database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DaemonSettings {
     /// Name among the daemons; `None`: the host name.
@@ -159,7 +159,7 @@ pub struct DaemonSettings {
 /// Shortest valid lease: each renewal is a round trip to a database that others use too.
 const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 
-/// `[store]`
+/// The table `[store]`: where the records are, and how long ended tasks are kept.
 #[derive(Debug, Clone)]
 pub struct StoreSettings {
     /// The file or database of the records.
@@ -170,14 +170,14 @@ pub struct StoreSettings {
     pub keep_tasks: u32,
 }
 
-/// One of `[[instances]]`.
+/// One instance of `[[instances]]`.
 #[derive(Debug, Clone)]
 pub struct Instance {
     /// Id in the API and in the records.
     pub id: String,
-    /// Id of its project.
+    /// Id of the project that it belongs to.
     pub project_id: String,
-    /// Name for people.
+    /// Name to show; the id if the file has none.
     pub name: String,
     /// Its address and how it is swept.
     pub settings: Settings,

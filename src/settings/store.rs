@@ -7,12 +7,12 @@ use std::str::FromStr;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-/// Where the records are.
+/// The file or database that holds the records.
 #[derive(Debug, Clone)]
 pub enum StoreLocation {
     /// The path of an SQLite file.
     Sqlite(PathBuf),
-    /// A PostgreSQL database.
+    /// A PostgreSQL database, which daemons may share.
     Postgres {
         /// URL of the database, with its password if it was given.
         url: PostgresUrl,

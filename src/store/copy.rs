@@ -17,7 +17,7 @@ const AT_ONCE: u32 = 200;
 /// How many records a store holds, to compare both ends of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Amount {
-    /// Number of tasks.
+    /// Number of tasks, ended ones included.
     pub tasks: u64,
     /// Expired keys that these tasks reclaimed.
     pub keys: u64,

@@ -20,7 +20,7 @@ const MAGIC: &[u8] = b"SQLite format 3\0";
 /// Offset of the application id in the header: four bytes, big-endian.
 const ID_AT: usize = 68;
 
-/// Error codes of SQLite.
+/// Error codes of SQLite that have a hint.
 const SQLITE_CORRUPT: u32 = 11;
 const SQLITE_FULL: u32 = 13;
 const SQLITE_NOTADB: u32 = 26;

@@ -39,7 +39,7 @@ const ORDERS_KEPT: Duration = Duration::from_secs(600);
 pub struct DaemonId(pub Uuid);
 
 impl DaemonId {
-    /// A new random id.
+    /// A new random id, for the start of a daemon.
     pub fn generate() -> Self {
         Self(Uuid::new_v4())
     }
@@ -56,9 +56,9 @@ impl fmt::Display for DaemonId {
 pub struct DaemonRecord {
     /// Id of this run of the daemon.
     pub id: DaemonId,
-    /// Name for people.
+    /// Name of the daemon, by option, settings or host.
     pub name: String,
-    /// Version of its program.
+    /// Version of the program that it runs.
     pub version: String,
     /// Address of its API, as it sees that itself.
     pub address: String,
@@ -66,7 +66,7 @@ pub struct DaemonRecord {
     pub labels: Vec<String>,
     /// Hash of its settings files.
     pub settings: String,
-    /// When it started.
+    /// When this run of it started.
     pub started_at: Timestamp,
 }
 
@@ -77,7 +77,7 @@ pub struct PresentDaemon {
     pub record: DaemonRecord,
     /// When it last renewed its lease.
     pub heartbeat_at: Timestamp,
-    /// When its lease expires.
+    /// When its lease expires unless it is renewed.
     pub lease_until: Timestamp,
     /// The tasks that it owns, with the ids of their instances.
     pub tasks: Vec<(TaskId, String)>,
@@ -86,7 +86,7 @@ pub struct PresentDaemon {
 /// A request to the owner of a task to carry out a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GivenOrder {
-    /// Id of the request.
+    /// Id by which the answer is found.
     pub id: Uuid,
     /// The task that the command is for.
     pub task: TaskId,
@@ -94,20 +94,20 @@ pub struct GivenOrder {
     pub what: String,
 }
 
-/// Which tasks to claim.
+/// Which tasks to claim, and for whom.
 #[derive(Debug, Clone)]
 pub struct Claim {
-    /// The new owner.
+    /// The daemon that becomes the owner.
     pub owner: DaemonId,
     /// Labels of what its network reaches.
     pub labels: Vec<String>,
-    /// Most tasks to claim.
+    /// Most tasks to claim with this call.
     pub most: usize,
     /// True: keep runs only; false: all other tasks only.
     pub of_keeps: bool,
     /// Most running tasks over all daemons; `None`: no bound.
     pub most_of_all: Option<usize>,
-    /// Tasks not to claim.
+    /// Tasks that are not claimed: this daemon runs them already, or has just given them up.
     pub but: Vec<TaskId>,
 }
 

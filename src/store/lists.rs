@@ -32,7 +32,7 @@ pub struct TaskFilter {
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct TaskPage {
-    /// The tasks, newest first.
+    /// The tasks of this page, newest first.
     pub tasks: Vec<Task>,
     /// How many tasks match, on all pages.
     pub count: u64,

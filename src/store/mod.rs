@@ -63,9 +63,9 @@ pub enum StoreError {
     /// The file belongs to another program, or is no database.
     #[error("cannot open the state file {path}: {why}")]
     NotOurs {
-        /// Path of the file.
+        /// Path of the file, which was not changed.
         path: PathBuf,
-        /// What the file is.
+        /// What was found at the path.
         why: Foreign,
     },
     /// Another process uses the file: both would resume the same unfinished tasks, and count into the same records.
@@ -195,7 +195,7 @@ impl Store {
         self.clock.now()
     }
 
-    /// The clock of [`Self::now`].
+    /// The clock behind [`Self::now`], for modules without the store.
     pub fn clock(&self) -> Clock {
         self.clock.clone()
     }

@@ -12,7 +12,7 @@ use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use crate::model::schedule::{AutoScan, CronRule, Recurrence};
 use crate::model::task::TaskId;
 use crate::store::StoreError;
-use crate::store::rows::{self, number, placeholders, time};
+use crate::store::rows::{number, placeholders, time};
 
 /// The automatic scan that the API set for an instance. A row without a project is from before projects were stored.
 pub(super) async fn auto_scan(
@@ -99,7 +99,7 @@ pub struct DuePosition {
 /// What became of a due time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DueOutcome<'a> {
-    /// The due time.
+    /// The due time that was handled.
     pub at: Timestamp,
     /// `run`, or why it was skipped: `still_running` or `missed`.
     pub outcome: &'a str,
@@ -172,7 +172,7 @@ fn position_in(row: &AnyRow) -> Result<(String, DuePosition), StoreError> {
 /// Sets due positions, also to an earlier instant.
 pub(super) async fn set_due_positions(conn: &mut AnyConnection, positions: &[(&str, &DuePosition)]) -> Result<(), StoreError> {
     for some in positions.chunks(POSITIONS_AT_ONCE) {
-        let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", rows::placeholders(3 * row + 1..3 * row + 4))).collect();
+        let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", placeholders(3 * row + 1..3 * row + 4))).collect();
         let sql = format!(
             "INSERT INTO dues (instance_id, handled, schedule) VALUES {} ON CONFLICT (instance_id) DO UPDATE SET \
              handled = excluded.handled, schedule = excluded.schedule",

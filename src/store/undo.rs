@@ -20,7 +20,7 @@ use crate::store::report::StoredAddr;
 pub struct Undo {
     /// URL of the instance, without credentials. Only a sweep of this instance has the credentials for `addr`.
     pub target: String,
-    /// Address of the server.
+    /// Address of the server whose setting was changed.
     #[serde(with = "StoredAddr")]
     pub addr: NodeAddr,
     /// Name of the server's setting.

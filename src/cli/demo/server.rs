@@ -69,7 +69,7 @@ fn port_with_bus() -> io::Result<u16> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, "no pair of free ports for a cluster node"))
 }
 
-/// A running private server.
+/// A running private server. Dropping it kills the server and removes its folder.
 #[derive(Debug)]
 pub struct DemoServer {
     child: Child,
@@ -98,7 +98,7 @@ pub enum CannotStart {
     /// The server exited before it answered.
     #[error("{program} exited while starting; the end of its log:\n{log}")]
     Ended {
-        /// The server program.
+        /// Path of the server program.
         program: PathBuf,
         /// The last lines of its log.
         log: String,
@@ -106,7 +106,7 @@ pub enum CannotStart {
     /// The server runs and does not answer.
     #[error("{program} did not answer within {}s; the end of its log:\n{log}", START_WITHIN.as_secs())]
     Silent {
-        /// The server program.
+        /// Path of the server program.
         program: PathBuf,
         /// The last lines of its log.
         log: String,
