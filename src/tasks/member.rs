@@ -404,14 +404,18 @@ impl Member {
         let deadline = Instant::now() + ANSWER_WITHIN;
         let mut is_given = false;
         loop {
-            let Some(task) = service.store.task(id).await?.filter(|task| !task.state.is_final()) else {
-                // It may have ended by this very order.
-                let answer = if is_given { self.answer_to(&given).await? } else { None };
-                return match answer {
-                    Some(answer) => self.answered_by(service, id, answer, &order).await,
-                    None => Err(TaskError::Ended),
-                };
-            };
+            let Some(task) = service.store.task(id).await? else { return Err(TaskError::Ended) };
+            if task.state.is_final() {
+                if !is_given {
+                    return Err(TaskError::Ended);
+                }
+                if let Some(answer) = self.answer_to(&given).await? {
+                    return self.answered_by(service, id, answer, &order).await;
+                }
+                self.fleet.take_back(given.id).await?;
+                // The owner records the end of a task before it answers the order to end it.
+                return if order.ends_as(task.state) { self.view(service, id).await } else { Err(TaskError::Ended) };
+            }
             if task.owner.is_none() {
                 if is_given && !self.fleet.take_back(given.id).await? {
                     // It was answered before its owner went.

@@ -68,6 +68,15 @@ impl Order {
             Self::GiveWay => Some(Command::Succeed),
         }
     }
+
+    /// Whether it is an order to end the task in this state.
+    pub(super) fn ends_as(&self, state: TaskState) -> bool {
+        match self {
+            Self::Cancel => state == TaskState::Cancelled,
+            Self::GiveWay => state == TaskState::Succeeded,
+            Self::Pause | Self::Resume | Self::Tune(_) => false,
+        }
+    }
 }
 
 impl fmt::Display for Order {

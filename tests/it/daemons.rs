@@ -153,6 +153,21 @@ async fn any_daemon_answers_for_a_task_that_another_has() {
 }
 
 #[tokio::test]
+async fn a_cancel_by_another_daemon_is_done_also_where_the_end_is_recorded_before_the_answer() {
+    let server = dead(DEAD).await;
+    let Some(fleet) = Fleet::start(2, &instance("cache", &server.url(), SLOW)).await else { return };
+    let late = "CREATE FUNCTION late() RETURNS trigger AS 'BEGIN PERFORM pg_sleep(2); RETURN NEW; END' LANGUAGE plpgsql; \
+                CREATE TRIGGER late BEFORE UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION late()";
+    sqlx::raw_sql(late)
+        .execute(&mut fleet.postgres.conn().await)
+        .await
+        .expect("answers to orders are late from now on");
+    let (id, owner) = fleet.scan("cache", 0).await;
+    let cancelled = fleet.daemons[1 - owner].post(&format!("/api/v1/tasks/{id}/cancel")).await.ok();
+    assert_eq!(cancelled["state"], "cancelled");
+}
+
+#[tokio::test]
 async fn a_task_goes_on_elsewhere_within_two_leases_of_a_kill_and_counts_exactly() {
     let Some(Sweeping { server, mut fleet, id, owner }) = sweeping(3).await else { return };
     fleet.daemons[owner].kill9();
