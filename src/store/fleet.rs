@@ -107,7 +107,7 @@ pub struct Claim {
     pub of_keeps: bool,
     /// Most running tasks over all daemons; `None`: no bound.
     pub most_of_all: Option<usize>,
-    /// Tasks that are not claimed: this daemon runs them already, or has just given them up.
+    /// Tasks that are not claimed: this daemon runs them, or its settings lack their instance.
     pub but: Vec<TaskId>,
 }
 
