@@ -188,19 +188,29 @@ impl Sweep {
     }
 }
 
-fn ours(server: &Server, args: &[&str], until: Option<Instant>) -> Pass {
+/// The program with a subcommand and an address, which prints one JSON object.
+pub fn program(subcommand: &str, url: &str, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
     // What the caller has set for this benchmark or for a sweep of their own must not change the contender.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TTLSWEEP_") || name == "REDISCLI_AUTH") {
         command.env_remove(name);
     }
-    command.args(["scan", &server.sweep_url(), "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.args([subcommand, url, "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
+    command
+}
+
+/// Has the program print what it did, and end. The standard library can only kill.
+pub fn interrupt(child: &Child) {
+    let _ = Command::new("sh").args(["-c", &format!("kill -INT {}", child.id())]).stderr(Stdio::null()).status();
+}
+
+/// One sweep, which is interrupted where it lasts longer than that.
+pub fn ours(server: &Server, args: &[&str], until: Option<Instant>) -> Pass {
+    let mut command = program("scan", &server.sweep_url(), args);
     let mut child = command.spawn().expect("the program is built");
     let in_time = wait(&mut child, until);
     if !in_time {
-        // It prints what it did when it is interrupted. The standard library can only kill.
-        let interrupt = format!("kill -INT {}", child.id());
-        let _ = Command::new("sh").args(["-c", &interrupt]).stderr(Stdio::null()).status();
+        interrupt(&child);
         wait(&mut child, None);
     }
     let status = child.wait().expect("it can be asked");

@@ -8,7 +8,7 @@
 
 use std::fmt::Write as _;
 use std::io::{Read, Write as _};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -17,12 +17,12 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::json;
 
-use super::Settings;
 use super::common::Server;
-use super::contender::Effort;
+use super::contender::{Effort, interrupt, ours, program};
 use super::load::{OpenLoop, comes_first};
 use super::report::{Output, Table, cell, median};
 use super::wire::{Conn, encode};
+use super::{Settings, list};
 
 /// Keys that the foreground reads, which have no TTL.
 const LIVE: u64 = 50_000;
@@ -42,6 +42,8 @@ const BACKLOG: [&str; 2] = ["--max-backlog", "5%"];
 enum Keeper {
     Nobody,
     Effort10,
+    /// Default sweeps, each as soon as the one before has ended.
+    Scans,
     Ours(&'static [&'static str]),
 }
 
@@ -50,6 +52,7 @@ impl Keeper {
         match self {
             Self::Nobody => "no sweep".to_owned(),
             Self::Effort10 => "active-expire-effort 10".to_owned(),
+            Self::Scans => "ttlsweep scan, again and again".to_owned(),
             Self::Ours(args) => format!("ttlsweep keep {}", args.join(" ")),
         }
     }
@@ -88,12 +91,12 @@ pub fn run(settings: &Settings, output: &mut Output) {
         let mut version = String::new();
         for (place, flow) in flows.iter().enumerate() {
             let mut rows = Vec::new();
-            for keeper in [Keeper::Nobody, Keeper::Effort10, Keeper::Ours(&BACKLOG)] {
+            for keeper in keepers(&[Keeper::Nobody, Keeper::Effort10, Keeper::Scans, Keeper::Ours(&BACKLOG)]) {
                 rows.push(measure(settings, binary, *flow, keeper, false, &mut version));
             }
             // When the events come does not depend on much: one flow tells.
             if place == 0 {
-                for keeper in [Keeper::Nobody, Keeper::Effort10, Keeper::Ours(&DELAY)] {
+                for keeper in keepers(&[Keeper::Nobody, Keeper::Effort10, Keeper::Ours(&DELAY)]) {
                     rows.push(measure(settings, binary, *flow, keeper, true, &mut version));
                 }
             }
@@ -102,6 +105,13 @@ pub fn run(settings: &Settings, output: &mut Output) {
             output.json("d", json!(all));
         }
     }
+}
+
+/// Those that are wanted.
+fn keepers(all: &[Keeper]) -> Vec<Keeper> {
+    let only = list("TTLSWEEP_IMPACT_ONLY", "");
+    let is_wanted = |keeper: &&Keeper| only.is_empty() || only.iter().any(|word| keeper.name().contains(word.as_str()));
+    all.iter().filter(is_wanted).copied().collect()
 }
 
 fn flow_of(text: &str) -> Flow {
@@ -123,7 +133,7 @@ fn measure(
     with_events: bool,
     version: &mut String,
 ) -> Row {
-    let server = Server::start_of(binary);
+    let server = Arc::new(Server::start_of(binary));
     *version = server.version();
     let (settle, measured) = times(flow);
     let mut conn = Conn::open(&server.addr());
@@ -144,22 +154,31 @@ fn measure(
     });
     let events = with_events.then(|| Events::listen(&server.addr(), begun + Duration::from_secs(settle)));
     let effort = matches!(keeper, Keeper::Effort10).then(|| Effort::set(&server));
-    let ours = match keeper {
+    let kept = match keeper {
         Keeper::Ours(args) => Some(Ours::start(&server, args)),
         _ => None,
     };
+    let scans = matches!(keeper, Keeper::Scans).then(|| {
+        let (server, end) = (server.clone(), begun + Duration::from_secs(seconds));
+        std::thread::spawn(move || {
+            while Instant::now() < end {
+                ours(&server, &[], Some(end));
+            }
+        })
+    });
     std::thread::sleep((begun + Duration::from_secs(settle)).saturating_duration_since(Instant::now()));
     let foreground = OpenLoop::start(&server.addr(), LIVE, RATE);
     let (from, cpu) = (Instant::now(), server.cpu_s());
-    let own = ours.as_ref().map(|ours| super::common::cpu_s(ours.0.id()));
+    let own = kept.as_ref().map(|kept| super::common::cpu_s(kept.0.id()));
     writer.join().expect("the writer ends");
     let span = from.elapsed().as_secs_f64();
     let server_cpu_percent = 100.0 * (server.cpu_s() - cpu) / span;
     let own_cpu_percent =
-        ours.as_ref().zip(own).map(|(ours, own)| 100.0 * (super::common::cpu_s(ours.0.id()) - own) / span);
+        kept.as_ref().zip(own).map(|(kept, own)| 100.0 * (super::common::cpu_s(kept.0.id()) - own) / span);
     let waits = foreground.stop();
     let late_ms = events.map(Events::stop);
-    let missed_s = ours.map(Ours::stop);
+    let missed_s = kept.map(Ours::stop);
+    scans.into_iter().for_each(|scans| scans.join().expect("the sweeps end"));
     drop(effort);
     let samples = samples.lock().expect("no panic").clone();
     let settled: Vec<f64> =
@@ -315,18 +334,12 @@ struct Ours(Child);
 
 impl Ours {
     fn start(server: &Server, args: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
-        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TTLSWEEP_") || name == "REDISCLI_AUTH") {
-            command.env_remove(name);
-        }
-        command.args(["keep", &server.url(), "--json"]).args(args).stdout(Stdio::piped()).stderr(Stdio::null());
-        Self(command.spawn().expect("the program is built"))
+        Self(program("keep", &server.url(), args).spawn().expect("the program is built"))
     }
 
     /// Ends it. Returns how long it missed its bound, as it says.
     fn stop(mut self) -> f64 {
-        let interrupt = format!("kill -INT {}", self.0.id());
-        let _ = Command::new("sh").args(["-c", &interrupt]).status();
+        interrupt(&self.0);
         let mut json = String::new();
         self.0.stdout.take().expect("it is piped").read_to_string(&mut json).expect("UTF-8");
         assert!(self.0.wait().expect("it can be asked").success(), "{json}");
