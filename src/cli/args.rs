@@ -202,7 +202,7 @@ pub fn scan_examples() -> String {
 Examples:
   ttlsweep scan                                         sweep the server on this machine
   ttlsweep scan redis://cache:6379 --max-slice 30us     shorter batches: gentler, slower
-  ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, with a JSON record for a script
+  ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, with a JSON record
   ttlsweep scan rediss://node1 --parallel 3             a cluster over TLS, three masters at a time
   ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that these sentinels name
   ttlsweep scan --state sweep.db                        keep a checkpoint, for --resume
@@ -217,10 +217,10 @@ pub fn keep_examples() -> String {
     format!(
         "\
 Examples:
-  ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL have expired
-  ttlsweep keep redis://cache --max-delay 2s            an `expired` event comes within 2 s of the expiry
-  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, with at most a fifth of the server's time
-  ttlsweep keep --max-delay 5s --for 1h --json          for an hour, with a JSON record for a script
+  ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL expired
+  ttlsweep keep redis://cache --max-delay 2s            `expired` events come at most 2 s late
+  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, a fifth of the server's time
+  ttlsweep keep --max-delay 5s --for 1h --json          for an hour, with a JSON record
 
 {}",
         exit::HELP
@@ -232,10 +232,10 @@ pub fn forecast_examples() -> String {
     format!(
         "\
 Examples:
-  ttlsweep forecast redis://cache                       the next day, from a replica that the master lists
+  ttlsweep forecast redis://cache                       the next day, from a replica that is found
   ttlsweep forecast redis://m --replica redis://r:6379  from this replica
-  ttlsweep forecast --on-master --within 1h             without a replica: slowly, from the master itself
-  ttlsweep forecast redis://cache --by-prefix --depth 2 which kinds of keys expire, and which never do
+  ttlsweep forecast --on-master --within 1h             the next hour, slowly, on the master itself
+  ttlsweep forecast redis://cache --by-prefix --depth 2 which groups of keys expire, which never do
 
 {}",
         exit::HELP
@@ -248,8 +248,8 @@ pub fn check_examples() -> String {
         "\
 Examples:
   ttlsweep check                                        inspect the server on this machine
-  ttlsweep check redis://cache --max-keys-per-sec 50000 how long would this sweep take, and would it be refused?
-  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly, on the replica
+  ttlsweep check redis://cache --max-keys-per-sec 50000 would this sweep be refused, how long is it?
+  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly on a replica
 
 {}",
         exit::HELP

@@ -25,7 +25,7 @@ pub fn warn_once() {
         let late = waited > SAMPLE_EVERY / 10 && waited > LATE * turns;
         if none || late {
             note(
-                "warning: this machine has no idle processor time, so the sweep hardly advances, or far more slowly than it could \
+                "warning: this machine has no processor time to spare, so the sweep hardly advances, or far more slowly than it could \
                  (leave out --priority idle)",
             );
             return;
