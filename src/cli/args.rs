@@ -219,7 +219,7 @@ pub fn keep_examples() -> String {
 Examples:
   ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL expired
   ttlsweep keep redis://cache --max-delay 2s            `expired` events come at most 2 s late
-  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, a fifth of the server's time
+  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, a fifth of the time
   ttlsweep keep --max-delay 5s --for 1h --json          for an hour, with a JSON record
 
 {}",

@@ -333,7 +333,7 @@ async fn a_damaged_state_file_is_said_with_what_to_do() {
     std::fs::write(&state, bytes).unwrap();
     let run = scan(&server.url(), &["--state", path]).await.expect(1);
     assert!(
-        run.stderr.contains("malformed") && run.stderr.contains("move it away with what lies beside it"),
+        run.stderr.contains("malformed") && run.stderr.contains("move it away with the files beside it"),
         "{}",
         run.stderr
     );
