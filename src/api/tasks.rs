@@ -109,8 +109,8 @@ pub async fn get_task(
     Ok(Json(view.as_ref().into()))
 }
 
-macro_rules! commands {
-    ($($(#[$doc:meta])* $name:ident = $path:literal, $command:expr;)+) => {$(
+macro_rules! orders {
+    ($($(#[$doc:meta])* $name:ident = $path:literal, $order:expr;)+) => {$(
         $(#[$doc])*
         #[utoipa::path(
             post, path = $path, tag = "tasks", operation_id = stringify!($name),
@@ -126,12 +126,12 @@ macro_rules! commands {
             caller: Caller,
             PathParams(id): PathParams<String>,
         ) -> Result<Json<TaskDetails>, ApiError> {
-            app.carry_out(&caller, &id, $command).await
+            app.give(&caller, &id, $order).await
         }
     )+};
 }
 
-commands! {
+orders! {
     /// Pauses a task. Its timeout stops until it is resumed.
     pause_task = "/api/v1/tasks/{task_id}/pause", Order::Pause;
     /// Resumes a paused task.
@@ -158,7 +158,7 @@ pub async fn tune_task(
 ) -> Result<Json<TaskDetails>, ApiError> {
     let texts = tuning_texts(request.intensity, request.max_keys_per_sec, request.limits);
     let tune = Tune::new(texts).map_err(invalid_settings)?;
-    app.carry_out(&caller, &id, Order::Tune(tune)).await
+    app.give(&caller, &id, Order::Tune(tune)).await
 }
 
 impl AppState {
@@ -169,12 +169,12 @@ impl AppState {
         if caller.0.allows(&view.task.project_id) { Ok(view) } else { Err(ApiError::no_task()) }
     }
 
-    /// Carries out a command on a task that the caller may see.
-    async fn carry_out(&self, caller: &Caller, id: &str, command: Order) -> Result<Json<TaskDetails>, ApiError> {
+    /// Gives an order to a task that the caller may see.
+    async fn give(&self, caller: &Caller, id: &str, order: Order) -> Result<Json<TaskDetails>, ApiError> {
         let view = self.view(caller, id).await?;
-        let what = command.to_string();
-        let view = self.service.order(view.task.id, command).await?;
-        tracing::info!(task = id, caller = caller.0.name, what, "command carried out");
+        let what = order.to_string();
+        let view = self.service.order(view.task.id, order).await?;
+        tracing::info!(task = id, caller = caller.0.name, what, "order carried out");
         Ok(Json(view.as_ref().into()))
     }
 }

@@ -1,5 +1,5 @@
 //! The operations for daemons that share a PostgreSQL database: which daemons there are, which of them owns which task, and how they
-//! send each other requests.
+//! send each other orders.
 //!
 //! Each daemon has a row with a lease that it renews. A daemon that finds an expired lease removes the row and releases the tasks of that
 //! daemon, with the row locked. So a late renewal either comes before that and loses nothing, or finds the row gone, and its daemon knows
@@ -23,7 +23,7 @@ use crate::store::{Store, StoreError};
 const CHANNEL: &str = "ttlsweep";
 /// Payload: tasks may wait for an owner, or have ended.
 pub(super) const TASKS: &str = "tasks";
-/// Payload: a request was sent or answered.
+/// Payload: an order was given or answered.
 const ORDERS: &str = "orders";
 /// Payload: the automatic scan or the bounds of an instance were changed.
 pub(super) const SCHEDULES: &str = "schedules";
@@ -31,7 +31,7 @@ pub(super) const SCHEDULES: &str = "schedules";
 const NOW: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)";
 /// The advisory lock for claims under a bound over all daemons (`at-once-of-all`). An arbitrary number.
 const CLAIM_LOCK: i64 = 0x7474_6C73;
-/// How long a request is kept whose sender did not fetch the answer.
+/// How long an order is kept whose sender did not fetch the answer.
 const ORDERS_KEPT: Duration = Duration::from_secs(600);
 
 /// The id of one run of a daemon.
@@ -83,14 +83,14 @@ pub struct PresentDaemon {
     pub tasks: Vec<(TaskId, String)>,
 }
 
-/// A request to the owner of a task to carry out a command.
+/// An order for a task, given by a daemon that does not own it and carried out by the owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GivenOrder {
     /// Id by which the answer is found.
     pub id: Uuid,
-    /// The task that the command is for.
+    /// The task that the order is for.
     pub task: TaskId,
-    /// The command, in JSON that only `tasks` reads and writes.
+    /// The order, in JSON that only `tasks` reads and writes.
     pub what: String,
 }
 
@@ -116,7 +116,7 @@ pub struct Claim {
 pub enum Wake {
     /// Tasks may wait for an owner, or have ended.
     Tasks,
-    /// A request was sent or answered.
+    /// An order was given or answered.
     Orders,
     /// An automatic scan or bounds were changed.
     Schedules,
@@ -288,7 +288,7 @@ impl Fleet {
             .await
     }
 
-    /// Sends a request to the owner of a task.
+    /// Gives an order to the owner of a task.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -307,7 +307,7 @@ impl Fleet {
             .await
     }
 
-    /// The requests to an owner of tasks that are not answered yet, the oldest first.
+    /// The orders to an owner of tasks that are not answered yet, the oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -321,7 +321,7 @@ impl Fleet {
         orders.into_iter().collect()
     }
 
-    /// Answers a request, in JSON that only `tasks` reads and writes.
+    /// Answers an order, in JSON that only `tasks` reads and writes.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -335,7 +335,7 @@ impl Fleet {
             .await
     }
 
-    /// The answer to a request; `None`: there is none yet.
+    /// The answer to an order; `None`: there is none yet.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -347,7 +347,7 @@ impl Fleet {
         self.0.run(query).await
     }
 
-    /// Removes a request, and old ones whose sender is gone. Returns true if it was removed before it was answered.
+    /// Takes an order back, and removes old ones whose sender is gone. Returns true if the order was not answered before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -440,7 +440,7 @@ fn daemon_of(row: &AnyRow) -> Result<PresentDaemon, StoreError> {
 
 fn order_of(row: &AnyRow) -> Result<GivenOrder, StoreError> {
     let id: String = row.try_get("id")?;
-    let id = id.parse().map_err(|_| StoreError::Damaged(format!("`{id}` is not the id of a request")))?;
+    let id = id.parse().map_err(|_| StoreError::Damaged(format!("`{id}` is not the id of an order")))?;
     Ok(GivenOrder { id, task: rows::task_id(row.try_get("task_id")?)?, what: row.try_get("what")? })
 }
 
