@@ -161,3 +161,15 @@ impl Measured {
         self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
 }
+
+/// Lets this thread run when it has something to do, as it would on a machine of its own. Linux lets a sleeper wake up to 50 us
+/// late, which is as much as what is measured here, and on few cores a client waits for the contender's turn to end, and not
+/// for the server. Where the kernel or the user's rights do not allow it, every contender is measured with that on top.
+pub fn comes_first() {
+    let thread = std::fs::read_link("/proc/thread-self").unwrap_or_default();
+    if let Some(id) = thread.file_name().and_then(|id| id.to_str()) {
+        let _ = std::fs::write(format!("/proc/{id}/timerslack_ns"), "1000");
+        let renice = ["-n", "-19", "-p", id];
+        let _ = Command::new("renice").args(renice).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    }
+}

@@ -1,37 +1,29 @@
 //! A network of a given length: a proxy that holds each byte for half a round trip in each direction, and limits nothing else.
 //!
-//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread. Since every byte is
-//! held for the same time, what is due first came first: one queue and one timer serve all connections. Timers of the kernel, as
-//! tokio's tick in milliseconds.
+//! It is a process of its own: the benchmark's program, started anew with `proxy` as its argument. One thread, which waits in one
+//! call for bytes and for the next ones that are due, and which the machine lets run before others, as a network needs no
+//! processor. Every byte is held for the same time, so what came first is due first, and one queue serves all connections.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader};
-use std::os::fd::OwnedFd;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-type Writer = Rc<tokio::sync::Mutex<OwnedWriteHalf>>;
-
-/// Bytes on their way. An empty chunk is the end of the connection.
-struct Chunk {
-    due: Instant,
-    to: Writer,
-    bytes: Vec<u8>,
+/// One direction of a connection.
+struct Way {
+    from: Rc<TcpStream>,
+    to: Rc<TcpStream>,
 }
 
-#[derive(Default)]
-struct Line {
-    on_the_way: Mutex<VecDeque<Chunk>>,
-    more: Notify,
+/// Bytes on their way. An empty chunk is the end of the direction.
+struct Chunk {
+    due: Instant,
+    to: Rc<TcpStream>,
+    bytes: Vec<u8>,
 }
 
 /// The proxy, killed on drop.
@@ -72,64 +64,45 @@ pub fn serve_if_asked() {
 /// Serves for ever. The port is printed once it listens.
 #[allow(clippy::print_stdout, reason = "the port is what the bench waits for")]
 fn serve(upstream: &str, one_way: Duration) -> ! {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, async {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        println!("{}", listener.local_addr().expect("it is bound").port());
-        let line = Rc::new(Line::default());
-        tokio::task::spawn_local(deliver(line.clone()));
-        loop {
-            let Ok((client, _)) = listener.accept().await else { continue };
-            let Ok(server) = TcpStream::connect(upstream).await else { continue };
-            let (Ok(()), Ok(())) = (client.set_nodelay(true), server.set_nodelay(true)) else { continue };
-            let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-            for (from, to) in [(from_client, to_server), (from_server, to_client)] {
-                let to = Rc::new(tokio::sync::Mutex::new(to));
-                tokio::task::spawn_local(take(line.clone(), from, to, one_way));
-            }
-        }
-    })
-}
-
-async fn take(line: Rc<Line>, mut from: OwnedReadHalf, to: Writer, one_way: Duration) {
+    super::common::comes_first();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    println!("{}", listener.local_addr().expect("it is bound").port());
+    let mut ways: Vec<Way> = Vec::new();
+    let mut on_the_way: VecDeque<Chunk> = VecDeque::new();
     let mut buf = vec![0_u8; 256 << 10];
     loop {
-        let read = from.read(&mut buf).await.unwrap_or(0);
-        let chunk = Chunk { due: Instant::now() + one_way, to: to.clone(), bytes: buf[..read].to_vec() };
-        line.on_the_way.lock().expect("one thread").push_back(chunk);
-        line.more.notify_one();
-        if read == 0 {
-            return;
+        let left = on_the_way.front().map(|chunk| chunk.due.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() });
+        let mut fds: Vec<PollFd<'_>> = ways.iter().map(|way| PollFd::new(&*way.from, PollFlags::IN)).collect();
+        fds.push(PollFd::new(&listener, PollFlags::IN));
+        // A signal may cut the wait short.
+        let _ = poll(&mut fds, left.as_ref());
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let due = Instant::now() + one_way;
+        let mut place = 0;
+        ways.retain(|Way { from, to }| {
+            place += 1;
+            if !ready[place - 1] {
+                return true;
+            }
+            let read = (&**from).read(&mut buf).unwrap_or(0);
+            on_the_way.push_back(Chunk { due, to: to.clone(), bytes: buf[..read].to_vec() });
+            read > 0
+        });
+        if ready.last() == Some(&true)
+            && let Ok((client, _)) = listener.accept()
+            && let Ok(server) = TcpStream::connect(upstream)
+            && client.set_nodelay(true).and_then(|()| server.set_nodelay(true)).is_ok()
+        {
+            let (client, server) = (Rc::new(client), Rc::new(server));
+            ways.push(Way { from: client.clone(), to: server.clone() });
+            ways.push(Way { from: server, to: client });
         }
-    }
-}
-
-async fn deliver(line: Rc<Line>) {
-    let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-    let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags).expect("a timer");
-    #[allow(deprecated, reason = "its successor is unsafe for the sake of types that close their descriptor")]
-    let timer: AsyncFd<OwnedFd> = AsyncFd::new(timer).expect("a runtime with I/O");
-    loop {
-        let next = line.on_the_way.lock().expect("one thread").pop_front();
-        let Some(chunk) = next else {
-            line.more.notified().await;
-            continue;
-        };
-        let left = chunk.due.saturating_duration_since(Instant::now());
-        if !left.is_zero() {
-            let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-            let value = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
-            let once = Itimerspec { it_interval: zero, it_value: value };
-            rustix::time::timerfd_settime(&timer, TimerfdTimerFlags::empty(), &once).expect("a timer can be set");
-            let expired = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut [0_u8; 8])?);
-            timer.async_io(tokio::io::Interest::READABLE, expired).await.expect("a timer can be read");
-        }
-        let mut to = chunk.to.lock().await;
-        if chunk.bytes.is_empty() {
-            let _ = to.shutdown().await;
-        } else {
-            let _ = to.write_all(&chunk.bytes).await;
+        while let Some(chunk) = on_the_way.pop_front_if(|chunk| chunk.due <= Instant::now()) {
+            let _ = match chunk.bytes.is_empty() {
+                true => chunk.to.shutdown(Shutdown::Write),
+                false => (&*chunk.to).write_all(&chunk.bytes),
+            };
         }
     }
 }

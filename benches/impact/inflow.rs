@@ -16,7 +16,7 @@ use serde_json::json;
 use super::Settings;
 use super::common::Server;
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
-use super::load::comes_first;
+use super::common::comes_first;
 use super::plot::{Axis, Line, Scale, lines};
 use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
 use super::wire::Conn;

@@ -19,7 +19,8 @@ use serde_json::json;
 
 use super::common::Server;
 use super::contender::{Effort, interrupt, ours, program};
-use super::load::{OpenLoop, comes_first};
+use super::common::comes_first;
+use super::load::OpenLoop;
 use super::report::{Output, Table, cell, median};
 use super::wire::{Conn, encode};
 use super::{Settings, list};

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -10,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
+use super::common::comes_first;
 use super::wire::{Conn, encode};
 
 /// A step that is coprime to any number of keys up to its size spreads over all of them.
@@ -39,18 +39,6 @@ impl Waits {
         one.all.add(&other.all).expect("the same bounds");
         one.windows.extend(other.windows);
         one
-    }
-}
-
-/// Lets this thread run when it has something to do, as it would on a machine of its own. Linux lets a sleeper wake up to 50 us
-/// late, which is as much as what is measured here, and on few cores a client waits for the contender's turn to end, and not
-/// for the server. Where the kernel or the user's rights do not allow it, every contender is measured with that on top.
-pub fn comes_first() {
-    let thread = std::fs::read_link("/proc/thread-self").unwrap_or_default();
-    if let Some(id) = thread.file_name().and_then(|id| id.to_str()) {
-        let _ = std::fs::write(format!("/proc/{id}/timerslack_ns"), "1000");
-        let renice = ["-n", "-19", "-p", id];
-        let _ = Command::new("renice").args(renice).stdout(Stdio::null()).stderr(Stdio::null()).status();
     }
 }
 
