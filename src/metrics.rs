@@ -231,28 +231,28 @@ fn classic(text: &str) -> String {
 
 /// Sums over a snapshot of a task. Counters grow by the difference between the sums of two snapshots.
 #[derive(Debug, Clone, Default)]
-pub struct Totals {
+pub struct CounterSums {
     counts: [u64; 5],
     times: [Duration; 2],
     held: std::collections::BTreeMap<Reason, Duration>,
     missed: Duration,
 }
 
-impl Totals {
+impl CounterSums {
     /// Sums over the passes and shards of a snapshot.
     pub fn of(snapshot: &Snapshot) -> Self {
         let missed = snapshot.shards.values().filter_map(|shard| shard.keep).map(|keep| keep.missed).sum();
-        let mut totals = Self { held: held_by_reason(snapshot.counters()), missed, ..Self::default() };
+        let mut sums = Self { held: held_by_reason(snapshot.counters()), missed, ..Self::default() };
         for pass in snapshot.counters() {
             let PassCounters { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
-            for (sum, count) in totals.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
+            for (sum, count) in sums.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
                 *sum += count;
             }
-            for (sum, time) in totals.times.iter_mut().zip([active, rested]) {
+            for (sum, time) in sums.times.iter_mut().zip([active, rested]) {
                 *sum += *time;
             }
         }
-        totals
+        sums
     }
 }
 
@@ -293,7 +293,7 @@ impl Metrics {
     }
 
     /// Counts what a task did between the sums `before` and `now`, and sets the gauges by the snapshot of `now`.
-    pub fn progressed(&self, instance: &str, before: &Totals, now: &Totals, snapshot: &Snapshot) {
+    pub fn progressed(&self, instance: &str, before: &CounterSums, now: &CounterSums, snapshot: &Snapshot) {
         let label = InstanceLabel { redis_instance: instance.to_owned() };
         let inner = &self.0;
         let counters = [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies];

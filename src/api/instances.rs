@@ -24,7 +24,7 @@ use crate::model::keep::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
-use crate::store::{Glance, Standing, TaskFilter};
+use crate::store::{LastSeen, Standing, TaskFilter};
 use crate::tasks::TaskView;
 
 /// Largest `limit` of a list of instances.
@@ -332,11 +332,11 @@ impl AppState {
             Some(by @ (SortBy::Memory | SortBy::Backlog)) => {
                 let newest: Vec<TaskId> =
                     instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
-                let glances = self.service.store().glances(&newest).await?;
+                let last_seen = self.service.store().last_seen(&newest).await?;
                 let figure = |instance: &Instance| {
                     let seen = standing(instance)?;
-                    let glance = glances.get(&seen.latest).copied();
-                    if by == SortBy::Memory { glance?.used_memory } else { backlog(seen, glance) }
+                    let last = last_seen.get(&seen.latest).copied();
+                    if by == SortBy::Memory { last?.used_memory } else { backlog(seen, last) }
                 };
                 instances.sort_by_cached_key(|instance| (figure(instance), name(instance)));
             }
@@ -358,7 +358,7 @@ impl AppState {
         let standing = |instance: &Instance| standings.get(&instance.id);
         let newest: Vec<_> = instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
         let tasks = store.tasks(&newest).await?;
-        let glances = store.glances(&newest).await?;
+        let last_seen = store.last_seen(&newest).await?;
         let schedules = store.schedules().await?;
         let keeps = store.keeps().await?;
         let on_hand = self.service.active_views();
@@ -381,8 +381,8 @@ impl AppState {
                 window_changes_at: window.and_then(|window| window.next_change(now)).map(time),
                 next_scan_at: due_times(auto_scan, now).next().map(time),
                 last_success_at: seen.and_then(|seen| seen.last_success).map(time),
-                used_memory: seen.and_then(|seen| glances.get(&seen.latest)?.used_memory),
-                backlog: seen.and_then(|seen| backlog(seen, glances.get(&seen.latest).copied())),
+                used_memory: seen.and_then(|seen| last_seen.get(&seen.latest)?.used_memory),
+                backlog: seen.and_then(|seen| backlog(seen, last_seen.get(&seen.latest).copied())),
                 keep: Some(bounds).filter(Bounds::any).map(KeepBounds::from),
                 latest,
             }
@@ -409,8 +409,8 @@ impl AppState {
 }
 
 /// Expired keys in memory as the newest task last knew them: the estimate of a keep run, or what a complete sweep found and reclaimed.
-fn backlog(standing: &Standing, glance: Option<Glance>) -> Option<u64> {
-    let kept = glance.and_then(|glance| glance.backlog);
+fn backlog(standing: &Standing, last_seen: Option<LastSeen>) -> Option<u64> {
+    let kept = last_seen.and_then(|seen| seen.backlog);
     kept.or((standing.state == TaskState::Succeeded).then_some(standing.reclaimed))
 }
 

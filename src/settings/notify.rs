@@ -50,13 +50,13 @@ pub(super) fn read(table: &Table<'_>) -> Option<Option<NotifySettings>> {
     let url = table.optional("url", |text| is_url(text).map(|()| SecretString::from(text)));
     let url = url.or(table.secret("url-env", "url-file", is_url));
     let format = table.read("format", |text| {
-        Format::from_str(text).map_err(|_| format!("`{text}` is none of {}", listed(Format::ALL)))
+        Format::from_str(text).map_err(|_| format!("`{text}` is not one of {}", listed(Format::ALL)))
     });
     let secret = table.secret("secret-env", "secret-file", is_key);
     let events = table.read("events", |text| {
         let words = text.split(',').filter(|word| !word.is_empty());
         let known = |word: &str| {
-            EventKind::from_str(word).map_err(|_| format!("`{word}` is none of {}", listed(EventKind::ALL)))
+            EventKind::from_str(word).map_err(|_| format!("`{word}` is not one of {}", listed(EventKind::ALL)))
         };
         words.map(known).collect::<Result<Vec<_>, _>>()
     });

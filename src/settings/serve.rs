@@ -372,7 +372,7 @@ impl<'a> Reader<'a> {
         let request_timeout = table.read("request-timeout", positive_duration);
         let (tokens, keys) = (table.list("tokens"), table.list("keys"));
         // An invalid credential still counts: a typo must not open the API to everybody.
-        let nobody = tokens.is_empty() && keys.is_empty();
+        let is_open = tokens.is_empty() && keys.is_empty();
         let tokens: Vec<_> = tokens.iter().filter_map(Self::token).collect();
         let keys: Vec<_> = keys.iter().filter_map(Self::access_key).collect();
         table.no_more();
@@ -394,7 +394,7 @@ impl<'a> Reader<'a> {
             tokens,
             keys,
         };
-        if nobody && !api.listen.ip().is_loopback() {
+        if is_open && !api.listen.ip().is_loopback() {
             let message = format!(
                 "listen: {} can be reached by others, and no credentials are configured: add [[api.tokens]] or \
                  [[api.keys]], or listen on 127.0.0.1",

@@ -239,7 +239,7 @@ pub(super) fn weekday(text: &str) -> Result<Weekday, String> {
         "fri" => Ok(Weekday::Friday),
         "sat" => Ok(Weekday::Saturday),
         "sun" => Ok(Weekday::Sunday),
-        _ => Err(format!("`{text}` is none of mon, tue, wed, thu, fri, sat, sun")),
+        _ => Err(format!("`{text}` is not one of mon, tue, wed, thu, fri, sat, sun")),
     }
 }
 

@@ -27,7 +27,7 @@ pub use keeps::Keeps;
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
 use open::SHARED_WITHIN;
-pub use overview::{Glance, Standing};
+pub use overview::{LastSeen, Standing};
 pub use schedules::{DueOutcome, DuePosition, ScheduleState};
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -545,8 +545,8 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn glances(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
-        self.run(async |conn| overview::glances(conn, ids).await).await
+    pub async fn last_seen(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
+        self.run(async |conn| overview::last_seen(conn, ids).await).await
     }
 
     /// Closes the connections. Dropping the store instead damages nothing.

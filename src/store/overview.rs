@@ -81,9 +81,9 @@ pub(super) async fn tasks(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BT
     Ok(tasks)
 }
 
-/// Memory and backlog of a task: sums over its shards.
+/// Memory and backlog as the newest checkpoint of a task has them: sums over its shards.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Glance {
+pub struct LastSeen {
     /// `used_memory` in bytes of all masters together, as last seen; `None`: unknown.
     pub used_memory: Option<u64>,
     /// Expired keys in memory as a keep run estimates them; `None` for a sweep.
@@ -91,8 +91,8 @@ pub struct Glance {
 }
 
 /// Memory and backlog of each of these tasks; one without shards is left out.
-pub(super) async fn glances(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
-    let mut glances: BTreeMap<TaskId, Glance> = BTreeMap::new();
+pub(super) async fn last_seen(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
+    let mut last_seen: BTreeMap<TaskId, LastSeen> = BTreeMap::new();
     for some in ids.chunks(AT_ONCE) {
         let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", placeholders(1..some.len() + 1));
         let mut query = sqlx::query(AssertSqlSafe(sql));
@@ -101,13 +101,13 @@ pub(super) async fn glances(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<
         }
         for row in query.fetch_all(&mut *conn).await? {
             let text: Option<String> = row.try_get("report")?;
-            let shard = text.as_deref().map(report::glance).unwrap_or_default();
-            let sum = glances.entry(task_id(row.try_get("task_id")?)?).or_default();
+            let shard = text.as_deref().map(report::last_seen).unwrap_or_default();
+            let sum = last_seen.entry(task_id(row.try_get("task_id")?)?).or_default();
             let add =
                 |sum: &mut Option<u64>, part: Option<u64>| *sum = part.map(|part| sum.unwrap_or(0) + part).or(*sum);
             add(&mut sum.used_memory, shard.used_memory);
             add(&mut sum.backlog, shard.backlog);
         }
     }
-    Ok(glances)
+    Ok(last_seen)
 }

@@ -143,9 +143,9 @@ pub(super) fn to_json(view: &ShardView) -> String {
     serde_json::to_string(&report).unwrap_or_default()
 }
 
-/// Memory and backlog of one shard.
+/// Memory and backlog of one shard as its newest checkpoint has them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Glance {
+pub(super) struct LastSeen {
     /// `used_memory` in bytes after the sweep, else before it.
     pub(super) used_memory: Option<u64>,
     /// Expired keys in memory as a keep run estimates them.
@@ -153,7 +153,7 @@ pub(super) struct Glance {
 }
 
 /// Reads memory and backlog from a stored report, without the rest of it. A text of another version gives nothing.
-pub(super) fn glance(json: &str) -> Glance {
+pub(super) fn last_seen(json: &str) -> LastSeen {
     #[derive(Deserialize)]
     struct Seen {
         version: u32,
@@ -165,11 +165,11 @@ pub(super) fn glance(json: &str) -> Glance {
         keep: Option<KeepFigures>,
     }
     match serde_json::from_str::<Seen>(json) {
-        Ok(seen) if seen.version == VERSION => Glance {
+        Ok(seen) if seen.version == VERSION => LastSeen {
             used_memory: seen.memory_after.used.or(seen.memory_before.used),
             backlog: seen.keep.and_then(|keep| keep.backlog),
         },
-        _ => Glance::default(),
+        _ => LastSeen::default(),
     }
 }
 
