@@ -161,7 +161,7 @@ pub struct Facts {
     pub uptime: Option<Duration>,
     /// DBs that hold keys.
     pub dbs: BTreeMap<DbIndex, DbKeys>,
-    /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::stale_share`].
+    /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::expired_share`].
     pub expired_share: Option<f64>,
     /// Keys that expire each second; `None` also if that was not watched.
     pub expire_per_sec: Option<f64>,
@@ -202,7 +202,7 @@ impl Facts {
             cluster: info.flag("cluster_enabled") == Some(true),
             uptime: info.parsed("uptime_in_seconds").map(Duration::from_secs),
             dbs: info.keyspace(),
-            expired_share: info.stale_share(),
+            expired_share: info.expired_share(),
             expire_per_sec: None,
             expiry,
             memory: Memory {

@@ -188,7 +188,7 @@ pub enum TouchOutcome {
     #[default]
     NotNeededYet,
     /// Neither SCAN nor the audit met an expired key.
-    NothingDead,
+    NothingExpired,
     /// The settings ask for no touch.
     Off,
     /// The settings ask for a touch of each key.
@@ -196,7 +196,7 @@ pub enum TouchOutcome {
     /// The audit found that SCAN reclaims the expired keys that it meets.
     ScanReclaims,
     /// The audit found expired keys that SCAN returned and did not reclaim: every key is touched.
-    ScanLeavesDead,
+    ScanLeavesExpired,
     /// The user has no right to EXISTS or TTL: there was no audit.
     NoRight,
 }
@@ -206,11 +206,11 @@ impl TouchOutcome {
     pub fn sentence(self) -> &'static str {
         match self {
             Self::NotNeededYet => "no batch was done",
-            Self::NothingDead => "audited: no expired key was met",
+            Self::NothingExpired => "audited: no expired key was met",
             Self::Off => "no key was touched, as asked",
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
-            Self::ScanLeavesDead => "audited: SCAN left expired keys in memory, so every key was touched",
+            Self::ScanLeavesExpired => "audited: SCAN left expired keys in memory, so every key was touched",
             Self::NoRight => "not audited: the server refuses EXISTS",
         }
     }

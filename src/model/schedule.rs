@@ -181,7 +181,7 @@ impl fmt::Display for Skip {
 
 /// What is to be done about a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
+pub enum DueDecision {
     /// Nothing is due before this instant; where it is `None`, never.
     Sleep(Option<Timestamp>),
     /// The instance is busy: decide again soon, until the grace is over.
@@ -193,20 +193,20 @@ pub enum Decision {
 }
 
 /// Decides what to do now. However many due times were missed, only the latest counts: one scan makes up for all.
-pub fn decide(recurrence: &Recurrence, moment: Moment) -> Decision {
+pub fn decide(recurrence: &Recurrence, moment: Moment) -> DueDecision {
     let Moment { now, handled, busy, waiting_for, window_open } = moment;
     let due = match recurrence.latest_due(now) {
         Some(due) if due > handled => due,
-        _ => return Decision::Sleep(recurrence.next_due(now.max(handled))),
+        _ => return DueDecision::Sleep(recurrence.next_due(now.max(handled))),
     };
     let in_grace = now.duration_since(due) <= GRACE;
     match (in_grace, busy) {
-        (true, true) => Decision::Wait(due),
-        (true, false) => Decision::Run(due),
-        (false, true) => Decision::Skip(due, Skip::StillRunning),
-        (false, false) if waiting_for == Some(due) => Decision::Skip(due, Skip::StillRunning),
-        (false, false) if window_open => Decision::Run(due),
-        (false, false) => Decision::Skip(due, Skip::Missed),
+        (true, true) => DueDecision::Wait(due),
+        (true, false) => DueDecision::Run(due),
+        (false, true) => DueDecision::Skip(due, Skip::StillRunning),
+        (false, false) if waiting_for == Some(due) => DueDecision::Skip(due, Skip::StillRunning),
+        (false, false) if window_open => DueDecision::Run(due),
+        (false, false) => DueDecision::Skip(due, Skip::Missed),
     }
 }
 
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(recurrence.next_due(at("2025-12-31T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
         assert_eq!(recurrence.next_due(at("2026-01-01T00:00:00Z")), None);
         let after = moment("2026-01-01T00:00:01Z", "2026-01-01T00:00:00Z");
-        assert_eq!(decide(&recurrence, after), Decision::Sleep(None));
+        assert_eq!(decide(&recurrence, after), DueDecision::Sleep(None));
     }
 
     #[test]
@@ -372,13 +372,13 @@ mod tests {
         let due = at("2026-01-01T12:00:00Z");
         let recurrence = every("2026-01-01T12:00:00Z", 86_400);
         let busy = |now| Moment { busy: true, ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&recurrence, busy("2026-01-01T11:59:59Z")), Decision::Sleep(Some(due)));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:00:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T11:59:59Z")), DueDecision::Sleep(Some(due)));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:00:00Z")), DueDecision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:00Z")), DueDecision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:01Z")), DueDecision::Skip(due, Skip::StillRunning));
         let free = |now| Moment { waiting_for: Some(due), ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&recurrence, free("2026-01-01T12:04:00Z")), Decision::Run(due));
-        assert_eq!(decide(&recurrence, free("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:04:00Z")), DueDecision::Run(due));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:05:01Z")), DueDecision::Skip(due, Skip::StillRunning));
     }
 
     #[test]
@@ -386,10 +386,10 @@ mod tests {
         let recurrence = every("2026-01-01T00:00:00Z", 3600);
         let back = moment("2026-01-03T00:30:00Z", "2026-01-01T00:00:00Z");
         let due = at("2026-01-03T00:00:00Z");
-        assert_eq!(decide(&recurrence, back), Decision::Run(due));
-        assert_eq!(decide(&recurrence, Moment { window_open: false, ..back }), Decision::Skip(due, Skip::Missed));
+        assert_eq!(decide(&recurrence, back), DueDecision::Run(due));
+        assert_eq!(decide(&recurrence, Moment { window_open: false, ..back }), DueDecision::Skip(due, Skip::Missed));
         let then = Moment { handled: due, ..back };
-        assert_eq!(decide(&recurrence, then), Decision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
+        assert_eq!(decide(&recurrence, then), DueDecision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
     }
 
     #[test]
@@ -508,10 +508,10 @@ mod tests {
             for (seconds, busy, window_open) in steps {
                 now += SignedDuration::from_secs(seconds);
                 match decide(&recurrence, Moment { now, handled, busy, waiting_for, window_open }) {
-                    Decision::Sleep(wake) => prop_assert!(wake.is_none_or(|wake| wake > now)),
-                    Decision::Wait(due) => { prop_assert!(busy && due > handled); waiting_for = Some(due); }
-                    Decision::Run(due) => { prop_assert!(!busy && due > handled && due <= now); handled = due; }
-                    Decision::Skip(due, _) => { prop_assert!(due > handled && due <= now); handled = due; }
+                    DueDecision::Sleep(wake) => prop_assert!(wake.is_none_or(|wake| wake > now)),
+                    DueDecision::Wait(due) => { prop_assert!(busy && due > handled); waiting_for = Some(due); }
+                    DueDecision::Run(due) => { prop_assert!(!busy && due > handled && due <= now); handled = due; }
+                    DueDecision::Skip(due, _) => { prop_assert!(due > handled && due <= now); handled = due; }
                 }
             }
         }

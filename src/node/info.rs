@@ -146,7 +146,7 @@ impl Info {
 
     /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
     /// mean over its samples in all DBs together.
-    pub fn stale_share(&self) -> Option<f64> {
+    pub fn expired_share(&self) -> Option<f64> {
         self.parsed::<f64>("expired_stale_perc").map(|percent| percent / 100.0)
     }
 

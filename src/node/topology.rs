@@ -25,7 +25,7 @@ const HOPS: usize = 4;
 
 /// What the instance is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum InstanceKind {
     /// One server.
     Standalone,
     /// One master under sentinels.
@@ -65,7 +65,7 @@ impl Master {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// What the instance is.
-    pub kind: Kind,
+    pub kind: InstanceKind,
     /// Its masters, by their lowest slot.
     pub masters: Vec<Master>,
 }
@@ -74,8 +74,8 @@ impl View {
     /// The hash slots that no master owns; empty outside of a cluster.
     pub fn unowned(&self) -> SlotSet {
         match self.kind {
-            Kind::Cluster => self.masters.iter().fold(SlotSet::all(), |left, master| left.minus(&master.slots)),
-            Kind::Standalone | Kind::Sentinel => SlotSet::default(),
+            InstanceKind::Cluster => self.masters.iter().fold(SlotSet::all(), |left, master| left.minus(&master.slots)),
+            InstanceKind::Standalone | InstanceKind::Sentinel => SlotSet::default(),
         }
     }
 }
@@ -127,10 +127,10 @@ impl Topology {
     ///
     /// # Errors
     /// [`NodeError`] of the node that was asked; of several nodes [`NodeError::NoMaster`] with the error of each.
-    pub async fn view(&self, kind: Option<Kind>) -> Result<View, NodeError> {
+    pub async fn view(&self, kind: Option<InstanceKind>) -> Result<View, NodeError> {
         match (&self.target.place, kind) {
             (Place::Sentinel { master, .. }, _) => self.sentinel(master).await,
-            (Place::Standalone(_), None | Some(Kind::Standalone)) => self.standalone().await,
+            (Place::Standalone(_), None | Some(InstanceKind::Standalone)) => self.standalone().await,
             (Place::Standalone(_) | Place::Cluster(_), _) => self.cluster().await,
         }
     }
@@ -145,7 +145,7 @@ impl Topology {
                     if self.follow {
                         self.remember(vec![master.clone()]);
                     }
-                    return Ok(View { kind: Kind::Standalone, masters: vec![Master::at(master)] });
+                    return Ok(View { kind: InstanceKind::Standalone, masters: vec![Master::at(master)] });
                 }
                 Err(error) => errors.push(error),
             }
@@ -182,7 +182,7 @@ impl Topology {
         let mut errors = Vec::new();
         for addr in self.turns() {
             match self.ask_sentinel(&addr, master).await {
-                Ok(addr) => return Ok(View { kind: Kind::Sentinel, masters: vec![Master::at(addr)] }),
+                Ok(addr) => return Ok(View { kind: InstanceKind::Sentinel, masters: vec![Master::at(addr)] }),
                 Err(error) => errors.push(error),
             }
         }
@@ -219,7 +219,7 @@ impl Topology {
                 class: Class::Transient,
             });
         }
-        let view = View { kind: Kind::Cluster, masters };
+        let view = View { kind: InstanceKind::Cluster, masters };
         *self.lock_unowned() = view.unowned();
         Ok(view)
     }

@@ -64,11 +64,13 @@ pub(super) enum StoredAddr {
 #[serde(remote = "TouchOutcome", rename_all = "snake_case")]
 enum StoredTouch {
     NotNeededYet,
-    NothingDead,
+    #[serde(rename = "nothing_dead")]
+    NothingExpired,
     Off,
     Asked,
     ScanReclaims,
-    ScanLeavesDead,
+    #[serde(rename = "scan_leaves_dead")]
+    ScanLeavesExpired,
     NoRight,
 }
 
@@ -278,7 +280,7 @@ mod tests {
             }),
             dbs: vec![DbIndex(0), DbIndex(7)],
             passes: BTreeMap::from([(DbIndex(7), figures)]),
-            touch: TouchOutcome::ScanLeavesDead,
+            touch: TouchOutcome::ScanLeavesExpired,
             warnings: vec!["w".into()],
             memory_before: Memory { used: Some(9), rss: Some(12), max: Some(0), evicted: None },
             memory_after: Memory { used: Some(8), rss: None, max: None, evicted: Some(1) },

@@ -510,7 +510,7 @@ pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure
 ///
 /// # Errors
 /// Why it cannot be swept.
-pub async fn look(settings: &Settings) -> Result<(), Failure> {
+pub async fn may_be_swept(settings: &Settings) -> Result<(), Failure> {
     let (view, options) = masters(settings).await?;
     for master in view.masters {
         let mut conn = Conn::open(&master.addr, &options).await.map_err(NodeError::into_failure)?;

@@ -7,10 +7,10 @@ use tokio::time::Instant;
 use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
-/// How often the sweep pauses to measure the load of other clients: with [`LOOK_FOR`], a fiftieth of its time.
-pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How often the sweep pauses to measure the load of other clients: with [`MEASURE_FOR`], a fiftieth of its time.
+pub const MEASURE_EVERY: Duration = Duration::from_secs(1);
 /// How long it pauses for that.
-pub const LOOK_FOR: Duration = Duration::from_millis(20);
+pub const MEASURE_FOR: Duration = Duration::from_millis(20);
 /// The weight of a new measurement against those before: larger where the load has risen, so that the sweep gives way
 /// at once and comes back slowly.
 const WEIGHT: (f64, f64) = (0.7, 0.3);
@@ -22,15 +22,15 @@ pub struct Foreground {
     pub cpu: Option<f64>,
     /// Their commands per second, smoothed; `None`: unknown.
     pub ops: Option<u64>,
-    looked: Option<Instant>,
+    measured: Option<Instant>,
 }
 
 impl Foreground {
     /// Whether it is time to measure again. Never where no limit and no intensity depends on it.
-    pub fn look_is_due(&self, tuning: &Tuning) -> bool {
+    pub fn measurement_is_due(&self, tuning: &Tuning) -> bool {
         let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
         let wanted = tuning.min_intensity < tuning.intensity || is_limited;
-        wanted && self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY)
+        wanted && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
     }
 
     /// Adds a measurement.
@@ -41,7 +41,7 @@ impl Foreground {
         };
         self.cpu = cpu.map(|now| smooth(self.cpu, now));
         self.ops = ops.map(|now| smooth(self.ops.map(|ops| ops as f64), now as f64) as u64);
-        self.looked = Some(Instant::now());
+        self.measured = Some(Instant::now());
     }
 }
 

@@ -50,7 +50,7 @@ pub struct Observation {
     /// Of those, keys that active expiry reclaimed, on servers that show it: `expired_keys_active`.
     pub expired_by_server: Option<u64>,
     /// Share of the keys with a TTL that have expired, as active expiry last saw it: `expired_stale_perc`.
-    pub stale_share: Option<f64>,
+    pub expired_share: Option<f64>,
     /// Why INFO was not answered for too long, so that everything above is old; `None`: it was answered.
     pub blind: Option<String>,
 }
@@ -91,7 +91,7 @@ impl Observation {
             may_evict: info.may_evict(),
             expired_keys: info.parsed("expired_keys"),
             expired_by_server: info.parsed("expired_keys_active"),
-            stale_share: info.stale_share(),
+            expired_share: info.expired_share(),
             blind: None,
         }
     }

@@ -395,7 +395,7 @@ impl ShardSweep {
             (_, Answer::Touched { .. }) => None,
         };
         self.say_touch(outcome).await;
-        if outcome == Some(TouchOutcome::ScanLeavesDead) {
+        if outcome == Some(TouchOutcome::ScanLeavesExpired) {
             self.session.sweep_again(Restart::TouchNeeded.sentence());
         }
     }
