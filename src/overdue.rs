@@ -63,7 +63,11 @@ impl Overdue {
     }
 
     /// Reports the instances that are overdue now. Returns the time until the next one can be.
-    async fn check(&self, settings: &ServeSettings, known: &mut BTreeMap<String, Known>) -> Result<Duration, TaskError> {
+    async fn check(
+        &self,
+        settings: &ServeSettings,
+        known: &mut BTreeMap<String, Known>,
+    ) -> Result<Duration, TaskError> {
         let notify = settings.notify.as_ref().filter(|notify| notify.events.contains(&EventKind::NotSwept));
         let Some(notify) = notify else { return Ok(CHECK_EVERY) };
         let now = self.service.store().now();

@@ -199,8 +199,7 @@ impl Scheduler {
         if ahead {
             tracing::warn!(instance = instance.id, "the clock was set back: due times count from now on");
         }
-        let is_valid =
-            |position: &&DuePosition| !ahead && position.schedule.as_ref().is_none_or(|of| *of == schedule);
+        let is_valid = |position: &&DuePosition| !ahead && position.schedule.as_ref().is_none_or(|of| *of == schedule);
         // Without a valid position only due times from now on count: those before the schedule was put in force were never due.
         let handled = position.filter(is_valid).map_or(now, |position| position.handled);
         let position = match position.filter(is_valid) {
@@ -326,8 +325,7 @@ impl Scheduler {
             Err(error @ TaskError::Settings(_)) => {
                 tracing::error!(instance = instance.id, %error, %due, "a due scan cannot start");
                 let failure = Failure::new(FailureKind::CannotConnect, error.to_string());
-                let failure =
-                    failure.hint("restore the file that the settings name; the next due scan reads it again");
+                let failure = failure.hint("restore the file that the settings name; the next due scan reads it again");
                 self.service.submit_failed(instance, &settings, due, failure).await?;
                 self.metrics.due(&instance.id, "run");
                 return Ok(());

@@ -149,9 +149,7 @@ fn unbound(description: &str) -> Object {
 }
 
 fn interval_schema() -> Object {
-    unbound(
-        "Seconds from one due time to the next, 0 to 2592000; 0: once. Ignored with `enable_auto_scan` false.",
-    )
+    unbound("Seconds from one due time to the next, 0 to 2592000; 0: once. Ignored with `enable_auto_scan` false.")
 }
 
 fn timeout_schema() -> Object {
@@ -205,7 +203,11 @@ pub async fn create(
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn scan(state: State<App>, caller: Caller, at: PathParams<(String, String)>) -> Result<Json<TaskRecord>, ApiError> {
+pub async fn scan(
+    state: State<App>,
+    caller: Caller,
+    at: PathParams<(String, String)>,
+) -> Result<Json<TaskRecord>, ApiError> {
     create(state, caller, at).await
 }
 

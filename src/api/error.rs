@@ -141,7 +141,9 @@ impl From<StoreError> for ApiError {
         tracing::error!(%error, "a request failed");
         match error {
             StoreError::Silent(_) | StoreError::Connect { .. } => Self::store_unreachable(),
-            StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => Self::store_unreachable(),
+            StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => {
+                Self::store_unreachable()
+            }
             // Another daemon was first: the caller may try again.
             StoreError::Fenced(_) | StoreError::AlreadyHandled | StoreError::Unfinished(_) => Self::unavailable(),
             _ => Self::internal(),

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::forecast_dto::ForecastOutput;
-use crate::api::{App, PathParams, JsonBody};
+use crate::api::{App, JsonBody, PathParams};
 use crate::forecast::prefixes::By;
 use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
 use crate::settings::serve::Instance;
@@ -44,7 +44,11 @@ pub struct MakeForecast {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn get_forecast(State(app): State<App>, caller: Caller, PathParams(id): PathParams<String>) -> Result<Response, ApiError> {
+pub async fn get_forecast(
+    State(app): State<App>,
+    caller: Caller,
+    PathParams(id): PathParams<String>,
+) -> Result<Response, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let last = app.service.store().forecast(&instance.id, &instance.project_id).await?;
     let last = last.ok_or_else(ApiError::no_forecast)?;

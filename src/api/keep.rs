@@ -11,7 +11,7 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::requests::invalid_settings;
 use crate::api::task_dto::InstanceDetails;
-use crate::api::{App, PathParams, JsonBody};
+use crate::api::{App, JsonBody, PathParams};
 use crate::model::keep::Bounds;
 use crate::model::task::SweepTexts;
 use crate::settings;

@@ -121,7 +121,11 @@ fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserialize
 }
 
 /// The limits of a request as texts of settings, by key.
-pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>, limits: LimitOverrides) -> SweepTexts {
+pub(super) fn tuning_texts(
+    intensity: Option<f64>,
+    max_keys_per_sec: Option<u32>,
+    limits: LimitOverrides,
+) -> SweepTexts {
     let texts = [
         ("intensity", intensity.map(|share| share.to_string())),
         ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),

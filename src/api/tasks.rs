@@ -11,7 +11,7 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::task_dto::{TaskDetails, TaskDto, TaskList};
-use crate::api::{App, AppState, PathParams, JsonBody, QueryParams};
+use crate::api::{App, AppState, JsonBody, PathParams, QueryParams};
 use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;

@@ -332,7 +332,8 @@ fn misspelt() -> Vec<Problem> {
             // A name that contains all the typed words wins over any other; of several the shortest one wins.
             if by_words { 1.0 + by_letters } else { by_letters }
         };
-        let meant = known.iter().filter(|name| *name != TYPED).max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
+        let meant =
+            known.iter().filter(|name| *name != TYPED).max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
         let message = format!("no setting has this name; did you mean {meant}?");
         (similarity(&meant) >= MISSPELT_FROM).then(|| Problem { origin: Some(Origin::Env(name.clone())), message })
     });

@@ -209,8 +209,9 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
     let touch = reader.read("touch", |text| {
         Touch::from_str(text).map_err(|_| format!("`{text}` is not one of auto, none, exists, ttl"))
     });
-    let payload = reader
-        .read("payload", |text| Payload::from_str(text).map_err(|_| format!("`{text}` is not one of auto, names, none")));
+    let payload = reader.read("payload", |text| {
+        Payload::from_str(text).map_err(|_| format!("`{text}` is not one of auto, names, none"))
+    });
     let timeout = reader.read("timeout", positive_duration);
     let connect_timeout = reader.read("connect-timeout", positive_duration);
     let response_timeout = reader.read("response-timeout", positive_duration);

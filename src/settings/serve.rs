@@ -334,7 +334,8 @@ impl<'a> Reader<'a> {
             }
             let other = known.targets.insert(instance.settings.target.to_string(), instance.id.clone());
             if let Some(other) = other {
-                let message = format!("url: the instance `{other}` has the same address: it would be swept twice at once");
+                let message =
+                    format!("url: the instance `{other}` has the same address: it would be swept twice at once");
                 table.complain("url", message);
             }
             // Most instances have the same texts, which are shared: ten thousand copies would be most of the daemon's memory.

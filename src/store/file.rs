@@ -124,9 +124,7 @@ pub(super) fn hint(error: &StoreError) -> Option<&'static str> {
                            start with an empty one";
     let (sqlx, migrate, io) = match error {
         StoreError::NotOurs { why: Foreign::NotSqlite, .. } => {
-            return Some(
-                "it was not changed: name another file, or move this one away if it was the state file",
-            );
+            return Some("it was not changed: name another file, or move this one away if it was the state file");
         }
         StoreError::NotOurs { .. } => return Some("it was not changed: name another file"),
         StoreError::Open { source, .. } => (source.downcast_ref(), source.downcast_ref(), source.downcast_ref()),

@@ -254,7 +254,11 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn skip<'a>(&self, instance_id: &str, dues: &[DueOutcome<'a>]) -> Result<Vec<DueOutcome<'a>>, StoreError> {
+    pub async fn skip<'a>(
+        &self,
+        instance_id: &str,
+        dues: &[DueOutcome<'a>],
+    ) -> Result<Vec<DueOutcome<'a>>, StoreError> {
         self.transact(async |conn| {
             let mut new = Vec::new();
             for due in dues {
@@ -303,7 +307,8 @@ impl Store {
                 Some(config) => schedules::set_auto_scan(&mut *conn, instance_id, project_id, config).await?,
                 None => schedules::forget_auto_scan(&mut *conn, instance_id).await?,
             }
-            schedules::set_due_positions(&mut *conn, &[(instance_id, &DuePosition { handled: now, schedule: None })]).await?;
+            schedules::set_due_positions(&mut *conn, &[(instance_id, &DuePosition { handled: now, schedule: None })])
+                .await?;
             if self.shared.is_some() {
                 fleet::notify(conn, fleet::SCHEDULES).await?;
             }

@@ -91,7 +91,10 @@ pub struct LastSeen {
 }
 
 /// Memory and backlog of each of these tasks; one without shards is left out.
-pub(super) async fn last_seen(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
+pub(super) async fn last_seen(
+    conn: &mut AnyConnection,
+    ids: &[TaskId],
+) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
     let mut last_seen: BTreeMap<TaskId, LastSeen> = BTreeMap::new();
     for some in ids.chunks(AT_ONCE) {
         let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", placeholders(1..some.len() + 1));

@@ -95,7 +95,8 @@ pub(super) async fn latest(conn: &mut AnyConnection, instance_id: &str) -> Resul
 }
 
 pub(super) async fn in_states(conn: &mut AnyConnection, words: &[&str]) -> Result<Vec<Task>, StoreError> {
-    let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", placeholders(1..words.len() + 1));
+    let sql =
+        format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", placeholders(1..words.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for word in words {
         query = query.bind(*word);

@@ -159,7 +159,10 @@ pub(super) async fn all(conn: &mut AnyConnection) -> Result<ScheduleState, Store
 }
 
 /// The due positions after an instant, by instance.
-pub(super) async fn due_positions_after(conn: &mut AnyConnection, after: Timestamp) -> Result<Vec<(String, DuePosition)>, StoreError> {
+pub(super) async fn due_positions_after(
+    conn: &mut AnyConnection,
+    after: Timestamp,
+) -> Result<Vec<(String, DuePosition)>, StoreError> {
     let query = sqlx::query("SELECT instance_id, handled, schedule FROM dues WHERE handled > $1");
     query.bind(ceil_millis(after)).fetch_all(conn).await?.iter().map(position_in).collect()
 }
@@ -170,7 +173,10 @@ fn position_in(row: &AnyRow) -> Result<(String, DuePosition), StoreError> {
 }
 
 /// Sets due positions, also to an earlier instant.
-pub(super) async fn set_due_positions(conn: &mut AnyConnection, positions: &[(&str, &DuePosition)]) -> Result<(), StoreError> {
+pub(super) async fn set_due_positions(
+    conn: &mut AnyConnection,
+    positions: &[(&str, &DuePosition)],
+) -> Result<(), StoreError> {
     for some in positions.chunks(POSITIONS_AT_ONCE) {
         let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", placeholders(3 * row + 1..3 * row + 4))).collect();
         let sql = format!(
@@ -221,7 +227,10 @@ pub(super) async fn record_due(
 }
 
 /// Removes the due positions of all other instances.
-pub(super) async fn forget_due_positions_except(conn: &mut AnyConnection, instance_ids: &[&str]) -> Result<(), StoreError> {
+pub(super) async fn forget_due_positions_except(
+    conn: &mut AnyConnection,
+    instance_ids: &[&str],
+) -> Result<(), StoreError> {
     let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", placeholders(1..instance_ids.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for id in instance_ids {

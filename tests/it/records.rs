@@ -15,7 +15,7 @@ use ttlsweep::model::shard::{DbIndex, ScanPosition, ShardId};
 use ttlsweep::model::task::{Cause, Task, TaskId, TaskState};
 use ttlsweep::model::throttle::Reason;
 use ttlsweep::settings::store::StoreLocation;
-use ttlsweep::store::{Claim, DaemonId, DaemonRecord, DueOutcome, Fleet, DuePosition, Store, StoreError, TaskFilter};
+use ttlsweep::store::{Claim, DaemonId, DaemonRecord, DueOutcome, DuePosition, Fleet, Store, StoreError, TaskFilter};
 
 use crate::support::clients::output;
 use crate::support::postgres::Postgres;
@@ -170,7 +170,11 @@ async fn a_due_time_is_dealt_with_once() {
         let earlier = DueOutcome { at: at - SignedDuration::from_secs(5), outcome: "missed" };
         assert_eq!(store.skip("a", &[earlier, earlier]).await.unwrap(), [earlier]);
         let schedules = store.schedules().await.unwrap();
-        assert_eq!(schedules.position("a"), Some(&DuePosition { handled: at, schedule: None }), "the position never goes back");
+        assert_eq!(
+            schedules.position("a"),
+            Some(&DuePosition { handled: at, schedule: None }),
+            "the position never goes back"
+        );
         assert_eq!(schedules.position("b"), None);
     }
 }
@@ -373,7 +377,10 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     for number in 0..250_i64 {
         let one = task(&source, &format!("i{number}"));
         let one = if number == 0 { one } else { Task { num: 7, ..ended(&one, TaskState::Succeeded) } };
-        source.insert(&one, Some(DueOutcome { at: at + SignedDuration::from_secs(number), outcome: "run" })).await.unwrap();
+        source
+            .insert(&one, Some(DueOutcome { at: at + SignedDuration::from_secs(number), outcome: "run" }))
+            .await
+            .unwrap();
         source.checkpoint(&one, [(&shard, &view)].into_iter()).await.unwrap();
         tasks.push(one);
     }
