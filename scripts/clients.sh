@@ -161,7 +161,7 @@ fetch_axe() {
     chmod 755 "$work/axe"
     mv "$work/axe" "$CACHE/axe"
   else
-    say "no axe: how accessible the page is is not looked at ($(tail -n 1 "$CACHE/pip.log"))"
+    say "no axe: the accessibility of the page is not checked ($(tail -n 1 "$CACHE/pip.log"))"
   fi
   rm -rf "$work"
 }

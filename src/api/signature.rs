@@ -48,7 +48,7 @@ impl Signed {
         Some(Self { access: access?, headers: headers?, signature: signature? })
     }
 
-    /// Whether the request with this body was signed with this secret, at most [`SKEW`] from now.
+    /// Whether the request with this body was signed with this secret, at most 15 minutes from `now`.
     pub fn verify(&self, request: &Parts, body: &[u8], secret: &str, now: Timestamp) -> bool {
         let Some(date) = header(request, "x-sdk-date") else { return false };
         if !is_recent(&date, now) {

@@ -17,7 +17,7 @@ const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[us
 /// How to reach the server and log in to it. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
 pub struct ServerArgs {
-    /// URL of the server; clap shows [`URL_HELP`] instead of this line.
+    /// URL of the server; clap shows `URL_HELP` instead of this line.
     #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true, help = URL_HELP)]
     pub url: Option<String>,
 

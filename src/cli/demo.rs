@@ -32,7 +32,7 @@ const EXPIRING: (u64, u64) = (2, 25);
 const SHORT_TTL: Duration = Duration::from_millis(100);
 /// Keys that one script writes: few enough that a signal is handled at once.
 const CHUNK: u64 = 10_000;
-/// Writes the keys with the numbers ARGV[1] to ARGV[2] on the server itself, so that no key goes over the network.
+/// Writes the keys with the numbers `ARGV[1]` to `ARGV[2]` on the server itself, so that no key goes over the network.
 const WRITE: &str = "\
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local ttl = 3600000 + i % 3600000
@@ -77,13 +77,13 @@ struct Reading {
 /// What active expiry reclaimed while the server was watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Watched {
-    freed: u64,
+    reclaimed: u64,
     during: Duration,
 }
 
 impl Watched {
     fn per_sec(self) -> f64 {
-        self.freed as f64 / self.during.as_secs_f64().max(0.001)
+        self.reclaimed as f64 / self.during.as_secs_f64().max(0.001)
     }
 }
 
@@ -212,7 +212,7 @@ async fn watch(conns: &mut [Conn], live: u64, during: Duration) -> Result<Watche
     loop {
         sleep(tick.min(during.saturating_sub(begun.elapsed()))).await;
         let now = dbsize(conns).await?;
-        let watched = Watched { freed: first.saturating_sub(now), during: begun.elapsed() };
+        let watched = Watched { reclaimed: first.saturating_sub(now), during: begun.elapsed() };
         let line = format!(
             "{} expired keys in memory, {:.0} reclaimed per second",
             grouped(now.saturating_sub(live)),
@@ -263,7 +263,7 @@ fn comparison(before: Reading, after: Reading, watched: Watched, took: Duration)
     };
     let heading = ["", "keys", "expired", "used memory"].map(str::to_owned).to_vec();
     let table = output::table(&[heading, row("before", before), row("after", after)]);
-    let alone = if watched.freed == 0 {
+    let alone = if watched.reclaimed == 0 {
         format!("active expiry alone reclaimed none in {}", span(watched.during))
     } else {
         let needed = Duration::try_from_secs_f64(before.expired as f64 / watched.per_sec()).unwrap_or(Duration::MAX);
@@ -307,10 +307,10 @@ mod tests {
     fn before_and_after_stand_side_by_side() {
         let before = Reading { keys: 999_900, expired: 79_900, used_memory: Some(140_000_000) };
         let after = Reading { keys: 920_000, expired: 0, used_memory: Some(130_000_000) };
-        let watched = Watched { freed: 100, during: Duration::from_secs(4) };
+        let watched = Watched { reclaimed: 100, during: Duration::from_secs(4) };
         let took = Duration::from_millis(1640);
         insta::assert_snapshot!(comparison(before, after, watched, took));
-        let idle = Watched { freed: 0, ..watched };
+        let idle = Watched { reclaimed: 0, ..watched };
         let text = comparison(before, after, idle, took);
         assert!(text.contains("active expiry alone reclaimed none in 4.0s"), "{text}");
     }

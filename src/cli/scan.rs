@@ -328,7 +328,7 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
         && view.snapshot.passes().next().is_some()
         && let Some(path) = &settings.state
     {
-        output::note(&format!("the checkpoint is kept; go on with --state {} --resume", path.display()));
+        output::note(&format!("the checkpoint is kept; resume with --state {} --resume", path.display()));
     }
     Ok(())
 }

@@ -101,7 +101,7 @@ impl Refusal {
 }
 
 impl Delivery {
-    /// Sends events until `stop`, and then what still waits, for at most [`LAST_CHANCE`].
+    /// Sends events until `stop`, and then what still waits, for at most `LAST_CHANCE`.
     pub async fn run(mut self, stop: CancellationToken) {
         let work = async {
             while let Some(event) = self.next(&stop).await {
