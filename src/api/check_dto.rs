@@ -286,13 +286,8 @@ impl CheckOutput {
                 lazyfree_lazy_expire: facts.expiry.lazyfree,
                 active_expire_effort: facts.expiry.effort,
                 hz: facts.expiry.hz,
-<<<<<<< HEAD
-                // INFO gives the per cent with two digits.
-                stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
-=======
                 // INFO gives per cent with two decimals: more digits here would be noise of the conversion.
-                stale_share: facts.stale_share.map(|share| (share * 1e4).round() / 1e4),
->>>>>>> words-service
+                stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
             },
             memory: MemoryDto {
                 used_memory: memory.used,
