@@ -94,7 +94,7 @@ struct Inner {
     ended: Family<EndLabels, Counter>,
     last_success: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
     unfinished: Gauge,
-    dues: Family<DueLabels, Counter>,
+    due_times: Family<DueLabels, Counter>,
     store_errors: Counter,
     daemons: Gauge,
     settings_differ: Gauge,
@@ -176,7 +176,11 @@ impl Default for Metrics {
                 Family::default()
             ),
             unfinished: register!("tasks_unfinished", "Tasks that are waiting, running or held", Gauge::default()),
-            dues: register!("due_times", "Due times of automatic scans, by what became of them", Family::default()),
+            due_times: register!(
+                "due_times",
+                "Due times of automatic scans, by what became of them",
+                Family::default()
+            ),
             store_errors: register!("store_errors", "Reads and writes of the records that failed", Counter::default()),
             daemons: register!("daemons", "Daemons that share the database; 0: it is not shared", Gauge::default()),
             settings_differ: register!(
@@ -282,7 +286,7 @@ impl Metrics {
         }
         drop(inner.last_success.get_or_create(&label));
         for outcome in DUE_OUTCOMES {
-            drop(inner.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }));
+            drop(inner.due_times.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }));
         }
         for cause in Cause::ALL.iter().filter(|cause| **cause != Cause::Cli) {
             for state in TaskState::ALL.iter().filter(|state| state.is_final()) {
@@ -368,7 +372,7 @@ impl Metrics {
 
     /// Counts a due time by its outcome: `run`, `still_running` or `missed`.
     pub fn due(&self, instance: &str, outcome: &'static str) {
-        self.0.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
+        self.0.due_times.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
     }
 
     /// Sets the number of daemons that share the database, and whether their settings differ.

@@ -282,14 +282,14 @@ impl Scheduler {
     }
 
     /// Records due times as skipped, and logs and counts them.
-    async fn skip(&self, instance: &Instance, dues: &[Timestamp], why: Skip) -> Result<(), TaskError> {
+    async fn skip(&self, instance: &Instance, due_times: &[Timestamp], why: Skip) -> Result<(), TaskError> {
         let outcome = match why {
             Skip::StillRunning => "still_running",
             Skip::Missed => "missed",
         };
-        let dues: Vec<_> = dues.iter().map(|at| DueOutcome { at: *at, outcome }).collect();
+        let outcomes: Vec<_> = due_times.iter().map(|at| DueOutcome { at: *at, outcome }).collect();
         // The store returns those that no other daemon has handled: each is logged and counted once.
-        for due in self.count_failure(self.service.store().skip(&instance.id, &dues).await)? {
+        for due in self.count_failure(self.service.store().skip(&instance.id, &outcomes).await)? {
             tracing::warn!(instance = instance.id, due = %due.at, "a due scan is skipped: {why}");
             self.metrics.due(&instance.id, outcome);
         }

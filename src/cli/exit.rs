@@ -29,7 +29,7 @@ Exit codes:
   1    failed, or only partly done
   2    invalid arguments or settings
   3    cannot connect, no right, or a server that cannot be swept
-  4    the time allowed ran out
+  4    timed out
   130  interrupted by a signal";
 
 impl Exit {

@@ -87,13 +87,13 @@ impl Store {
         let (schedules, kept, now) = (self.schedules().await?, self.keeps().await?, self.now());
         let mut offset = 0;
         loop {
-            let dues = self.run(async |conn| due_times(conn, offset).await).await?;
-            if dues.is_empty() {
+            let due_times = self.run(async |conn| due_times(conn, offset).await).await?;
+            if due_times.is_empty() {
                 break;
             }
             other
                 .transact(async |conn| {
-                    for (instance, at, outcome, task) in &dues {
+                    for (instance, at, outcome, task) in &due_times {
                         schedules::record_due(&mut *conn, instance, DueOutcome { at: *at, outcome }, *task).await?;
                     }
                     Ok(())

@@ -257,11 +257,11 @@ impl Store {
     pub async fn skip<'a>(
         &self,
         instance_id: &str,
-        dues: &[DueOutcome<'a>],
+        outcomes: &[DueOutcome<'a>],
     ) -> Result<Vec<DueOutcome<'a>>, StoreError> {
         self.transact(async |conn| {
             let mut new = Vec::new();
-            for due in dues {
+            for due in outcomes {
                 if schedules::record_due(&mut *conn, instance_id, *due, None).await? {
                     new.push(*due);
                 }
