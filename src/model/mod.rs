@@ -1,7 +1,7 @@
-//! The words of the domain: tasks, shards, positions, figures, reasons.
+//! The terms of the domain: tasks, shards, positions, limits, reasons.
 //!
-//! Everything here is plain data and pure functions. Nothing in this module knows a socket, a clock, a file
-//! or a wire format; every other module may import it.
+//! Everything here is plain data and pure functions. Nothing in this module uses a socket, a clock, a file or a wire format; every other
+//! module may import it.
 
 pub mod event;
 pub mod failure;

@@ -230,6 +230,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_key_that_the_program_knows_has_a_default() {
+        let known = PLACE_KEYS.iter().chain(BOUND_KEYS).copied().chain(LIMITS.iter().map(|row| row.key));
+        for key in known {
+            assert!(KEYS.contains(&key), "`{key}` is missing in default.toml");
+        }
+    }
+
+    #[test]
     fn every_key_has_a_default_and_every_default_is_a_key() {
         let raw = Raw::defaults();
         for key in KEYS.iter() {

@@ -101,8 +101,8 @@ mod tests {
     }
 
     async fn until_hold(control: &Control, hold: Option<Reason>) {
-        let mut orders = control.watch();
-        let met = orders.wait_for(|orders| orders.hold == hold);
+        let mut control = control.watch();
+        let met = control.wait_for(|control| control.hold == hold);
         tokio::time::timeout(Duration::from_secs(10), met).await.expect("the hold that was awaited").unwrap();
     }
 

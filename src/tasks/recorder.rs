@@ -161,9 +161,9 @@ impl Recorder {
 
     /// Waits until the task may begin, and carries out orders meanwhile. An error is the reason to stop.
     pub(super) async fn wait_for_turn(&mut self) -> Result<(), StopReason> {
-        let mut orders = self.control.watch();
+        let mut control = self.control.watch();
         loop {
-            let now = *orders.borrow_and_update();
+            let now = *control.borrow_and_update();
             if let Some(reason) = now.stop {
                 return Err(reason);
             }
@@ -181,7 +181,7 @@ impl Recorder {
             }
             tokio::select! {
                 // The channel stays open: the control is ours.
-                _ = orders.changed() => {}
+                _ = control.changed() => {}
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
             }
         }
@@ -189,15 +189,15 @@ impl Recorder {
 
     /// Runs `work` and carries out orders meanwhile. Ends early, with the reason, where the task is told to stop.
     pub(super) async fn with_orders<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
-        let mut orders = self.control.watch();
+        let mut control = self.control.watch();
         let mut work = std::pin::pin!(work);
         loop {
-            if let Some(reason) = orders.borrow_and_update().stop {
+            if let Some(reason) = control.borrow_and_update().stop {
                 return Err(reason);
             }
             tokio::select! {
                 done = &mut work => return Ok(done),
-                _ = orders.changed() => {}
+                _ = control.changed() => {}
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
             }
         }

@@ -38,10 +38,10 @@ impl TimeBudget {
     }
 
     /// Counts the time spent, and completes once it is all that is allowed.
-    pub(super) async fn used_up(&self, mut orders: watch::Receiver<ControlState>) {
+    pub(super) async fn used_up(&self, mut control: watch::Receiver<ControlState>) {
         loop {
-            if orders.borrow_and_update().holds().is_some() {
-                if orders.changed().await.is_err() {
+            if control.borrow_and_update().holds().is_some() {
+                if control.changed().await.is_err() {
                     return std::future::pending().await;
                 }
                 continue;
@@ -53,7 +53,7 @@ impl TimeBudget {
             let begun = Instant::now();
             let gone = tokio::select! {
                 () = tokio::time::sleep(left.min(TICK)) => false,
-                changed = orders.changed() => changed.is_err(),
+                changed = control.changed() => changed.is_err(),
             };
             self.spend(begun.elapsed());
             if gone {
