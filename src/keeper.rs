@@ -114,7 +114,7 @@ impl Keeper {
         let bounds = settings.instances.iter().map(|instance| (instance, bounds_of(instance)));
         let mut kept: BTreeMap<&str, _> =
             bounds.filter(|(_, bounds)| bounds.any()).map(|kept| (kept.0.id.as_str(), kept)).collect();
-        let views = self.service.on_hand();
+        let views = self.service.active_views();
         missed.retain(|id, _| views.contains_key(id));
         for view in views.into_values() {
             let view = view.borrow().clone();

@@ -19,7 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::model::event::EventKind;
 use crate::model::keep::KeepFigures;
-use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
+use crate::model::progress::{PassCounters, Snapshot, held_by_reason};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;
 
@@ -246,9 +246,9 @@ impl CounterSums {
     /// Sums over the passes and shards of a snapshot.
     pub fn of(snapshot: &Snapshot) -> Self {
         let missed = snapshot.shards.values().filter_map(|shard| shard.keep).map(|keep| keep.missed).sum();
-        let mut sums = Self { held: held_by_reason(snapshot.passes()), missed, ..Self::default() };
-        for pass in snapshot.passes() {
-            let PassFigures { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
+        let mut sums = Self { held: held_by_reason(snapshot.counters()), missed, ..Self::default() };
+        for pass in snapshot.counters() {
+            let PassCounters { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
             for (sum, count) in sums.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
                 *sum += count;
             }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::schedule::{AutoScan, Decision, GRACE, Moment, Skip, decide, until};
+use crate::model::schedule::{AutoScan, DueDecision, GRACE, Moment, Skip, decide, until};
 use crate::model::task::{Cause, SweepTexts};
 use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::{DueOutcome, DuePosition, ScheduleState, StoreError};
@@ -237,7 +237,7 @@ impl Scheduler {
             window_open: instance.window.as_ref().is_none_or(|window| window.is_open(now)),
         };
         let decision = decide(&config.recurrence, moment);
-        if let Decision::Wait(due) | Decision::Skip(due, _) | Decision::Run(due) = decision {
+        if let DueDecision::Wait(due) | DueDecision::Skip(due, _) | DueDecision::Run(due) = decision {
             self.skip_superseded(instance, waiting_for, due).await?;
             self.skip_missed(instance, config, handled, due).await?;
         }
@@ -248,16 +248,16 @@ impl Scheduler {
         let unchanged = |sleep, waiting_for| Evaluation { sleep, waiting_for, position: None, is_unwritten: false };
         let waits = |due| unchanged(SHORT_SLEEP, Some(due));
         match decision {
-            Decision::Sleep(next) => {
+            DueDecision::Sleep(next) => {
                 let sleep = next.map_or(LONGEST_SLEEP, |next| until(now, next));
                 Ok(unchanged(sleep, waiting_for))
             }
-            Decision::Wait(due) => Ok(waits(due)),
-            Decision::Skip(due, why) => {
+            DueDecision::Wait(due) => Ok(waits(due)),
+            DueDecision::Skip(due, why) => {
                 self.skip(instance, &[due], why).await?;
                 Ok(handled(due))
             }
-            Decision::Run(due) => match self.start_scan(instance, config, due).await {
+            DueDecision::Run(due) => match self.start_scan(instance, config, due).await {
                 // AlreadyHandled: another daemon has started or skipped it.
                 Ok(()) | Err(TaskError::Store(StoreError::AlreadyHandled)) => Ok(handled(due)),
                 // A task of the API was submitted just before; the due time waits for its end, within the grace.

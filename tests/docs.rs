@@ -137,7 +137,7 @@ fn every_link_inside_the_repository_leads_somewhere() {
 #[test]
 fn the_reference_knows_every_setting_reason_exit_code_and_metric() {
     let reference = reference();
-    for key in ttlsweep::settings::raw::KEYS {
+    for key in ttlsweep::settings::raw::KEYS.iter() {
         assert!(reference.contains(&format!("`{key}`")), "the setting `{key}` is missing");
     }
     for reason in Reason::ALL {
@@ -338,7 +338,7 @@ fn every_other_block_is_checked_or_is_output() {
         assert!(parsed.is_ok(), "{}: {}", path.display(), parsed.expect_err("it is no JSON"));
     }
     for (path, block) in blocks("text").into_iter().filter(|(_, block)| block.starts_with("ACL ")) {
-        assert_eq!(block.trim(), ttlsweep::node::commands::ACL_LINE, "{}", path.display());
+        assert_eq!(block.trim(), ttlsweep::node::acl::ACL_LINE, "{}", path.display());
     }
     // `tests/it/sdk.rs` runs the SDK: what the documents show of it is what that test calls.
     let sdk = read(&root().join("tests/it/sdk.py"));

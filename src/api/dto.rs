@@ -10,7 +10,9 @@ use utoipa::ToSchema;
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::keep::KeepFigures;
-use crate::model::progress::{self, PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram};
+use crate::model::progress::{
+    self, PassCounters, PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram,
+};
 use crate::model::task::{Cause, Task};
 use crate::settings::{ScanSettings, show_duration, show_limits};
 
@@ -380,26 +382,30 @@ impl PassDto {
     fn new(db: u32, figures: &PassFigures) -> Self {
         Self {
             db,
-            complete: figures.position.to_send().is_none(),
-            fraction: figures.fraction(),
-            keys_at_start: figures.keys_at_start,
-            scanned: figures.scanned,
-            reclaimed: figures.reclaimed,
-            touched: figures.touched,
-            found_by_touch: figures.found_by_touch,
-            batches: figures.batches,
-            lost_replies: figures.lost_replies,
-            restarts: figures.restarts,
-            nameless: figures.nameless,
-            count: figures.count,
-            intensity: (figures.intensity * 1000.0).round() / 1000.0,
-            slice_us: SliceDto { p50: figures.slice.p50_us, p99: figures.slice.p99_us, max: figures.slice.max_us },
-            server_us_per_scan: figures.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
-            active_s: seconds(figures.active),
-            waited_s: seconds(figures.waited),
-            rested_s: seconds(figures.rested),
-            held_s: figures.held.iter().map(|(reason, held)| (reason.as_str(), seconds(*held))).collect(),
-            ttl: (!figures.ttl.is_empty()).then(|| TtlDto::from(&figures.ttl)),
+            complete: figures.checkpoint.position.to_send().is_none(),
+            fraction: figures.checkpoint.fraction(),
+            keys_at_start: figures.checkpoint.keys_at_start,
+            scanned: figures.counters.scanned,
+            reclaimed: figures.counters.reclaimed,
+            touched: figures.counters.touched,
+            found_by_touch: figures.counters.found_by_touch,
+            batches: figures.counters.batches,
+            lost_replies: figures.counters.lost_replies,
+            restarts: figures.counters.restarts,
+            nameless: figures.counters.nameless,
+            count: figures.gauges.count,
+            intensity: (figures.gauges.intensity * 1000.0).round() / 1000.0,
+            slice_us: SliceDto {
+                p50: figures.gauges.slice.p50_us,
+                p99: figures.gauges.slice.p99_us,
+                max: figures.gauges.slice.max_us,
+            },
+            server_us_per_scan: figures.gauges.server_us_per_scan.map(|us| (us * 10.0).round() / 10.0),
+            active_s: seconds(figures.counters.active),
+            waited_s: seconds(figures.counters.waited),
+            rested_s: seconds(figures.counters.rested),
+            held_s: figures.counters.held.iter().map(|(reason, held)| (reason.as_str(), seconds(*held))).collect(),
+            ttl: (!figures.counters.ttl.is_empty()).then(|| TtlDto::from(&figures.counters.ttl)),
         }
     }
 }
@@ -432,27 +438,27 @@ impl ShardDto {
 
 /// Time for which the passes of a task were held, by reason, in seconds.
 pub(super) fn held_by_reason(snapshot: &Snapshot) -> BTreeMap<&'static str, f64> {
-    let held = progress::held_by_reason(snapshot.passes());
+    let held = progress::held_by_reason(snapshot.counters());
     held.into_iter().map(|(reason, time)| (reason.as_str(), seconds(time))).collect()
 }
 
 impl Totals {
     /// Sums over the passes of a task.
     pub fn new(task: &Task, snapshot: &Snapshot) -> Self {
-        let sum = |field: fn(&PassFigures) -> u64| snapshot.passes().map(field).sum();
-        let time = |field: fn(&PassFigures) -> Duration| seconds(snapshot.passes().map(field).sum());
+        let sum = |field: fn(&PassCounters) -> u64| snapshot.counters().map(field).sum();
+        let time = |field: fn(&PassCounters) -> Duration| seconds(snapshot.counters().map(field).sum());
         let elapsed = task.started_at.zip(task.finished_at).map(|(start, end)| end.duration_since(start));
         Self {
             scanned: snapshot.scanned(),
             reclaimed: snapshot.reclaimed(),
-            touched: sum(|p| p.touched),
-            batches: sum(|p| p.batches),
+            touched: sum(|pass| pass.touched),
+            batches: sum(|pass| pass.batches),
             lost_replies: snapshot.lost_replies(),
             elapsed_s: elapsed.map(|span| span.as_millis() as f64 / 1000.0),
-            active_s: time(|p| p.active),
-            waited_s: time(|p| p.waited) + seconds(snapshot.shards.values().map(|shard| shard.settling).sum()),
-            rested_s: time(|p| p.rested),
-            held_s: time(PassFigures::held_total),
+            active_s: time(|pass| pass.active),
+            waited_s: time(|pass| pass.waited) + seconds(snapshot.shards.values().map(|shard| shard.settling).sum()),
+            rested_s: time(|pass| pass.rested),
+            held_s: time(PassCounters::held_total),
         }
     }
 }

@@ -144,7 +144,7 @@ impl AllTasks {
     /// Adds the new tasks of this daemon.
     fn take_in(&mut self) {
         self.arrivals.mark_unchanged();
-        for (id, mut view) in self.app.service.on_hand() {
+        for (id, mut view) in self.app.service.active_views() {
             if !self.here.contains_key(&id) && self.may_see(&view.borrow().task) {
                 view.mark_changed();
                 self.elsewhere.remove(&id);

@@ -293,7 +293,7 @@ impl AppState {
     async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
         let mut standings = self.service.store().standings(&ids).await?;
-        for view in self.service.on_hand().into_values() {
+        for view in self.service.active_views().into_values() {
             let view = view.borrow();
             // The records are up to a second older than the view of a running task.
             if let Some(standing) = standings.get_mut(&view.task.instance_id)
@@ -361,7 +361,7 @@ impl AppState {
         let last_seen = store.last_seen(&newest).await?;
         let schedules = store.schedules().await?;
         let keeps = store.keeps().await?;
-        let on_hand = self.service.on_hand();
+        let on_hand = self.service.active_views();
         let describe = |instance: &&Arc<Instance>| {
             let seen = standing(instance);
             let latest = seen.and_then(|seen| match on_hand.get(&seen.latest) {

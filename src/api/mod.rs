@@ -187,7 +187,7 @@ impl AppState {
     /// Refuses an instance whose server can never be swept, as the contract requires before a task is accepted. A server
     /// that cannot be reached now is accepted: its task will fail with the reason.
     async fn must_be_scannable(&self, instance: &Instance) -> Result<(), ApiError> {
-        let inspection = crate::tasks::look(&instance.settings);
+        let inspection = crate::tasks::may_be_swept(&instance.settings);
         match tokio::time::timeout(INSPECT_WITHIN, inspection).await {
             Ok(Err(failure)) if matches!(failure.kind, FailureKind::Unsupported | FailureKind::NotAMaster) => {
                 tracing::info!(instance = instance.id, %failure, "the instance cannot be swept: request refused");

@@ -2,7 +2,8 @@
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::api::error::ApiError;
@@ -84,7 +85,7 @@ pub struct TuneTask {
 
 /// Limits on the load, above which a sweep holds or fails, and the least intensity. The values are those of the settings of the same
 /// names (`_` for `-`): `off`, `auto`, or a value. Limits that are left out stay as they are.
-#[derive(Debug, Default, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
 #[schema(as = LimitWishes)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs, reason = "the names are those of the settings")]
@@ -117,32 +118,30 @@ pub struct LimitOverrides {
 /// Accepts only a JSON object: serde would also accept an array of the fields in their order.
 fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
     let fields = serde_json::Map::deserialize(deserializer)?;
-    T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
+    T::deserialize(Value::Object(fields)).map_err(serde::de::Error::custom)
 }
 
-/// The limits of a request as texts of settings, by key.
+/// The limits of a request as texts of settings, by key: the name of a field with `-` for `_`.
 pub(super) fn tuning_texts(
     intensity: Option<f64>,
     max_keys_per_sec: Option<u32>,
-    limits: LimitOverrides,
+    limits: &LimitOverrides,
 ) -> SweepTexts {
-    let texts = [
-        ("intensity", intensity.map(|share| share.to_string())),
-        ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),
-        ("min-intensity", limits.min_intensity.map(|share| share.to_string())),
-        ("throttle", limits.throttle.map(|on| on.to_string())),
-        ("max-latency", limits.max_latency),
-        ("max-replica-lag", limits.max_replica_lag),
-        ("max-replica-silence", limits.max_replica_silence),
-        ("max-replica-buffer", limits.max_replica_buffer),
-        ("max-lazyfree", limits.max_lazyfree),
-        ("max-ops", limits.max_ops),
-        ("max-cpu", limits.max_cpu),
-        ("during-fork", limits.during_fork),
-        ("abort-latency", limits.abort_latency),
-        ("abort-replica-lag", limits.abort_replica_lag),
-    ];
-    texts.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
+    let pace = json!({ "intensity": intensity, "max_keys_per_sec": max_keys_per_sec });
+    let mut texts = SweepTexts::new();
+    for fields in [pace, json!(limits)] {
+        for (name, value) in fields.as_object().into_iter().flatten() {
+            let text = match value {
+                Value::String(text) => Some(text.clone()),
+                // As it would be typed: 1, and not 1.0.
+                Value::Number(number) => number.as_f64().map(|number| number.to_string()),
+                Value::Bool(on) => Some(on.to_string()),
+                Value::Null | Value::Array(_) | Value::Object(_) => None,
+            };
+            texts.extend(text.map(|text| (name.replace('_', "-"), text)));
+        }
+    }
+    texts
 }
 
 /// The error for invalid settings in a request.
@@ -240,6 +239,33 @@ impl From<CauseWord> for Cause {
             CauseWord::Api => Self::Api,
             CauseWord::Schedule => Self::Schedule,
             CauseWord::Keep => Self::Keep,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::raw::TUNE_KEYS;
+
+    #[test]
+    fn every_setting_that_may_change_is_a_field_of_a_request() {
+        for key in TUNE_KEYS.iter() {
+            let value = match *key {
+                "intensity" | "min-intensity" | "max-keys-per-sec" => json!(1),
+                "throttle" => json!(false),
+                "during-fork" => json!("go"),
+                _ => json!("auto"),
+            };
+            let name = key.replace('-', "_");
+            let body = match *key {
+                "intensity" | "max-keys-per-sec" => json!({ name: value }),
+                _ => json!({ "limits": { name: value } }),
+            };
+            let request: TuneTask = serde_json::from_value(body).unwrap_or_else(|error| panic!("{key}: {error}"));
+            let texts = tuning_texts(request.intensity, request.max_keys_per_sec, &request.limits);
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            assert_eq!(texts, SweepTexts::from([((*key).to_owned(), text)]));
         }
     }
 }

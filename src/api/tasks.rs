@@ -76,7 +76,7 @@ pub async fn create_task(
         return Err(ApiError::invalid("timeout_s"));
     }
     let mut texts = SweepTexts::clone(&instance.settings.sweep_texts);
-    texts.extend(tuning_texts(request.intensity, request.max_keys_per_sec, request.limits));
+    texts.extend(tuning_texts(request.intensity, request.max_keys_per_sec, &request.limits));
     let mut set = |key: &str, text: Option<String>| texts.extend(text.map(|text| (key.to_owned(), text)));
     set("count", request.count.map(|count| count.to_string()));
     set("db", request.db.map(|dbs| dbs.iter().map(|db| db.0.to_string()).collect::<Vec<_>>().join(",")));
@@ -156,7 +156,7 @@ pub async fn tune_task(
     PathParams(id): PathParams<String>,
     JsonBody(request): JsonBody<TuneTask>,
 ) -> Result<Json<TaskDetails>, ApiError> {
-    let texts = tuning_texts(request.intensity, request.max_keys_per_sec, request.limits);
+    let texts = tuning_texts(request.intensity, request.max_keys_per_sec, &request.limits);
     let tune = Tune::new(texts).map_err(invalid_settings)?;
     app.give(&caller, &id, Order::Tune(tune)).await
 }

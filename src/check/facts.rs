@@ -1,14 +1,12 @@
 //! What was read of a server. `None`: a missing right or an old version hides the value.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::engine::policy::{expiry_guard, profile};
 use crate::model::progress::{self, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::node::commands::Access;
 use crate::node::info::{DbKeys, Info, ReplicaLine};
 use crate::settings::{ScanSettings, Touch};
@@ -115,7 +113,7 @@ impl Right {
     /// The command as an ACL rule names it.
     pub fn rule(self) -> String {
         let name = self.as_str().to_lowercase();
-        // Quoted as in `commands::ACL_LINE`.
+        // Quoted as in `acl::ACL_LINE`.
         if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 
@@ -163,7 +161,7 @@ pub struct Facts {
     pub uptime: Option<Duration>,
     /// DBs that hold keys.
     pub dbs: BTreeMap<DbIndex, DbKeys>,
-    /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::stale_share`].
+    /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::expired_share`].
     pub expired_share: Option<f64>,
     /// Keys that expire each second; `None` also if that was not watched.
     pub expire_per_sec: Option<f64>,
@@ -204,7 +202,7 @@ impl Facts {
             cluster: info.flag("cluster_enabled") == Some(true),
             uptime: info.parsed("uptime_in_seconds").map(Duration::from_secs),
             dbs: info.keyspace(),
-            expired_share: info.stale_share(),
+            expired_share: info.expired_share(),
             expire_per_sec: None,
             expiry,
             memory: Memory {

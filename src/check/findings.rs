@@ -3,8 +3,6 @@
 //! A finding says what was seen, why it matters and what to do. Its numbers are fields. Its sentences are written only here, so that
 //! text and JSON say the same.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::check::facts::Right;
@@ -12,8 +10,8 @@ use crate::model::failure::Failure;
 use crate::model::format::grouped;
 use crate::model::shard::DbIndex;
 use crate::model::slots::SlotSet;
-use crate::model::task::words;
-use crate::node::commands::{ACL_LINE, ACL_TOUCH};
+use crate::model::words::words;
+use crate::node::acl::{ACL_LINE, ACL_TOUCH};
 use crate::node::error::NO_SUCH_COMMAND;
 use crate::node::info::{OLDEST, ReplicaLine};
 use crate::settings::show_duration;

@@ -12,7 +12,7 @@ use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
 use crate::model::format::{counted, failure_text, grouped};
 use crate::node::conn::ConnOptions;
-use crate::node::topology::{Kind, Master, View};
+use crate::node::topology::{InstanceKind, Master, View};
 use crate::settings::ScanSettings;
 
 /// The check of one master.
@@ -68,7 +68,9 @@ pub async fn inspect(
         Err(error) => Err(error.into_failure()),
     };
     match &view.masters[..] {
-        [master] if view.kind != Kind::Cluster => check(master).await.map(|seen| InstanceCheck::One(Box::new(seen))),
+        [master] if view.kind != InstanceKind::Cluster => {
+            check(master).await.map(|seen| InstanceCheck::One(Box::new(seen)))
+        }
         masters => {
             let checks = masters.iter().map(async |master| {
                 let shard = format!("slots {}", master.slots.name());

@@ -1,8 +1,6 @@
 //! What the facts mean for a sweep. Pure: facts in, findings and numbers out.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use crate::check::backlog::{NoCount, ReplicaCount};
@@ -11,7 +9,7 @@ use crate::check::facts::{Facts, Right, ServerRole, sum};
 use crate::check::findings::{Finding, Severity};
 use crate::engine::policy::{expiry_guard, profile};
 use crate::model::shard::DbIndex;
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::node::commands::Access;
 use crate::node::info::{DbKeys, OLDEST};
 use crate::settings::{ScanSettings, Touch};

@@ -269,7 +269,7 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
     if let Some(path) = config {
         raw.add_file(path)?;
     }
-    for key in KEYS {
+    for key in KEYS.iter() {
         let id = key.replace('-', "_");
         let Ok(Some(values)) = matches.try_get_raw(&id) else { continue };
         let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();

@@ -18,7 +18,7 @@ use crate::model::failure::Failure;
 use crate::model::shard::NodeAddr;
 use crate::model::target::{InstanceUrl, Place};
 use crate::node::conn::ConnOptions;
-use crate::node::topology::{Kind, Topology};
+use crate::node::topology::{InstanceKind, Topology};
 use crate::settings::Settings;
 use crate::settings::raw::{KEYS, Origin, Problem};
 
@@ -78,7 +78,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
         })?;
         return Ok(if look.can_sweep() { Exit::Done } else { Exit::Failed });
     };
-    if view.kind == Kind::Cluster {
+    if view.kind == InstanceKind::Cluster {
         let message = "--replica counts for one master, and this is a cluster".to_owned();
         return Ok(scan::usage(&[Problem { origin: None, message }]));
     }

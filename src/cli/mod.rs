@@ -256,7 +256,7 @@ mod tests {
         let command = Cli::command();
         // `keep` takes every key: those of `scan` and the bounds.
         let keep = command.find_subcommand("keep").unwrap();
-        for key in crate::settings::raw::KEYS {
+        for key in crate::settings::raw::KEYS.iter() {
             let id = key.replace('-', "_");
             let argument = keep.get_arguments().find(|a| a.get_id() == id.as_str());
             let argument = argument.unwrap_or_else(|| panic!("no flag for `{key}`"));

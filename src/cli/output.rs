@@ -118,21 +118,21 @@ fn pass_table(shard: &ShardView) -> String {
     ];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for (db, figures) in &shard.passes {
-        let us = |us: u64| if figures.batches == 0 { "-".to_owned() } else { format!("{us}us") };
+        let us = |us: u64| if figures.counters.batches == 0 { "-".to_owned() } else { format!("{us}us") };
         rows.push(vec![
             db.to_string(),
-            format!("{:.0}%", figures.fraction() * 100.0),
-            grouped(figures.scanned),
-            grouped(figures.reclaimed),
-            grouped(figures.touched),
-            grouped(figures.batches),
-            span(figures.active),
-            span(figures.waited),
-            span(figures.rested),
-            span(figures.held_total()),
-            us(figures.slice.p50_us),
-            us(figures.slice.p99_us),
-            us(figures.slice.max_us),
+            format!("{:.0}%", figures.checkpoint.fraction() * 100.0),
+            grouped(figures.counters.scanned),
+            grouped(figures.counters.reclaimed),
+            grouped(figures.counters.touched),
+            grouped(figures.counters.batches),
+            span(figures.counters.active),
+            span(figures.counters.waited),
+            span(figures.counters.rested),
+            span(figures.counters.held_total()),
+            us(figures.gauges.slice.p50_us),
+            us(figures.gauges.slice.p99_us),
+            us(figures.gauges.slice.max_us),
         ]);
     }
     table(&rows)
@@ -182,14 +182,14 @@ fn shard_lines(shard: &ShardView) -> String {
             text,
             "kept: {}, which took {} of the server's time; a bound was missed for {}",
             counted(keep.laps as usize, "lap"),
-            span(shard.passes.values().map(|figures| figures.active).sum()),
+            span(shard.passes.values().map(|figures| figures.counters.active).sum()),
             span(keep.missed)
         );
     }
     let _ = writeln!(text, "touch: {}", shard.touch.sentence());
-    let nameless: u64 = shard.passes.values().map(|figures| figures.nameless).sum();
+    let nameless: u64 = shard.passes.values().map(|figures| figures.counters.nameless).sum();
     if nameless > 0 {
-        let batches = shard.passes.values().map(|figures| figures.batches).sum();
+        let batches = shard.passes.values().map(|figures| figures.counters.batches).sum();
         let _ = writeln!(
             text,
             "payload: {} of {} batches came without names; their number of scanned keys is an estimate, that of reclaimed keys is exact",
@@ -198,8 +198,8 @@ fn shard_lines(shard: &ShardView) -> String {
         );
     }
     let mut ttl = TtlHistogram::default();
-    shard.passes.values().for_each(|figures| ttl.merge(&figures.ttl));
-    for (reason, time) in held_by_reason(shard.passes.values()) {
+    shard.passes.values().for_each(|figures| ttl.merge(&figures.counters.ttl));
+    for (reason, time) in held_by_reason(shard.passes.values().map(|pass| &pass.counters)) {
         let _ = writeln!(text, "held {}: {}", span(time), reason.sentence());
     }
     if !ttl.is_empty() {
@@ -228,7 +228,8 @@ mod tests {
     use super::*;
     use crate::model::failure::{Failure, FailureKind};
     use crate::model::progress::{
-        Memory, PassFigures, ScanEvent, ScanEventKind, ServerFacts, SliceSummary, Snapshot, TouchOutcome,
+        Memory, PassCheckpoint, PassCounters, PassFigures, PassGauges, ScanEvent, ScanEventKind, ServerFacts,
+        SliceSummary, Snapshot, TouchOutcome,
     };
     use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
     use crate::model::task::{Cause, Task, TaskId};
@@ -239,21 +240,26 @@ mod tests {
         let shard = ShardId("127.0.0.1:6379".into());
         let mut snapshot = Snapshot::default();
         let mut figures = PassFigures {
-            position: ScanPosition::Finished,
-            keys_at_start: 1_000_000,
-            scanned: 1_000_123,
-            reclaimed: 82_000,
-            touched: 400,
-            batches: 13_335,
-            active: Duration::from_millis(1100),
-            waited: Duration::from_millis(180),
-            rested: Duration::from_millis(20),
-            slice: SliceSummary { p50_us: 71, p99_us: 96, max_us: 412 },
-            ..PassFigures::default()
+            checkpoint: PassCheckpoint {
+                position: ScanPosition::Finished,
+                keys_at_start: 1_000_000,
+                ..PassCheckpoint::default()
+            },
+            counters: PassCounters {
+                scanned: 1_000_123,
+                reclaimed: 82_000,
+                touched: 400,
+                batches: 13_335,
+                active: Duration::from_millis(1100),
+                waited: Duration::from_millis(180),
+                rested: Duration::from_millis(20),
+                ..PassCounters::default()
+            },
+            gauges: PassGauges { slice: SliceSummary { p50_us: 71, p99_us: 96, max_us: 412 }, ..PassGauges::default() },
         };
-        figures.held.insert(Reason::Reconnecting, Duration::from_millis(350));
-        figures.ttl.add(30);
-        figures.ttl.add(-1);
+        figures.counters.held.insert(Reason::Reconnecting, Duration::from_millis(350));
+        figures.counters.ttl.add(30);
+        figures.counters.ttl.add(-1);
         let what = [
             ScanEventKind::ShardStarted {
                 server: ServerFacts {

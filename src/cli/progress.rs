@@ -67,12 +67,12 @@ impl From<&TaskView> for Rows {
     fn from(view: &TaskView) -> Self {
         let pass = |(db, figures): (&DbIndex, &PassFigures)| PassRow {
             db: db.0,
-            fraction: figures.fraction(),
-            complete: figures.position.to_send().is_none(),
-            scanned: figures.scanned,
-            reclaimed: figures.reclaimed,
-            slice_p50_us: figures.slice.p50_us,
-            intensity: figures.intensity,
+            fraction: figures.checkpoint.fraction(),
+            complete: figures.checkpoint.position.to_send().is_none(),
+            scanned: figures.counters.scanned,
+            reclaimed: figures.counters.reclaimed,
+            slice_p50_us: figures.gauges.slice.p50_us,
+            intensity: figures.gauges.intensity,
         };
         let shards = view.snapshot.shards.iter().map(|(id, shard)| ShardRow {
             name: id.to_string(),
@@ -80,7 +80,7 @@ impl From<&TaskView> for Rows {
             keep: shard
                 .keep
                 .as_ref()
-                .map(|figures| keep_text(figures, shard.passes.values().map(|p| p.reclaimed).sum())),
+                .map(|figures| keep_text(figures, shard.passes.values().map(|pass| pass.counters.reclaimed).sum())),
             warnings: shard.warnings.clone(),
             passes: shard.passes.iter().map(pass).collect(),
         });

@@ -335,6 +335,6 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
 
 fn exit_of(view: &TaskView) -> Exit {
     let met = view.snapshot.shards.values().any(|shard| shard.server.is_some());
-    let swept = view.snapshot.passes().any(|pass| pass.batches > 0);
+    let swept = view.snapshot.passes().any(|pass| pass.counters.batches > 0);
     Exit::of_task(Some(view.task.state), view.task.failure.as_ref(), met, swept)
 }

@@ -27,7 +27,7 @@ use crate::model::progress::{ScanEvent, ScanEventKind};
 use crate::model::shard::ShardId;
 use crate::model::throttle::Reason;
 use crate::node::error::NodeError;
-use crate::node::topology::{Kind, Master};
+use crate::node::topology::{InstanceKind, Master};
 use crate::store::StoredShard;
 
 /// How many more rounds there are because masters or slots moved during the sweep.
@@ -197,7 +197,7 @@ impl Rounds {
     /// Masters that a keep run does not sweep yet: those that have joined, and those whose sweep failed [`AFTER_FAILURE`] ago. None
     /// while the topology cannot be read.
     async fn joined(&self, walked: &HashMap<tokio::task::Id, ShardId>) -> Vec<ShardPlan> {
-        if self.map.kind() == Kind::Standalone {
+        if self.map.kind() == InstanceKind::Standalone {
             return Vec::new();
         }
         let masters = match self.map.read_again().await {
@@ -220,7 +220,7 @@ impl Rounds {
     /// Reads the topology once more. Returns the shards that have to be swept again or for the first time.
     async fn moved(&mut self) -> Result<Result<Vec<ShardPlan>, Failure>, StopReason> {
         let any_complete = self.results.values().any(|ended| ended.outcome == Outcome::Complete);
-        if self.map.kind() == Kind::Standalone || !any_complete {
+        if self.map.kind() == InstanceKind::Standalone || !any_complete {
             return Ok(Ok(Vec::new()));
         }
         let mut control = self.control.clone();

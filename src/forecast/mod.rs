@@ -32,7 +32,7 @@ use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::NodeError;
 use crate::node::info::Info;
-use crate::node::topology::{Kind, Master, View};
+use crate::node::topology::{InstanceKind, Master, View};
 
 /// Keys of each DB of each master that are looked at where nobody says how many.
 pub const SAMPLE_KEYS: u64 = 100_000;
@@ -226,7 +226,12 @@ struct Looker {
 }
 
 impl Looker {
-    async fn open(kind: Kind, master: &Master, options: &ConnOptions, request: &Request) -> Result<Self, Failure> {
+    async fn open(
+        kind: InstanceKind,
+        master: &Master,
+        options: &ConnOptions,
+        request: &Request,
+    ) -> Result<Self, Failure> {
         let failed = NodeError::into_failure;
         let mut conn = Conn::open(&master.addr, options).await.map_err(failed)?;
         let info = commands::info(&mut conn).await.map_err(failed)?;
@@ -240,7 +245,7 @@ impl Looker {
             let mut conn = Conn::open(addr, options).await.map_err(failed)?;
             let info = commands::info(&mut conn).await.map_err(failed)?;
             in_step(addr, &info, history.as_deref()).map_err(|error| not_here(error.to_string()))?;
-            if kind == Kind::Cluster {
+            if kind == InstanceKind::Cluster {
                 conn.call::<()>("READONLY", &redis::cmd("READONLY")).await.map_err(failed)?;
             }
             Ok::<_, Failure>((conn, info))

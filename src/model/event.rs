@@ -1,13 +1,12 @@
-//! What somebody who does not look should be told of.
+//! Events that are reported to a webhook, for people who do not watch the page.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::model::task::{Task, words};
+use crate::model::task::Task;
+use crate::model::words::words;
 
 /// The kind of an [`Event`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,43 +24,43 @@ words!(EventKind, "event", TaskFailed = "task_failed", NotSwept = "not_swept", B
 /// What happened, and to which instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    /// The same for the same fact, also after a restart, so that who is told twice can tell.
+    /// Made from the fact itself, so that a receiver recognizes a repetition, also after a restart.
     pub id: Uuid,
-    /// When it was noticed.
+    /// When the daemon noticed it.
     pub at: Timestamp,
-    /// The instance.
+    /// The instance that it is about.
     pub instance_id: String,
-    /// Its project.
+    /// The project of the instance.
     pub project_id: String,
     /// What happened.
     pub what: Happened,
 }
 
-/// What is told of each kind.
+/// The facts of each kind of event.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Happened {
-    /// The task as it ended.
+    /// A task that failed, with the record of its end.
     TaskFailed(Box<Task>),
-    /// No complete sweep for too long.
+    /// No sweep of the instance was complete for longer than allowed.
     NotSwept {
-        /// When the last one ended; `None` where there never was one.
+        /// When the last complete sweep ended; `None` where there was none.
         last_success: Option<Timestamp>,
-        /// How long may be between two.
+        /// The longest time allowed between two complete sweeps.
         allowed: Duration,
     },
-    /// A bound has been missed for long enough to tell.
+    /// A keep run has missed its bound for long enough to report it.
     BoundMissed {
-        /// The keep run.
+        /// The task of the keep run.
         task: Box<Task>,
-        /// For how long it has been missed.
+        /// How long the bound has been missed.
         missed: Duration,
-        /// The numbers.
+        /// By how much, as a sentence: [`KeepFigures::miss_text`](crate::model::keep::KeepFigures::miss_text).
         message: String,
     },
 }
 
 impl Event {
-    /// A keep run that misses its bound. One event for each run at most.
+    /// A keep run misses its bound. Each run has at most one such event.
     pub fn bound_missed(task: &Task, missed: Duration, message: String, now: Timestamp) -> Self {
         Self {
             id: Uuid::new_v5(&task.id.0, EventKind::BoundMissed.as_str().as_bytes()),
@@ -72,7 +71,7 @@ impl Event {
         }
     }
 
-    /// A task that has failed.
+    /// A task failed.
     pub fn task_failed(task: &Task, now: Timestamp) -> Self {
         Self {
             id: Uuid::new_v5(&task.id.0, EventKind::TaskFailed.as_str().as_bytes()),
@@ -83,7 +82,7 @@ impl Event {
         }
     }
 
-    /// An instance that has not been swept completely for longer than allowed.
+    /// No sweep of an instance was complete for longer than allowed.
     pub fn not_swept(
         instance_id: &str,
         project_id: &str,
@@ -102,7 +101,7 @@ impl Event {
         }
     }
 
-    /// Its kind.
+    /// The kind of the event.
     pub fn kind(&self) -> EventKind {
         match self.what {
             Happened::TaskFailed(_) => EventKind::TaskFailed,

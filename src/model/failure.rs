@@ -1,18 +1,17 @@
 //! Why a task or a shard ended without success, in words that an operator can act on.
 
 use std::fmt;
-use std::str::FromStr;
 
-use crate::model::task::words;
+use crate::model::words::words;
 
-/// The kind of a failure. Exit codes and the contract's error codes are chosen by it.
+/// The kind of a failure: decides the exit code and the error code of the contract.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FailureKind {
     /// No connection could be made, or it was lost for longer than we retry.
     CannotConnect,
-    /// Wrong user or password, or none where one is needed.
+    /// The user or password is wrong, or missing where the server wants one.
     NotAuthenticated,
-    /// A right is missing.
+    /// The user lacks a right that the sweep needs.
     NotAllowed,
     /// The server is a replica.
     NotAMaster,
@@ -20,17 +19,17 @@ pub enum FailureKind {
     Unsupported,
     /// A DB that was named does not exist.
     NoSuchDb,
-    /// The time allowed is over.
+    /// The time that the task was allowed is over.
     TimedOut,
     /// The process was asked to end.
     Interrupted,
-    /// A hard limit was passed.
+    /// The load was above a hard limit.
     LimitPassed,
-    /// The sweep would be, or was, so slow that the server's own expiry suffers more than the sweep gains.
+    /// The sweep would be, or was, so slow that it slows the server's own expiry by more than it reclaims.
     TooSlow,
     /// Masters or slots moved faster than they could be swept.
     TopologyChanged,
-    /// The server or the network answered what it never should.
+    /// A reply that no server of this protocol should give.
     Protocol,
     /// The records could not be written.
     Store,
@@ -57,7 +56,7 @@ words!(
 /// What went wrong and what to do about it. Holds no secret and no key name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// Its kind.
+    /// The kind of failure.
     pub kind: FailureKind,
     /// What happened and why, without a full stop.
     pub message: String,

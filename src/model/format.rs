@@ -38,7 +38,7 @@ pub fn bytes(number: u64) -> String {
     if unit == 0 { format!("{number} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
-/// A span in the unit that fits: `850ms`, `12.3s`, `4m 10s`, `2h 03m`.
+/// A time span in the unit that fits: `850ms`, `12.3s`, `4m 10s`, `2h 03m`.
 pub fn span(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
@@ -50,7 +50,7 @@ pub fn span(duration: Duration) -> String {
     }
 }
 
-/// A table with a heading line; the first column to the left, the others to the right.
+/// A table with a heading line; the first column is aligned to the left, the others to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
@@ -71,7 +71,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// `1 batch`, `3 batches`: a number with what it is a number of.
+/// A number with its noun, in the singular or plural: `1 batch`, `3 batches`.
 pub fn counted(number: usize, what: &str) -> String {
     let ending = match what.ends_with("ch") {
         _ if number == 1 => "",

@@ -1,4 +1,4 @@
-//! A bound on expired keys: what an operator asks for, and how well it is kept.
+//! Bounds on expired keys: what an operator asks of a keep run, and how well the run keeps to it.
 
 use std::time::Duration;
 
@@ -8,45 +8,47 @@ use crate::model::format::{counted, grouped, span};
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::ShardId;
 
-/// What a keep run keeps to. At least one of the two is set where there is a keep run.
+/// The bounds of a keep run, at least one of which is set; of a sweep none is.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Bounds {
-    /// Most expired keys that may be in the memory of a master.
+    /// The most expired keys that a master may hold in memory.
     pub max_backlog: Option<BacklogSize>,
-    /// Longest time that a key may stay in memory after it has expired.
+    /// The longest time that a key may stay in memory after it has expired.
     pub max_delay: Option<Duration>,
 }
 
 impl Bounds {
-    /// Whether anything is bounded.
+    /// Whether a bound is set.
     pub fn any(&self) -> bool {
         self.max_backlog.is_some() || self.max_delay.is_some()
     }
 }
 
-/// How well a master is kept. Estimates, made from what the laps reclaimed; figures of time are exact.
+/// How well a keep run keeps to its bounds on one master. Numbers of keys are estimates, made from what the laps
+/// reclaimed; times are exact.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct KeepFigures {
-    /// Complete walks over all DBs.
+    /// Laps, complete walks over all DBs, so far.
     pub laps: u64,
-    /// Expired keys in memory now; `None` during the first lap, which finds out.
+    /// Expired keys in memory now; `None` during the first lap, which measures them.
     pub backlog: Option<u64>,
-    /// Most expired keys that the bound allows now; `None` without a bound on the backlog.
+    /// The most expired keys that the bound allows now; `None` without a bound on the backlog.
     pub max_backlog: Option<u64>,
-    /// Keys that expire each second and that nothing but the walk frees.
+    /// Keys per second that expire and that only the keep run reclaims.
     pub inflow: f64,
-    /// Longest time that a key can be in memory after it has expired: since the place that waits longest was walked.
+    /// The longest time that a key can have been in memory after it expired: the age of the oldest visit to any part of
+    /// the keyspace.
     pub delay: Option<Duration>,
-    /// How long a lap is meant to take now; zero: as fast as the limits allow.
+    /// How long a lap should take now; zero: as fast as the limits allow.
     pub lap: Duration,
-    /// How long a bound was missed.
+    /// For how long a bound was missed, all times together.
     pub missed: Duration,
-    /// Whether one is missed now.
+    /// Whether a bound is missed now.
     pub is_missed: bool,
 }
 
 impl KeepFigures {
-    /// How far a bound is missed on a shard, in words.
+    /// By how much a shard misses its bounds, as part of a sentence.
     pub fn miss_text(&self, shard: &ShardId) -> String {
         let keys = counted(self.backlog.unwrap_or_default() as usize, "expired key");
         let most = self.max_backlog.map(|most| format!(", and {} are allowed", grouped(most))).unwrap_or_default();

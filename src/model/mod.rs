@@ -14,3 +14,4 @@ pub mod slots;
 pub mod target;
 pub mod task;
 pub mod throttle;
+pub mod words;

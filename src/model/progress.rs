@@ -1,8 +1,8 @@
 //! What the engine reports, and the one view of it that bar, status line, JSON, page and metrics render.
 //!
-//! The engine says what happened in past-tense [`ScanEvent`]s. [`Snapshot::apply`] folds them, in order, into the
-//! present. Figures are cumulative: the last event about a pass holds everything that the earlier ones held, so a
-//! reader that missed some has missed nothing.
+//! The engine reports what happened as [`ScanEvent`]s. [`Snapshot::apply`] folds them, in order, into the present
+//! state. An event about a pass holds everything that is known of the pass, so a reader that missed earlier ones has
+//! missed nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,15 +21,15 @@ use crate::model::throttle::Reason;
 pub struct ServerFacts {
     /// `Redis`, `Valkey`, or another name that INFO gives.
     pub product: String,
-    /// Its own version, not the Redis version that Valkey claims compatibility with.
+    /// The product's own version: of Valkey not the Redis version that it is compatible with.
     pub version: String,
-    /// The process.
+    /// The server process.
     pub run_id: RunId,
-    /// Its address as we reached it.
+    /// The address at which it was reached.
     pub addr: NodeAddr,
 }
 
-/// How long batches held the master, in microseconds: our waits for them, brought to the mean of `cmdstat_scan`.
+/// How long batches held the master, in microseconds: the waits for their replies, scaled to the mean of `cmdstat_scan`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SliceSummary {
     /// Half of the batches were shorter.
@@ -43,7 +43,7 @@ pub struct SliceSummary {
 /// Upper bounds in seconds of the classes of [`TtlHistogram`]: a minute, ten, an hour, six, a day, a week.
 pub const TTL_BOUNDS_S: [u64; 6] = [60, 600, 3_600, 21_600, 86_400, 604_800];
 
-/// How many of the keys seen expire within which time. Filled where `touch` is `ttl`.
+/// How soon the touched keys expire, as a number of keys for each time span. Filled where `touch` is `ttl`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TtlHistogram {
     /// Keys whose remaining time is at most the bound of the same index, and above the bound before.
@@ -55,7 +55,8 @@ pub struct TtlHistogram {
 }
 
 impl TtlHistogram {
-    /// Files one key's reply to TTL: seconds left, or -1 for a key without a TTL. A key that is gone (-2) is not filed.
+    /// Counts one key by its reply to TTL: seconds left, or -1 for a key without a TTL. A key that is gone (-2) is not
+    /// counted.
     pub fn add(&mut self, ttl_s: i64) {
         match u64::try_from(ttl_s) {
             Ok(left) => match TTL_BOUNDS_S.iter().position(|&bound| left <= bound) {
@@ -76,15 +77,26 @@ impl TtlHistogram {
         self.never += other.never;
     }
 
-    /// Whether any key was filed.
+    /// Whether no key was counted.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Everything that is counted about one DB of one shard.
+/// What is known of the pass over one DB of one shard.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PassFigures {
+    /// Where the pass is, for whoever goes on with it.
+    pub checkpoint: PassCheckpoint,
+    /// What it has done, from its beginning on, over all processes that had a part in it.
+    pub counters: PassCounters,
+    /// How it goes at this moment.
+    pub gauges: PassGauges,
+}
+
+/// What a pass needs to go on.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassCheckpoint {
     /// How far the pass is.
     pub position: ScanPosition,
     /// The server process that the position belongs to: [`RunId::fingerprint`].
@@ -93,84 +105,98 @@ pub struct PassFigures {
     pub space: CursorSpace,
     /// DBSIZE when the pass began.
     pub keys_at_start: u64,
-    /// Keys that SCAN looked at: returned and reclaimed.
+    /// `expired_keys` of the server when INFO was last read: the keys that it freed since are the most that a process
+    /// that was killed can have left uncounted.
+    pub server_expired: Option<u64>,
+}
+
+/// What a pass has done. Nothing of it becomes less.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassCounters {
+    /// Keys that SCAN scanned: those returned and those reclaimed.
     pub scanned: u64,
-    /// Expired keys freed by SCAN and by the touch: the exact difference of DBSIZE around each.
+    /// Expired keys reclaimed by SCAN and by the touch: the exact difference of DBSIZE around each.
     pub reclaimed: u64,
-    /// Keys asked with EXISTS or TTL.
+    /// Keys that were asked for with EXISTS or TTL.
     pub touched: u64,
-    /// Of the touched keys, those that were dead although SCAN had returned them.
+    /// Of the touched keys, those that had expired although SCAN had returned them.
     pub found_by_touch: u64,
     /// SCANs that were answered.
     pub batches: u64,
-    /// Of those, SCANs without names in the answer. What they looked at is counted by the share of the table that they walked.
+    /// Of those, SCANs without names in the answer. The number of keys that they scanned is estimated, by the share of
+    /// the table that they walked.
     pub nameless: u64,
-    /// Batches whose reply was lost with the connection. What such a batch freed is not in `reclaimed`.
+    /// Batches whose reply was lost with the connection. What such a batch reclaimed is not in `reclaimed`.
     pub lost_replies: u64,
-    /// Batches that may be under way, sent and not counted yet. Not in the records; the batch journal has it.
-    pub under_way: u64,
-    /// How often the pass began again, because the process or the rules changed under it.
+    /// How often the pass began again, because another server process answered or names had to be read.
     pub restarts: u64,
     /// Time in which batches held the master.
     pub active: Duration,
     /// Time rested for the intensity and the ceiling.
     pub rested: Duration,
-    /// Time that is neither active nor rested nor held: answers were on their way, or the sweep did its own work.
+    /// Time that is neither active nor rested nor held: replies were on their way, or the sweep did its own work.
     pub waited: Duration,
     /// Time held, by reason.
     pub held: BTreeMap<Reason, Duration>,
+    /// Remaining TTLs of the touched keys, where `touch` is `ttl`.
+    pub ttl: TtlHistogram,
+}
+
+/// How a pass goes at this moment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct PassGauges {
+    /// Batches that may be under way: sent and not counted yet. Stored in the batch journal only.
+    pub under_way: u64,
     /// How long the batches were.
     pub slice: SliceSummary,
     /// COUNT of the next batch.
     pub count: u32,
-    /// Share of the master's time that batches take now.
+    /// Share of the master's time that batches take.
     pub intensity: f64,
-    /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while unknown.
+    /// Server time of one SCAN in microseconds, from `cmdstat_scan`; other clients' SCANs are in it. `None` while
+    /// unknown.
     pub server_us_per_scan: Option<f64>,
-    /// `expired_keys` of the server when it was last looked at: what it freed since, whoever asked for it, is at most what a lost process
-    /// left uncounted.
-    pub server_expired: Option<u64>,
-    /// Remaining TTLs, with `touch` `ttl`.
-    pub ttl: TtlHistogram,
 }
 
-impl PassFigures {
+impl PassCheckpoint {
     /// Share of the pass that is done, in `[0, 1]`.
     pub fn fraction(&self) -> f64 {
         self.space.fraction(self.position)
     }
+}
 
+impl PassCounters {
     /// Time held for all reasons together.
     pub fn held_total(&self) -> Duration {
         self.held.values().sum()
     }
 }
 
-/// How long passes were held, by reason.
-pub fn held_by_reason<'a>(passes: impl IntoIterator<Item = &'a PassFigures>) -> BTreeMap<Reason, Duration> {
+/// Time that passes were held, by reason.
+pub fn held_by_reason<'a>(passes: impl IntoIterator<Item = &'a PassCounters>) -> BTreeMap<Reason, Duration> {
     let mut held = BTreeMap::new();
-    for (reason, time) in passes.into_iter().flat_map(|figures| &figures.held) {
+    for (reason, time) in passes.into_iter().flat_map(|pass| &pass.held) {
         *held.entry(*reason).or_default() += *time;
     }
     held
 }
 
-/// What became of the touch.
+/// Whether keys are touched, and why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TouchOutcome {
-    /// No batch was done yet.
+    /// No batch has been done yet.
     #[default]
     NotNeededYet,
     /// Neither SCAN nor the audit met an expired key.
-    NothingDead,
-    /// The operator asked for none.
+    NothingExpired,
+    /// The settings ask for no touch.
     Off,
-    /// The operator asked to touch each key.
+    /// The settings ask for a touch of each key.
     Asked,
-    /// The audit found that SCAN frees what it meets.
+    /// The audit found that SCAN reclaims the expired keys that it meets.
     ScanReclaims,
-    /// The audit found keys that SCAN left dead: every key is touched.
-    ScanLeavesDead,
+    /// The audit found expired keys that SCAN returned and did not reclaim: every key is touched.
+    ScanLeavesExpired,
     /// The user has no right to EXISTS or TTL: there was no audit.
     NoRight,
 }
@@ -180,26 +206,26 @@ impl TouchOutcome {
     pub fn sentence(self) -> &'static str {
         match self {
             Self::NotNeededYet => "no batch was done",
-            Self::NothingDead => "audited: no expired key was met",
+            Self::NothingExpired => "audited: no expired key was met",
             Self::Off => "no key was touched, as asked",
             Self::Asked => "every key was touched, as asked",
             Self::ScanReclaims => "audited: SCAN frees the expired keys that it meets, no touch needed",
-            Self::ScanLeavesDead => "audited: SCAN left expired keys in memory, so every key was touched",
+            Self::ScanLeavesExpired => "audited: SCAN left expired keys in memory, so every key was touched",
             Self::NoRight => "not audited: the server refuses EXISTS",
         }
     }
 }
 
-/// What happened. Sent by the engine in order, consumed by one recorder.
+/// Something that happened to a shard. The engine sends events in order, to one recorder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScanEvent {
-    /// Where.
+    /// The shard.
     pub shard: ShardId,
-    /// What.
+    /// What happened.
     pub what: ScanEventKind,
 }
 
-/// What INFO tells of a server's memory, as far as it does.
+/// What INFO shows of a server's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Memory {
     /// `used_memory` in bytes.
@@ -217,40 +243,40 @@ pub struct Memory {
 pub enum ScanEventKind {
     /// The shard is part of the sweep. Its turn may come later.
     ShardFound {
-        /// Where its master is at this moment.
+        /// The address of its master.
         addr: NodeAddr,
     },
     /// The shard's master was reached and may be swept.
     ShardStarted {
-        /// What it is.
+        /// The server.
         server: ServerFacts,
         /// Its memory before the first batch.
         memory: Memory,
         /// The DBs that will be swept, in order.
         dbs: Vec<DbIndex>,
     },
-    /// Something an operator should know, that stops nothing.
+    /// Something that an operator should know and that does not stop the sweep.
     Warned {
         /// What was seen, why it matters, what to do.
         message: String,
     },
     /// Another process answers at the master's address.
     ServerChanged {
-        /// What it is.
+        /// The server.
         server: ServerFacts,
     },
     /// A pass began, or went on from a checkpoint.
     PassStarted {
         /// The DB.
         db: DbIndex,
-        /// Figures to start with: not empty when it goes on from a checkpoint.
+        /// The pass as it begins: not empty where it goes on from a checkpoint.
         figures: PassFigures,
     },
-    /// Batches were done. Sent a few times a second, whatever the number of batches.
+    /// Batches were done. Sent a few times a second, however many batches there are.
     Progressed {
         /// The DB.
         db: DbIndex,
-        /// All figures up to now.
+        /// The pass as it is now.
         figures: PassFigures,
     },
     /// A pass had to begin again.
@@ -259,45 +285,45 @@ pub enum ScanEventKind {
         db: DbIndex,
         /// Why.
         why: String,
-        /// All figures, with the position back at the start.
+        /// The pass, back at its beginning.
         figures: PassFigures,
     },
     /// A pass is complete.
     PassFinished {
         /// The DB.
         db: DbIndex,
-        /// All figures.
+        /// The pass at its end.
         figures: PassFigures,
     },
     /// The sweep of this shard began to hold.
     HoldStarted {
         /// Why.
         reason: Reason,
-        /// Facts beside the reason's own sentence.
+        /// The facts, such as the load and its limit.
         detail: Option<String>,
     },
     /// The hold is over.
     HoldEnded {
-        /// Why it had been.
+        /// Why it was held.
         reason: Reason,
-        /// How long it lasted.
+        /// How long the hold lasted.
         lasted: Duration,
     },
-    /// How well the bounds of a keep run are kept. Sent with the progress.
+    /// How well a keep run keeps to its bounds. Sent with the progress.
     Kept {
-        /// All figures up to now.
+        /// The numbers as they are now.
         figures: KeepFigures,
     },
-    /// It became clear whether keys must be touched.
+    /// It was decided whether keys are touched.
     TouchDecided {
-        /// The finding.
+        /// The decision.
         outcome: TouchOutcome,
     },
     /// Every pass of the shard is complete.
     ShardFinished {
-        /// Its memory after lazy frees settled.
+        /// Its memory after the objects that waited to be freed in the background were freed.
         memory: Memory,
-        /// How long they were waited for.
+        /// How long that was waited for.
         settling: Duration,
     },
     /// The shard's sweep ended early.
@@ -307,61 +333,61 @@ pub enum ScanEventKind {
     },
 }
 
-/// One shard as it stands.
+/// One shard as it is now.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ShardView {
-    /// What the server is; `None` until it was reached.
+    /// The server; `None` until it was reached.
     pub server: Option<ServerFacts>,
-    /// DBs that are to be swept, in order.
+    /// The DBs to sweep, in order.
     pub dbs: Vec<DbIndex>,
-    /// Figures of each DB that was begun.
+    /// The pass over each DB that was begun.
     pub passes: BTreeMap<DbIndex, PassFigures>,
-    /// The DB being swept.
+    /// The DB that is being swept.
     pub current: Option<DbIndex>,
-    /// Why it holds at this moment.
+    /// Why it holds now; `None`: it does not.
     pub hold: Option<Reason>,
-    /// Facts beside that reason's own sentence.
+    /// The facts of the hold, such as the load and its limit.
     pub hold_detail: Option<String>,
-    /// How well its bounds are kept; `None` where it is swept once.
+    /// How well a keep run keeps to its bounds here; `None` for a sweep.
     pub keep: Option<KeepFigures>,
-    /// What the audit found.
+    /// Whether keys are touched, and why.
     pub touch: TouchOutcome,
-    /// Things an operator should know.
+    /// What an operator should know, at most `MAX_WARNINGS` sentences.
     pub warnings: Vec<String>,
     /// Memory before the first batch.
     pub memory_before: Memory,
-    /// Memory after the last one; nothing is known before.
+    /// Memory after the last batch; unknown until then.
     pub memory_after: Memory,
-    /// Time waited after the last batch for what is freed in the background.
+    /// Time waited after the last batch for objects that are freed in the background.
     pub settling: Duration,
     /// Whether every pass is complete.
     pub finished: bool,
-    /// Why it ended early.
+    /// Why it ended early; `None`: it did not.
     pub failure: Option<Failure>,
 }
 
-/// Memory that was freed and less than this is lost among what else moves.
+/// The least number of bytes freed that is told from other changes of the memory.
 const WORTH_A_WORD: u64 = 4 << 20;
 
-/// At most this many warnings are kept for a shard, so that a long trouble cannot fill the memory.
+/// The most warnings that are kept for a shard, so that long trouble cannot fill the memory.
 const MAX_WARNINGS: usize = 20;
 
 impl ShardView {
-    /// Keys that were evicted from the first batch to the last, where the server tells. A server that was restarted meanwhile
-    /// has forgotten those before.
+    /// Keys that were evicted from the first batch to the last, where the server shows it. A server that was restarted
+    /// meanwhile has forgotten those before the restart.
     pub fn evicted(&self) -> Option<u64> {
         self.memory_after.evicted.zip(self.memory_before.evicted).map(|(after, before)| after.saturating_sub(before))
     }
 
-    /// What the allocator kept of the memory that was freed, in bytes, where that is worth a word: the operating system sees less than half
-    /// of it come back.
+    /// Bytes of the freed memory that the allocator kept; `None` unless more than half of a notable amount did not
+    /// return to the operating system.
     pub fn kept_by_allocator(&self) -> Option<u64> {
         let freed = self.memory_before.used?.checked_sub(self.memory_after.used?)?;
         let returned = self.memory_before.rss?.saturating_sub(self.memory_after.rss?);
         (freed >= WORTH_A_WORD && returned < freed / 2).then(|| freed - returned)
     }
 
-    /// Why it holds, as people read it: the reason's sentence and the facts beside it.
+    /// Why it holds, as people read it: the reason's sentence with the facts.
     pub fn hold_text(&self) -> Option<String> {
         let reason = self.hold?;
         Some(match &self.hold_detail {
@@ -370,7 +396,7 @@ impl ShardView {
         })
     }
 
-    /// Adds a warning, once, and not beyond the bound.
+    /// Adds a warning, unless it is there already or there are too many.
     pub fn warn(&mut self, message: String) {
         if self.warnings.len() < MAX_WARNINGS && !self.warnings.contains(&message) {
             self.warnings.push(message);
@@ -381,16 +407,16 @@ impl ShardView {
 /// The one view of a running or ended task.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Snapshot {
-    /// Every shard, by name. Those that do not change are shared by a view and the next one.
+    /// Every shard, by name. One view shares shards that did not change with the next.
     pub shards: BTreeMap<ShardId, Arc<ShardView>>,
-    /// When the sweep began.
+    /// When the sweep began; `None`: it has not.
     pub started_at: Option<Timestamp>,
-    /// Why it has not begun yet.
+    /// Why it has not begun; `None`: it has, or may.
     pub waits: Option<Reason>,
 }
 
 impl Snapshot {
-    /// Folds one event in. Events of one shard must come in the order in which they happened.
+    /// Applies one event. Events of one shard must come in the order in which they happened.
     pub fn apply(&mut self, event: ScanEvent) {
         let shard = Arc::make_mut(self.shards.entry(event.shard).or_default());
         match event.what {
@@ -438,7 +464,7 @@ impl Snapshot {
         }
     }
 
-    /// Nothing is held or waited for any more: the task has ended, or is left to the next process.
+    /// Clears holds and the current DBs: the task has ended, or is left to the next process.
     pub fn end(&mut self) {
         self.waits = None;
         for shard in self.shards.values_mut().map(Arc::make_mut) {
@@ -451,19 +477,25 @@ impl Snapshot {
         self.shards.values().flat_map(|s| s.passes.values())
     }
 
-    /// Expired keys freed so far.
-    pub fn reclaimed(&self) -> u64 {
-        self.passes().map(|p| p.reclaimed).sum()
+    /// The counters of every pass of every shard.
+    pub fn counters(&self) -> impl Iterator<Item = &PassCounters> {
+        self.passes().map(|pass| &pass.counters)
     }
 
-    /// Expired keys in memory, as a keep run estimates them; `None` where it does not know all masters yet, and for a sweep.
+    /// Expired keys reclaimed so far.
+    pub fn reclaimed(&self) -> u64 {
+        self.counters().map(|pass| pass.reclaimed).sum()
+    }
+
+    /// Expired keys in memory, as a keep run estimates them; `None` where it does not know all masters yet, and for a
+    /// sweep.
     pub fn backlog(&self) -> Option<u64> {
         let known: Option<Vec<u64>> = self.shards.values().map(|shard| shard.keep?.backlog).collect();
         known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
     }
 
-    /// Keys that the masters evicted between the end of this sweep and the beginning of a later one; `None` where a master does not tell,
-    /// was restarted meanwhile or is not in the later sweep.
+    /// Keys that the masters evicted between the end of this sweep and the beginning of a later one; `None` where a
+    /// master does not tell, was restarted meanwhile or is not in the later sweep.
     pub fn evicted_until(&self, later: &Self) -> Option<u64> {
         let of = |(id, shard): (&ShardId, &Arc<ShardView>)| {
             let before = shard.memory_after.evicted?;
@@ -473,29 +505,29 @@ impl Snapshot {
         known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
     }
 
-    /// Keys looked at so far.
+    /// Keys scanned so far.
     pub fn scanned(&self) -> u64 {
-        self.passes().map(|p| p.scanned).sum()
+        self.counters().map(|pass| pass.scanned).sum()
     }
 
     /// Batches whose reply was lost.
     pub fn lost_replies(&self) -> u64 {
-        self.passes().map(|p| p.lost_replies).sum()
+        self.counters().map(|pass| pass.lost_replies).sum()
     }
 
-    /// Share of everything that is done, 0 to 1, by keys: of each DB of each shard that is known so far.
+    /// Share of the sweep that is done, 0 to 1, weighted by the keys of each DB of each shard that is known so far.
     pub fn fraction(&self) -> f64 {
         let (mut done, mut all) = (0.0, 0.0);
         for shard in self.shards.values() {
             for pass in shard.passes.values() {
-                let weight = pass.keys_at_start.max(1) as f64;
-                done += weight * pass.fraction();
+                let weight = pass.checkpoint.keys_at_start.max(1) as f64;
+                done += weight * pass.checkpoint.fraction();
                 all += weight;
             }
-            // A DB that was not begun yet counts as much as the mean of the others: its size is not known here.
+            // The size of a DB that was not begun is unknown here: it counts as the mean of the others.
             let known = shard.passes.len();
             let to_come = shard.dbs.iter().filter(|db| !shard.passes.contains_key(db)).count();
-            let weights: f64 = shard.passes.values().map(|pass| pass.keys_at_start.max(1) as f64).sum();
+            let weights: f64 = shard.passes.values().map(|pass| pass.checkpoint.keys_at_start.max(1) as f64).sum();
             all += to_come as f64 * if known == 0 { 1.0 } else { weights / known as f64 };
         }
         if all > 0.0 { done / all } else { 0.0 }

@@ -13,7 +13,7 @@ use jiff::civil::{Date, DateTime, Time, Weekday};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp, ToSpan};
 
-/// How long a due scan waits for the one before it, by the contract; then that due time is skipped.
+/// How long a due scan waits for the scan before it, by the contract. After that the due time is skipped.
 pub const GRACE: SignedDuration = SignedDuration::from_mins(5);
 
 /// A cron expression in a time zone.
@@ -63,14 +63,14 @@ impl PartialEq for CronRule {
     }
 }
 
-/// At which instants a scan is due.
+/// The rule by which scans are due.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Recurrence {
-    /// At `first + n * interval`; once where the interval is 0, never where `first` is not known yet.
+    /// At `first + n * interval`; only once where the interval is 0, and never where `first` is not known yet.
     Every {
-        /// The first time.
+        /// The first due time.
         first: Option<Timestamp>,
-        /// Seconds from one time to the next.
+        /// Seconds from one due time to the next.
         interval_s: u32,
     },
     /// By a cron expression.
@@ -117,23 +117,23 @@ fn nth(first: Timestamp, interval_s: u32, turn: i64) -> Option<Timestamp> {
     first.checked_add(SignedDuration::from_secs(ahead)).ok()
 }
 
-/// The automatic scan of one instance, as API and settings file set it.
+/// The automatic scan of one instance, as the API or the settings file sets it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AutoScan {
-    /// Whether it runs at all.
+    /// Whether it runs.
     pub enabled: bool,
-    /// When.
+    /// When it runs.
     pub recurrence: Recurrence,
     /// How long each scan may take, in seconds.
     pub timeout_s: u32,
-    /// COUNT that each scan begins with.
+    /// COUNT of the first SCAN of each scan.
     pub count: u32,
-    /// When it was last changed by the API.
+    /// When the API last changed it; `None`: never.
     pub updated_at: Option<Timestamp>,
 }
 
 impl AutoScan {
-    /// When it runs, in words that are kept in records: two schedules with the same words are due at the same times.
+    /// When it runs, as a text for the records: two schedules with the same text are due at the same times.
     pub fn schedule(&self) -> String {
         match &self.recurrence {
             _ if !self.enabled => "off".to_owned(),
@@ -144,18 +144,18 @@ impl AutoScan {
     }
 }
 
-/// What [`decide`] looks at.
+/// What [`decide`] decides by.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
-    /// The present.
+    /// The present time.
     pub now: Timestamp,
-    /// Due times up to this one were dealt with.
+    /// Due times up to this one have been handled.
     pub handled: Timestamp,
-    /// Whether a scan of the instance is on record and not ended.
+    /// Whether the instance has a task that has not ended.
     pub busy: bool,
-    /// The due time for which we have been waiting since we saw the instance busy.
+    /// The due time that waits for the busy instance, if one does.
     pub waiting_for: Option<Timestamp>,
-    /// Whether the window is open, or there is none.
+    /// Whether the window is open; true where there is no window.
     pub window_open: bool,
 }
 
@@ -164,7 +164,7 @@ pub struct Moment {
 pub enum Skip {
     /// The scan before it ran longer than the grace, or until the next due time.
     StillRunning,
-    /// It was missed while nobody looked, and the window is closed now.
+    /// No daemon was there at the due time, and the window is closed now.
     Missed,
 }
 
@@ -181,32 +181,32 @@ impl fmt::Display for Skip {
 
 /// What is to be done about a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
-    /// Nothing before this instant; nothing ever where it is `None`.
+pub enum DueDecision {
+    /// Nothing is due before this instant; where it is `None`, never.
     Sleep(Option<Timestamp>),
-    /// The instance is busy: look again soon, until the grace is over.
+    /// The instance is busy: decide again soon, until the grace is over.
     Wait(Timestamp),
-    /// Run the scan that was due then.
+    /// Run the scan that was due at this time.
     Run(Timestamp),
-    /// Let that due time pass.
+    /// Pass this due time over.
     Skip(Timestamp, Skip),
 }
 
-/// Decides by one look. However many due times were missed, only the latest counts: one catch-up, never a burst.
-pub fn decide(recurrence: &Recurrence, moment: Moment) -> Decision {
+/// Decides what to do now. However many due times were missed, only the latest counts: one scan makes up for all.
+pub fn decide(recurrence: &Recurrence, moment: Moment) -> DueDecision {
     let Moment { now, handled, busy, waiting_for, window_open } = moment;
     let due = match recurrence.latest_due(now) {
         Some(due) if due > handled => due,
-        _ => return Decision::Sleep(recurrence.next_due(now.max(handled))),
+        _ => return DueDecision::Sleep(recurrence.next_due(now.max(handled))),
     };
     let in_grace = now.duration_since(due) <= GRACE;
     match (in_grace, busy) {
-        (true, true) => Decision::Wait(due),
-        (true, false) => Decision::Run(due),
-        (false, true) => Decision::Skip(due, Skip::StillRunning),
-        (false, false) if waiting_for == Some(due) => Decision::Skip(due, Skip::StillRunning),
-        (false, false) if window_open => Decision::Run(due),
-        (false, false) => Decision::Skip(due, Skip::Missed),
+        (true, true) => DueDecision::Wait(due),
+        (true, false) => DueDecision::Run(due),
+        (false, true) => DueDecision::Skip(due, Skip::StillRunning),
+        (false, false) if waiting_for == Some(due) => DueDecision::Skip(due, Skip::StillRunning),
+        (false, false) if window_open => DueDecision::Run(due),
+        (false, false) => DueDecision::Skip(due, Skip::Missed),
     }
 }
 
@@ -217,21 +217,21 @@ pub fn decide(recurrence: &Recurrence, moment: Moment) -> Decision {
 pub struct Window {
     /// The days on which it opens.
     pub days: Vec<Weekday>,
-    /// When it opens.
+    /// Local time at which it opens.
     pub start: Time,
-    /// When it closes.
+    /// Local time at which it closes.
     pub end: Time,
-    /// Time zone of the cron expression.
+    /// The time zone of `days`, `start` and `end`.
     pub zone: TimeZone,
 }
 
 impl Window {
-    /// Whether it is open.
+    /// Whether the window is open at an instant.
     pub fn is_open(&self, at: Timestamp) -> bool {
         self.closes(at).is_some()
     }
 
-    /// When it opens or closes next. `None`: never, which only a window without days does.
+    /// When it opens or closes next; `None` for a window without days, which never does.
     pub fn next_change(&self, at: Timestamp) -> Option<Timestamp> {
         self.closes(at).or_else(|| self.opens(at))
     }
@@ -258,7 +258,7 @@ impl Window {
         let last = if self.end > self.start { day } else { day.tomorrow().ok()? };
         let open = self.instant(day.to_datetime(self.start))?;
         let close = self.instant(last.to_datetime(self.end))?;
-        // A window that lies in a gap of the clock does not exist that day.
+        // A window that lies in the hour that a clock change skips does not open that day.
         (open < close).then_some((open, close))
     }
 
@@ -267,14 +267,14 @@ impl Window {
     }
 }
 
-/// How large a backlog must be for a due scan to begin at all.
+/// The size of a backlog: the least for which a due scan begins, or the most that a keep run allows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BacklogSize {
-    /// Expired keys in memory.
+    /// A number of expired keys.
     Keys(u64),
-    /// Bytes that they take.
+    /// Bytes that the expired keys take.
     Bytes(u64),
-    /// Per cent of the keys with a TTL.
+    /// Expired keys as per cent of the keys with a TTL.
     Percent(f64),
 }
 
@@ -308,7 +308,7 @@ impl fmt::Display for BacklogSize {
     }
 }
 
-/// The span from now to an instant, none where it has passed.
+/// The time from now to an instant; zero where the instant has passed.
 pub fn until(now: Timestamp, then: Timestamp) -> Duration {
     Duration::try_from(then.duration_since(now)).unwrap_or_default()
 }
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(recurrence.next_due(at("2025-12-31T00:00:00Z")), Some(at("2026-01-01T00:00:00Z")));
         assert_eq!(recurrence.next_due(at("2026-01-01T00:00:00Z")), None);
         let after = moment("2026-01-01T00:00:01Z", "2026-01-01T00:00:00Z");
-        assert_eq!(decide(&recurrence, after), Decision::Sleep(None));
+        assert_eq!(decide(&recurrence, after), DueDecision::Sleep(None));
     }
 
     #[test]
@@ -372,13 +372,13 @@ mod tests {
         let due = at("2026-01-01T12:00:00Z");
         let recurrence = every("2026-01-01T12:00:00Z", 86_400);
         let busy = |now| Moment { busy: true, ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&recurrence, busy("2026-01-01T11:59:59Z")), Decision::Sleep(Some(due)));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:00:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:00Z")), Decision::Wait(due));
-        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T11:59:59Z")), DueDecision::Sleep(Some(due)));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:00:00Z")), DueDecision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:00Z")), DueDecision::Wait(due));
+        assert_eq!(decide(&recurrence, busy("2026-01-01T12:05:01Z")), DueDecision::Skip(due, Skip::StillRunning));
         let free = |now| Moment { waiting_for: Some(due), ..moment(now, "2026-01-01T00:00:00Z") };
-        assert_eq!(decide(&recurrence, free("2026-01-01T12:04:00Z")), Decision::Run(due));
-        assert_eq!(decide(&recurrence, free("2026-01-01T12:05:01Z")), Decision::Skip(due, Skip::StillRunning));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:04:00Z")), DueDecision::Run(due));
+        assert_eq!(decide(&recurrence, free("2026-01-01T12:05:01Z")), DueDecision::Skip(due, Skip::StillRunning));
     }
 
     #[test]
@@ -386,10 +386,10 @@ mod tests {
         let recurrence = every("2026-01-01T00:00:00Z", 3600);
         let back = moment("2026-01-03T00:30:00Z", "2026-01-01T00:00:00Z");
         let due = at("2026-01-03T00:00:00Z");
-        assert_eq!(decide(&recurrence, back), Decision::Run(due));
-        assert_eq!(decide(&recurrence, Moment { window_open: false, ..back }), Decision::Skip(due, Skip::Missed));
+        assert_eq!(decide(&recurrence, back), DueDecision::Run(due));
+        assert_eq!(decide(&recurrence, Moment { window_open: false, ..back }), DueDecision::Skip(due, Skip::Missed));
         let then = Moment { handled: due, ..back };
-        assert_eq!(decide(&recurrence, then), Decision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
+        assert_eq!(decide(&recurrence, then), DueDecision::Sleep(Some(at("2026-01-03T01:00:00Z"))), "no burst");
     }
 
     #[test]
@@ -508,10 +508,10 @@ mod tests {
             for (seconds, busy, window_open) in steps {
                 now += SignedDuration::from_secs(seconds);
                 match decide(&recurrence, Moment { now, handled, busy, waiting_for, window_open }) {
-                    Decision::Sleep(wake) => prop_assert!(wake.is_none_or(|wake| wake > now)),
-                    Decision::Wait(due) => { prop_assert!(busy && due > handled); waiting_for = Some(due); }
-                    Decision::Run(due) => { prop_assert!(!busy && due > handled && due <= now); handled = due; }
-                    Decision::Skip(due, _) => { prop_assert!(due > handled && due <= now); handled = due; }
+                    DueDecision::Sleep(wake) => prop_assert!(wake.is_none_or(|wake| wake > now)),
+                    DueDecision::Wait(due) => { prop_assert!(busy && due > handled); waiting_for = Some(due); }
+                    DueDecision::Run(due) => { prop_assert!(!busy && due > handled && due <= now); handled = due; }
+                    DueDecision::Skip(due, _) => { prop_assert!(due > handled && due <= now); handled = due; }
                 }
             }
         }

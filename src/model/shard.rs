@@ -1,4 +1,4 @@
-//! One master with its replicas, and how far its sweep has come.
+//! One master with its replicas, and positions of its sweep.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -17,7 +17,7 @@ impl fmt::Display for ShardId {
     }
 }
 
-/// Where one server process listens.
+/// The address at which a server process listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum NodeAddr {
     /// A host name or address, and a port.
@@ -41,12 +41,12 @@ impl fmt::Display for NodeAddr {
     }
 }
 
-/// `run_id` of INFO: changes with every start of the server process. A cursor is worth nothing under another one.
+/// `run_id` of INFO: changes with every start of the server process. A cursor means nothing to another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunId(pub String);
 
 impl RunId {
-    /// A short name for the process, to be kept with each position. Two processes share one with a chance of 1 in 2^64.
+    /// A hash of the run id, stored with each position. Two processes share one with a chance of 1 in 2^64.
     pub fn fingerprint(&self) -> u64 {
         // FNV-1a: stable across versions of this program, which a hasher of the standard library is not.
         self.0.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
@@ -80,10 +80,10 @@ impl Cursor {
     }
 }
 
-/// How far one pass over one DB has come.
+/// How far a pass has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ScanPosition {
-    /// Nothing was asked yet; the first SCAN sends 0.
+    /// No batch was done; the first SCAN sends 0.
     #[default]
     NotStarted,
     /// The next SCAN sends this cursor.
@@ -93,12 +93,12 @@ pub enum ScanPosition {
 }
 
 impl ScanPosition {
-    /// What a SCAN reply's cursor says.
+    /// The position that the cursor of a SCAN reply stands for.
     pub fn from_reply(cursor: u64) -> Self {
         NonZeroU64::new(cursor).map_or(Self::Finished, |c| Self::At(Cursor(c)))
     }
 
-    /// The cursor to send next, or `None` when there is nothing left to ask.
+    /// The cursor to send next; `None` where the pass is complete.
     pub fn to_send(self) -> Option<u64> {
         match self {
             Self::NotStarted => Some(0),

@@ -1,11 +1,11 @@
-//! Hash slots of a cluster, and what a SCAN cursor says where it holds one.
+//! Hash slots of a cluster, and how SCAN cursors are ordered, also those that hold a slot.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use crate::model::shard::{Cursor, ScanPosition};
 
-/// Hash slots of every cluster.
+/// How many hash slots a cluster has.
 pub const SLOTS: u16 = 16_384;
 
 /// A set of hash slots, as ranges that are sorted and do not touch.
@@ -29,17 +29,17 @@ impl SlotSet {
         Self(merged)
     }
 
-    /// The set of every slot that there is.
+    /// The set of all slots.
     pub fn all() -> Self {
         Self(vec![0..=SLOTS - 1])
     }
 
-    /// Whether no slot is in it.
+    /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// How many slots are in it.
+    /// The number of slots in the set.
     pub fn len(&self) -> u32 {
         self.0.iter().map(|r| u32::from(r.end() - r.start()) + 1).sum()
     }
@@ -56,7 +56,7 @@ impl SlotSet {
         format!("{},+{} ranges #{sum:08x}", Self(self.0[..SHOWN].to_vec()), self.0.len() - SHOWN)
     }
 
-    /// Its ranges, lowest first.
+    /// The ranges of the set, lowest first.
     pub fn ranges(&self) -> impl Iterator<Item = &RangeInclusive<u16>> {
         self.0.iter()
     }
@@ -66,13 +66,13 @@ impl SlotSet {
         self.0.first()
     }
 
-    /// How many slots below `slot` are in it.
+    /// The number of slots in the set that are below `slot`.
     pub fn below(&self, slot: u16) -> u32 {
         let parts = self.0.iter().take_while(|r| *r.start() < slot);
         parts.map(|r| u32::from((*r.end()).min(slot - 1) - r.start()) + 1).sum()
     }
 
-    /// The slot with so many others of the set below it.
+    /// The slot of the set that has `place` others of the set below it.
     pub fn nth(&self, place: u32) -> Option<u16> {
         let mut below = place;
         for range in &self.0 {
@@ -108,7 +108,7 @@ impl SlotSet {
         self.minus(&self.minus(other))
     }
 
-    /// How many slots the two have in common.
+    /// The number of slots that are in both sets.
     pub fn overlap(&self, other: &Self) -> u32 {
         self.len() - self.minus(other).len()
     }
@@ -127,8 +127,8 @@ impl fmt::Display for SlotSet {
     }
 }
 
-/// The slot of a key: CRC16 (XMODEM) of its name modulo 16384, or of the part in the first braces where that is not empty.
-/// By the cluster specification.
+/// The slot of a key: CRC16 (XMODEM) of its name modulo 16384, or of the part in the first braces where that is not
+/// empty. By the cluster specification.
 pub fn slot_of(name: &[u8]) -> u16 {
     let tag = name.iter().position(|&byte| byte == b'{').and_then(|open| {
         let rest = &name[open + 1..];
@@ -140,7 +140,7 @@ pub fn slot_of(name: &[u8]) -> u16 {
     crc % SLOTS
 }
 
-/// How the cursors of a pass are to be read.
+/// What the cursors of a pass mean.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum CursorSpace {
     /// One hash table for the DB: a standalone server, or a cluster node before Redis 7.4 and Valkey 8.
@@ -166,7 +166,7 @@ impl CursorSpace {
         }
     }
 
-    /// Orders positions by the way of a pass: a real server's next position is always greater.
+    /// A position as a value that grows during a pass: the next position of a real server always has a greater one.
     pub fn rank(&self, position: ScanPosition) -> (u16, u64) {
         match (position, self) {
             (ScanPosition::NotStarted, _) => (0, 0),
@@ -176,9 +176,9 @@ impl CursorSpace {
         }
     }
 
-    /// With the pass cut into `2^bits` parts, where the part behind the one of `position` begins; [`ScanPosition::Finished`]
-    /// where that is the last one. A SCAN may begin at any bucket: a walk from one place that ends at or behind a later one
-    /// meets each key that is there meanwhile between the two, as a whole pass does.
+    /// With the pass cut into `2^bits` parts, where the part behind the one of `position` begins;
+    /// [`ScanPosition::Finished`] where that is the last one. A SCAN may begin at any bucket: a walk from one place
+    /// that ends at or behind a later one meets each key that is there meanwhile between the two, as a whole pass does.
     pub fn cut_after(&self, position: ScanPosition, bits: u32) -> ScanPosition {
         let (slot, inside) = self.rank(position);
         let cursor = match self {

@@ -1,4 +1,4 @@
-//! Where an instance is, and who we are there.
+//! Where an instance is, and as which user we connect to it.
 
 use std::path::PathBuf;
 
@@ -66,7 +66,7 @@ fn list(addrs: &[NodeAddr]) -> String {
 /// A password: any bytes. `Debug` never shows it.
 pub type Password = SecretSlice<u8>;
 
-/// Who we are for a server. `Debug` never shows the password.
+/// The user and password for a server. `Debug` never shows the password.
 #[derive(Debug, Clone, Default)]
 pub struct Credentials {
     /// ACL user; `None` is the server's default user.

@@ -1,8 +1,7 @@
-//! A task: one sweep of one instance, from the request to the last figure.
+//! A task: one sweep or keep run of one instance, its states, and what changes them.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -10,13 +9,14 @@ use jiff::Timestamp;
 use uuid::{ContextV7, Uuid};
 
 use crate::model::failure::Failure;
+use crate::model::words::words;
 
-/// Names a task. Version 7: sorts by time of creation.
+/// The id of a task, a UUID of version 7: ids sort by time of creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TaskId(pub Uuid);
 
 impl TaskId {
-    /// A fresh id, later than all that this process made at this time or before it.
+    /// A new id, which sorts behind all ids that this process made at this time or before.
     pub fn at(now: Timestamp) -> Self {
         static CONTEXT: Mutex<ContextV7> = Mutex::new(ContextV7::new());
         let seconds = u64::try_from(now.as_second()).unwrap_or(0);
@@ -31,75 +31,36 @@ impl fmt::Display for TaskId {
     }
 }
 
-/// Who asked for the task.
+/// What asked for a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// A person at the command line.
     Cli,
     /// A call of the API.
     Api,
-    /// A schedule that came due.
+    /// A schedule, at a due time.
     Schedule,
-    /// A bound that the settings ask to be kept.
+    /// The bounds of an instance that is kept.
     Keep,
 }
 
-/// A stored word that names nothing we know: the store was written by another version, or by hand.
-#[derive(Debug, thiserror::Error)]
-#[error("unknown {what} `{word}`")]
-pub struct UnknownWord {
-    /// Which kind of word was expected.
-    pub what: &'static str,
-    /// What stood there.
-    pub word: String,
-}
-
-/// Implements `as_str`, `Display` and `FromStr` for an enum whose values are stored and shown as words.
-macro_rules! words {
-    ($type:ty, $what:literal, $($variant:ident = $word:literal),+ $(,)?) => {
-        impl $type {
-            /// Every value, in the order of declaration.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// The stored and shown word.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $word),+ }
-            }
-        }
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-        impl FromStr for $type {
-            type Err = $crate::model::task::UnknownWord;
-            fn from_str(word: &str) -> Result<Self, Self::Err> {
-                match word {
-                    $($word => Ok(Self::$variant),)+
-                    _ => Err($crate::model::task::UnknownWord { what: $what, word: word.to_owned() }),
-                }
-            }
-        }
-    };
-}
-pub(crate) use words;
-
 words!(Cause, "cause", Cli = "cli", Api = "api", Schedule = "schedule", Keep = "keep");
 
-/// Where a task stands. Being throttled or outside a window is a live condition of `Running`, not a state.
+/// The state of a task, as it is stored. Being throttled or outside a window is a live condition of `Running`, not a
+/// state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TaskState {
-    /// Recorded; no batch was sent.
+    /// Recorded; no batch was sent yet.
     Waiting,
-    /// Sweeping, or holding with a reason.
+    /// Sweeping, or held for a reason.
     Running,
     /// A person paused it.
     Paused,
-    /// The process ended before the task did; its checkpoint is good.
+    /// The process ended before the task; the task can go on from its checkpoint.
     Interrupted,
     /// Every pass of every shard is complete.
     Succeeded,
-    /// Ended with a reason; what was reclaimed before stays counted.
+    /// Ended with a failure; what was reclaimed before stays counted.
     Failed,
     /// A person ended it.
     Cancelled,
@@ -118,7 +79,7 @@ words!(
 );
 
 impl TaskState {
-    /// Whether nothing happens to it any more by itself.
+    /// Whether the task has ended.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -134,24 +95,28 @@ impl TaskState {
     }
 }
 
-/// What can happen to a task.
+/// What changes the state of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// The first batch may be sent, now or again after an interruption.
     Start,
-    /// A person asks to hold.
+    /// A person pauses the task.
     Pause,
-    /// A person asks to go on.
+    /// A person lets a paused task go on.
     Resume,
-    /// The process ends, the checkpoint stays.
+    /// A person lets a paused task go on that no process has: the process that takes it up next starts it.
+    Requeue,
+    /// The process ends before the task, whose checkpoint stays.
     Interrupt,
     /// Every pass is complete.
     Succeed,
-    /// It cannot go on.
+    /// A keep run ends, whether it had begun or not: for another task of its instance, or for the next run.
+    GiveWay,
+    /// The task cannot go on.
     Fail,
-    /// A person ends it.
+    /// A person cancels the task.
     Cancel,
-    /// A person has one that failed go on from its checkpoint.
+    /// A person lets a failed task go on from its checkpoint.
     Retry,
 }
 
@@ -161,25 +126,27 @@ impl Command {
         Self::Start,
         Self::Pause,
         Self::Resume,
+        Self::Requeue,
         Self::Interrupt,
         Self::Succeed,
+        Self::GiveWay,
         Self::Fail,
         Self::Cancel,
         Self::Retry,
     ];
 }
 
-/// A command that makes no sense in the task's present state.
+/// A command that the task's state does not take.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a task that is {state} cannot take the command {command:?}")]
 pub struct IllegalTransition {
-    /// The state it is in.
+    /// The state of the task.
     pub state: TaskState,
-    /// What was asked.
+    /// The command that was refused.
     pub command: Command,
 }
 
-/// The one transition function. Everything that changes a task's state asks it.
+/// The one transition function: the state after a command. [`Task::apply`] changes a task.
 ///
 /// # Errors
 /// [`IllegalTransition`] where the table has no cell.
@@ -190,8 +157,10 @@ pub fn transition(state: TaskState, command: Command) -> Result<TaskState, Illeg
         (S::Waiting | S::Interrupted, C::Start) => Ok(S::Running),
         (S::Waiting | S::Running | S::Interrupted, C::Pause) => Ok(S::Paused),
         (S::Paused, C::Resume) => Ok(S::Running),
+        (S::Paused, C::Requeue) => Ok(S::Interrupted),
         (S::Waiting | S::Running, C::Interrupt) => Ok(S::Interrupted),
         (S::Running, C::Succeed) => Ok(S::Succeeded),
+        (S::Waiting | S::Running | S::Interrupted, C::GiveWay) => Ok(S::Succeeded),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Fail) => Ok(S::Failed),
         (S::Waiting | S::Running | S::Paused | S::Interrupted, C::Cancel) => Ok(S::Cancelled),
         (S::Failed, C::Retry) => Ok(S::Interrupted),
@@ -205,7 +174,7 @@ pub type SweepTexts = BTreeMap<String, String>;
 /// A task as it is recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
-    /// Its name.
+    /// The id.
     pub id: TaskId,
     /// The instance it sweeps.
     pub instance_id: String,
@@ -213,38 +182,57 @@ pub struct Task {
     pub project_id: String,
     /// The instance's address, without any secret.
     pub target: String,
-    /// The settings used.
+    /// The settings that it uses.
     pub sweep: SweepTexts,
     /// Whether it sweeps only while the instance's window is open.
     pub respect_window: bool,
-    /// Who asked.
+    /// What asked for it.
     pub cause: Cause,
-    /// Where it stands.
+    /// Its state; changed by [`Task::apply`] only.
     pub state: TaskState,
-    /// When it was asked for.
+    /// When it was created.
     pub created_at: Timestamp,
-    /// When its first batch was sent.
+    /// When it first began to sweep.
     pub started_at: Option<Timestamp>,
     /// When it reached a final state.
     pub finished_at: Option<Timestamp>,
-    /// Expired keys that it freed.
+    /// Expired keys that it has reclaimed.
     pub num: u64,
-    /// How much of the time allowed it has used: not the time that a person or a window held it.
+    /// How much of its time budget it has used: the time that a person or a window held it does not count.
     pub spent: Duration,
-    /// Why it failed, or why it waits interrupted.
+    /// Why it failed or was interrupted.
     pub failure: Option<Failure>,
-    /// What is worth knowing of its end and is no failure.
+    /// What an operator should know about its end beside a failure.
     pub note: Option<String>,
-    /// The daemon that has it, where several share the records.
+    /// The daemon that sweeps it, where several share the records; `None`: no daemon.
     pub owner: Option<String>,
     /// The fencing number: raised whenever the owner changes, so that a late write of an earlier owner is void.
     pub fence: u64,
-    /// The label that a daemon needs to reach the instance; empty: each daemon does.
+    /// The label that a daemon needs to claim it; empty: each daemon may.
     pub place: String,
 }
 
 impl Task {
-    /// Whether it keeps a bound, and does not end by itself.
+    /// Carries a command out: the only change of the state, and of the times that go with it.
+    ///
+    /// # Errors
+    /// [`IllegalTransition`] where the state does not take the command; then nothing has changed.
+    pub fn apply(&mut self, command: Command, now: Timestamp) -> Result<(), IllegalTransition> {
+        self.state = transition(self.state, command)?;
+        match command {
+            Command::Start => {
+                self.started_at = self.started_at.or(Some(now));
+                (self.failure, self.finished_at) = (None, None);
+            }
+            Command::Resume => self.started_at = self.started_at.or(Some(now)),
+            Command::Succeed | Command::GiveWay | Command::Fail | Command::Cancel => self.finished_at = Some(now),
+            Command::Retry => self.finished_at = None,
+            Command::Pause | Command::Requeue | Command::Interrupt => {}
+        }
+        Ok(())
+    }
+
+    /// Whether it is a keep run, which does not end by itself.
     pub fn keeps(&self) -> bool {
         ["max-backlog", "max-delay"].iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
     }
@@ -269,6 +257,52 @@ mod tests {
         }
         let table: Vec<&str> = table.lines().map(str::trim_end).collect();
         insta::assert_snapshot!(table.join("\n"));
+    }
+
+    #[test]
+    fn a_command_sets_the_times_of_its_state() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let task = |state| Task {
+            id: TaskId(Uuid::nil()),
+            instance_id: "a".into(),
+            project_id: String::new(),
+            target: "redis://h".into(),
+            sweep: SweepTexts::new(),
+            respect_window: false,
+            cause: Cause::Api,
+            state,
+            created_at: at(0),
+            started_at: None,
+            finished_at: None,
+            num: 0,
+            spent: Duration::ZERO,
+            failure: None,
+            note: None,
+            owner: None,
+            fence: 0,
+            place: String::new(),
+        };
+        let seconds = |task: &Task| {
+            let second = |time: Option<Timestamp>| time.map_or("-".to_owned(), |time| time.as_second().to_string());
+            format!("{:<12} started {:<3} finished {}", task.state, second(task.started_at), second(task.finished_at))
+        };
+        let mut shown = Vec::new();
+        for commands in [
+            &[Command::Start, Command::Interrupt, Command::Start, Command::Fail, Command::Retry, Command::Start][..],
+            &[Command::Pause, Command::Resume, Command::Succeed],
+            &[Command::Pause, Command::Requeue, Command::GiveWay],
+            &[Command::Interrupt, Command::Cancel, Command::Cancel],
+        ] {
+            let mut task = task(TaskState::Waiting);
+            for (second, command) in (1..).zip(commands) {
+                let done = task.apply(*command, at(second)).map_or("refused", |()| "");
+                shown.push(
+                    format!("{second} {:<10}{} {done}", format!("{command:?}"), seconds(&task)).trim_end().to_owned(),
+                );
+            }
+            shown.push(String::new());
+        }
+        insta::assert_snapshot!(shown.join("\n"));
     }
 
     #[test]

@@ -1,58 +1,54 @@
-//! Why a sweep holds, and the limits that make it.
+//! Why a sweep holds, and the limits on load that make it hold or give up.
 
-use std::fmt;
-use std::str::FromStr;
-use std::time::Duration;
+use crate::model::words::words;
 
-use crate::model::task::words;
-
-/// Why the sweep of a shard stands still for a while. The operator's sentence and the metric label both come
-/// from here.
+/// Why the sweep of a shard holds: a word for metrics and records, and a sentence for the operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
     /// The connection was lost and is being made again.
     Reconnecting,
-    /// The master is gone or demoted, and the one that takes its place is looked for.
+    /// The master is gone or is a replica now; the sweep looks for the master that takes its place.
     NoMaster,
-    /// The shard is swept, and slots have come to its master since: they are given time to arrive before it is swept again.
+    /// Slots have come to the master since the sweep of the shard ended; they are given time to arrive before it is
+    /// swept again.
     SlotsMoving,
     /// The server loads its data set.
     Loading,
     /// A script or a module keeps the server busy.
     Busy,
-    /// The server hides expired keys and does not delete them: CLIENT PAUSE, or something that acts like it.
+    /// The server hides expired keys and does not delete them: CLIENT PAUSE, or something with the same effect.
     DeletionBlocked,
     /// A coordinated failover is under way.
     Failover,
     /// The server answers PING more slowly than the limit.
     Latency,
-    /// A replica has acknowledged too little of what it was sent.
+    /// A replica is too far behind.
     ReplicaLag,
     /// A replica has not been heard of for too long.
     ReplicaSilent,
-    /// Too much waits in the output buffers of replicas.
+    /// The output buffers of the replicas hold too much.
     ReplicaBuffer,
-    /// A child process saves or rewrites: each page that changes meanwhile is copied.
+    /// A child process saves or rewrites the data; each page that changes meanwhile is copied.
     Fork,
-    /// A replica is being given the whole data set.
+    /// A replica is receiving the whole data set.
     FullSync,
-    /// The background frees lag behind.
+    /// Too many objects wait to be freed in the background.
     LazyFree,
     /// Other clients send more commands than the limit.
     Ops,
     /// Others take more of the main thread's time than the limit.
     Cpu,
-    /// A figure that a limit was set on cannot be read.
+    /// The load that a limit was set on cannot be read.
     Unreadable,
     /// A person paused the task.
     Paused,
     /// The off-peak window is closed.
     OutsideWindow,
-    /// As many tasks run as may run at once.
+    /// All slots for tasks are taken.
     Queued,
-    /// As many masters of the instance are swept as may be at a time.
+    /// As many masters of the instance are being swept as may be at a time.
     Parallel,
-    /// The records that several daemons share cannot be reached, and another daemon may take the task over.
+    /// The records that several daemons share cannot be reached, so another daemon may take the task over.
     StoreUnreachable,
 }
 
@@ -117,64 +113,159 @@ impl Reason {
     }
 }
 
-/// A limit on one figure.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Limit<T> {
-    /// None.
-    Off,
-    /// What fits most servers, relative to what was seen before the first batch. Skipped where the figure is unknown.
-    Auto,
-    /// What the operator set. Where the figure is unknown the sweep holds.
-    At(T),
+/// A measure of load that a limit can be set on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Measure {
+    /// Mean round trip of PING.
+    Latency,
+    /// Replication stream that the replica furthest behind has not acknowledged.
+    ReplicaLag,
+    /// Time since the replica that is silent longest was heard of.
+    ReplicaSilence,
+    /// Contents of the output buffers of all replicas.
+    ReplicaBuffer,
+    /// Objects that wait to be freed in the background.
+    LazyFree,
+    /// Commands per second of other clients.
+    Ops,
+    /// Share of the main thread's time that other clients take.
+    Cpu,
 }
 
-impl<T: fmt::Display> fmt::Display for Limit<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Off => f.write_str("off"),
-            Self::Auto => f.write_str("auto"),
-            Self::At(limit) => limit.fmt(f),
-        }
+impl Measure {
+    /// Whether every server shows it: where it is unknown, it was not measured yet.
+    pub fn is_always_shown(self) -> bool {
+        self == Self::Latency
     }
 }
 
-/// Above which load a sweep holds (soft limits), and above which it gives up (hard limits). Any of them suffices.
+/// The unit of a measure: how a setting is read and how people are shown an amount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Seconds; shown as milliseconds.
+    Milliseconds,
+    /// Seconds.
+    Seconds,
+    /// Bytes; shown as MiB.
+    Bytes,
+    /// A whole number.
+    Number,
+    /// A share, 0 to 1.
+    Share,
+}
+
+/// What `auto` means, relative to what was seen before the first batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Auto {
+    /// No limit.
+    Off,
+    /// So much more than before, so that a replica that was far behind already does not hold the sweep forever.
+    More(f64),
+    /// So many times as much as before, plus so much. No limit where the amount before is unknown.
+    Times(f64, f64),
+}
+
+/// What a load above the limit does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Above {
+    /// A soft limit: the sweep holds, for this reason.
+    Hold(Reason),
+    /// A hard limit: the sweep gives up once this is seen twice in a row.
+    GiveUp,
+}
+
+/// One row of [`LIMITS`]. Amounts are in the unit of the row. The default is in `default.toml`, as that of every setting.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LimitRow {
+    /// The setting.
+    pub key: &'static str,
+    /// The measure that it limits.
+    pub measure: Measure,
+    /// The unit of the measure.
+    pub unit: Unit,
+    /// What `auto` means.
+    pub auto: Auto,
+    /// What a load above the limit does.
+    pub above: Above,
+    /// The text that an operator reads before the amount.
+    pub says: &'static str,
+}
+
+const fn hold(
+    key: &'static str,
+    measure: Measure,
+    unit: Unit,
+    auto: Auto,
+    reason: Reason,
+    says: &'static str,
+) -> LimitRow {
+    LimitRow { key, measure, unit, auto, above: Above::Hold(reason), says }
+}
+
+const fn give_up(key: &'static str, measure: Measure, unit: Unit, says: &'static str) -> LimitRow {
+    LimitRow { key, measure, unit, auto: Auto::Off, above: Above::GiveUp, says }
+}
+
+const MIB: f64 = 1_048_576.0;
+
+/// Every limit on load. Where the load is above several, the first row gives the reason. The settings, the API and the
+/// throttle read this table.
+#[rustfmt::skip]
+pub const LIMITS: [LimitRow; 9] = [
+    hold("max-latency", Measure::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),
+    hold("max-replica-lag", Measure::ReplicaLag, Unit::Bytes, Auto::More(16.0 * MIB), Reason::ReplicaLag, "behind by"),
+    hold("max-replica-silence", Measure::ReplicaSilence, Unit::Seconds, Auto::More(10.0), Reason::ReplicaSilent, "silent for"),
+    hold("max-replica-buffer", Measure::ReplicaBuffer, Unit::Bytes, Auto::More(32.0 * MIB), Reason::ReplicaBuffer, "waiting:"),
+    hold("max-lazyfree", Measure::LazyFree, Unit::Number, Auto::More(100_000.0), Reason::LazyFree, "objects:"),
+    hold("max-ops", Measure::Ops, Unit::Number, Auto::Off, Reason::Ops, "commands a second:"),
+    hold("max-cpu", Measure::Cpu, Unit::Share, Auto::Off, Reason::Cpu, "share of the main thread:"),
+    give_up("abort-latency", Measure::Latency, Unit::Milliseconds, "PING took"),
+    give_up("abort-replica-lag", Measure::ReplicaLag, Unit::Bytes, "a replica is behind by"),
+];
+
+/// The value of a limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// No limit.
+    Off,
+    /// What fits most servers: see [`Auto`]. Where the load is unknown there is no limit.
+    Auto,
+    /// What the operator set, in the unit of its row. Where the load is unknown the sweep holds.
+    At(f64),
+}
+
+/// The limits in force. A load above any of them suffices.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
-    /// Mean round trip of PING.
-    pub latency: Limit<Duration>,
-    /// Bytes that the replica furthest behind has not acknowledged.
-    pub replica_lag: Limit<u64>,
-    /// Since a replica last acknowledged anything.
-    pub replica_silence: Limit<Duration>,
-    /// Bytes in the output buffers of all replicas.
-    pub replica_buffer: Limit<u64>,
-    /// Objects that wait to be freed in the background.
-    pub lazyfree: Limit<u64>,
-    /// Commands of others per second.
-    pub ops: Limit<u64>,
-    /// Share of the main thread's time that others take, 0 to 1.
-    pub cpu: Limit<f64>,
-    /// Hold while a child process saves or rewrites, and while a replica is given the whole data set.
+    /// In the order of [`LIMITS`].
+    limits: [Limit; LIMITS.len()],
+    /// Hold while a child process saves or rewrites, and while a replica receives the whole data set.
     pub hold_during_fork: bool,
-    /// Hard: mean round trip of PING.
-    pub abort_latency: Limit<Duration>,
-    /// Hard: bytes that the replica furthest behind has not acknowledged.
-    pub abort_replica_lag: Limit<u64>,
 }
 
 impl Limits {
     /// No limit at all.
-    pub const NONE: Self = Self {
-        latency: Limit::Off,
-        replica_lag: Limit::Off,
-        replica_silence: Limit::Off,
-        replica_buffer: Limit::Off,
-        lazyfree: Limit::Off,
-        ops: Limit::Off,
-        cpu: Limit::Off,
-        hold_during_fork: false,
-        abort_latency: Limit::Off,
-        abort_replica_lag: Limit::Off,
-    };
+    pub const NONE: Self = Self { limits: [Limit::Off; LIMITS.len()], hold_during_fork: false };
+
+    /// Each limit with its row.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static LimitRow, Limit)> {
+        const ROWS: &[LimitRow] = &LIMITS;
+        ROWS.iter().zip(self.limits)
+    }
+
+    /// The same limits with another one for this key, which must be that of a row.
+    #[must_use]
+    pub fn with(mut self, key: &str, limit: Limit) -> Self {
+        let row = LIMITS.iter().position(|row| row.key == key);
+        debug_assert!(row.is_some(), "no limit is called {key}");
+        if let Some(row) = row {
+            self.limits[row] = limit;
+        }
+        self
+    }
+
+    /// Whether a limit on this measure has a value of its own.
+    pub fn is_set_on(&self, measure: Measure) -> bool {
+        self.iter().any(|(row, limit)| row.measure == measure && matches!(limit, Limit::At(_)))
+    }
 }

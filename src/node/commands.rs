@@ -1,29 +1,14 @@
-//! The commands that we send, each in one place.
+//! The commands beside batches that a program sends, each in one place.
 
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, Value};
 
 use crate::model::shard::RunId;
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 use crate::node::info::Info;
-
-/// The line that gives a user exactly what a sweep needs: no key, no channel, no command that writes. AUTH needs no
-/// right; CLIENT SETNAME is a courtesy. Quoted for a shell, which would take the bar for a pipe, and for redis-cli's prompt.
-pub const ACL_LINE: &str = "ACL SETUSER ttlsweep on '>PASSWORD' resetkeys resetchannels -@all +scan +dbsize +info +ping +select '+client|setname'";
-
-/// What a cluster needs beside that: to be asked who its masters are, and (it works without) whether it is well.
-pub const ACL_CLUSTER: &str = "'+cluster|slots' '+cluster|info'";
-
-/// What the touch needs beside that: the commands ask about a key, so the user must be allowed the names.
-pub const ACL_TOUCH: &str = "ACL SETUSER ttlsweep '~*' +exists +ttl";
-
-/// What the user of the sentinels needs.
-pub const ACL_SENTINEL: &str = "'+sentinel|get-master-addr-by-name'";
 
 /// INFO of the default sections and of `commandstats`, in one write.
 ///
@@ -49,16 +34,16 @@ pub async fn run_id(conn: &mut Conn) -> Result<Option<RunId>, NodeError> {
     Ok(Info::parse(&info).get("run_id").map(|id| RunId(id.to_owned())))
 }
 
-/// What a server has done since it was started.
+/// What a server has done since it started.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Load {
-    /// CPU time of the main thread, or of the whole process on servers that do not tell them apart.
+    /// CPU time of the main thread; of the whole process on servers that do not tell it.
     pub cpu: Option<Duration>,
-    /// Commands.
+    /// Commands processed.
     pub commands: Option<u64>,
 }
 
-/// The load, by two short sections of INFO.
+/// Reads the load from two short sections of INFO.
 ///
 /// # Errors
 /// [`NodeError`].
@@ -83,7 +68,8 @@ pub async fn set_config(conn: &mut Conn, parameter: &str, value: &str) -> Result
     conn.call::<String>("CONFIG SET", redis::cmd("CONFIG").arg("SET").arg(parameter).arg(value)).await.map(drop)
 }
 
-/// One PING. A server that cannot save refuses it as it refuses writes, which is an answer: SCAN frees there all the same.
+/// One PING. A server that cannot save answers it with MISCONF, which counts as an answer: SCAN reclaims there all the
+/// same.
 ///
 /// # Errors
 /// [`NodeError`].
@@ -94,7 +80,7 @@ pub async fn ping(conn: &mut Conn) -> Result<(), NodeError> {
     }
 }
 
-/// Keys of the selected DB, expired ones that still hold memory included.
+/// Keys of the selected DB, including expired keys that are still in memory.
 ///
 /// # Errors
 /// [`NodeError`].
@@ -102,7 +88,7 @@ pub async fn dbsize(conn: &mut Conn) -> Result<u64, NodeError> {
     conn.call("DBSIZE", &redis::cmd("DBSIZE")).await
 }
 
-/// One parameter of the server's configuration; `None` where it has none of that name or does not let us look.
+/// One parameter of the server's configuration; `None` where it has none of that name or refuses to show it.
 ///
 /// # Errors
 /// [`NodeError`] of the connection.
@@ -122,13 +108,13 @@ pub async fn whoami(conn: &mut Conn) -> Result<Option<String>, NodeError> {
 /// Whether a command may be run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Access {
-    /// It may.
+    /// This user may run it.
     Allowed,
     /// This user may not run it.
     Denied,
     /// The server has no command of this name: see [`NodeError::is_unknown_command`].
     NoSuchCommand,
-    /// Only trying would tell, and trying is not harmless.
+    /// Only running it would tell, and it is not harmless.
     #[default]
     Unknown,
 }
@@ -142,7 +128,7 @@ words!(Access, "access", Allowed = "yes", Denied = "no", NoSuchCommand = "no suc
 pub async fn dry_run(conn: &mut Conn, user: &str, command: &[&str]) -> Result<Access, NodeError> {
     let verdict = conn.call::<String>("ACL DRYRUN", redis::cmd("ACL").arg("DRYRUN").arg(user).arg(command)).await;
     match verdict {
-        // A command that was renamed away is an error of DRYRUN itself.
+        // DRYRUN itself fails for a command that was renamed.
         Err(NodeError::Server { code, message, .. }) if code == "ERR" && message.starts_with("Command ") => {
             Ok(Access::NoSuchCommand)
         }
@@ -180,8 +166,8 @@ pub async fn has_command(conn: &mut Conn, name: &str) -> Result<Option<bool>, No
     Ok(found.map(|found| found.first().is_some_and(|command| *command != Value::Nil)))
 }
 
-/// Whether a command is accepted, by running it: for those that are harmless. An error that is not about rights is an
-/// answer of the command itself, so it was accepted.
+/// Whether a harmless command is accepted, by running it. An error that is not about rights comes from the command
+/// itself, which was thus accepted.
 ///
 /// # Errors
 /// [`NodeError`] of the connection.
@@ -192,20 +178,19 @@ pub async fn is_accepted(conn: &mut Conn, name: &'static str, cmd: &Cmd) -> Resu
         Err(NodeError::Server { code, .. }) => Ok(match code.as_str() {
             "NOPERM" => Access::Denied,
             "ERR" => Access::Allowed,
-            // LOADING, BUSY and the like say nothing certain about rights.
+            // LOADING, BUSY and the like say nothing about rights.
             _ => Access::Unknown,
         }),
         Err(error) => Err(error),
     }
 }
 
-/// A SCAN that looks at no key: the server checks the rights, then refuses the cursor (or the COUNT) before it looks at
-/// the keyspace. For [`is_accepted`].
+/// A SCAN that scans no key: the server checks the rights, and then refuses the cursor or the COUNT. For [`is_accepted`].
 pub fn scan_that_does_nothing() -> Cmd {
     redis::cmd("SCAN").arg("none").arg("COUNT").arg("none").to_owned()
 }
 
-/// What the server told, or `None` where it refused.
+/// The server's answer; `None` where it refused.
 fn told<T>(answer: Result<T, NodeError>) -> Result<Option<T>, NodeError> {
     match answer {
         Ok(told) => Ok(Some(told)),

@@ -25,30 +25,30 @@ pub use batch::{Gauge, Reading, Reply, Request, Timing, TouchReply};
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
 const READ_BUFFER: usize = 64 << 10;
 
-/// How we connect.
+/// How to connect to the nodes of an instance.
 #[derive(Debug, Clone)]
 pub struct ConnOptions {
-    /// Who we are.
+    /// User and password for the servers.
     pub credentials: Credentials,
-    /// Who we are for sentinels.
+    /// User and password for the sentinels.
     pub sentinel_credentials: Credentials,
-    /// How to encrypt; `None`: not at all. Unix sockets never are.
+    /// How to encrypt; `None`: not at all. Unix sockets are never encrypted.
     pub tls: Option<Tls>,
     /// Where to reach nodes that announce other addresses.
     pub node_map: NodeMap,
     /// Our name in CLIENT LIST; without spaces.
     pub client_name: String,
-    /// Bound on making a connection, handshake included.
+    /// The longest wait for a connection, handshake included.
     pub connect_timeout: Duration,
-    /// Bound on one answer. Freeing a huge key can hold a server for seconds: do not set it short.
+    /// The longest wait for one answer. Freeing a huge key can hold a server for many seconds.
     pub response_timeout: Duration,
 }
 
-/// The name in CLIENT LIST, where nobody gives another.
+/// The name in CLIENT LIST, where the options give no other.
 pub const CLIENT_NAME: &str = "ttlsweep";
 
 impl ConnOptions {
-    /// Options for plain connections that lead where they say.
+    /// Options for connections without TLS, to addresses that are reached as they are announced.
     pub fn plain(credentials: Credentials, connect_timeout: Duration, response_timeout: Duration) -> Self {
         Self {
             credentials,
@@ -65,8 +65,8 @@ impl ConnOptions {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
 
-/// One connection. Commands run one after the other. A call that was dropped half way leaves it broken: the next one
-/// fails at once instead of reading the other's answer.
+/// One connection. Commands run one after the other. A call that is dropped before its answer came breaks the
+/// connection: the next call fails at once and does not read the answer of the first.
 pub struct Conn {
     stream: Box<dyn Stream>,
     addr: NodeAddr,
@@ -81,14 +81,14 @@ pub struct Conn {
     waited_for: bool,
 }
 
-/// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this one
-/// is armed once and, when it fires, looks whether the deadline has moved on meanwhile.
+/// Bounds the wait for an answer. tokio's `timeout` would arm and disarm a timer for each of millions of batches; this
+/// one is armed once and, when it fires, checks whether the deadline has moved.
 #[derive(Default)]
 struct Watchdog(Option<Pin<Box<tokio::time::Sleep>>>);
 
 impl Watchdog {
     /// Completes at the deadline.
-    async fn bites(&mut self, deadline: tokio::time::Instant) {
+    async fn expires(&mut self, deadline: tokio::time::Instant) {
         let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         loop {
             timer.as_mut().await;
@@ -107,10 +107,10 @@ impl std::fmt::Debug for Conn {
 }
 
 impl Conn {
-    /// Connects, authenticates and names the connection `ttlsweep` where that is allowed.
+    /// Connects, authenticates, and sets the name in CLIENT LIST where that is allowed.
     ///
     /// # Errors
-    /// [`NodeError`] for a server that is not reached in time or does not let us in.
+    /// [`NodeError`] for a server that is not reached in time or refuses the user.
     pub async fn open(addr: &NodeAddr, options: &ConnOptions) -> Result<Self, NodeError> {
         let deadline = tokio::time::Instant::now() + options.connect_timeout;
         let after = options.connect_timeout;
@@ -150,7 +150,7 @@ impl Conn {
         let plain = options.tls.is_none() && matches!(addr, NodeAddr::Tcp { .. });
         let handshake = timeout_at(deadline, conn.handshake(&options.credentials, &options.client_name));
         match handshake.await.map_err(silent(Greeting::Command))? {
-            Err(error) if plain => Err(conn.recognise_tls(error)),
+            Err(error) if plain => Err(conn.recognize_tls(error)),
             other => other.map(|()| conn),
         }
     }
@@ -161,22 +161,23 @@ impl Conn {
             if let Some(user) = &credentials.user {
                 auth.arg(user);
             }
-            // A user that needs no password has to be named all the same: without AUTH we would be somebody else.
+            // A user without a password needs AUTH too: otherwise the connection would be that of the default user.
             auth.arg(credentials.password.as_ref().map_or(&b""[..], |password| password.expose_secret()));
             self.call::<()>("AUTH", &auth).await?;
         }
-        // A name in CLIENT LIST is a courtesy to the operator; a user without the right sweeps all the same.
+        // The name helps an operator who reads CLIENT LIST; a sweep does not need it.
         let name = redis::cmd("CLIENT").arg("SETNAME").arg(client_name).to_owned();
         match self.call::<()>("CLIENT SETNAME", &name).await {
-            // Unless it is how a server without free connections refuses a new one.
+            // This is how a server that has reached `maxclients` refuses a connection.
             Err(error) if matches!(error.class(), Class::Transient) => Err(error),
             Err(NodeError::Server { code, .. }) if code == "NOPERM" || code == "ERR" => Ok(()),
             other => other,
         }
     }
 
-    /// A server that waits for a TLS handshake takes our first command for garbage: it sends an alert or hangs up.
-    fn recognise_tls(&self, error: NodeError) -> NodeError {
+    /// Recognizes a server that waits for a TLS handshake: it answers the first command with an alert, or closes the
+    /// connection.
+    fn recognize_tls(&self, error: NodeError) -> NodeError {
         /// The first byte of a TLS alert.
         const ALERT: u8 = 0x15;
         let problem = match &error {
@@ -191,7 +192,7 @@ impl Conn {
         NodeError::NotPlain { addr: self.addr.clone(), problem }
     }
 
-    /// Where it leads.
+    /// The address of the server.
     pub fn addr(&self) -> &NodeAddr {
         &self.addr
     }
@@ -204,16 +205,16 @@ impl Conn {
         self.call("SELECT", redis::cmd("SELECT").arg(db.0)).await
     }
 
-    /// Runs one command. `name` is how errors call it.
+    /// Runs one command, which errors call `name`.
     ///
     /// # Errors
-    /// [`NodeError`], of the server, the network, or of a reply that is no `T`.
+    /// [`NodeError`] of the server, of the network, or for a reply that is no `T`.
     pub async fn call<T: FromRedisValue>(&mut self, name: &'static str, cmd: &Cmd) -> Result<T, NodeError> {
         let [reply] = self.pipeline(name, [cmd]).await?;
         reply
     }
 
-    /// Runs commands in one write. The outer error is the connection's, the inner ones the server's.
+    /// Runs commands in one write. The outer error is of the connection, the inner ones are of the server.
     ///
     /// # Errors
     /// [`NodeError`] of the connection.
@@ -254,25 +255,25 @@ impl Conn {
         Ok(values.into_iter().map(|value| self.convert(name, value)).collect())
     }
 
-    /// Runs `exchange` within the response timeout and marks the connection broken unless it ended in step.
+    /// Runs `exchange` within the response timeout. Marks the connection as broken where it ends with answers unread.
     async fn bounded<T>(
         &mut self,
         command: &'static str,
         exchange: impl AsyncFnOnce(&mut Self) -> Result<T, NodeError>,
     ) -> Result<T, NodeError> {
-        // What was sent has to be received first.
+        // An answer that is still to come has to be received first.
         if self.in_flight || self.sent.is_some() {
-            return Err(self.lost(io::Error::other("an earlier command was left half way")));
+            return Err(self.lost(io::Error::other("the answer to an earlier command was not read")));
         }
         self.in_flight = true;
         let after = self.response_timeout;
-        // Taken out for the time of the exchange, which needs the rest of the connection for itself.
+        // Taken out because the exchange borrows the whole connection.
         let mut watchdog = self.watchdog.take().unwrap_or_default();
         let deadline = tokio::time::Instant::now() + after;
         let result = tokio::select! {
             biased;
             result = exchange(self) => result,
-            () = watchdog.bites(deadline) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
+            () = watchdog.expires(deadline) => Err(NodeError::Timeout { addr: self.addr.clone(), command, after }),
         };
         self.watchdog = Some(watchdog);
         self.in_flight = !matches!(result, Ok(_) | Err(NodeError::Server { .. }));
@@ -288,7 +289,7 @@ impl Conn {
         result.map_err(|e| self.lost(e))
     }
 
-    /// Reads more bytes behind those that are in the buffer.
+    /// Reads more bytes into the buffer, behind those that are unread.
     async fn fill(&mut self) -> Result<(), NodeError> {
         if self.start == self.end {
             self.start = 0;
@@ -303,7 +304,7 @@ impl Conn {
                 self.end -= self.start;
                 self.start = 0;
             } else {
-                // A reply larger than the buffer. `frame_len` bounds how far this goes.
+                // A reply is larger than the buffer. `frame_len` bounds its size.
                 self.buf.resize(self.buf.len() * 2, 0);
             }
         }
@@ -353,7 +354,7 @@ impl Conn {
     }
 
     fn refused(&self, command: &'static str, text: &str) -> NodeError {
-        // An unknown command's error repeats what was sent with it: a password, a key name.
+        // The error for an unknown command repeats its arguments: a password or a key name may be among them.
         let text = text.split(", with args beginning with").next().unwrap_or_default();
         let (code, message) = text.trim().split_once(' ').unwrap_or((text.trim(), ""));
         NodeError::Server { addr: self.addr.clone(), command, code: code.to_owned(), message: message.to_owned() }
@@ -364,7 +365,7 @@ impl Conn {
     }
 
     fn lost(&self, source: io::Error) -> NodeError {
-        // With TLS 1.3 a server refuses our certificate only after the handshake, in place of its first answer.
+        // With TLS 1.3 a server refuses a client certificate only after the handshake, in place of its first answer.
         if let Some(error) = tls::explain(&self.addr, &source) {
             return error;
         }

@@ -1,13 +1,13 @@
-//! What can go wrong between us and one server, and what it means for a sweep.
+//! Errors between this program and one server, and what they mean for a sweep.
 
 use std::time::Duration;
 use std::{fmt, io};
 
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::shard::NodeAddr;
-use crate::node::tls::PLAIN;
+use crate::node::acl;
 
-/// Trouble with one server. Never holds a secret or a key name.
+/// An error with one server. Never holds a secret or a key name.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The connection could not be made.
@@ -19,7 +19,7 @@ pub enum NodeError {
         #[source]
         source: io::Error,
     },
-    /// The connection was made, and could not be encrypted as it should.
+    /// The TLS handshake failed.
     #[error("cannot connect to {addr} by TLS: {problem}")]
     Tls {
         /// Where.
@@ -29,13 +29,13 @@ pub enum NodeError {
         /// What to do about it.
         hint: &'static str,
     },
-    /// The peer hung up during the TLS handshake: it speaks none, or has no room, or is about to go.
+    /// The peer closed the connection during the TLS handshake: it speaks no TLS, has too many clients, or is stopping.
     #[error("{addr} closed the connection in the middle of the TLS handshake")]
     TlsCut {
         /// Where.
         addr: NodeAddr,
     },
-    /// The peer of a connection without TLS speaks TLS, or hung up as such a peer does.
+    /// The peer of a connection without TLS speaks TLS, or closed the connection as such a peer does.
     #[error("{addr} {problem} in place of an answer to the first command")]
     NotPlain {
         /// Where.
@@ -43,14 +43,14 @@ pub enum NodeError {
         /// What it did.
         problem: &'static str,
     },
-    /// The connection was made, and nothing was said on it in time.
+    /// The connection was made, and no answer came on it in time.
     #[error("{addr} took the connection and did not answer {during} within {after:?}")]
     Silent {
         /// Where.
         addr: NodeAddr,
         /// What was not answered.
         during: Greeting,
-        /// How long we waited, the making of the connection included.
+        /// How long we waited, including the time to connect.
         after: Duration,
     },
     /// The connection broke.
@@ -72,17 +72,17 @@ pub enum NodeError {
         /// How long we waited.
         after: Duration,
     },
-    /// Nobody could say where the master is, or who was said to be it is none.
+    /// No node or sentinel could name the master, or the server that they named is none.
     #[error("{problem}")]
     NoMaster {
         /// What was asked and answered.
         problem: String,
         /// What to do about it.
         hint: Option<String>,
-        /// Whether it may pass.
+        /// Whether it may pass by itself.
         class: Class,
     },
-    /// The peer does not speak RESP, or answered with a shape that the command does not have.
+    /// The peer does not speak RESP, or sent a reply that the command cannot have.
     #[error("{addr} answered {command} with something that is not a valid reply: {detail}")]
     Protocol {
         /// Where.
@@ -99,19 +99,19 @@ pub enum NodeError {
         addr: NodeAddr,
         /// The command that was sent.
         command: &'static str,
-        /// First word of the error.
+        /// The first word of the server's error.
         code: String,
-        /// The rest.
+        /// The rest of the server's error.
         message: String,
     },
 }
 
-/// What is said first on a connection.
+/// The first exchange on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Greeting {
     /// The TLS handshake.
     Tls,
-    /// AUTH, or CLIENT SETNAME.
+    /// AUTH or CLIENT SETNAME.
     Command,
 }
 
@@ -133,12 +133,12 @@ pub enum Class {
     Loading,
     /// A script keeps the server busy: wait, then go on.
     Busy,
-    /// It will not get better by itself.
+    /// It does not pass by itself.
     Fatal(FailureKind),
 }
 
 impl NodeError {
-    /// What to do about it.
+    /// What to do about the error.
     pub fn class(&self) -> Class {
         match self {
             Self::Connect { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
@@ -159,31 +159,31 @@ impl NodeError {
                 "ERR"
                     if message.contains("invalid password")
                         || message.contains("without any password")
-                        // Redis before 6, which knows no users.
+                        // Redis before 6, which has no ACL users.
                         || message.contains("no password is set")
                         || (*command == "AUTH" && message.contains("wrong number of arguments")) =>
                 {
                     Class::Fatal(FailureKind::NotAuthenticated)
                 }
-                // Each version has other words for it; what remains is that it cannot be selected.
+                // The message differs between versions; any refusal of SELECT means that there is no such DB.
                 "ERR" if *command == "SELECT" && !self.is_unknown_command() => Class::Fatal(FailureKind::NoSuchDb),
                 _ => Class::Fatal(FailureKind::Unsupported),
             },
         }
     }
 
-    /// Whether a cluster node does not answer for a key because of its slot.
+    /// Whether a cluster node refused a command because of the key's slot.
     pub fn is_redirection(&self) -> bool {
         let Self::Server { code, .. } = self else { return false };
         matches!(code.as_str(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN")
     }
 
-    /// Whether the server said that a right is missing.
+    /// Whether the user lacks the right to the command.
     pub fn is_no_permission(&self) -> bool {
         matches!(self, Self::Server { code, .. } if code == "NOPERM")
     }
 
-    /// Whether the server knows no command of that name: it was renamed, or a proxy does not pass it on.
+    /// Whether the server has no command of that name: it was renamed, or a proxy does not pass it on.
     pub fn is_unknown_command(&self) -> bool {
         let Self::Server { code, message, .. } = self else { return false };
         let message = message.to_ascii_lowercase();
@@ -209,7 +209,7 @@ impl NodeError {
                 "does the process hang, or does a slow command hold it? A longer wait: --connect-timeout"
             }
             Self::NotPlain { .. } => "does this port want TLS? Then write the URL as rediss://...",
-            Self::Connect { addr, source } => no_connection(addr, source.kind()),
+            Self::Connect { addr, source } => connect_hint(addr, source.kind()),
             Self::Lost { .. } => {
                 "did the server end, or does something in between cut connections? See the server's log"
             }
@@ -229,8 +229,8 @@ impl NodeError {
                  named by redis+sentinel://HOST:26379/MASTER"
             }
             _ if self.is_unknown_command() => NO_SUCH_COMMAND,
-            FailureKind::NotAllowed => return Some(missing_right(command, code)),
-            FailureKind::NotAuthenticated => wrong_password(code, message),
+            FailureKind::NotAllowed => return Some(acl::right_hint(command, code)),
+            FailureKind::NotAuthenticated => auth_hint(code, message),
             FailureKind::NoSuchDb if message.contains("cluster mode") => "a cluster of this version has DB 0 only",
             FailureKind::NoSuchDb => {
                 "see `databases` in the server's configuration (of a cluster of Valkey 9: `cluster-databases`)"
@@ -253,12 +253,16 @@ impl NodeError {
     }
 }
 
-/// What to do where a command is unknown.
+/// The hint where a command is unknown.
 pub const NO_SUCH_COMMAND: &str = "see `rename-command` in the server's configuration; a sweep sends each command by its own \
                                    name. Where this is a proxy that does not pass it on, sweep the server behind it";
 
-/// What to do where no connection is made.
-fn no_connection(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
+/// The hint where the peer breaks the TLS handshake off.
+pub(super) const PLAIN: &str =
+    "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
+
+/// The hint where no connection can be made.
+fn connect_hint(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
     use io::ErrorKind as E;
     match (addr, kind) {
         (NodeAddr::Unix(_), E::NotFound | E::NotADirectory) => {
@@ -278,26 +282,8 @@ fn no_connection(addr: &NodeAddr, kind: io::ErrorKind) -> &'static str {
     }
 }
 
-/// What to do where the server refuses a command.
-fn missing_right(command: &str, code: &str) -> String {
-    use crate::node::commands::{ACL_CLUSTER, ACL_LINE, ACL_SENTINEL, ACL_TOUCH};
-    match command {
-        _ if code == "DENIED" => {
-            "the server is in protected mode: connect through its loopback address, or give it a password".to_owned()
-        }
-        "EXISTS" | "TTL" => format!("sweep without it (--touch none), or grant what the touch needs: {ACL_TOUCH}"),
-        _ if command.starts_with("CLUSTER") => {
-            format!("grant on every node what the sweep of a cluster needs: {ACL_LINE} {ACL_CLUSTER}")
-        }
-        _ if command.starts_with("SENTINEL") => {
-            format!("grant the sentinels' user what is asked of them: {ACL_SENTINEL}")
-        }
-        _ => format!("grant what a sweep needs: {ACL_LINE}"),
-    }
-}
-
-/// What to do where the server does not let us in.
-fn wrong_password(code: &str, message: &str) -> &'static str {
+/// The hint where the server refuses user or password.
+fn auth_hint(code: &str, message: &str) -> &'static str {
     match code {
         "NOAUTH" => {
             "the server wants a password: REDISCLI_AUTH, --password-file or --askpass (and --user for an ACL user)"
@@ -305,7 +291,7 @@ fn wrong_password(code: &str, message: &str) -> &'static str {
         _ if message.contains("without any password") || message.contains("no password is set") => {
             "the server asks for no password: leave it out, or is this another server than you think?"
         }
-        _ if message.contains("wrong number of arguments") => "Redis before 6 knows no users: leave the user out",
+        _ if message.contains("wrong number of arguments") => "Redis before 6 has no ACL users: leave the user out",
         _ => "check user and password; `redis-cli --user USER --askpass ping` must answer PONG",
     }
 }

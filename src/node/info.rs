@@ -1,4 +1,4 @@
-//! INFO, read as far as we need it. What a version or a right hides is `None`, never an error.
+//! INFO, parsed as far as it is needed. A field that a version or a right hides is `None`, never an error.
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
@@ -16,13 +16,13 @@ pub struct Info(HashMap<String, String>);
 /// One line of INFO keyspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DbKeys {
-    /// Keys, expired ones that still hold memory included.
+    /// Keys, including expired keys that are still in memory.
     pub keys: u64,
-    /// Keys with a TTL, expired ones included.
+    /// Keys with a TTL, including expired keys.
     pub expires: u64,
 }
 
-/// One replica as its master lists it.
+/// One replica, as its master lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplicaLine {
     /// Its address.
@@ -45,7 +45,7 @@ pub struct CommandStat {
 }
 
 impl Info {
-    /// Reads the text of INFO: `field:value` lines, `#` headings and empty lines between.
+    /// Parses the text of INFO: lines of `field:value`, between `#` headings and empty lines.
     pub fn parse(text: &str) -> Self {
         let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
         Self(fields.filter(|(k, _)| !k.starts_with('#')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
@@ -56,7 +56,7 @@ impl Info {
         self.0.get(field).map(String::as_str)
     }
 
-    /// A field as a number or whatever else `T` reads.
+    /// A field as a number or another `T`.
     pub fn parsed<T: FromStr>(&self, field: &str) -> Option<T> {
         self.get(field)?.parse().ok()
     }
@@ -66,7 +66,7 @@ impl Info {
         self.get(field).map(|v| v == "1")
     }
 
-    /// Product, version and process.
+    /// Product, version and process of the server.
     pub fn server(&self, addr: &NodeAddr) -> Option<ServerFacts> {
         let (product, version) = match (self.get("valkey_version"), self.get("redis_version")) {
             (Some(version), _) => ("Valkey".to_owned(), version),
@@ -80,7 +80,7 @@ impl Info {
         Some(ServerFacts { product, version: version.to_owned(), run_id, addr: addr.clone() })
     }
 
-    /// Valkey's own version as (major, minor); `None` where it is no Valkey.
+    /// Valkey's own version as (major, minor); `None` for other products.
     pub fn valkey_version(&self) -> Option<(u32, u32)> {
         major_minor(self.get("valkey_version")?)
     }
@@ -128,7 +128,7 @@ impl Info {
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
     }
 
-    /// Memory, and what was evicted for it.
+    /// Memory and evicted keys.
     pub fn memory(&self) -> Memory {
         Memory {
             used: self.parsed("used_memory"),
@@ -138,7 +138,7 @@ impl Info {
         }
     }
 
-    /// Whether it may evict keys, before any command, to stay below `maxmemory`.
+    /// Whether the server may evict keys, before any command, to stay below `maxmemory`.
     pub fn may_evict(&self) -> bool {
         let limited = self.parsed::<u64>("maxmemory").is_some_and(|max| max > 0);
         limited && self.get("maxmemory_policy").is_none_or(|policy| policy != "noeviction")
@@ -146,7 +146,7 @@ impl Info {
 
     /// Share of the keys with a TTL that have expired and are still in memory, as active expiry last saw it: a moving
     /// mean over its samples in all DBs together.
-    pub fn stale_share(&self) -> Option<f64> {
+    pub fn expired_share(&self) -> Option<f64> {
         self.parsed::<f64>("expired_stale_perc").map(|percent| percent / 100.0)
     }
 
@@ -160,7 +160,7 @@ impl Info {
         self.get("redis_mode").or_else(|| self.get("server_mode"))
     }
 
-    /// Whether it is a master; `None` where INFO does not say.
+    /// Whether the server is a master; `None` where INFO does not say.
     pub fn is_master(&self) -> Option<bool> {
         self.get("role").map(|role| role == "master")
     }
@@ -176,7 +176,7 @@ impl Info {
     }
 }
 
-/// `expired_keys` of the text of INFO stats: for a place where it is read thousands of times a second.
+/// `expired_keys` in the text of INFO stats, without parsing the rest: it is read thousands of times a second.
 pub fn expired_keys(stats: &str) -> Option<u64> {
     stats.lines().find_map(|line| line.strip_prefix("expired_keys:"))?.trim_end().parse().ok()
 }

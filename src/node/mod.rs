@@ -5,6 +5,7 @@
 //! crate would allocate each (measured: half the client CPU, 1.2 times the keys per second). And a hostile or broken
 //! peer must meet bounds that we set, on size, depth and time.
 
+pub mod acl;
 pub mod commands;
 pub mod conn;
 pub mod error;

@@ -1,4 +1,4 @@
-//! TLS: which authorities we trust, who we say we are, and what a failed handshake means in words.
+//! TLS: the authorities to trust, the client certificate, and what a failed handshake means.
 //!
 //! rustls with ring as its one provider. Every certificate is checked, its name included (`redis-cli` does not check
 //! the name), unless the operator says `insecure`.
@@ -18,15 +18,15 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::model::shard::NodeAddr;
-use crate::node::error::NodeError;
+use crate::node::error::{NodeError, PLAIN};
 use crate::settings::TlsSettings;
 
-/// Makes ring the provider of this process. `main` calls it once; a second call changes nothing.
+/// Makes ring the TLS provider of this process. `main` calls it once; a second call changes nothing.
 pub fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
-/// TLS files that cannot be used. Found before anything is sent.
+/// Why TLS files cannot be used; found before a connection is made.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsFileError {
     /// A file that cannot be read, or holds nothing of the kind in PEM.
@@ -41,7 +41,7 @@ pub enum TlsFileError {
         /// Why.
         source: rustls::pki_types::pem::Error,
     },
-    /// Authorities, certificate or key that TLS cannot work with.
+    /// A file of authorities or a certificate that TLS rejects.
     #[error("{option}: {path}: {source}", path = path.display())]
     Unusable {
         /// `--cacert` or `--key`.
@@ -54,16 +54,16 @@ pub enum TlsFileError {
     /// The system has no store of authorities.
     #[error("this system has no certificate authorities to trust ({0}); name a file with --cacert")]
     NoSystemRoots(String),
-    /// A name that no certificate can hold.
+    /// A name that no certificate can have.
     #[error("--sni: `{0}` is neither a host name nor an address")]
     Name(String),
-    /// The parts do not go together.
+    /// Certificate and key do not match, or the like.
     #[error("TLS cannot be set up: {0}")]
     Setup(#[source] rustls::Error),
 }
 
 impl TlsFileError {
-    /// The setting that is to blame, by its name; `None` where it is none alone.
+    /// The setting that is wrong; `None` where no single one is.
     pub fn setting(&self) -> Option<&'static str> {
         match self {
             Self::Pem { option, .. } | Self::Unusable { option, .. } => Some(option.trim_start_matches('-')),
@@ -74,7 +74,7 @@ impl TlsFileError {
     }
 }
 
-/// How to encrypt, ready for use.
+/// A TLS configuration that is ready to use.
 #[derive(Debug, Clone)]
 pub struct Tls {
     config: Arc<ClientConfig>,
@@ -126,13 +126,13 @@ impl Tls {
             problems.extend(private_key(key).err());
         }
         if problems.is_empty() {
-            // Each file is good by itself; what is left is whether they go together.
+            // Each file is valid by itself; what remains is whether they match.
             problems.extend(Self::load(settings).err());
         }
         problems
     }
 
-    /// Encrypts a fresh connection to `host`. The caller bounds the time.
+    /// Encrypts a new connection to `host`. The caller bounds the time.
     ///
     /// # Errors
     /// [`NodeError::Tls`], or [`NodeError::Connect`] where the connection itself broke.
@@ -166,10 +166,6 @@ impl Tls {
         })
     }
 }
-
-/// What to do where the peer does not go through with the handshake.
-pub(super) const PLAIN: &str =
-    "does this port speak TLS? See `tls-port` in the server's configuration; without TLS write redis://";
 
 /// What a TLS error inside an I/O error means, or `None` where there is none inside.
 pub(super) fn explain(addr: &NodeAddr, error: &io::Error) -> Option<NodeError> {
@@ -222,7 +218,7 @@ fn certificate_problem(problem: &CertificateError) -> (String, &'static str) {
             "its certificate comes from an authority that is not trusted here".to_owned(),
             "name the authority's certificate with --cacert FILE",
         ),
-        // An authority that was made anew under its old name.
+        // An authority that was created again under its old name.
         E::BadSignature => (
             "its certificate was not signed by the authority of that name that is trusted here".to_owned(),
             "name the authority's present certificate with --cacert FILE",
@@ -274,7 +270,7 @@ fn roots(cacert: Option<&Path>) -> Result<RootCertStore, TlsFileError> {
         }
         None => {
             let found = rustls_native_certs::load_native_certs();
-            // A store holds certificates of all ages; those that cannot be read are no reason to trust none.
+            // A system store may hold certificates that cannot be read; the others are trusted.
             roots.add_parsable_certificates(found.certs);
             if roots.is_empty() {
                 let why = found.errors.first().map_or_else(|| "the store is empty".to_owned(), ToString::to_string);
@@ -296,7 +292,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsFileError> {
     PrivateKeyDer::from_pem_file(path).map_err(failed)
 }
 
-/// Accepts every certificate, for `insecure`. The handshake's own signature is still checked: whoever answers holds the
+/// Accepts every certificate, for `insecure`. The handshake's own signature is still checked: the peer has the
 /// key of the certificate that it shows.
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);

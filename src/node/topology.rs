@@ -1,10 +1,9 @@
-//! Finds the masters of an instance, and finds them again after they have moved.
+//! Finds the masters of an instance, and finds them again after a failover or a move of slots.
 //!
-//! A cluster is asked with CLUSTER SLOTS: every version has it, it lists exactly the masters that hold keys, each with
-//! its slots and replicas, and it costs one right where CLUSTER SHARDS costs another. Sentinels are asked with
-//! SENTINEL GET-MASTER-ADDR-BY-NAME.
+//! A cluster is asked with CLUSTER SLOTS: every version has it, and it lists exactly the masters that hold keys, each
+//! with its slots and replicas. Sentinels are asked with SENTINEL GET-MASTER-ADDR-BY-NAME.
 //!
-//! Each call asks another node first, so that one with an old view cannot mislead us for long.
+//! Each call asks another node first, so that a node with an old view cannot mislead a sweep for long.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -18,15 +17,15 @@ use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
 use crate::node::error::{Class, NodeError};
 
-/// At most this many nodes are asked before one call gives up, so that a call has a bound in large clusters too: each
-/// node may cost the time of a connection attempt. The next call asks the others.
+/// How many nodes one call asks before it gives up, so that a call is bounded in large clusters too: each node may take
+/// the time of a connection attempt. The next call asks the others.
 const ASK_AT_MOST: usize = 8;
-/// A replica of a replica of a replica is the longest chain that is followed to its master.
+/// How many servers are asked in a chain of replicas before the search for its master gives up.
 const HOPS: usize = 4;
 
 /// What the instance is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum InstanceKind {
     /// One server.
     Standalone,
     /// One master under sentinels.
@@ -38,13 +37,13 @@ pub enum Kind {
 /// One master, as a node or a sentinel describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Master {
-    /// Where we reach it.
+    /// The address at which it is reached.
     pub addr: NodeAddr,
     /// Its node id, in a cluster.
     pub node_id: Option<String>,
     /// Node ids of its replicas.
     pub replicas: Vec<String>,
-    /// The hash slots that it owns; none outside of a cluster.
+    /// The hash slots that it owns; empty outside of a cluster.
     pub slots: SlotSet,
 }
 
@@ -62,39 +61,39 @@ impl Master {
     }
 }
 
-/// Who the masters are at one moment, as one node sees it.
+/// The masters of an instance at one moment, as one node sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// What the instance is.
-    pub kind: Kind,
+    pub kind: InstanceKind,
     /// Its masters, by their lowest slot.
     pub masters: Vec<Master>,
 }
 
 impl View {
-    /// The hash slots that no master owns; none outside of a cluster.
+    /// The hash slots that no master owns; empty outside of a cluster.
     pub fn unowned(&self) -> SlotSet {
         match self.kind {
-            Kind::Cluster => self.masters.iter().fold(SlotSet::all(), |left, master| left.minus(&master.slots)),
-            Kind::Standalone | Kind::Sentinel => SlotSet::default(),
+            InstanceKind::Cluster => self.masters.iter().fold(SlotSet::all(), |left, master| left.minus(&master.slots)),
+            InstanceKind::Standalone | InstanceKind::Sentinel => SlotSet::default(),
         }
     }
 }
 
-/// Knows where to ask.
+/// Where the masters of one instance can be asked for.
 #[derive(Debug)]
 pub struct Topology {
     target: Target,
     options: ConnOptions,
     follow: bool,
-    /// Nodes or sentinels that can be asked. The next one to ask stands first.
+    /// Nodes or sentinels that can be asked; the first one is asked next.
     known: Mutex<Vec<NodeAddr>>,
     /// See [`View::unowned`]; of the last view.
     unowned: Mutex<SlotSet>,
 }
 
 impl Topology {
-    /// `follow`: whether a standalone server that is a replica leads on to its master.
+    /// `follow`: where a standalone server is a replica, use its master.
     pub fn new(target: Target, options: ConnOptions, follow: bool) -> Self {
         let known = match &target.place {
             Place::Standalone(addr) => vec![addr.clone()],
@@ -104,17 +103,17 @@ impl Topology {
         Self { target, options, follow, known: Mutex::new(known), unowned: Mutex::default() }
     }
 
-    /// Where it is.
+    /// Where the instance is.
     pub fn target(&self) -> &Target {
         &self.target
     }
 
-    /// How its nodes are connected to.
+    /// How to connect to its nodes.
     pub fn options(&self) -> &ConnOptions {
         &self.options
     }
 
-    /// Whether a standalone server leads on to its master.
+    /// Whether a standalone server that is a replica is followed to its master.
     pub fn follow(&self) -> bool {
         self.follow
     }
@@ -124,14 +123,14 @@ impl Topology {
         self.lock_unowned().clone()
     }
 
-    /// Asks for the masters. `kind` is what the instance was found to be, where that is known.
+    /// Asks for the masters. `kind`: what the instance turned out to be earlier, if it is known.
     ///
     /// # Errors
-    /// [`NodeError`]: the one of the only node, or [`NodeError::NoMaster`] with what each of several said.
-    pub async fn view(&self, kind: Option<Kind>) -> Result<View, NodeError> {
+    /// [`NodeError`] of the node that was asked; of several nodes [`NodeError::NoMaster`] with the error of each.
+    pub async fn view(&self, kind: Option<InstanceKind>) -> Result<View, NodeError> {
         match (&self.target.place, kind) {
             (Place::Sentinel { master, .. }, _) => self.sentinel(master).await,
-            (Place::Standalone(_), None | Some(Kind::Standalone)) => self.standalone().await,
+            (Place::Standalone(_), None | Some(InstanceKind::Standalone)) => self.standalone().await,
             (Place::Standalone(_) | Place::Cluster(_), _) => self.cluster().await,
         }
     }
@@ -146,7 +145,7 @@ impl Topology {
                     if self.follow {
                         self.remember(vec![master.clone()]);
                     }
-                    return Ok(View { kind: Kind::Standalone, masters: vec![Master::at(master)] });
+                    return Ok(View { kind: InstanceKind::Standalone, masters: vec![Master::at(master)] });
                 }
                 Err(error) => errors.push(error),
             }
@@ -154,13 +153,13 @@ impl Topology {
         Err(one_of(errors))
     }
 
-    /// From a server to its master, where that is wanted. `None`: it is a node of a cluster.
+    /// The server itself, or its master where replicas are followed; `None`: it is a node of a cluster.
     async fn lead(&self, mut addr: NodeAddr) -> Result<Option<NodeAddr>, NodeError> {
         for _ in 0..HOPS {
             let mut conn = Conn::open(&addr, &self.options).await?;
             let info = match commands::info(&mut conn).await {
                 Ok(info) => info,
-                // Its kind stays unknown. Every caller that needs INFO meets the same refusal.
+                // Whether it is a cluster stays unknown. Every caller that needs INFO meets the same refusal.
                 Err(error) if error.is_no_permission() => return Ok(Some(addr)),
                 Err(error) => return Err(error),
             };
@@ -183,7 +182,7 @@ impl Topology {
         let mut errors = Vec::new();
         for addr in self.turns() {
             match self.ask_sentinel(&addr, master).await {
-                Ok(addr) => return Ok(View { kind: Kind::Sentinel, masters: vec![Master::at(addr)] }),
+                Ok(addr) => return Ok(View { kind: InstanceKind::Sentinel, masters: vec![Master::at(addr)] }),
                 Err(error) => errors.push(error),
             }
         }
@@ -198,7 +197,7 @@ impl Topology {
         for addr in turns {
             match self.ask_node(&addr).await {
                 Ok((masters, true)) => return self.cluster_view(masters),
-                // Its view may be old: it is in the smaller part of a cluster that was torn. Or all are in trouble.
+                // Its view may be old, as in the smaller part of a partitioned cluster; or the whole cluster has failed.
                 Ok((masters, false)) => in_trouble = in_trouble.or(Some(masters)),
                 Err(error) => errors.push(error),
             }
@@ -220,12 +219,12 @@ impl Topology {
                 class: Class::Transient,
             });
         }
-        let view = View { kind: Kind::Cluster, masters };
+        let view = View { kind: InstanceKind::Cluster, masters };
         *self.lock_unowned() = view.unowned();
         Ok(view)
     }
 
-    /// The masters, and whether the node thinks that the cluster is well.
+    /// The masters, and whether the cluster is well, as one node sees both.
     async fn ask_node(&self, addr: &NodeAddr) -> Result<(Vec<Master>, bool), NodeError> {
         let mut conn = Conn::open(addr, &self.options).await?;
         let slots = redis::cmd("CLUSTER").arg("SLOTS").to_owned();
@@ -235,7 +234,7 @@ impl Topology {
         let info = redis::cmd("CLUSTER").arg("INFO").to_owned();
         let ok = match conn.call::<String>("CLUSTER INFO", &info).await {
             Ok(text) => !text.contains("cluster_state:fail"),
-            // The right to it is a courtesy that lets us prefer nodes that are well.
+            // The right to it is optional: it only serves to prefer nodes that see the cluster well.
             Err(error) if error.is_no_permission() => true,
             Err(error) => return Err(error),
         };
@@ -246,7 +245,7 @@ impl Topology {
     async fn ask_sentinel(&self, addr: &NodeAddr, master: &str) -> Result<NodeAddr, NodeError> {
         let mut options = self.options.clone();
         options.credentials = options.sentinel_credentials.clone();
-        let mut conn = Conn::open(addr, &options).await.map_err(|error| let_in(error, &options.credentials))?;
+        let mut conn = Conn::open(addr, &options).await.map_err(|error| sentinel_error(error, &options.credentials))?;
         let command = redis::cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(master).to_owned();
         let found: Option<(String, u16)> = match conn.call("SENTINEL GET-MASTER-ADDR-BY-NAME", &command).await {
             Err(error) if error.is_unknown_command() => {
@@ -281,17 +280,17 @@ impl Topology {
         turns
     }
 
-    /// None of those that were asked has answered: the next call asks others.
+    /// Makes the next call ask other nodes, since none of the `asked` ones answered.
     fn pass_over(&self, asked: usize) {
         let mut known = self.lock();
-        // One of them is behind the others already.
+        // `turns` has moved one of them to the end already.
         let others = asked.saturating_sub(1);
         if others < known.len() {
             known.rotate_left(others);
         }
     }
 
-    /// Keeps the nodes that a view named and those of the URL, in the order of turns, and forgets the others.
+    /// Keeps the nodes of a view and of the URL, in the order in which they are asked, and forgets the others.
     fn remember(&self, mut met: Vec<NodeAddr>) {
         met.extend(match &self.target.place {
             Place::Standalone(addr) => vec![addr.clone()],
@@ -308,18 +307,19 @@ impl Topology {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<NodeAddr>> {
-        // A list of addresses is whole at every moment.
+        // A panic cannot leave a list of addresses half changed.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_unowned(&self) -> std::sync::MutexGuard<'_, SlotSet> {
-        // A set of slots is whole at every moment.
+        // A panic cannot leave a set of slots half changed.
         self.unowned.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a sentinel that does not let us in means: user and password of the URL are the master's, so others are asked for.
-fn let_in(error: NodeError, credentials: &Credentials) -> NodeError {
+/// The error of a sentinel that refuses user or password: those of the URL are the master's, so the hint names the
+/// sentinels' own.
+fn sentinel_error(error: NodeError, credentials: &Credentials) -> NodeError {
     let class = error.class();
     if class != Class::Fatal(FailureKind::NotAuthenticated) {
         return error;
@@ -333,7 +333,7 @@ fn let_in(error: NodeError, credentials: &Credentials) -> NodeError {
     NodeError::NoMaster { problem: error.to_string(), hint: Some(hint.to_owned()), class }
 }
 
-/// The names of the masters that a sentinel watches, where it tells.
+/// The names of the masters that a sentinel watches; `None` where it does not tell.
 async fn watched(conn: &mut Conn) -> Option<String> {
     let command = redis::cmd("SENTINEL").arg("MASTERS").to_owned();
     let masters: Vec<std::collections::HashMap<String, String>> = conn.call("SENTINEL MASTERS", &command).await.ok()?;
@@ -341,7 +341,7 @@ async fn watched(conn: &mut Conn) -> Option<String> {
     (!names.is_empty()).then(|| names.join(", "))
 }
 
-/// The error to show when no node could answer. What the operator can mend goes before what may pass.
+/// The error to show where no node answered. An error that an operator has to mend goes before one that may pass.
 fn one_of(mut errors: Vec<NodeError>) -> NodeError {
     if errors.len() == 1 {
         return errors.remove(0);

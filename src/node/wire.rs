@@ -1,8 +1,8 @@
-//! RESP2 replies, read with bounds.
+//! Parses RESP2 replies, within bounds on size and depth.
 //!
 //! Two readers work on the same buffer. [`frame_len`] finds where a whole reply ends, so that the redis crate may
-//! decode it; [`ScanReader`] eats a SCAN reply as it arrives and keeps the cursor, the number of names and, only where
-//! they are wanted, the names themselves.
+//! decode it; [`ScanReader`] parses a SCAN reply as it arrives and keeps the cursor, the number of names and, only
+//! where they are wanted, the names themselves.
 
 use std::fmt;
 
@@ -24,7 +24,7 @@ pub const MAX_KEPT: usize = 1 << 20;
 /// CLUSTER SLOTS of a cluster in which every slot is a range of its own has some 500,000.
 const MAX_ITEMS: u64 = 1 << 20;
 
-/// Why bytes are no reply.
+/// Why bytes are no valid reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Malformed(pub String);
 
@@ -47,7 +47,7 @@ struct Line<'a> {
 
 impl Line<'_> {
     fn number(&self) -> Result<i64, Malformed> {
-        // Lengths of key names stand here, millions of them: a plain loop instead of str::parse.
+        // Parses the lengths of millions of key names: a plain loop instead of str::parse.
         let (negative, digits) = match self.content {
             [b'-', rest @ ..] => (true, rest),
             all => (false, all),
@@ -134,7 +134,7 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
     Ok(Some(at))
 }
 
-/// What stands where an integer is expected.
+/// A reply to a command that returns an integer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Integer {
     /// The number.
@@ -157,7 +157,7 @@ pub fn integer(buf: &[u8]) -> Result<Option<(usize, Integer)>, Malformed> {
     }
 }
 
-/// Key names of one batch, back to back in one allocation that is used again.
+/// The key names of one batch, back to back in one allocation that is used again.
 #[derive(Debug, Default)]
 pub struct Names {
     bytes: Vec<u8>,
@@ -165,13 +165,13 @@ pub struct Names {
 }
 
 impl Names {
-    /// Forgets the names, keeps the memory.
+    /// Removes the names and keeps the allocation.
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.ends.clear();
     }
 
-    /// Whether a name of this length is still kept.
+    /// Whether there is room for a name of this length.
     fn has_room(&self, len: usize) -> bool {
         self.bytes.len() + len <= MAX_KEPT
     }
@@ -182,12 +182,12 @@ impl Names {
         self.bytes.truncate(self.ends.last().copied().unwrap_or(0));
     }
 
-    /// How many names are held.
+    /// The number of names.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Whether none is held.
+    /// Whether there are no names.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
@@ -199,7 +199,7 @@ impl Names {
     }
 }
 
-/// What a SCAN answered.
+/// The reply to a SCAN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScanReply {
     /// The next cursor and how many keys were returned.
@@ -242,7 +242,7 @@ fn short_name(buf: &[u8]) -> Option<(usize, usize)> {
     None
 }
 
-/// Eats one SCAN reply as it arrives.
+/// Parses one SCAN reply as it arrives.
 #[derive(Debug)]
 pub struct ScanReader {
     step: Step,
@@ -269,9 +269,9 @@ impl ScanReader {
         matches!(self.step, Step::NameHeader | Step::NameBody { .. }).then_some(self.cursor)
     }
 
-    /// Eats what it can of `buf` and says how many bytes that was, and the reply once it is whole. Stops once where the
-    /// names begin, so that the caller may use the cursor before they are read. Names are appended to `names` where it is
-    /// given.
+    /// Parses as much of `buf` as it can. Returns the number of bytes used, and the reply once it is complete. Stops
+    /// once where the names begin, so that the caller may use the cursor before they are read. Names are appended to
+    /// `names` where it is given.
     ///
     /// # Errors
     /// [`Malformed`] as soon as the bytes cannot become a SCAN reply within the bounds.
@@ -284,7 +284,7 @@ impl ScanReader {
             if self.step == Step::NameHeader
                 && let Some((len, header)) = short_name(&buf[at..])
             {
-                // Nearly every name comes this way, millions of them. What does not is read below.
+                // The quick way for nearly every name. Other names are parsed below.
                 let whole = header + len + 2;
                 if let (Some(name), true) = (buf.get(at + header..at + header + len), at + whole <= buf.len()) {
                     if let Some(names) = names.as_deref_mut().filter(|names| names.has_room(len)) {

@@ -9,7 +9,7 @@ pub mod store;
 mod table;
 mod values;
 
-pub use values::{bytes, duration, password_in_env, positive_duration, seconds, show_duration, show_limits};
+pub use values::{bytes, duration, password_in_env, positive_duration, seconds, show_duration, show_limits, span};
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -24,13 +24,11 @@ use crate::model::keep::Bounds;
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
-use crate::model::task::{SweepTexts, words};
-use crate::model::throttle::Limits;
-use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw, TUNE_KEYS};
-use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch, unless_off};
-
-/// Valid shares. A sweep with a smaller one than the least would practically stand still.
-const SHARES: std::ops::RangeInclusive<f64> = 0.000_001..=1.0;
+use crate::model::task::SweepTexts;
+use crate::model::throttle::{LIMITS, Limits};
+use crate::model::words::words;
+use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw};
+use crate::settings::values::{given, limit, parse_dbs, password_in, share, slice, switch, unless_off};
 
 /// Valid COUNTs: the contract's range for `scan_keys_count`.
 pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
@@ -279,11 +277,6 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
 
 /// Reads the settings that may change while a sweep runs; `None` with problems if one of them is invalid.
 fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
-    let share = |text: &str| match text.parse::<f64>() {
-        Ok(share) if SHARES.contains(&share) => Ok(share),
-        _ => Err(format!("`{text}` is not a share between {} and {}, such as 0.25", SHARES.start(), SHARES.end())),
-    };
-    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("`{text}` is not a whole number"));
     let intensity = reader.read("intensity", share);
     let min_intensity = reader.read("min-intensity", share);
     let max_keys_per_sec = reader.read("max-keys-per-sec", |text| match text.parse::<u32>() {
@@ -292,34 +285,20 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
         Err(_) => Err(format!("`{text}` is not a whole number of keys per second (0: no ceiling)")),
     });
     let throttle = reader.read("throttle", switch);
-    let latency = reader.read("max-latency", limit(positive_duration));
-    let replica_lag = reader.read("max-replica-lag", limit(bytes));
-    let replica_silence = reader.read("max-replica-silence", limit(positive_duration));
-    let replica_buffer = reader.read("max-replica-buffer", limit(bytes));
-    let lazyfree = reader.read("max-lazyfree", limit(number));
-    let ops = reader.read("max-ops", limit(number));
-    let cpu = reader.read("max-cpu", limit(share));
+    let mut limits = Some(Limits::NONE);
+    for row in &LIMITS {
+        let limit = reader.read(row.key, limit(row.unit));
+        limits = limits.zip(limit).map(|(limits, limit)| limits.with(row.key, limit));
+    }
     let hold_during_fork = reader.read("during-fork", |text| match text {
         "hold" => Ok(true),
         "go" => Ok(false),
         _ => Err(format!("`{text}` is neither hold nor go")),
     });
-    let abort_latency = reader.read("abort-latency", limit(positive_duration));
-    let abort_replica_lag = reader.read("abort-replica-lag", limit(bytes));
     let max_backlog = reader.read("max-backlog", unless_off(BacklogSize::from_str));
     let max_delay = reader.read("max-delay", unless_off(positive_duration));
-    let limits = Limits {
-        latency: latency?,
-        replica_lag: replica_lag?,
-        replica_silence: replica_silence?,
-        replica_buffer: replica_buffer?,
-        lazyfree: lazyfree?,
-        ops: ops?,
-        cpu: cpu?,
-        hold_during_fork: hold_during_fork?,
-        abort_latency: abort_latency?,
-        abort_replica_lag: abort_replica_lag?,
-    };
+    let mut limits = limits?;
+    limits.hold_during_fork = hold_during_fork?;
     let (intensity, min_intensity, throttle) = (intensity?, min_intensity?, throttle?);
     if !throttle {
         // A limit from a lower layer is what --no-throttle switches off. In the same or a higher layer it would silently not apply.
@@ -328,8 +307,7 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
             let (text, origin) = reader.raw.get(key);
             text != "off" && *origin != Origin::Default && !switch.is_above(origin)
         };
-        let limits = TUNE_KEYS.iter().filter(|key| key.starts_with("max-") || key.starts_with("abort-"));
-        let in_vain: Vec<_> = limits.filter(|key| **key != "max-keys-per-sec" && typed(key)).collect();
+        let in_vain: Vec<_> = LIMITS.iter().map(|row| row.key).filter(|key| typed(key)).collect();
         for key in in_vain {
             reader.complain(key, "is not watched without throttle, which switches off every limit on load");
         }

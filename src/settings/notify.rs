@@ -7,7 +7,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 
 use crate::model::event::EventKind;
-use crate::model::task::words;
+use crate::model::words::words;
 use crate::settings::table::Table;
 use crate::settings::values::positive_duration;
 

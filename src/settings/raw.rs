@@ -3,51 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
-/// Every key of a sweep's settings, in the order in which `settings show` prints them.
-pub const KEYS: &[&str] = &[
-    "url",
-    "user",
-    "password-file",
-    "cacert",
-    "cert",
-    "key",
-    "sni",
-    "insecure",
-    "sentinel-user",
-    "sentinel-password-file",
-    "node-map",
-    "follow",
-    "parallel",
-    "db",
-    "count",
-    "max-slice",
-    "intensity",
-    "min-intensity",
-    "max-keys-per-sec",
-    "throttle",
-    "max-latency",
-    "max-replica-lag",
-    "max-replica-silence",
-    "max-replica-buffer",
-    "max-lazyfree",
-    "max-ops",
-    "max-cpu",
-    "during-fork",
-    "abort-latency",
-    "abort-replica-lag",
-    "allow-slow",
-    "assist-expiry",
-    "touch",
-    "payload",
-    "max-backlog",
-    "max-delay",
-    "timeout",
-    "connect-timeout",
-    "response-timeout",
-    "retry-for",
-    "state",
-];
+use crate::model::throttle::LIMITS;
+
+/// Every key of a sweep's settings, in the order of `default.toml`, in which `settings show` prints them.
+pub static KEYS: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
+    let lines = DEFAULT_TOML.lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split_once(" = ")).map(|(key, _)| key).collect()
+});
 
 /// The keys for the address of an instance, the credentials and the state file: they do not say how to sweep.
 pub const PLACE_KEYS: &[&str] = &[
@@ -66,22 +30,11 @@ pub const PLACE_KEYS: &[&str] = &[
 ];
 
 /// The keys that may change while a sweep runs.
-pub const TUNE_KEYS: &[&str] = &[
-    "intensity",
-    "min-intensity",
-    "max-keys-per-sec",
-    "throttle",
-    "max-latency",
-    "max-replica-lag",
-    "max-replica-silence",
-    "max-replica-buffer",
-    "max-lazyfree",
-    "max-ops",
-    "max-cpu",
-    "during-fork",
-    "abort-latency",
-    "abort-replica-lag",
-];
+pub static TUNE_KEYS: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
+    const PACE: [&str; 5] = ["intensity", "min-intensity", "max-keys-per-sec", "throttle", "during-fork"];
+    let may_change = |key: &&str| PACE.contains(key) || LIMITS.iter().any(|row| row.key == *key);
+    KEYS.iter().copied().filter(may_change).collect()
+});
 
 /// The bounds: a task whose settings have one that is not `off` is a keep run.
 pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
@@ -279,7 +232,7 @@ mod tests {
     #[test]
     fn every_key_has_a_default_and_every_default_is_a_key() {
         let raw = Raw::defaults();
-        for key in KEYS {
+        for key in KEYS.iter() {
             raw.get(key);
         }
         assert_eq!(raw.values.len(), KEYS.len());

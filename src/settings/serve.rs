@@ -4,7 +4,6 @@
 //! together, each with its line.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -18,7 +17,8 @@ use sha2::{Digest, Sha256};
 
 use crate::model::keep::Bounds;
 use crate::model::schedule::{AutoScan, BacklogSize, CronRule, Recurrence, Window};
-use crate::model::task::{SweepTexts, words};
+use crate::model::task::SweepTexts;
+use crate::model::words::words;
 use crate::settings::notify::{self, NotifySettings};
 use crate::settings::raw::{BOUND_KEYS, KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::store::StoreLocation;

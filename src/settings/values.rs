@@ -13,19 +13,7 @@ use jiff::tz::TimeZone;
 
 use crate::model::shard::DbIndex;
 use crate::model::target::Password;
-use crate::model::throttle::{Limit, Limits};
-
-/// Parses `off`, `auto`, or a value.
-pub(super) fn limit<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Limit<T>, String>
-where
-    E: fmt::Display,
-{
-    move |text| match text {
-        "off" => Ok(Limit::Off),
-        "auto" => Ok(Limit::Auto),
-        _ => value(text).map(Limit::At).map_err(|e| format!("{e}; or write off or auto")),
-    }
-}
+use crate::model::throttle::{Limit, Limits, Unit};
 
 /// Parses `off` (`None`), or a value.
 pub(super) fn unless_off<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Option<T>, String>
@@ -56,6 +44,16 @@ pub fn bytes(text: &str) -> Result<u64, String> {
         .zip(shift)
         .and_then(|(number, shift)| number.checked_mul(1 << shift))
         .ok_or_else(|| format!("`{text}` is not a number of bytes such as 65536, 512KiB or 64MiB"))
+}
+
+/// What a share of a server may be. Less than the least would be a stop, and no sweep.
+const SHARES: std::ops::RangeInclusive<f64> = 0.000_001..=1.0;
+
+pub(super) fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if SHARES.contains(&share) => Ok(share),
+        _ => Err(format!("`{text}` is not a share between {} and {}, such as 0.25", SHARES.start(), SHARES.end())),
+    }
 }
 
 pub(super) fn given(text: &str) -> Result<Option<String>, String> {
@@ -132,25 +130,37 @@ pub fn show_duration(duration: Duration) -> String {
     format!("{signed:#}").replace('µ', "u")
 }
 
+/// A time span of so many seconds; the longest one where there are too many.
+pub fn span(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+/// Parses a limit: `off`, `auto`, or an amount in this unit.
+pub(super) fn limit(unit: Unit) -> impl Fn(&str) -> Result<Limit, String> {
+    let amount = move |text: &str| match unit {
+        Unit::Milliseconds | Unit::Seconds => positive_duration(text).map(|span| span.as_secs_f64()),
+        Unit::Bytes => bytes(text).map(|bytes| bytes as f64),
+        Unit::Number => text.parse::<u64>().map(|n| n as f64).map_err(|_| format!("`{text}` is not a whole number")),
+        Unit::Share => share(text),
+    };
+    move |text| match text {
+        "off" => Ok(Limit::Off),
+        "auto" => Ok(Limit::Auto),
+        _ => amount(text).map(Limit::At).map_err(|e| format!("{e}; or write off or auto")),
+    }
+}
+
 /// The text of each limit, by the key of its setting.
 pub fn show_limits(limits: &Limits) -> BTreeMap<&'static str, String> {
-    let span = |limit: Limit<Duration>| match limit {
-        Limit::At(span) => show_duration(span),
-        Limit::Off => "off".to_owned(),
-        Limit::Auto => "auto".to_owned(),
+    let show = |unit, limit| match (limit, unit) {
+        (Limit::Off, _) => "off".to_owned(),
+        (Limit::Auto, _) => "auto".to_owned(),
+        (Limit::At(amount), Unit::Milliseconds | Unit::Seconds) => show_duration(span(amount)),
+        (Limit::At(amount), Unit::Bytes | Unit::Number | Unit::Share) => amount.to_string(),
     };
-    BTreeMap::from([
-        ("max-latency", span(limits.latency)),
-        ("max-replica-lag", limits.replica_lag.to_string()),
-        ("max-replica-silence", span(limits.replica_silence)),
-        ("max-replica-buffer", limits.replica_buffer.to_string()),
-        ("max-lazyfree", limits.lazyfree.to_string()),
-        ("max-ops", limits.ops.to_string()),
-        ("max-cpu", limits.cpu.to_string()),
-        ("during-fork", if limits.hold_during_fork { "hold" } else { "go" }.to_owned()),
-        ("abort-latency", span(limits.abort_latency)),
-        ("abort-replica-lag", limits.abort_replica_lag.to_string()),
-    ])
+    let mut texts: BTreeMap<_, _> = limits.iter().map(|(row, limit)| (row.key, show(row.unit, limit))).collect();
+    texts.insert("during-fork", if limits.hold_during_fork { "hold" } else { "go" }.to_owned());
+    texts
 }
 
 pub(super) fn read_password(path: &str) -> Result<Password, String> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use sqlx::{AnyConnection, Row};
 
-use crate::model::task::{Command, Task, TaskId, TaskState, transition};
+use crate::model::task::{Command, Task, TaskId, TaskState};
 use crate::store::keeps;
 use crate::store::rows::{number, task_id, time};
 use crate::store::schedules::{self, DueOutcome};
@@ -72,11 +72,9 @@ impl Store {
     async fn copy_task(&self, other: &Self, task: Task) -> Result<(), StoreError> {
         let shards = self.shards(task.id).await?;
         let mut task = Task { owner: None, ..task };
-        if task.state == TaskState::Running
-            && let Ok(state) = transition(task.state, Command::Interrupt)
-        {
-            task.state = state;
-            task.num = shards.values().flat_map(|shard| shard.view.passes.values()).map(|pass| pass.reclaimed).sum();
+        if task.state == TaskState::Running && task.apply(Command::Interrupt, self.now()).is_ok() {
+            task.num =
+                shards.values().flat_map(|shard| shard.view.passes.values()).map(|pass| pass.counters.reclaimed).sum();
         }
         if other.task(task.id).await?.is_none() {
             other.insert(&task, None).await?;

@@ -43,28 +43,28 @@ impl JournalLine {
     /// The counts that must survive a kill.
     pub fn of(figures: &PassFigures) -> Self {
         Self {
-            position: figures.position,
-            process: figures.process.unwrap_or(0),
-            scanned: figures.scanned,
-            reclaimed: figures.reclaimed,
-            touched: figures.touched,
-            batches: figures.batches,
-            under_way: figures.under_way,
+            position: figures.checkpoint.position,
+            process: figures.checkpoint.process.unwrap_or(0),
+            scanned: figures.counters.scanned,
+            reclaimed: figures.counters.reclaimed,
+            touched: figures.counters.touched,
+            batches: figures.counters.batches,
+            under_way: figures.gauges.under_way,
         }
     }
 
     /// Replaces the counts of an older checkpoint by those of this line. Returns false and changes nothing if the line is older than the
     /// checkpoint: a line is written before the checkpoint that covers it, so an older one does not belong to it.
     pub fn bring_forward(&self, figures: &mut PassFigures) -> bool {
-        let fits = self.batches >= figures.batches;
+        let fits = self.batches >= figures.counters.batches;
         if fits {
-            figures.position = self.position;
-            figures.process = Some(self.process);
-            figures.scanned = self.scanned;
-            figures.reclaimed = self.reclaimed;
-            figures.touched = self.touched;
-            figures.batches = self.batches;
-            figures.under_way = self.under_way;
+            figures.checkpoint.position = self.position;
+            figures.checkpoint.process = Some(self.process);
+            figures.counters.scanned = self.scanned;
+            figures.counters.reclaimed = self.reclaimed;
+            figures.counters.touched = self.touched;
+            figures.counters.batches = self.batches;
+            figures.gauges.under_way = self.under_way;
         }
         fits
     }
@@ -210,10 +210,13 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::progress::{PassCheckpoint, PassCounters};
     use jiff::Timestamp;
 
     fn figures(position: ScanPosition, reclaimed: u64, batches: u64) -> PassFigures {
-        PassFigures { position, reclaimed, batches, scanned: 9, touched: 1, ..PassFigures::default() }
+        let checkpoint = PassCheckpoint { position, ..PassCheckpoint::default() };
+        let counters = PassCounters { reclaimed, batches, scanned: 9, touched: 1, ..PassCounters::default() };
+        PassFigures { checkpoint, counters, ..PassFigures::default() }
     }
 
     #[test]
@@ -234,10 +237,10 @@ mod tests {
         let line = journals.read(task, &shard)[&db].unwrap();
         let mut older = figures(ScanPosition::from_reply(1), 1, 1);
         assert!(line.bring_forward(&mut older));
-        assert_eq!((older.reclaimed, older.position), (5, ScanPosition::Finished));
+        assert_eq!((older.counters.reclaimed, older.checkpoint.position), (5, ScanPosition::Finished));
         let mut newer = figures(ScanPosition::from_reply(1), 8, 3);
         assert!(!line.bring_forward(&mut newer));
-        assert_eq!(newer.reclaimed, 8);
+        assert_eq!(newer.counters.reclaimed, 8);
         journals.forget(task);
         assert!(journals.read(task, &shard).is_empty() && journals.shards(task).is_empty());
     }

@@ -495,13 +495,13 @@ impl Store {
                     stored.view.passes.entry(db).or_default();
                 }
                 for (db, pass) in &mut stored.view.passes {
-                    let counted = pass.batches;
+                    let counted = pass.counters.batches;
                     let line = lines.get(db);
                     let fits = line.is_some_and(|line| line.is_some_and(|line| line.bring_forward(pass)));
-                    if killed && pass.position != ScanPosition::Finished {
-                        pass.lost_replies += pass.under_way;
+                    if killed && pass.checkpoint.position != ScanPosition::Finished {
+                        pass.counters.lost_replies += pass.gauges.under_way;
                         if !fits && (counted > 0 || line.is_some()) {
-                            pass.lost_replies += 1;
+                            pass.counters.lost_replies += 1;
                             stored.uncounted.push(*db);
                         }
                     }

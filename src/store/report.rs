@@ -64,11 +64,13 @@ pub(super) enum StoredAddr {
 #[serde(remote = "TouchOutcome", rename_all = "snake_case")]
 enum StoredTouch {
     NotNeededYet,
-    NothingDead,
+    #[serde(rename = "nothing_dead")]
+    NothingExpired,
     Off,
     Asked,
     ScanReclaims,
-    ScanLeavesDead,
+    #[serde(rename = "scan_leaves_dead")]
+    ScanLeavesExpired,
     NoRight,
 }
 
@@ -219,51 +221,55 @@ pub(super) fn complete(view: &mut ShardView, json: &str) {
 impl Pass {
     fn of(figures: &PassFigures) -> Self {
         Self {
-            waited: figures.waited,
-            nameless: figures.nameless,
-            count: figures.count,
-            intensity: figures.intensity,
-            server_us_per_scan: figures.server_us_per_scan,
-            server_expired: figures.server_expired,
-            slots: match &figures.space {
+            waited: figures.counters.waited,
+            nameless: figures.counters.nameless,
+            count: figures.gauges.count,
+            intensity: figures.gauges.intensity,
+            server_us_per_scan: figures.gauges.server_us_per_scan,
+            server_expired: figures.checkpoint.server_expired,
+            slots: match &figures.checkpoint.space {
                 CursorSpace::OneTable => None,
                 CursorSpace::BySlot(slots) => Some(slots.ranges().map(|r| (*r.start(), *r.end())).collect()),
             },
-            ttl: figures.ttl,
+            ttl: figures.counters.ttl,
         }
     }
 
     fn complete(self, figures: &mut PassFigures) {
-        figures.waited = self.waited;
-        figures.nameless = self.nameless;
-        figures.count = self.count;
-        figures.intensity = self.intensity;
-        figures.server_us_per_scan = self.server_us_per_scan;
-        figures.server_expired = self.server_expired;
-        figures.space = match self.slots {
+        figures.counters.waited = self.waited;
+        figures.counters.nameless = self.nameless;
+        figures.gauges.count = self.count;
+        figures.gauges.intensity = self.intensity;
+        figures.gauges.server_us_per_scan = self.server_us_per_scan;
+        figures.checkpoint.server_expired = self.server_expired;
+        figures.checkpoint.space = match self.slots {
             None => CursorSpace::OneTable,
             Some(ranges) => CursorSpace::BySlot(SlotSet::new(ranges.into_iter().map(|(from, to)| from..=to))),
         };
-        figures.ttl = self.ttl;
+        figures.counters.ttl = self.ttl;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::progress::{PassCheckpoint, PassCounters, PassGauges};
     use crate::model::throttle::Reason;
 
     fn view() -> ShardView {
         let figures = PassFigures {
-            waited: Duration::from_micros(1_234_567),
-            nameless: 3,
-            count: 45,
-            intensity: 0.25,
-            server_us_per_scan: Some(17.5),
-            server_expired: Some(11),
-            space: CursorSpace::BySlot(SlotSet::new([0..=100, 16_383..=16_383])),
-            ttl: TtlHistogram { within: [1, 2, 3, 4, 5, 6], later: 7, never: 8 },
-            ..PassFigures::default()
+            checkpoint: PassCheckpoint {
+                space: CursorSpace::BySlot(SlotSet::new([0..=100, 16_383..=16_383])),
+                server_expired: Some(11),
+                ..PassCheckpoint::default()
+            },
+            counters: PassCounters {
+                waited: Duration::from_micros(1_234_567),
+                nameless: 3,
+                ttl: TtlHistogram { within: [1, 2, 3, 4, 5, 6], later: 7, never: 8 },
+                ..PassCounters::default()
+            },
+            gauges: PassGauges { count: 45, intensity: 0.25, server_us_per_scan: Some(17.5), ..PassGauges::default() },
         };
         ShardView {
             server: Some(ServerFacts {
@@ -274,7 +280,7 @@ mod tests {
             }),
             dbs: vec![DbIndex(0), DbIndex(7)],
             passes: BTreeMap::from([(DbIndex(7), figures)]),
-            touch: TouchOutcome::ScanLeavesDead,
+            touch: TouchOutcome::ScanLeavesExpired,
             warnings: vec!["w".into()],
             memory_before: Memory { used: Some(9), rss: Some(12), max: Some(0), evicted: None },
             memory_after: Memory { used: Some(8), rss: None, max: None, evicted: Some(1) },

@@ -11,9 +11,8 @@ use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AssertSqlSafe, Row};
 
 use crate::model::failure::Failure;
-use crate::model::progress::{PassFigures, ShardView, SliceSummary};
+use crate::model::progress::{PassCheckpoint, PassCounters, PassFigures, PassGauges, ShardView, SliceSummary};
 use crate::model::shard::{DbIndex, ShardId};
-use crate::model::slots::CursorSpace;
 use crate::model::task::{SweepTexts, Task, TaskId};
 use crate::store::{StoreError, report};
 
@@ -144,24 +143,24 @@ pub(super) async fn upsert_pass(
     .bind(id.to_string())
     .bind(&shard.0)
     .bind(i64::from(db.0))
-    .bind(figures.position.to_string())
-    .bind(signed(figures.keys_at_start))
-    .bind(signed(figures.scanned))
-    .bind(signed(figures.reclaimed))
-    .bind(signed(figures.touched))
-    .bind(signed(figures.found_by_touch))
-    .bind(signed(figures.batches))
-    .bind(signed(figures.lost_replies))
-    .bind(signed(figures.restarts))
-    .bind(micros(figures.active))
-    .bind(micros(figures.rested))
-    .bind(signed(figures.slice.p50_us))
-    .bind(signed(figures.slice.p99_us))
-    .bind(signed(figures.slice.max_us))
-    .bind(figures.process.map(u64::cast_signed))
+    .bind(figures.checkpoint.position.to_string())
+    .bind(signed(figures.checkpoint.keys_at_start))
+    .bind(signed(figures.counters.scanned))
+    .bind(signed(figures.counters.reclaimed))
+    .bind(signed(figures.counters.touched))
+    .bind(signed(figures.counters.found_by_touch))
+    .bind(signed(figures.counters.batches))
+    .bind(signed(figures.counters.lost_replies))
+    .bind(signed(figures.counters.restarts))
+    .bind(micros(figures.counters.active))
+    .bind(micros(figures.counters.rested))
+    .bind(signed(figures.gauges.slice.p50_us))
+    .bind(signed(figures.gauges.slice.p99_us))
+    .bind(signed(figures.gauges.slice.max_us))
+    .bind(figures.checkpoint.process.map(u64::cast_signed))
     .execute(&mut *conn)
     .await?;
-    for (reason, held) in &figures.held {
+    for (reason, held) in &figures.counters.held {
         sqlx::query(
             "INSERT INTO holds (task_id, shard, db, reason, held_us) VALUES ($1, $2, $3, $4, $5) \
              ON CONFLICT (task_id, shard, db, reason) DO UPDATE SET held_us = excluded.held_us",
@@ -190,7 +189,7 @@ pub(super) async fn shards(
     for row in of_tasks(conn, "holds", ids).await? {
         let shard = shard_in(&mut tasks, &row)?;
         let figures = shard.passes.entry(db_of(&row)?).or_default();
-        figures.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
+        figures.counters.held.insert(word(&row, "reason")?, span(&row, "held_us")?);
     }
     for row in of_tasks(conn, "shards", ids).await? {
         let shard = shard_in(&mut tasks, &row)?;
@@ -222,11 +221,13 @@ fn shard_in<'a>(
 
 fn figures_of(row: &AnyRow) -> Result<PassFigures, StoreError> {
     let number = |column| number(row, column);
-    Ok(PassFigures {
+    let checkpoint = PassCheckpoint {
         position: word(row, "position")?,
         process: row.try_get::<Option<i64>, _>("process")?.map(i64::cast_unsigned),
-        space: CursorSpace::default(),
         keys_at_start: number("keys_at_start")?,
+        ..PassCheckpoint::default()
+    };
+    let counters = PassCounters {
         scanned: number("scanned")?,
         reclaimed: number("reclaimed")?,
         touched: number("touched")?,
@@ -236,13 +237,15 @@ fn figures_of(row: &AnyRow) -> Result<PassFigures, StoreError> {
         restarts: number("restarts")?,
         active: span(row, "active_us")?,
         rested: span(row, "rested_us")?,
-        slice: SliceSummary {
-            p50_us: number("slice_p50_us")?,
-            p99_us: number("slice_p99_us")?,
-            max_us: number("slice_max_us")?,
-        },
-        ..PassFigures::default()
-    })
+        ..PassCounters::default()
+    };
+    let slice = SliceSummary {
+        p50_us: number("slice_p50_us")?,
+        p99_us: number("slice_p99_us")?,
+        max_us: number("slice_max_us")?,
+    };
+    // The rest is in the shard's report.
+    Ok(PassFigures { checkpoint, counters, gauges: PassGauges { slice, ..PassGauges::default() } })
 }
 
 pub(super) fn task_of(row: &AnyRow) -> Result<Task, StoreError> {

@@ -1,4 +1,4 @@
-//! When a task may sweep: not while a person paused it, not outside its window, and only in one of the free slots.
+//! Whether a task may sweep: not while it is paused, not outside its window, and only in a slot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,24 +11,24 @@ use crate::model::schedule::{Window, until};
 use crate::model::throttle::Reason;
 use crate::store::Clock;
 
-/// The window is looked at again this often, whatever it said: the clock may have been set.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// How often the window is checked at least: the clock may have been set.
+const RECHECK_EVERY: Duration = Duration::from_secs(30);
 
-/// What decides whether a task may sweep.
+/// What one task needs to sweep.
 #[derive(Debug)]
 pub(super) struct Admission {
     /// The clock by which the window opens and closes.
     pub(super) clock: Clock,
-    /// The window that it respects.
+    /// The window outside of which it holds.
     pub(super) window: Option<Window>,
-    /// The slots that all tasks share; a keep run needs none: it would have it for ever.
+    /// The slots that all tasks share; `None` for a keep run, which would keep one forever.
     pub(super) slots: Option<Arc<Semaphore>>,
     /// Whether a person paused it.
     pub(super) paused: watch::Receiver<bool>,
 }
 
 impl Admission {
-    /// Holds the task or lets it go on as things are now, and says why it holds.
+    /// Holds the task or lets it go on. Returns why it holds.
     pub(super) fn decide(&mut self, control: &Control, slot: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
         let closed = self.window.as_ref().is_some_and(|window| !window.is_open(self.clock.now()));
         let hold = match (*self.paused.borrow_and_update(), closed) {
@@ -46,13 +46,13 @@ impl Admission {
         hold
     }
 
-    /// Holds the task and lets it go on, for as long as this runs. A slot is given back while the task is held and
-    /// when this is dropped.
+    /// Holds the task and lets it go on for as long as this future runs. The slot is released while the task is held,
+    /// and when this future is dropped.
     pub(super) async fn keep(mut self, control: Control, mut slot: Option<OwnedSemaphorePermit>) {
         loop {
             let now = self.clock.now();
             if self.decide(&control, &mut slot) == Some(Reason::Queued) {
-                // The stand in the queue lasts for as long as this future.
+                // The place in the queue lasts as long as this future.
                 let free = async {
                     match self.slots.clone() {
                         Some(slots) => slots.acquire_owned().await.ok(),
@@ -68,24 +68,24 @@ impl Admission {
             }
             tokio::select! {
                 changed = self.paused.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(look_again(self.window.as_ref(), now)) => {}
+                () = tokio::time::sleep(recheck_after(self.window.as_ref(), now)) => {}
             }
         }
     }
 }
 
-/// Ends when the window is closed.
+/// Completes when the window is closed.
 async fn until_closed(window: Option<&Window>, clock: &Clock) {
     let Some(window) = window else { return std::future::pending().await };
     while window.is_open(clock.now()) {
-        tokio::time::sleep(look_again(Some(window), clock.now())).await;
+        tokio::time::sleep(recheck_after(Some(window), clock.now())).await;
     }
 }
 
-/// How long nothing changes for sure.
-fn look_again(window: Option<&Window>, now: Timestamp) -> Duration {
+/// How long to wait before the window is checked again.
+fn recheck_after(window: Option<&Window>, now: Timestamp) -> Duration {
     let change = window.and_then(|window| window.next_change(now));
-    change.map_or(LOOK_AGAIN, |change| until(now, change).min(LOOK_AGAIN))
+    change.map_or(RECHECK_EVERY, |change| until(now, change).min(RECHECK_EVERY))
 }
 
 #[cfg(test)]
@@ -139,11 +139,11 @@ mod tests {
             || Admission { clock: Clock::default(), window: None, slots: Some(slots.clone()), paused: paused.clone() };
         let one = tokio::spawn(admission().keep(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
-        tokio::time::sleep(LOOK_AGAIN / 2).await;
+        tokio::time::sleep(RECHECK_EVERY / 2).await;
         let two = tokio::spawn(admission().keep(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         // The first one looks again meanwhile.
-        tokio::time::sleep(LOOK_AGAIN * 3 / 4).await;
+        tokio::time::sleep(RECHECK_EVERY * 3 / 4).await;
         drop(taken);
         until_hold(&first, None).await;
         assert_eq!(second.watch().borrow().hold, Some(Reason::Queued));

@@ -1,4 +1,4 @@
-//! Whether a due scan has anything to gain: the backlog as `check` estimates it, against what the operator asks for.
+//! Whether a due scan has enough to gain: compares the backlog, as `check` estimates it, with `min-backlog`.
 
 use std::time::Duration;
 
@@ -9,25 +9,25 @@ use crate::node::conn::ConnOptions;
 use crate::node::topology::Master;
 use crate::settings::ScanSettings;
 
-/// How long the look at one master may take.
+/// How long the estimate for one master may take.
 const WITHIN: Duration = Duration::from_secs(10);
 
-/// What the masters hold together.
+/// The backlog of all masters of an instance together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Backlog {
+struct InstanceBacklog {
     keys: u64,
     bytes: Option<u64>,
     expires: u64,
 }
 
-/// Why a sweep is not worth beginning, if it is not. A backlog that cannot be estimated may be any: the sweep begins.
+/// Why a sweep would gain too little to begin; `None`: it begins, also where the backlog cannot be estimated.
 pub(super) async fn nothing_to_gain(
     masters: &[Master],
     options: &ConnOptions,
     settings: &ScanSettings,
     least: BacklogSize,
 ) -> Option<String> {
-    let mut all = Backlog { bytes: Some(0), ..Backlog::default() };
+    let mut all = InstanceBacklog { bytes: Some(0), ..InstanceBacklog::default() };
     for master in masters {
         let facts = tokio::time::timeout(WITHIN, check::inspect(&master.addr, options, None)).await.ok()?.ok()?;
         let DbBacklog { size, expired, bytes } = verdict::assess(&facts, None, settings).swept;
@@ -38,8 +38,8 @@ pub(super) async fn nothing_to_gain(
     too_small(all, least)
 }
 
-fn too_small(backlog: Backlog, least: BacklogSize) -> Option<String> {
-    let Backlog { keys, bytes, expires } = backlog;
+fn too_small(backlog: InstanceBacklog, least: BacklogSize) -> Option<String> {
+    let InstanceBacklog { keys, bytes, expires } = backlog;
     let is_small = match least {
         BacklogSize::Keys(least) => keys < least,
         BacklogSize::Bytes(least) => bytes? < least,
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn a_backlog_is_small_by_keys_bytes_or_share() {
-        let backlog = Backlog { keys: 100, bytes: Some(10 << 10), expires: 1000 };
+        let backlog = InstanceBacklog { keys: 100, bytes: Some(10 << 10), expires: 1000 };
         for (least, small) in [
             (BacklogSize::Keys(100), false),
             (BacklogSize::Keys(101), true),
@@ -69,8 +69,8 @@ mod tests {
         ] {
             assert_eq!(too_small(backlog, least).is_some(), small, "{least:?}");
         }
-        let unknown = Backlog { bytes: None, ..backlog };
+        let unknown = InstanceBacklog { bytes: None, ..backlog };
         assert_eq!(too_small(unknown, BacklogSize::Bytes(1)), None, "unknown is not small");
-        assert!(too_small(Backlog::default(), BacklogSize::Percent(0.1)).is_some(), "no key has a TTL");
+        assert!(too_small(InstanceBacklog::default(), BacklogSize::Percent(0.1)).is_some(), "no key has a TTL");
     }
 }

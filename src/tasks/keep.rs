@@ -1,5 +1,5 @@
-//! When a keep run ends. It would go on for ever: its record is closed now and then, so that a history has a row for each hour of
-//! the clock, and another run begins.
+//! When a keep run ends: at each full hour, so that the history has a row for each hour of the clock. Then the next run
+//! begins.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,15 @@ use crate::model::task::TaskState;
 use crate::store::Clock;
 use crate::tasks::TaskView;
 
-/// The clock is looked at again this often: it may have been set.
-const LOOK_AGAIN: Duration = Duration::from_secs(15);
+/// How often the clock is read at least: it may have been set.
+const RECHECK_EVERY: Duration = Duration::from_secs(15);
 
-/// Ends at the next full hour, and never while a person has paused the run: the next one would not be paused.
+/// Completes at the next full hour, but not while the run is paused: the next run would not be paused.
 pub(super) async fn is_over(clock: &Clock, mut view: watch::Receiver<Arc<TaskView>>) {
     let end = next_hour(clock.now());
     loop {
         let left = Duration::try_from(end.duration_since(clock.now())).unwrap_or_default();
-        tokio::time::sleep(left.min(LOOK_AGAIN)).await;
+        tokio::time::sleep(left.min(RECHECK_EVERY)).await;
         if left.is_zero() && view.wait_for(|view| view.task.state != TaskState::Paused).await.is_ok() {
             return;
         }

@@ -1,8 +1,10 @@
-//! This daemon among others that share its records: its lease, the tasks that it claims, and orders that pass between daemons.
+//! This daemon among others that share its records: its lease, the tasks that it claims, and the orders that daemons
+//! pass to each other.
 //!
-//! The lease is renewed three times in its length. While it holds, no other daemon has our tasks; before it runs out by our own
-//! monotonic clock, every sweep holds ([`Reason::StoreUnreachable`](crate::model::throttle::Reason)). A daemon that was away for longer
-//! finds its row gone, drops its tasks without a word about them, and joins anew.
+//! The lease is renewed three times in its length. Until it runs out no other daemon takes our tasks; before it runs
+//! out by our own monotonic clock, every sweep holds ([`Reason::StoreUnreachable`](crate::model::throttle::Reason)). A
+//! daemon that could not renew it in time finds its row gone, drops its tasks without writing anything about them, and
+//! joins again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,48 +17,49 @@ use tokio::time::{Instant, MissedTickBehavior};
 use uuid::Uuid;
 
 use crate::metrics::Metrics;
-use crate::model::task::{Command, IllegalTransition, Task, TaskId, transition};
+use crate::model::task::{Command, IllegalTransition, Task, TaskId};
 use crate::settings::serve::ServeSettings;
 use crate::store::{Claim, DaemonId, DaemonRecord, Fleet, GivenOrder, PresentDaemon, StoreError, Wake};
 use crate::tasks::queue::spec_of;
 use crate::tasks::recorder::Order;
 use crate::tasks::{TaskError, TaskService, TaskView};
 
-/// The lease is renewed this often in its length.
+/// How often the lease is renewed in its length.
 const RENEWALS: u32 = 3;
-/// Sweeps hold this part of the lease before it runs out: time for the batch under way, and for clocks that run apart.
+/// Sweeps hold before the lease runs out, by its length divided by this: time for the batch under way and for differing
+/// clocks.
 const MARGIN: u32 = 10;
-/// After trouble with the database it is tried again this soon.
-const TRY_AGAIN: Duration = Duration::from_millis(500);
-/// How often tasks and orders are looked for where no word of them came.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// A daemon claims this part of what it has slots for, and then looks again.
+/// How long to wait after a failed statement before the next attempt.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// How often tasks and orders are read where no notification came.
+const POLL_EVERY: Duration = Duration::from_secs(5);
+/// A daemon claims its free slots divided by this at a time, so that daemons share the tasks.
 const SHARES: usize = 4;
-/// A daemon claims so many keep runs, and then looks again, so that daemons share them.
+/// How many keep runs a daemon claims at a time, so that daemons share them.
 const KEEPS_AT_ONCE: usize = 4;
-/// Words of other daemons that come within this time are one.
+/// Notifications of other daemons that come within this time are handled together.
 const SETTLE: Duration = Duration::from_millis(10);
-/// How often the answer to an order is looked for where no word of it came.
+/// How often the answer to an order is read where no notification came.
 const ANSWER_EVERY: Duration = Duration::from_millis(500);
 /// How long the owner of a task may take to answer an order.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
-/// A task of an instance that is in nobody's settings is given up after this long. Until then a daemon with newer settings may come.
+/// How long a task of an instance that no settings name is kept for a daemon with newer settings, before it fails.
 const UNKNOWN_AFTER: SignedDuration = SignedDuration::from_mins(10);
-/// How often such a task is looked at again.
-const UNKNOWN_AGAIN: Duration = Duration::from_secs(60);
-/// How often a daemon looks whether the others have the same settings.
+/// How often a daemon claims such a task again to see whether its settings name the instance now.
+const RETRY_UNKNOWN: Duration = Duration::from_secs(60);
+/// How often a daemon compares its settings with those of the others.
 const COMPARE_EVERY: Duration = Duration::from_secs(30);
 
-/// As what a daemon joins others, and on what terms.
+/// How a daemon joins others that share its records.
 #[derive(Debug, Clone)]
 pub struct Membership {
-    /// What it says of itself; its id is made anew each time that it joins.
+    /// How it presents itself; its id is new each time that it joins.
     pub record: DaemonRecord,
-    /// How long its tasks are its own after it was last heard of.
+    /// How long its tasks remain its own after a renewal.
     pub lease: Duration,
 }
 
-/// What the owner of a task answers to an order.
+/// The answer of a task's owner to an order. Stored as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Answer {
@@ -66,16 +69,16 @@ enum Answer {
     Failed { message: String },
 }
 
-/// This daemon among others.
+/// This daemon among those that share its records.
 #[derive(Debug)]
 pub(super) struct Member {
     fleet: Fleet,
     membership: Membership,
     settings: watch::Receiver<Arc<ServeSettings>>,
-    present: Mutex<Presence>,
-    /// Told when there may be something to claim.
-    look: Notify,
-    /// Told when an order may have been answered.
+    presence: Mutex<Presence>,
+    /// Notified when there may be tasks to claim or orders to answer.
+    wake: Notify,
+    /// Changes when an order may have been answered.
     answered: watch::Sender<()>,
 }
 
@@ -86,9 +89,9 @@ struct Presence {
 }
 
 impl TaskService {
-    /// Joins the other daemons on the same records, and goes on in the background: keeps the lease, claims tasks and answers orders
-    /// until the service is closed. `schedules_changed` is told when another daemon changed a schedule. Does nothing where the
-    /// records are not shared.
+    /// Joins the other daemons on the same records, and goes on in the background: keeps the lease, claims tasks and
+    /// answers orders until the service is closed. `schedules_changed` is notified when another daemon changed a
+    /// schedule. Does nothing where the records are not shared.
     ///
     /// # Errors
     /// [`TaskError::Store`].
@@ -100,10 +103,10 @@ impl TaskService {
     ) -> Result<(), TaskError> {
         self.identity = Some(Arc::new(membership.record.clone()));
         let Some(fleet) = self.store.fleet() else { return Ok(()) };
-        let present = Mutex::new(join(&fleet, &membership, settings_hash(&settings)).await?);
-        let (look, answered) = (Notify::new(), watch::Sender::new(()));
-        self.member = Some(Arc::new(Member { fleet, membership, settings, present, look, answered }));
-        for work in [Work::Lease, Work::Claims, Work::Ears(schedules_changed), Work::Compare] {
+        let presence = Mutex::new(join(&fleet, &membership, settings_hash(&settings)).await?);
+        let (wake, answered) = (Notify::new(), watch::Sender::new(()));
+        self.member = Some(Arc::new(Member { fleet, membership, settings, presence, wake, answered }));
+        for work in [Work::Lease, Work::Claims, Work::Listen(schedules_changed), Work::Compare] {
             let service = self.clone();
             tokio::spawn(async move {
                 let closing = service.closing();
@@ -116,18 +119,18 @@ impl TaskService {
         Ok(())
     }
 
-    /// Whether no other daemon may have the tasks of this one.
+    /// Whether the lease holds, so that no other daemon may have the tasks of this one.
     pub fn has_lease(&self) -> bool {
         self.member.as_ref().is_none_or(|member| Instant::now() < member.until())
     }
 
-    /// Which of the daemons this one is, and the daemons that share the records: itself only, where they are not shared.
+    /// The id of this daemon, and all daemons that share the records: only this one where they are not shared.
     ///
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn daemons(&self) -> Result<(Option<DaemonId>, Vec<PresentDaemon>), TaskError> {
         if let Some(member) = &self.member {
-            return Ok((Some(member.present().id), member.fleet.daemons().await?));
+            return Ok((Some(member.presence().id), member.fleet.daemons().await?));
         }
         let Some(identity) = &self.identity else { return Ok((None, Vec::new())) };
         let now = self.store.now();
@@ -137,11 +140,11 @@ impl TaskService {
     }
 }
 
-/// What a member does in the background.
+/// The background work of a member.
 enum Work {
     Lease,
     Claims,
-    Ears(Arc<Notify>),
+    Listen(Arc<Notify>),
     Compare,
 }
 
@@ -151,55 +154,57 @@ impl Work {
         match self {
             Self::Lease => member.keep_lease(service).await,
             Self::Claims => member.claim_and_answer(service).await,
-            Self::Ears(changed) => member.hear(service, &changed).await,
+            Self::Listen(changed) => member.listen(service, &changed).await,
             Self::Compare => member.compare(&service.metrics).await,
         }
     }
 }
 
 impl Member {
-    fn present(&self) -> Presence {
-        *self.present.lock().unwrap_or_else(PoisonError::into_inner)
+    fn presence(&self) -> Presence {
+        *self.presence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn be(&self, presence: Presence) {
-        *self.present.lock().unwrap_or_else(PoisonError::into_inner) = presence;
+    fn set_presence(&self, presence: Presence) {
+        *self.presence.lock().unwrap_or_else(PoisonError::into_inner) = presence;
     }
 
-    /// Until when tasks may send batches.
+    /// Until when tasks may send batches, by the last renewal of the lease.
     pub(super) fn until(&self) -> Instant {
-        self.present().until
+        self.presence().until
     }
 
-    /// Has tasks looked for soon.
-    pub(super) fn look_for_tasks(&self) {
-        self.look.notify_one();
+    /// Has tasks claimed and orders answered soon.
+    pub(super) fn wake_claims(&self) {
+        self.wake.notify_one();
     }
 
     async fn keep_lease(&self, service: &TaskService) {
         loop {
             let sent = Instant::now();
             let hash = settings_hash(&self.settings);
-            let renewed = self.fleet.renew(self.present().id, &hash, self.membership.lease).await;
+            let renewed = self.fleet.renew(self.presence().id, &hash, self.membership.lease).await;
             let next = match renewed {
                 Ok(true) => {
-                    self.be(Presence { until: sent + sweeping(self.membership.lease), ..self.present() });
+                    self.set_presence(Presence { until: sent + sweep_time(self.membership.lease), ..self.presence() });
                     service.lend(self.until());
                     self.reap(&service.metrics).await;
                     sent + self.membership.lease / RENEWALS
                 }
                 Ok(false) => {
-                    tracing::warn!("the lease of this daemon ran out, and others have its tasks; joining anew");
+                    tracing::warn!(
+                        "the lease of this daemon ran out and other daemons may have its tasks; joining anew"
+                    );
                     service.lose_all();
                     match join(&self.fleet, &self.membership, hash).await {
-                        Ok(presence) => self.be(presence),
+                        Ok(presence) => self.set_presence(presence),
                         Err(error) => self.failed(&service.metrics, &error),
                     }
-                    sent + TRY_AGAIN
+                    sent + RETRY_AFTER
                 }
                 Err(error) => {
                     self.failed(&service.metrics, &error);
-                    Instant::now() + TRY_AGAIN
+                    Instant::now() + RETRY_AFTER
                 }
             };
             tokio::time::sleep_until(next).await;
@@ -208,42 +213,42 @@ impl Member {
 
     fn failed(&self, metrics: &Metrics, error: &StoreError) {
         metrics.store_failed();
-        tracing::error!(%error, "the lease of this daemon could not be renewed");
+        tracing::error!(%error, "cannot renew the lease of this daemon");
     }
 
-    /// Frees the tasks of daemons that are gone.
+    /// Releases the tasks of daemons whose lease has run out.
     async fn reap(&self, metrics: &Metrics) {
         match self.fleet.reap().await {
             Ok(gone) => {
                 for daemon in gone {
-                    tracing::warn!(daemon, "a daemon is gone; its tasks are free for others");
-                    self.look_for_tasks();
+                    tracing::warn!(daemon, "a daemon is gone; other daemons may claim its tasks");
+                    self.wake_claims();
                 }
             }
             Err(error) => {
                 metrics.store_failed();
-                tracing::error!(%error, "daemons that are gone could not be looked for");
+                tracing::error!(%error, "cannot look for daemons whose lease has run out");
             }
         }
     }
 
     async fn claim_and_answer(&self, service: &TaskService) {
-        let mut tick = tokio::time::interval(LOOK_AGAIN);
+        let mut tick = tokio::time::interval(POLL_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Tasks of instances that are not in our settings, and when that was seen.
+        // Tasks of instances that our settings do not name, and when each was claimed last.
         let mut unknown: BTreeMap<TaskId, Instant> = BTreeMap::new();
         let mut settings = self.settings.clone();
         let answering = Arc::new(Mutex::new(BTreeSet::new()));
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
-                () = self.look.notified() => {}
+                () = self.wake.notified() => {}
                 changed = settings.changed() => match changed {
                     Ok(()) => unknown.clear(),
                     Err(_) => return,
                 },
             }
-            unknown.retain(|_, seen| seen.elapsed() < UNKNOWN_AGAIN);
+            unknown.retain(|_, seen| seen.elapsed() < RETRY_UNKNOWN);
             let done = async {
                 self.claim(service, &mut unknown, false).await?;
                 self.claim(service, &mut unknown, true).await?;
@@ -251,7 +256,7 @@ impl Member {
             };
             if let Err(error) = done.await {
                 service.metrics.store_failed();
-                tracing::error!(%error, "tasks could not be claimed");
+                tracing::error!(%error, "cannot claim tasks");
             }
         }
     }
@@ -265,17 +270,17 @@ impl Member {
         of_keeps: bool,
     ) -> Result<(), TaskError> {
         loop {
-            // Not all at once: daemons that wake together share what there is.
+            // Not all at once, so that daemons that wake together share the tasks.
             let most = if of_keeps { KEEPS_AT_ONCE } else { service.free_slots().div_ceil(SHARES) };
             let settings = self.settings.borrow().clone();
-            // Without a lease nothing is ours.
+            // Without a lease no task is ours.
             if most == 0 || Instant::now() >= self.until() || service.closing().is_cancelled() {
                 return Ok(());
             }
-            // One that was lost may be ending still.
+            // A task that was lost may still be ending in this process.
             let but = unknown.keys().copied().chain(service.active_tasks().into_iter().map(|(id, _)| id)).collect();
             let claim = Claim {
-                owner: self.present().id,
+                owner: self.presence().id,
                 labels: self.membership.record.labels.clone(),
                 most,
                 most_of_all: settings.at_once_of_all.filter(|_| !of_keeps),
@@ -303,7 +308,7 @@ impl Member {
             if service.store.now().duration_since(task.created_at) > UNKNOWN_AFTER {
                 return service.give_up(task, "the instance is no longer in the settings").await;
             }
-            tracing::warn!(task = %task.id, instance = task.instance_id, "a task of an instance that is not in our settings");
+            tracing::warn!(task = %task.id, instance = task.instance_id, "the settings of this daemon do not name the instance of a task");
             unknown.insert(task.id, Instant::now());
             return Ok(service.store.update(&Task { owner: None, ..task }).await?);
         };
@@ -318,7 +323,7 @@ impl Member {
         service: &TaskService,
         answering: &Arc<Mutex<BTreeSet<Uuid>>>,
     ) -> Result<(), TaskError> {
-        for given in self.fleet.orders_to(self.present().id).await? {
+        for given in self.fleet.orders_to(self.presence().id).await? {
             if !answering.lock().unwrap_or_else(PoisonError::into_inner).insert(given.id) {
                 continue;
             }
@@ -327,7 +332,7 @@ impl Member {
                 let answer = Answer::of(carry_out(&service, &given).await);
                 let text = serde_json::to_string(&answer).unwrap_or_default();
                 if let Err(error) = fleet.answer(given.id, &text).await {
-                    tracing::error!(%error, "an order was carried out, and that could not be said");
+                    tracing::error!(%error, "an order was carried out, and the answer could not be written");
                 }
                 answering.lock().unwrap_or_else(PoisonError::into_inner).remove(&given.id);
             });
@@ -335,41 +340,41 @@ impl Member {
         Ok(())
     }
 
-    /// Passes on what other daemons say.
-    async fn hear(&self, service: &TaskService, schedules_changed: &Notify) {
+    /// Passes on the notifications of other daemons.
+    async fn listen(&self, service: &TaskService, schedules_changed: &Notify) {
         loop {
             let listened = async {
-                let mut ears = self.fleet.listen().await?;
-                // What was said before, nobody heard.
-                let mut words = BTreeSet::from([Wake::Tasks, Wake::Schedules, Wake::Orders]);
+                let mut notifications = self.fleet.listen().await?;
+                // Notifications from before were missed: everything may have changed.
+                let mut wakes = BTreeSet::from([Wake::Tasks, Wake::Schedules, Wake::Orders]);
                 loop {
-                    for word in std::mem::take(&mut words) {
-                        match word {
-                            Wake::Tasks => self.look_for_tasks(),
+                    for wake in std::mem::take(&mut wakes) {
+                        match wake {
+                            Wake::Tasks => self.wake_claims(),
                             Wake::Schedules => schedules_changed.notify_one(),
                             Wake::Orders => {
                                 self.answered.send_replace(());
-                                self.look_for_tasks();
+                                self.wake_claims();
                             }
                         }
                     }
-                    words.insert(ears.next().await?);
+                    wakes.insert(notifications.next().await?);
                     let settled = Instant::now() + SETTLE;
-                    while let Ok(word) = tokio::time::timeout_at(settled, ears.next()).await {
-                        words.insert(word?);
+                    while let Ok(wake) = tokio::time::timeout_at(settled, notifications.next()).await {
+                        wakes.insert(wake?);
                     }
                 }
             };
             let ended: Result<(), StoreError> = listened.await;
             if let Err(error) = ended {
-                tracing::warn!(%error, "other daemons cannot be heard; looking now and then");
+                tracing::warn!(%error, "no notifications of other daemons arrive; reading the records at intervals");
                 service.metrics.store_failed();
             }
-            tokio::time::sleep(TRY_AGAIN).await;
+            tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 
-    /// Says so where other daemons have other settings.
+    /// Warns while other daemons have other settings.
     async fn compare(&self, metrics: &Metrics) {
         let mut differed = false;
         loop {
@@ -388,7 +393,7 @@ impl Member {
         }
     }
 
-    /// Gives an order to a task that another daemon has, or that nobody has.
+    /// Gives an order to a task that another daemon has, or no daemon.
     pub(super) async fn order(
         &self,
         service: &TaskService,
@@ -418,15 +423,15 @@ impl Member {
             }
             if task.owner.is_none() {
                 if is_given && !self.fleet.take_back(given.id).await? {
-                    // It was answered before its owner went.
+                    // The owner answered before it left.
                     return self.view(service, id).await;
                 }
                 match order_unowned(service, task, &order).await {
-                    // Somebody has claimed it just now.
+                    // A daemon has claimed it just now.
                     Err(TaskError::Store(StoreError::Fenced(_))) => {}
                     Err(error) => return Err(error),
                     Ok(()) => {
-                        self.look_for_tasks();
+                        self.wake_claims();
                         return self.view(service, id).await;
                     }
                 }
@@ -467,10 +472,10 @@ impl Member {
         service.find(id).await?.ok_or(TaskError::Ended)
     }
 
-    /// Gives up the lease at the end, so that others need not wait for it to run out.
+    /// Gives up the lease at the end, so that other daemons need not wait until it runs out.
     pub(super) async fn leave(&self) {
-        if let Err(error) = self.fleet.leave(self.present().id).await {
-            tracing::warn!(%error, "others could not be told that this daemon ends; they will find out by its lease");
+        if let Err(error) = self.fleet.leave(self.presence().id).await {
+            tracing::warn!(%error, "cannot give up the lease; other daemons take the tasks over once it has run out");
         }
     }
 }
@@ -503,23 +508,18 @@ async fn carry_out(service: &TaskService, given: &GivenOrder) -> Result<(), Task
     service.order_here(given.task, order).await.map(drop)
 }
 
-/// Carries an order out on the record of a task that nobody has.
+/// Carries an order out on the record of a task that no daemon has.
 async fn order_unowned(service: &TaskService, mut task: Task, order: &Order) -> Result<(), TaskError> {
+    let now = service.store.now();
     match order {
-        Order::Pause => task.state = transition(task.state, Command::Pause)?,
-        // It waits for an owner, which takes up only what was interrupted.
-        Order::Resume => task.state = transition(transition(task.state, Command::Resume)?, Command::Interrupt)?,
-        Order::Cancel => {
-            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
-            task.state = transition(task.state, Command::Cancel)?;
-            task.finished_at = Some(service.store.now());
-        }
+        Order::Pause => task.apply(Command::Pause, now)?,
+        Order::Resume => task.apply(Command::Requeue, now)?,
+        Order::Cancel => task.apply(Command::Cancel, now)?,
+        Order::GiveWay => task.apply(Command::GiveWay, now)?,
         Order::Tune(tune) => task.sweep = tune.over(&task.sweep)?.0,
-        Order::GiveWay => {
-            task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
-            task.state = transition(transition(task.state, Command::Start)?, Command::Succeed)?;
-            task.finished_at = Some(service.store.now());
-        }
+    }
+    if task.state.is_final() {
+        task.num = service.find(task.id).await?.map_or(task.num, |view| view.snapshot.reclaimed());
     }
     service.store.update(&task).await?;
     if task.state.is_final() {
@@ -528,17 +528,17 @@ async fn order_unowned(service: &TaskService, mut task: Task, order: &Order) -> 
     Ok(())
 }
 
-/// Joins with a fresh id.
+/// Joins the other daemons, with a new id.
 async fn join(fleet: &Fleet, membership: &Membership, settings: String) -> Result<Presence, StoreError> {
     let sent = Instant::now();
     let id = DaemonId::generate();
     let record = DaemonRecord { id, settings, ..membership.record.clone() };
     fleet.join(&record, membership.lease).await?;
-    Ok(Presence { id, until: sent + sweeping(membership.lease) })
+    Ok(Presence { id, until: sent + sweep_time(membership.lease) })
 }
 
-/// For how long sweeps may go on after a renewal was sent.
-fn sweeping(lease: Duration) -> Duration {
+/// How long sweeps may send batches after a renewal was sent.
+fn sweep_time(lease: Duration) -> Duration {
     lease - lease / MARGIN
 }
 

@@ -1,4 +1,5 @@
-//! Tasks, from request to record. The only writer of task state; command line, API and scheduler all come here.
+//! Tasks, from the request to the record. Only this module changes the state of a task; the command line, the API and
+//! the scheduler ask it to.
 
 mod admission;
 mod backlog;
@@ -28,7 +29,7 @@ use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::{AutoScan, BacklogSize, Window};
 use crate::model::shard::ShardId;
 use crate::model::target::Target;
-use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, IllegalTransition, SweepTexts, Task, TaskId, TaskState};
 use crate::node::commands;
 use crate::node::conn::{CLIENT_NAME, Conn, ConnOptions};
 use crate::node::error::NodeError;
@@ -53,34 +54,34 @@ pub use recorder::Order;
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
 /// that for long holds the sweep rather than filling the memory.
 const EVENT_BUFFER: usize = 256;
-/// Orders that may wait for the recorder. A sender of more waits.
+/// Orders that may wait for the recorder of a task. The sender of another one waits.
 const ORDER_BUFFER: usize = 16;
 
-/// Trouble with a task.
+/// Why something cannot be done with a task.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     /// The records cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A command that the task's state does not take.
+    /// The state of the task does not take the command.
     #[error(transparent)]
     Transition(#[from] IllegalTransition),
     /// The instance has a task that has not ended.
     #[error(transparent)]
     Busy(#[from] Busy),
-    /// The task has ended meanwhile.
+    /// The task has ended, or there is none of this id.
     #[error("the task has ended")]
     Ended,
-    /// A file that the settings name cannot be used.
+    /// A file that the instance's settings name cannot be used.
     #[error("a file that the instance's settings name cannot be used: {0}")]
     Settings(Problem),
-    /// No task is begun any more.
+    /// The daemon is stopping and begins no task.
     #[error("the daemon is stopping")]
     Closing,
     /// Another daemon has the task and did not answer in time.
     #[error("the daemon that has the task does not answer")]
     OwnerSilent,
-    /// Another daemon has the task and could not do what was asked.
+    /// Another daemon has the task and could not carry the order out.
     #[error("the daemon that has the task could not do it: {0}")]
     OwnerFailed(String),
 }
@@ -95,33 +96,33 @@ impl TaskError {
     }
 }
 
-/// What somebody wants swept.
+/// What a task is to do: everything that is known before it is recorded.
 #[derive(Debug, Clone)]
 pub struct TaskSpec {
     /// The instance.
     pub instance_id: String,
-    /// Its project; empty for a sweep from the command line.
+    /// The project of the instance; empty for a sweep from the command line.
     pub project_id: String,
-    /// Where it is.
+    /// Where the instance is.
     pub target: Target,
-    /// Who asks.
+    /// What asks for the task.
     pub cause: Cause,
-    /// How to sweep it.
+    /// How to sweep.
     pub settings: ScanSettings,
-    /// The same as text, for the record.
+    /// The settings as text by key, for the record.
     pub sweep: SweepTexts,
     /// How to connect.
     pub conn: ConnOptions,
-    /// The window that it respects, if it does.
+    /// The window outside of which it holds; `None`: it sweeps at any time.
     pub window: Option<Window>,
-    /// End at once, as success, where the backlog is smaller.
+    /// The backlog below which it ends at once, as a success.
     pub min_backlog: Option<BacklogSize>,
-    /// The label that a daemon needs to reach it; empty: each daemon does.
+    /// The label that a daemon needs to claim it; empty: each daemon may.
     pub place: String,
 }
 
 impl TaskSpec {
-    /// A sweep with these settings that respects no window.
+    /// A sweep with these settings, at any time.
     pub fn new(instance_id: String, settings: &Settings, conn: ConnOptions, cause: Cause) -> Self {
         Self {
             instance_id,
@@ -148,7 +149,7 @@ impl TaskSpec {
     }
 }
 
-/// How to connect with these settings.
+/// How to connect to an instance, by its settings.
 ///
 /// # Errors
 /// A certificate or key file that cannot be used.
@@ -165,7 +166,7 @@ pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
     })
 }
 
-/// As [`conn_options`], for settings that stand in the daemon's file: there a setting is written without dashes.
+/// As [`conn_options`], for the daemon's settings file, in which a setting is written without dashes.
 fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
     conn_options(settings).map_err(|problem| {
         let message = problem.message.trim_start_matches("--").to_owned();
@@ -173,7 +174,7 @@ fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
     })
 }
 
-/// Other limits for a task that runs, by the keys of [`TUNE_KEYS`]. Keys that are not named stay as they are.
+/// New limits for a task that has not ended, by the keys of [`TUNE_KEYS`]. Settings of other keys stay.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Tune(SweepTexts);
 
@@ -192,10 +193,10 @@ impl Tune {
         Ok(Self(texts))
     }
 
-    /// The texts of a task's settings with these over them, and the limits that they make.
+    /// The settings of a task with the new limits, as text and as values.
     fn over(&self, sweep: &SweepTexts) -> Result<(SweepTexts, Tuning), TaskError> {
         let texts: SweepTexts = sweep.iter().chain(&self.0).map(|(key, text)| (key.clone(), text.clone())).collect();
-        // Both halves were checked by themselves; one problem of the whole is enough to say.
+        // Both halves were checked by themselves; the first problem of the whole is enough.
         let first = |problems: Vec<Problem>| TaskError::Settings(problems.into_iter().next().unwrap_or_default());
         let tuning = settings::tuning_of(&texts).map_err(first)?;
         Ok((texts, tuning))
@@ -209,21 +210,21 @@ impl fmt::Display for Tune {
     }
 }
 
-/// A task with its present view.
+/// A task as it is now.
 #[derive(Debug, Clone)]
 pub struct TaskView {
     /// The record.
     pub task: Task,
-    /// The figures.
+    /// What it has done so far.
     pub snapshot: Snapshot,
 }
 
 /// A task that was started.
 #[derive(Debug)]
 pub struct RunningTask {
-    /// Stop, other limits.
+    /// Stops the task or changes its limits.
     pub control: Control,
-    /// The latest view. A slow reader misses views, never holds the sweep.
+    /// The latest view. A slow reader misses views; it never holds the sweep.
     pub view: watch::Receiver<Arc<TaskView>>,
     ended: JoinHandle<()>,
 }
@@ -238,31 +239,31 @@ impl RunningTask {
     }
 }
 
-/// Creates, starts and finds tasks. Cloning is cheap.
+/// Creates, starts and finds tasks. A clone is the same service.
 #[derive(Debug, Clone)]
 pub struct TaskService {
     store: Store,
     metrics: Metrics,
     queue: Arc<Queue>,
-    /// What this daemon says of itself.
+    /// How this daemon presents itself to others; `None` where it is no daemon.
     identity: Option<Arc<DaemonRecord>>,
-    /// Set where the records are shared.
+    /// This daemon among those that share the records; `None` where it is alone.
     member: Option<Arc<Member>>,
     notifier: Option<Notifier>,
 }
 
 impl TaskService {
-    /// A service on these records.
+    /// A service on these records that lets one task sweep at a time.
     pub fn new(store: Store) -> Self {
         Self::with_slots(store, Metrics::default(), 1)
     }
 
-    /// A service that lets so many queued tasks sweep at once.
+    /// A service on these records that lets `slots` queued tasks sweep at the same time.
     pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
         Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None, notifier: None }
     }
 
-    /// The same, which reports tasks that fail.
+    /// The same service, which reports failed tasks to this notifier.
     #[must_use]
     pub fn telling(self, notifier: Notifier) -> Self {
         Self { notifier: Some(notifier), ..self }
@@ -273,7 +274,8 @@ impl TaskService {
         &self.store
     }
 
-    /// Shows when each instance was last swept completely, by whichever process: an alert on it must survive a restart.
+    /// Puts the time of the last complete sweep of each instance into the metrics, so that an alert on it survives a
+    /// restart.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -304,49 +306,48 @@ impl TaskService {
         Ok(task)
     }
 
-    /// The newest task of an instance where that can go on: its process was killed or interrupted before it ended, its time was
-    /// over, or it failed.
+    /// The newest task of an instance, where that can go on: its process was killed or interrupted before the task
+    /// ended, or the task failed.
     ///
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn resumable(&self, instance_id: &str) -> Result<Option<Task>, TaskError> {
         let Some(mut task) = self.store.latest(instance_id).await? else { return Ok(None) };
         match task.state {
-            // Its process wrote no end: it was killed.
-            TaskState::Running => task.state = transition(task.state, Command::Interrupt)?,
-            TaskState::Failed => task.state = transition(task.state, Command::Retry)?,
+            // Its process was killed: it wrote no end.
+            TaskState::Running => task.apply(Command::Interrupt, self.store.now())?,
+            TaskState::Failed => task.apply(Command::Retry, self.store.now())?,
             _ => {}
         }
         Ok((!task.state.is_final()).then_some(task))
     }
 
-    /// Starts a task that is waiting, or one that was interrupted, from its checkpoint. It waits for nothing.
+    /// Starts a waiting or interrupted task from its checkpoint, at once: it needs no slot.
     ///
     /// # Errors
     /// [`TaskError`]; then nothing was started.
     pub async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
-        task.state = transition(task.state, Command::Start)?;
-        task.started_at = task.started_at.or_else(|| Some(self.store.now()));
-        (task.failure, task.finished_at) = (None, None);
-        task.spent = Default::default();
+        task.apply(Command::Start, self.store.now())?;
+        // A sweep from the command line gets its whole time budget again.
+        task.spent = Duration::ZERO;
         let (plan, snapshot) = self.plan(&task, &spec, self.store.shards(task.id).await?);
         self.store.update(&task).await?;
-        let job = self.job(task, plan, snapshot);
-        let (control, view) = (job.recorder.control.clone(), job.recorder.view.subscribe());
+        let run = self.prepare(task, plan, snapshot);
+        let (control, view) = (run.recorder.control.clone(), run.recorder.view.subscribe());
         let ended = tokio::spawn(async move {
-            let mut job = job;
-            job.sweep(None).await;
-            job.recorder.publish();
+            let mut run = run;
+            run.sweep(None).await;
+            run.recorder.publish();
         });
         Ok(RunningTask { control, view, ended })
     }
 
-    /// What the engine is to do, from the checkpoint on, and what the checkpoint shows.
+    /// The plan for the engine, from the checkpoint on, and the view that the checkpoint gives.
     fn plan(&self, task: &Task, spec: &TaskSpec, known: BTreeMap<ShardId, StoredShard>) -> (ScanPlan, Snapshot) {
         let mut snapshot = Snapshot { started_at: task.started_at, ..Snapshot::default() };
         for (id, shard) in &known {
-            // What the checkpoint holds counts from the first view on, however soon the task is stopped again, and also
-            // where its slots have gone to other shards since.
+            // The counters of the checkpoint are in every view, also where the task is stopped at once, and where the
+            // slots of a shard have gone to others since.
             let view =
                 ShardView { failure: None, finished: false, hold: None, hold_detail: None, ..shard.view.clone() };
             snapshot.shards.insert(id.clone(), Arc::new(view));
@@ -357,13 +358,14 @@ impl TaskService {
             topology: Arc::new(Topology::new(spec.target.clone(), self.named(&spec.conn), spec.settings.follow)),
             known,
             settings: spec.settings.clone(),
-            // Nobody waits for these: a due scan, and one that goes on after a restart, perhaps of the whole machine.
+            // No person waits for a due scan, nor for one that goes on after a restart, perhaps of the whole machine:
+            // the server may come up later.
             patient: task.cause == Cause::Schedule || task.cause == Cause::Api && task.started_at.is_some(),
         };
         (plan, snapshot)
     }
 
-    /// With the name of this daemon in the instance's CLIENT LIST, where there are several.
+    /// With the name of this daemon in CLIENT LIST, where several daemons share the records.
     fn named(&self, conn: &ConnOptions) -> ConnOptions {
         let names = self.identity.as_ref().filter(|_| self.member.is_some());
         let name = names
@@ -371,12 +373,13 @@ impl TaskService {
         ConnOptions { client_name: name.unwrap_or_else(|| CLIENT_NAME.to_owned()), ..conn.clone() }
     }
 
-    fn job(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> Job {
+    /// A task with what it needs to run in this process.
+    fn prepare(&self, task: Task, plan: ScanPlan, snapshot: Snapshot) -> TaskRun {
         let control = Control::new(&plan.settings);
         if let Some(member) = &self.member {
             control.lend(member.until());
         }
-        // A keep run is over when it is; its time is not a failure.
+        // A keep run has no time budget: that its time is over is no failure.
         let allowed = if task.keeps() { Duration::MAX } else { plan.settings.timeout };
         let budget = Arc::new(TimeBudget::new(allowed, task.spent));
         let view = watch::Sender::new(Arc::new(TaskView { task: task.clone(), snapshot }));
@@ -384,19 +387,19 @@ impl TaskService {
         let paused = watch::Sender::new(task.state == TaskState::Paused);
         let recorder =
             Recorder::new(self.store.clone(), self.metrics.clone(), control, budget, paused, inbox, task, view);
-        Job { recorder, plan, orders }
+        TaskRun { recorder, plan, orders }
     }
 }
 
-/// One task while it is on hand.
-struct Job {
+/// A task that this process has, with all that it needs to sweep.
+struct TaskRun {
     recorder: Recorder,
     plan: ScanPlan,
     orders: mpsc::Sender<OrderRequest>,
 }
 
-impl Job {
-    /// Waits until it is admitted, sweeps, and writes the end.
+impl TaskRun {
+    /// Waits until the task is admitted, sweeps, and records the end.
     async fn run(&mut self, mut admission: Admission, min_backlog: Option<BacklogSize>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
         let mut slot = None;
@@ -406,7 +409,7 @@ impl Job {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
                 Ok(()) => {
                     self.recorder.begin().await;
-                    match self.recorder.obeying(nothing_to_gain(&self.plan, min_backlog)).await {
+                    match self.recorder.with_orders(nothing_to_gain(&self.plan, min_backlog)).await {
                         Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
                         Ok(Some(note)) => {
                             self.recorder.task.note = Some(note);
@@ -423,7 +426,7 @@ impl Job {
         }
     }
 
-    /// Runs the engine to its end and writes how it ended.
+    /// Runs the engine to its end and records how it ended.
     async fn sweep(&mut self, persist: Option<&CancellationToken>) {
         let (sender, events) = mpsc::channel(EVENT_BUFFER);
         let control = self.recorder.control.clone();
@@ -461,14 +464,14 @@ impl Job {
     }
 }
 
-/// Why a due scan is not worth beginning, if it is not.
+/// Why a due scan would gain too little to begin; `None`: it may begin.
 async fn nothing_to_gain(plan: &ScanPlan, min_backlog: Option<BacklogSize>) -> Option<String> {
     let least = min_backlog?;
     let masters = plan.topology.view(None).await.ok()?.masters;
     backlog::nothing_to_gain(&masters, plan.topology.options(), &plan.settings, least).await
 }
 
-/// A task as it is first recorded.
+/// The first record of a task.
 fn new_task(spec: &TaskSpec, now: Timestamp) -> Task {
     Task {
         id: TaskId::at(now),
@@ -503,11 +506,11 @@ pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure
     Ok((topology.view(None).await.map_err(NodeError::into_failure)?, conn))
 }
 
-/// One look at an instance: whether it could be swept at all.
+/// Whether an instance can be swept, by INFO of each of its masters.
 ///
 /// # Errors
-/// Why not.
-pub async fn look(settings: &Settings) -> Result<(), Failure> {
+/// Why it cannot be swept.
+pub async fn may_be_swept(settings: &Settings) -> Result<(), Failure> {
     let (view, options) = masters(settings).await?;
     for master in view.masters {
         let mut conn = Conn::open(&master.addr, &options).await.map_err(NodeError::into_failure)?;

@@ -1,4 +1,5 @@
-//! The daemon's tasks: one at a time for each instance, so many at once over all, found again after a restart.
+//! The daemon's tasks: at most one for each instance, a limited number that sweep at the same time, and all found again
+//! after a restart.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +17,7 @@ use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ShardView, Snapshot};
 use crate::model::schedule::Window;
 use crate::model::shard::ShardId;
-use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
+use crate::model::task::{Cause, Command, Task, TaskId, TaskState};
 use crate::model::throttle::Reason;
 use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
@@ -25,25 +26,25 @@ use crate::tasks::admission::Admission;
 use crate::tasks::recorder::{Order, OrderRequest};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
 
-/// How often a task that another daemon has is looked at, for those who follow it.
-const LOOK_AT_OTHERS: Duration = Duration::from_secs(1);
-/// How often a task tries to begin where keep runs are in its way: another daemon may begin one just then.
+/// How often the record of a task that another daemon has is read, for those who follow it.
+const POLL_OTHERS: Duration = Duration::from_secs(1);
+/// How many keep runs a new task asks to give way before it fails: another daemon may begin the next one in between.
 const GIVE_WAY_AT_MOST: usize = 5;
-/// How often a task that has ended is looked for until it is gone.
-const GONE_SOON: Duration = Duration::from_millis(1);
+/// How often it is checked whether a task that has ended has left the active tasks.
+const RECHECK_ENDED: Duration = Duration::from_millis(1);
 
 /// The instance has a task that has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the task {0} of this instance has not ended")]
 pub struct Busy(pub TaskId);
 
-/// What is on hand.
+/// The active tasks of this process, and the slots that they share.
 #[derive(Debug)]
 pub(super) struct Queue {
     active: Mutex<BTreeMap<TaskId, ActiveTask>>,
-    /// Tells that there is one more.
+    /// Changes whenever a task becomes active.
     arrived: watch::Sender<()>,
-    /// Held from the look for an unfinished task to the record of the new one.
+    /// Held from the check for an unfinished task until the new one is recorded.
     submitting: tokio::sync::Mutex<()>,
     slots: Arc<Semaphore>,
     slots_wanted: AtomicUsize,
@@ -80,8 +81,9 @@ impl Queue {
 }
 
 impl TaskService {
-    /// Records a task and queues it, also where the caller goes away meanwhile: what is on record is on hand, or waits for a daemon
-    /// with a free slot where several share the records. `due`: the due time that caused it, dealt with in the same write.
+    /// Records a task and queues it, also where the caller goes away meanwhile: a recorded task is active, or, where
+    /// several daemons share the records, waits for one with a free slot. `due`: the due time that caused it, marked as
+    /// handled in the same write.
     ///
     /// # Errors
     /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
@@ -98,7 +100,8 @@ impl TaskService {
         Err(TaskError::OwnerSilent)
     }
 
-    /// Has a keep run end, so that another task of its instance may begin. Returns whether it has.
+    /// Ends a keep run so that another task of its instance may begin. Returns false where the task is no keep run or
+    /// is paused.
     async fn gives_way(&self, id: TaskId) -> Result<bool, TaskError> {
         match self.store.task(id).await? {
             Some(task) if gives_way(&task) => match self.order(id, Order::GiveWay).await {
@@ -117,15 +120,15 @@ impl TaskService {
         if let Some(member) = &self.member {
             let task = new_task(&spec, self.store.now());
             self.insert(&task, due).await?;
-            member.look_for_tasks();
+            member.wake_claims();
             return Ok(task);
         }
         while let Some(id) = self.active_task_of(&spec.instance_id) {
-            // A reader of the records learns of the end a moment before the task leaves this map.
+            // The end of a task is recorded a moment before it leaves the active tasks.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
                 return Err(Busy(id).into());
             }
-            tokio::time::sleep(GONE_SOON).await;
+            tokio::time::sleep(RECHECK_ENDED).await;
         }
         let task = new_task(&spec, self.store.now());
         self.insert(&task, due).await?;
@@ -160,12 +163,12 @@ impl TaskService {
         due: Timestamp,
         failure: Failure,
     ) -> Result<Task, TaskError> {
-        // Nothing connects with this; it only describes the task.
+        // Without TLS files, which may be what is wrong: these settings only describe the task.
         let settings = Settings { tls: None, ..settings.clone() };
         let spec = TaskSpec::of(instance, &settings, Cause::Schedule)?;
-        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec }, self.store.now());
-        task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(self.store.now());
+        let now = self.store.now();
+        let mut task = new_task(&TaskSpec { window: instance.window.clone(), ..spec }, now);
+        task.apply(Command::Fail, now)?;
         task.failure = Some(failure);
         self.insert(&task, Some(due)).await?;
         self.metrics.ended(&task);
@@ -173,14 +176,14 @@ impl TaskService {
         Ok(task)
     }
 
-    /// Reports a task that failed to whoever wants to know.
+    /// Reports a failed task to the webhook, where one is set.
     fn tell(&self, task: &Task) {
         if let (TaskState::Failed, Some(notifier)) = (task.state, &self.notifier) {
             notifier.notify(Event::task_failed(task, self.store.now()));
         }
     }
 
-    /// Whether an instance has a task that has not ended and gives way to no other, here or on another daemon.
+    /// Whether an instance has a task, here or on another daemon, that has not ended and does not give way to others.
     ///
     /// # Errors
     /// [`TaskError::Store`].
@@ -196,14 +199,14 @@ impl TaskService {
         Ok(latest.is_some_and(|task| !task.state.is_final() && !gives_way(&task)))
     }
 
-    /// The task of an instance that has not ended and that this process has.
+    /// The active task of an instance in this process.
     pub fn active_task_of(&self, instance_id: &str) -> Option<TaskId> {
         let active = self.queue.active();
         active.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
     }
 
-    /// Takes up what an earlier process left unfinished. Called once, before anything is submitted. Where several daemons share the
-    /// records, they claim such tasks instead.
+    /// Takes up the tasks that an earlier process left unfinished. Called once, before a task is submitted. Does
+    /// nothing where several daemons share the records: they claim such tasks.
     ///
     /// # Errors
     /// [`TaskError`] where records cannot be read or written.
@@ -230,12 +233,12 @@ impl TaskService {
         Ok(())
     }
 
-    /// Goes on with a task from its record.
+    /// Goes on with a recorded task.
     pub(super) async fn take_up(&self, mut task: Task, spec: TaskSpec) -> Result<(), TaskError> {
-        // Read first: that it still says running tells that its process was killed.
+        // Read before the state is changed: a task that still says running is one whose process was killed.
         let known = self.store.shards(task.id).await?;
         if task.state == TaskState::Running {
-            task.state = transition(task.state, Command::Interrupt)?;
+            task.apply(Command::Interrupt, self.store.now())?;
             self.store.update(&task).await?;
         }
         tracing::info!(task = %task.id, instance = task.instance_id, state = %task.state, "taken up");
@@ -247,8 +250,7 @@ impl TaskService {
     pub(super) async fn give_up(&self, mut task: Task, why: &str) -> Result<(), TaskError> {
         let view = self.stored_view(task.clone()).await?;
         task.num = view.snapshot.reclaimed();
-        task.state = transition(task.state, Command::Fail)?;
-        task.finished_at = Some(self.store.now());
+        task.apply(Command::Fail, self.store.now())?;
         let message = format!("the daemon was stopped before the sweep was complete, and {why}");
         let failure = Failure::new(FailureKind::Interrupted, message);
         task.failure =
@@ -263,26 +265,27 @@ impl TaskService {
         Ok(())
     }
 
-    /// Cannot fail: what is on record is on hand. `known`: what a checkpoint holds of it.
+    /// Makes a recorded task active. Cannot fail: every recorded task is active or waits for a daemon. `known`: its
+    /// checkpoint.
     fn enqueue(&self, task: Task, spec: TaskSpec, known: BTreeMap<ShardId, StoredShard>) {
         let id = task.id;
         let instance_id = task.instance_id.clone();
         let (plan, snapshot) = self.plan(&task, &spec, known);
         let task = Task { num: snapshot.reclaimed(), ..task };
         let task_keeps = task.keeps();
-        let mut job = self.job(task, plan, snapshot);
+        let mut run = self.prepare(task, plan, snapshot);
         let admission = Admission {
             clock: self.store.clock(),
             window: spec.window,
             slots: (!task_keeps).then(|| self.queue.slots.clone()),
-            paused: job.recorder.paused.subscribe(),
+            paused: run.recorder.paused.subscribe(),
         };
         let active = ActiveTask {
             instance_id,
             keeps: task_keeps,
-            control: job.recorder.control.clone(),
-            view: job.recorder.view.subscribe(),
-            orders: job.orders.clone(),
+            control: run.recorder.control.clone(),
+            view: run.recorder.view.subscribe(),
+            orders: run.orders.clone(),
         };
         let count = {
             let mut all = self.queue.active();
@@ -293,23 +296,24 @@ impl TaskService {
         self.queue.arrived.send_replace(());
         let service = self.clone();
         self.queue.tracker.spawn(async move {
-            job.run(admission, spec.min_backlog, &service.queue.closing).await;
-            // A client that sees the end may submit the next task, so this one has to leave the map first.
+            run.run(admission, spec.min_backlog, &service.queue.closing).await;
+            // A client that sees the end may submit the next task at once, so the task leaves the active ones before
+            // its end is published.
             let count = {
                 let mut all = service.queue.active();
                 all.remove(&id);
                 all.len()
             };
             service.metrics.unfinished(count);
-            service.tell(&job.recorder.task);
-            job.recorder.publish();
+            service.tell(&run.recorder.task);
+            run.recorder.publish();
             if let Some(member) = &service.member {
-                member.look_for_tasks();
+                member.wake_claims();
             }
         });
     }
 
-    /// One task: as it is now where it is on hand, else as it was recorded.
+    /// One task: as it is now where this process has it, else as it was recorded.
     ///
     /// # Errors
     /// [`TaskError::Store`].
@@ -329,7 +333,7 @@ impl TaskService {
     }
 
     fn view_of(&self, task: Task, shards: impl Iterator<Item = (ShardId, ShardView)>) -> TaskView {
-        // Why a shard held is of the present only while somebody sweeps it.
+        // The hold of a stored view is of the present only while a daemon sweeps the task.
         let present = |view: ShardView| match &task.owner {
             Some(_) => view,
             None => ShardView { hold: None, hold_detail: None, ..view },
@@ -340,12 +344,13 @@ impl TaskService {
         TaskView { task, snapshot }
     }
 
-    /// As [`Self::find`], of many tasks whose records were just read, in a number of statements that does not grow with them.
+    /// As [`Self::find`], for many tasks whose records were just read. The number of statements does not grow with that
+    /// of the tasks.
     ///
     /// # Errors
     /// [`TaskError::Store`].
     pub async fn views(&self, tasks: Vec<Task>) -> Result<Vec<Arc<TaskView>>, TaskError> {
-        let here = self.on_hand();
+        let here = self.active_views();
         let away: Vec<_> = tasks.iter().map(|task| task.id).filter(|id| !here.contains_key(id)).collect();
         let mut shards = self.store.shards_of(&away).await?;
         let views = tasks.into_iter().map(|task| match here.get(&task.id) {
@@ -358,17 +363,17 @@ impl TaskService {
         Ok(views.collect())
     }
 
-    /// The views of all tasks that this process has, as they change. Each ends with its task.
-    pub fn on_hand(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
+    /// The views of all active tasks of this process, as they change. Each ends with its task.
+    pub fn active_views(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
         self.queue.active().iter().map(|(id, task)| (*id, task.view.clone())).collect()
     }
 
-    /// Changes whenever a task comes on hand.
+    /// Changes whenever a task becomes active in this process.
     pub fn arrivals(&self) -> watch::Receiver<()> {
         self.queue.arrived.subscribe()
     }
 
-    /// The unfinished tasks that other daemons on the same records have, or nobody yet.
+    /// The unfinished tasks on the same records that other daemons have, and those that wait for a daemon.
     ///
     /// # Errors
     /// [`TaskError::Store`].
@@ -377,17 +382,17 @@ impl TaskService {
             return Ok(Vec::new());
         }
         let mut tasks = self.store.unfinished().await?;
-        let here = self.on_hand();
+        let here = self.active_views();
         tasks.retain(|task| !here.contains_key(&task.id));
         self.views(tasks).await
     }
 
-    /// The view of a task that is on hand, as it changes.
+    /// The view of an active task of this process, as it changes.
     pub fn watch(&self, id: TaskId) -> Option<watch::Receiver<Arc<TaskView>>> {
         self.queue.active().get(&id).map(|task| task.view.clone())
     }
 
-    /// A view as it changes, of a task that any daemon has. It ends with the task.
+    /// The view of a task, as it changes, whichever daemon has the task. It ends with the task.
     pub fn follow(&self, view: Arc<TaskView>) -> watch::Receiver<Arc<TaskView>> {
         if let Some(views) = self.watch(view.task.id) {
             return views;
@@ -400,9 +405,9 @@ impl TaskService {
                 while !sender.borrow().task.state.is_final() {
                     tokio::select! {
                         () = sender.closed() => return,
-                        () = tokio::time::sleep(LOOK_AT_OTHERS) => {}
+                        () = tokio::time::sleep(POLL_OTHERS) => {}
                     }
-                    // While the records are away the view stays as it was.
+                    // While the records cannot be read the view stays as it was.
                     if let Ok(Some(view)) = service.find(id).await {
                         sender.send_replace(view);
                     }
@@ -412,15 +417,15 @@ impl TaskService {
         views
     }
 
-    /// Gives an order to a task, and returns its view once that is carried out. A cancelled task has ended by then.
+    /// Gives an order to a task and returns the view once the order is carried out. A cancelled task has ended by then.
     ///
     /// # Errors
-    /// [`TaskError::Ended`] for a task that is not on hand; [`TaskError::Transition`] for an order that makes no sense
-    /// now; [`TaskError::Store`] for one that could not be recorded, and was not carried out; [`TaskError::OwnerSilent`] and
+    /// [`TaskError::Ended`] for a task that is not active; [`TaskError::Transition`] where its state does not take the order;
+    /// [`TaskError::Store`] where the order could not be recorded, and was not carried out; [`TaskError::OwnerSilent`] and
     /// [`TaskError::OwnerFailed`] where another daemon has the task.
     pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
         match (self.order_here(id, order.clone()).await, &self.member) {
-            // It is not here, or was until a moment ago.
+            // This process does not have it, or no longer.
             (Err(TaskError::Ended | TaskError::Store(StoreError::Fenced(_))), Some(member)) => {
                 member.order(self, id, order).await
             }
@@ -437,14 +442,14 @@ impl TaskService {
         answered.await.map_err(|_| TaskError::Ended)??;
         let mut view = active.view;
         if ends {
-            // The sender goes with the task, which has published its end before.
+            // The channel closes with the task, after its end was published.
             let _ = view.wait_for(|view| view.task.state.is_final()).await;
         }
         let view = view.borrow().clone();
         Ok(view)
     }
 
-    /// Lets another number of tasks sweep at once. Those that sweep already are not disturbed.
+    /// Sets how many tasks may sweep at the same time. Those that sweep already go on.
     pub fn set_slots(&self, slots: usize) {
         let before = self.queue.slots_wanted.swap(slots, Ordering::SeqCst);
         if slots > before {
@@ -463,7 +468,7 @@ impl TaskService {
         });
     }
 
-    /// How many more tasks this process could sweep now: those that a person or a window holds need no slot.
+    /// How many more tasks this process could sweep now. Tasks that a person or a window holds need no slot.
     pub(super) fn free_slots(&self) -> usize {
         let active = self.queue.active();
         let held = |task: &&ActiveTask| {
@@ -474,27 +479,27 @@ impl TaskService {
         self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
     }
 
-    /// The tasks that this process has, with their instances.
+    /// The active tasks of this process, with their instances.
     pub(super) fn active_tasks(&self) -> Vec<(TaskId, String)> {
         self.queue.active().iter().map(|(id, task)| (*id, task.instance_id.clone())).collect()
     }
 
-    /// Lets every task send batches until then.
+    /// Lets every active task send batches until this instant.
     pub(super) fn lend(&self, until: tokio::time::Instant) {
         self.queue.active().values().for_each(|task| task.control.lend(until));
     }
 
-    /// Tells every task that another daemon may have it by now.
+    /// Stops every active task: another daemon may have it by now.
     pub(super) fn lose_all(&self) {
         self.queue.active().values().for_each(|task| task.control.stop(StopReason::Lost));
     }
 
-    /// Ends when the process begins to stop.
+    /// Cancelled when the process begins to stop.
     pub(super) fn closing(&self) -> CancellationToken {
         self.queue.closing.clone()
     }
 
-    /// Tells every task to end after its batch and to keep its checkpoint, and waits until all have.
+    /// Tells every task to end after its batch, with a checkpoint, and waits until all have ended.
     pub async fn close(&self) {
         {
             let _nobody_submits = self.queue.submitting.lock().await;
@@ -511,12 +516,12 @@ impl TaskService {
     }
 }
 
-/// Whether a task ends where another one of its instance is to begin: a keep run that nobody has paused.
+/// Whether a task ends where another task of its instance is to begin: a keep run that is not paused.
 fn gives_way(task: &Task) -> bool {
     task.cause == Cause::Keep && task.state != TaskState::Paused
 }
 
-/// How an unfinished task goes on: with the settings that it began with.
+/// The specification of an unfinished task: it goes on with the settings that it began with.
 pub(super) fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, String> {
     if instance.settings.target.to_string() != task.target {
         return Err(format!("the instance has another address now: {}", instance.settings.target));
@@ -527,7 +532,7 @@ pub(super) fn spec_of(task: &Task, instance: &Instance) -> Result<TaskSpec, Stri
     })?;
     let window: Option<Window> = instance.window.clone().filter(|_| task.respect_window);
     let spec = TaskSpec::of(instance, &settings, task.cause).map_err(|error| error.to_string())?;
-    // What had not begun is still weighed.
-    let weighed = task.cause == Cause::Schedule && task.started_at.is_none();
-    Ok(TaskSpec { window, min_backlog: instance.min_backlog.filter(|_| weighed), ..spec })
+    // A due scan that had not begun is still compared with `min-backlog`.
+    let compares = task.cause == Cause::Schedule && task.started_at.is_none();
+    Ok(TaskSpec { window, min_backlog: instance.min_backlog.filter(|_| compares), ..spec })
 }

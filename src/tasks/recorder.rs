@@ -1,5 +1,5 @@
-//! The one consumer of scan events and the one hand on a task's state: folds events into the view, publishes it, writes
-//! checkpoints, and takes what people ask of the task.
+//! Records one task: the only consumer of its scan events and the only writer of its state while it is active. Folds
+//! events into the view, publishes the view, writes checkpoints and carries out orders.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -23,7 +23,7 @@ use crate::tasks::time_budget::{self, TimeBudget};
 use crate::tasks::trace::TaskTrace;
 use crate::tasks::{TaskError, TaskView, Tune};
 
-/// What a line of the log says of its task. A sweep from the command line is the only one there.
+/// A log line with the task that it is about; a sweep from the command line needs no name.
 macro_rules! log_of {
     ($task:expr, $level:ident, $($rest:tt)+) => {{
         let of_daemon = $task.cause != Cause::Cli;
@@ -33,43 +33,43 @@ macro_rules! log_of {
     }};
 }
 
-/// While events come, this often the view is published and the metrics are brought up to date. All shards are summed up then, so
-/// that a shard costs the same whether there are ten of them or a thousand.
+/// How often, while events come, the view is published and the metrics are updated. All shards are summed up then, and
+/// not for each event, so that an event costs the same in an instance of a thousand shards.
 const PUBLISH_EVERY: Duration = Duration::from_millis(100);
-/// A checkpoint is written this often. What happens between two is in the batch journal.
+/// How often a checkpoint is written. The batch journal holds what happens between two.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
-/// How long to wait before the end of a task is written again after a full disk or the like.
+/// How long to wait before the next attempt to write the end of a task, after a full disk or the like.
 const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
-/// What may be asked of a task that has not ended.
+/// What a person can ask of a task that has not ended. Passed between daemons as JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
-    /// Hold.
+    /// Hold until it is resumed.
     Pause,
-    /// Go on.
+    /// Go on after a pause.
     Resume,
-    /// End.
+    /// End after the batch under way.
     Cancel,
-    /// Other limits.
+    /// Sweep with other limits.
     Tune(Tune),
-    /// A keep run: end, as a success, so that another task may begin.
+    /// Of a keep run: end, as a success, so that another task may begin.
     GiveWay,
 }
 
 impl Order {
-    /// What it does to the task's state, if that is anything.
+    /// The command that it is for the task's state; `None`: the state stays.
     pub(super) fn command(&self) -> Option<Command> {
         match self {
             Self::Pause => Some(Command::Pause),
             Self::Resume => Some(Command::Resume),
             Self::Cancel => Some(Command::Cancel),
             Self::Tune(_) => None,
-            Self::GiveWay => Some(Command::Succeed),
+            Self::GiveWay => Some(Command::GiveWay),
         }
     }
 
-    /// Whether it is an order to end the task in this state.
+    /// Whether the order ends a task in this state.
     pub(super) fn ends_as(&self, state: TaskState) -> bool {
         match self {
             Self::Cancel => state == TaskState::Cancelled,
@@ -91,7 +91,7 @@ impl fmt::Display for Order {
     }
 }
 
-/// An order with the way back for the answer.
+/// An order, and where its answer goes.
 #[derive(Debug)]
 pub(super) struct OrderRequest {
     pub(super) order: Order,
@@ -103,28 +103,28 @@ pub(super) struct Recorder {
     pub(super) metrics: Metrics,
     pub(super) control: Control,
     pub(super) budget: Arc<TimeBudget>,
-    /// Tells the admission whether a person paused the task.
+    /// Whether a person paused the task; read by the admission.
     pub(super) paused: watch::Sender<bool>,
     pub(super) inbox: mpsc::Receiver<OrderRequest>,
     pub(super) task: Task,
     pub(super) snapshot: Snapshot,
     pub(super) view: watch::Sender<Arc<TaskView>>,
     written: Option<Instant>,
-    /// Shards of which something happened since the last checkpoint that was written.
+    /// Shards with events since the last checkpoint that was written.
     unwritten: BTreeSet<ShardId>,
-    /// Something happened that the next tick is to write down, however young the last checkpoint is.
+    /// An event came that the next tick has to write, however young the last checkpoint is.
     checkpoint_due: bool,
-    /// Something happened since the view was published.
+    /// An event came since the view was published.
     unpublished: bool,
     store_failed: bool,
-    /// Another daemon has the task by now.
+    /// Another daemon has the task: nothing more may be written.
     is_lost: bool,
     totals: CounterSums,
     trace: TaskTrace,
 }
 
 impl Recorder {
-    #[allow(clippy::too_many_arguments, reason = "each is another thing, and there is one caller")]
+    #[allow(clippy::too_many_arguments, reason = "the parts of one struct, and there is one caller")]
     pub(super) fn new(
         store: Store,
         metrics: Metrics,
@@ -136,7 +136,7 @@ impl Recorder {
         view: watch::Sender<Arc<TaskView>>,
     ) -> Self {
         let snapshot = view.borrow().snapshot.clone();
-        // What an earlier process counted is not counted again.
+        // What an earlier process counted is not added to the metrics again.
         let totals = CounterSums::of(&snapshot);
         Self {
             trace: TaskTrace::new(&task),
@@ -159,7 +159,7 @@ impl Recorder {
         }
     }
 
-    /// Waits until the task may begin, or is told to stop.
+    /// Waits until the task may begin, and carries out orders meanwhile. An error is the reason to stop.
     pub(super) async fn wait_for_turn(&mut self) -> Result<(), StopReason> {
         let mut orders = self.control.watch();
         loop {
@@ -175,19 +175,20 @@ impl Recorder {
                 self.sum_up();
                 self.publish();
             }
-            if now.hold.is_none() {
+            // One that was paused just now is about to be held.
+            if now.hold.is_none() && self.task.state != TaskState::Paused {
                 return Ok(());
             }
             tokio::select! {
-                // The control is ours: it cannot go away before us.
+                // The channel stays open: the control is ours.
                 _ = orders.changed() => {}
                 Some(asked) = self.inbox.recv() => self.answer(asked).await,
             }
         }
     }
 
-    /// Does something that takes its time, and takes orders in meanwhile. Ends early where the task is told to stop.
-    pub(super) async fn obeying<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
+    /// Runs `work` and carries out orders meanwhile. Ends early, with the reason, where the task is told to stop.
+    pub(super) async fn with_orders<T>(&mut self, work: impl Future<Output = T>) -> Result<T, StopReason> {
         let mut orders = self.control.watch();
         let mut work = std::pin::pin!(work);
         loop {
@@ -202,13 +203,12 @@ impl Recorder {
         }
     }
 
-    /// Marks the task as running. The record may lag behind where it cannot be written: the next checkpoint says it
-    /// again.
+    /// Marks the task as running. Where that cannot be recorded, the next checkpoint records it.
     pub(super) async fn begin(&mut self) {
-        if let Ok(state) = transition(self.task.state, Command::Start) {
-            self.task.state = state;
+        // One that was paused and let go on is running already.
+        if self.task.state != TaskState::Running {
+            self.step(Command::Start);
         }
-        self.task.started_at = self.task.started_at.or_else(|| Some(self.store.now()));
         self.task.failure = None;
         self.snapshot.started_at = self.task.started_at;
         self.trace.begun();
@@ -217,7 +217,7 @@ impl Recorder {
         self.publish();
     }
 
-    /// Takes events and orders in until the engine has sent its last.
+    /// Handles events and orders until the engine has sent its last event.
     pub(super) async fn consume(&mut self, mut events: mpsc::Receiver<ScanEvent>) {
         let mut tick = tokio::time::interval(PUBLISH_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -244,7 +244,7 @@ impl Recorder {
     async fn take(&mut self, event: ScanEvent) {
         log(&event, &self.task);
         self.trace.take(&event);
-        // The batch journal tells of batches and of the end of a pass, and not that one has to begin again.
+        // The batch journal has batches and the end of a pass, but not that a pass began again.
         let at_once = matches!(event.what, ScanEventKind::PassRestarted { .. });
         self.checkpoint_due |= !matches!(event.what, ScanEventKind::Progressed { .. });
         self.unpublished = true;
@@ -258,31 +258,23 @@ impl Recorder {
 
     async fn answer(&mut self, asked: OrderRequest) {
         self.sum_up();
-        let answer = self.obey(asked.order).await;
+        let answer = self.carry_out(asked.order).await;
         self.publish();
-        // The caller may have gone away meanwhile.
+        // The caller may have gone away.
         let _ = asked.answer.send(answer);
     }
 
-    /// Does what was asked, once the record says so: an order that could not be written was not given.
-    async fn obey(&mut self, order: Order) -> Result<(), TaskError> {
+    /// Carries an order out once it is recorded: an order that cannot be recorded is refused.
+    async fn carry_out(&mut self, order: Order) -> Result<(), TaskError> {
         match order {
             Order::Pause => {
-                self.change(|task| {
-                    task.state = transition(task.state, Command::Pause)?;
-                    Ok(())
-                })
-                .await?;
+                let now = self.store.now();
+                self.change(|task| Ok(task.apply(Command::Pause, now)?)).await?;
                 self.paused.send_replace(true);
             }
             Order::Resume => {
                 let now = self.store.now();
-                self.change(|task| {
-                    task.state = transition(task.state, Command::Resume)?;
-                    task.started_at = task.started_at.or(Some(now));
-                    Ok(())
-                })
-                .await?;
+                self.change(|task| Ok(task.apply(Command::Resume, now)?)).await?;
                 self.paused.send_replace(false);
             }
             Order::Cancel => {
@@ -318,8 +310,7 @@ impl Recorder {
         }
     }
 
-    /// Writes how the task ended. `persist`: try again until it is written or this is
-    /// cancelled.
+    /// Records how the task ended. `persist`: try again until it is recorded or this token is cancelled.
     pub(super) async fn finish(&mut self, outcome: Outcome, persist: Option<&CancellationToken>) {
         let running = self.task.state == TaskState::Running;
         let (command, failure) = match outcome {
@@ -327,36 +318,36 @@ impl Recorder {
             Outcome::Failed(failure) => (Some(Command::Fail), Some(failure)),
             Outcome::Stopped(StopReason::Interrupted) => {
                 let failure = Failure::new(FailureKind::Interrupted, "interrupted before the sweep was complete");
-                // One that waits or is paused stays so, and is found like that by the next process.
+                // A task that waits or is paused stays so, and the next process finds it like that.
                 (running.then_some(Command::Interrupt), running.then_some(failure))
             }
             Outcome::Stopped(StopReason::TimedOut) => {
                 (Some(Command::Fail), Some(time_budget::over(self.budget.allowed, &self.snapshot)))
             }
-            Outcome::Stopped(StopReason::Kept) => (Some(Command::Succeed), None),
+            Outcome::Stopped(StopReason::Kept) => (Some(Command::GiveWay), None),
             Outcome::Stopped(StopReason::Cancelled) => (Some(Command::Cancel), None),
             Outcome::Stopped(StopReason::Lost) => {
-                log_of!(self.task, warn, "another daemon may have the task by now; nothing more is written of it");
+                log_of!(
+                    self.task,
+                    warn,
+                    "another daemon may have the task by now; this one records nothing more of it"
+                );
                 return;
             }
         };
         if matches!(command, None | Some(Command::Interrupt)) {
-            // Another daemon may go on with it at once.
+            // Another daemon may take it up at once.
             self.task.owner = None;
         }
         self.snapshot.end();
-        if command == Some(Command::Succeed) && self.task.state != TaskState::Running {
-            // It was paused while its last batch was under way, or never had to begin.
-            let to_running = if self.task.state == TaskState::Paused { Command::Resume } else { Command::Start };
-            self.step(to_running);
+        if matches!(command, Some(Command::Succeed | Command::GiveWay)) && self.task.state == TaskState::Paused {
+            // It was paused while its last batch was under way.
+            self.step(Command::Resume);
         }
         if let Some(command) = command {
             self.step(command);
         }
         self.task.failure = failure;
-        if self.task.state.is_final() {
-            self.task.finished_at = Some(self.store.now());
-        }
         self.sum_up();
         log_end(&self.task);
         self.trace.end(&self.task);
@@ -373,7 +364,7 @@ impl Recorder {
             }
         }
         if self.is_lost {
-            // How it ends is not ours to say.
+            // Nothing of this end was recorded.
             (self.task.state, self.task.finished_at) = (TaskState::Interrupted, None);
             return;
         }
@@ -388,9 +379,8 @@ impl Recorder {
     }
 
     fn step(&mut self, command: Command) {
-        match transition(self.task.state, command) {
-            Ok(state) => self.task.state = state,
-            Err(error) => tracing::error!(%error, "a task ended in a state that has no end"),
+        if let Err(error) = self.task.apply(command, self.store.now()) {
+            tracing::error!(%error, "the state of a task does not allow what happened to it");
         }
     }
 
@@ -398,7 +388,7 @@ impl Recorder {
         self.written = Some(Instant::now());
         self.checkpoint_due = false;
         self.task.spent = self.budget.spent();
-        // A cluster has hundreds of shards, and each event is about one.
+        // Only shards with events: a cluster may have hundreds.
         let shards = self.snapshot.shards.iter().filter(|(shard, _)| self.unwritten.contains(*shard));
         match self.store.checkpoint(&self.task, shards).await {
             Ok(()) => {
@@ -413,7 +403,7 @@ impl Recorder {
         }
     }
 
-    /// The sweep goes on: what it frees is freed. The next checkpoint holds what this one lacks.
+    /// The sweep goes on, since what it reclaims stays reclaimed. The next checkpoint holds what this one lacks.
     fn not_written(&mut self, error: &StoreError) {
         tracing::error!(task = %self.task.id, %error, "the checkpoint could not be written");
         self.metrics.store_failed();
@@ -424,14 +414,14 @@ impl Recorder {
         }
     }
 
-    /// Shows the present.
+    /// Publishes the view as it is now.
     pub(super) fn publish(&mut self) {
         self.unpublished = false;
         let view = TaskView { task: self.task.clone(), snapshot: self.snapshot.clone() };
         self.view.send_replace(Arc::new(view));
     }
 
-    /// Brings the task's count and the metrics up to date with the shards. Every event is summed up before it is written or shown.
+    /// Updates the task's count and the metrics from the shards. Called before anything is written or published.
     fn sum_up(&mut self) {
         self.task.num = self.snapshot.reclaimed();
         let totals = CounterSums::of(&self.snapshot);
@@ -454,15 +444,15 @@ fn log(event: &ScanEvent, task: &Task) {
         }
         ScanEventKind::Warned { message } => log_of!(task, warn, %shard, "{message}"),
         ScanEventKind::PassStarted { db, figures } => {
-            log_of!(task, info, %shard, %db, position = %figures.position, "pass begun");
+            log_of!(task, info, %shard, %db, position = %figures.checkpoint.position, "pass begun");
         }
         ScanEventKind::Progressed { db, figures } => {
-            log_of!(task, trace, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "progress");
+            log_of!(task, trace, %shard, %db, scanned = figures.counters.scanned, reclaimed = figures.counters.reclaimed, "progress");
         }
         ScanEventKind::Kept { figures } => log_of!(task, trace, %shard, ?figures, "kept"),
         ScanEventKind::PassRestarted { db, why, .. } => log_of!(task, warn, %shard, %db, why, "pass begun again"),
         ScanEventKind::PassFinished { db, figures } => {
-            log_of!(task, info, %shard, %db, scanned = figures.scanned, reclaimed = figures.reclaimed, "pass complete");
+            log_of!(task, info, %shard, %db, scanned = figures.counters.scanned, reclaimed = figures.counters.reclaimed, "pass complete");
         }
         ScanEventKind::HoldStarted { reason, detail } => {
             log_of!(task, warn, %shard, %reason, detail, "holding: {}", reason.sentence());
@@ -476,7 +466,7 @@ fn log(event: &ScanEvent, task: &Task) {
     }
 }
 
-/// How a task ended, or that it is left for the next process.
+/// Logs how a task ended, or that it is left to the next process.
 fn log_end(task: &Task) {
     let (state, reclaimed, note) = (&task.state, task.num, task.note.as_deref());
     match &task.failure {
@@ -485,6 +475,6 @@ fn log_end(task: &Task) {
             log_of!(task, error, %state, reclaimed, kind = %failure.kind, hint, "task ended: {failure}");
         }
         _ if task.state.is_final() => log_of!(task, info, %state, reclaimed, note, "task ended"),
-        _ => log_of!(task, info, %state, reclaimed, "task kept for the next start"),
+        _ => log_of!(task, info, %state, reclaimed, "task left for the next start"),
     }
 }

@@ -1,4 +1,4 @@
-//! The time that a task is allowed. Time in which a person or a window held it does not count.
+//! The time that a task may take. Time in which a person or a window holds it does not count.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,27 +8,27 @@ use tokio::time::Instant;
 
 use crate::engine::control::ControlState;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
+use crate::model::progress::{PassCounters, Snapshot, held_by_reason};
 use crate::settings::show_duration;
 
-/// The time spent is brought up to date this often, for the checkpoints.
+/// How often the time spent is updated, for the checkpoints.
 const TICK: Duration = Duration::from_millis(500);
 
 /// How much time a task may take, and how much it has taken.
 #[derive(Debug)]
 pub(super) struct TimeBudget {
-    /// All of it.
+    /// The time that the task may take.
     pub(super) allowed: Duration,
     spent: Mutex<Duration>,
 }
 
 impl TimeBudget {
-    /// A budget of which a part was spent before an interruption.
+    /// A budget of which `spent` was used before an interruption.
     pub(super) fn new(allowed: Duration, spent: Duration) -> Self {
         Self { allowed, spent: Mutex::new(spent) }
     }
 
-    /// What was spent so far.
+    /// The time spent so far.
     pub(super) fn spent(&self) -> Duration {
         *self.spent.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -37,7 +37,7 @@ impl TimeBudget {
         *self.spent.lock().unwrap_or_else(PoisonError::into_inner) += time;
     }
 
-    /// Counts, and returns once everything is spent.
+    /// Counts the time spent, and completes once it is all that is allowed.
     pub(super) async fn used_up(&self, mut orders: watch::Receiver<ControlState>) {
         loop {
             if orders.borrow_and_update().holds().is_some() {
@@ -57,18 +57,18 @@ impl TimeBudget {
             };
             self.spend(begun.elapsed());
             if gone {
-                // Nobody can hold it any more; the clock runs on.
+                // The control is gone, so nothing can hold the task any more.
                 tokio::time::sleep(self.allowed.saturating_sub(self.spent())).await;
             }
         }
     }
 }
 
-/// The failure of a sweep whose time was over, with what it spent most of that time on.
+/// The failure of a sweep whose time is over. The hint names what took most of that time.
 pub(super) fn over(allowed: Duration, snapshot: &Snapshot) -> Failure {
-    let sum = |time: fn(&PassFigures) -> Duration| -> Duration { snapshot.passes().map(time).sum() };
+    let sum = |time: fn(&PassCounters) -> Duration| -> Duration { snapshot.counters().map(time).sum() };
     let (active, waited, rested) = (sum(|pass| pass.active), sum(|pass| pass.waited), sum(|pass| pass.rested));
-    let held = held_by_reason(snapshot.passes()).into_iter().max_by_key(|(_, time)| *time);
+    let held = held_by_reason(snapshot.counters()).into_iter().max_by_key(|(_, time)| *time);
     let holds = snapshot.shards.values().find_map(|shard| shard.hold);
     let hint = match held.filter(|(_, time)| *time > active.max(waited).max(rested)).map(|(reason, _)| reason).or(holds) {
         Some(reason) => format!("allow more with --timeout, or see to what held it: {}", reason.sentence()),
@@ -93,7 +93,7 @@ mod tests {
 
     use super::*;
     use crate::engine::control::Control;
-    use crate::model::progress::{PassFigures, ShardView};
+    use crate::model::progress::{PassCounters, PassFigures, ShardView};
     use crate::model::shard::{DbIndex, ShardId};
     use crate::model::throttle::Reason;
     use crate::settings::raw::Raw;
@@ -122,8 +122,9 @@ mod tests {
     fn the_end_of_the_time_names_what_took_it() {
         let s = Duration::from_secs;
         let hint = |active, waited, rested, held: &[(Reason, Duration)], hold| {
-            let figures =
-                PassFigures { active, waited, rested, held: held.iter().copied().collect(), ..PassFigures::default() };
+            let held = held.iter().copied().collect();
+            let counters = PassCounters { active, waited, rested, held, ..PassCounters::default() };
+            let figures = PassFigures { counters, ..PassFigures::default() };
             let shard = ShardView { passes: [(DbIndex(0), figures)].into(), hold, ..ShardView::default() };
             let snapshot =
                 Snapshot { shards: [(ShardId("a:1".to_owned()), Arc::new(shard))].into(), ..Snapshot::default() };

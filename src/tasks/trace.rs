@@ -1,4 +1,4 @@
-//! The spans of a task, for whoever follows sweeps in a tracing system: the task, its shards in it, and in those the passes and holds.
+//! OpenTelemetry spans of a task: the task, in it its shards, and in each shard its passes and holds.
 //!
 //! They go to the tracer that [`crate::telemetry`] sets up where the environment names a receiver, and else nowhere.
 
@@ -9,7 +9,7 @@ use opentelemetry::trace::{SpanBuilder, Status, TraceContextExt, Tracer};
 use opentelemetry::{Context, KeyValue, global};
 
 use crate::model::failure::Failure;
-use crate::model::progress::{PassFigures, ScanEvent, ScanEventKind, ServerFacts};
+use crate::model::progress::{PassCounters, ScanEvent, ScanEventKind, ServerFacts};
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::{Task, TaskState};
 
@@ -36,7 +36,7 @@ impl ShardTrace {
 }
 
 impl TaskTrace {
-    /// Opens the span of a task: from when it was asked for, or from now on where it goes on after an interruption.
+    /// Opens the span of a task, which begins when the task was created, or now where it goes on after an interruption.
     pub(super) fn new(task: &Task) -> Self {
         let attributes = [
             KeyValue::new("ttlsweep.task.id", task.id.to_string()),
@@ -51,18 +51,18 @@ impl TaskTrace {
         Self { task: opened(builder, &Context::new()), shards: BTreeMap::new() }
     }
 
-    /// The task may begin.
+    /// Notes that the task begins to sweep.
     pub(super) fn begun(&self) {
         self.task.span().add_event("begun", Vec::new());
     }
 
-    /// Something happened.
+    /// Opens or closes the span that an event is about.
     pub(super) fn take(&mut self, event: &ScanEvent) {
         if let ScanEventKind::ShardStarted { server, .. } = &event.what {
             let shard =
                 opened(SpanBuilder::from_name("shard").with_attributes(facts(&event.shard, server)), &self.task);
             let new = ShardTrace { shard, passes: BTreeMap::new(), hold: None };
-            // A master that is swept again, since it moved.
+            // The shard is swept again, since its master moved.
             if let Some(before) = self.shards.insert(event.shard.clone(), new) {
                 before.end();
             }
@@ -85,7 +85,7 @@ impl TaskTrace {
             }
             ScanEventKind::PassFinished { db, figures } => {
                 if let Some(pass) = of.passes.remove(db) {
-                    pass.span().set_attributes(counts(figures));
+                    pass.span().set_attributes(counts(&figures.counters));
                     pass.span().end();
                 }
             }
@@ -119,7 +119,7 @@ impl TaskTrace {
         ended.end();
     }
 
-    /// Closes what is open: the task has ended, or is left for the next process.
+    /// Closes every open span: the task has ended, or is left to the next process.
     pub(super) fn end(&mut self, task: &Task) {
         std::mem::take(&mut self.shards).into_values().for_each(ShardTrace::end);
         let span = self.task.span();
@@ -142,7 +142,7 @@ fn failed(span: &Context, failure: &Failure) {
     span.span().set_status(Status::error(failure.message.clone()));
 }
 
-/// By the names of OpenTelemetry's conventions for databases, as far as they have one.
+/// Attributes with the names of OpenTelemetry's conventions for databases, where these have a name.
 fn facts(shard: &ShardId, server: &ServerFacts) -> [KeyValue; 4] {
     [
         KeyValue::new("ttlsweep.shard", shard.to_string()),
@@ -152,12 +152,12 @@ fn facts(shard: &ShardId, server: &ServerFacts) -> [KeyValue; 4] {
     ]
 }
 
-fn counts(figures: &PassFigures) -> [KeyValue; 4] {
+fn counts(pass: &PassCounters) -> [KeyValue; 4] {
     [
-        number("ttlsweep.keys.scanned", figures.scanned),
-        number("ttlsweep.keys.reclaimed", figures.reclaimed),
-        number("ttlsweep.batches", figures.batches),
-        number("ttlsweep.lost_replies", figures.lost_replies),
+        number("ttlsweep.keys.scanned", pass.scanned),
+        number("ttlsweep.keys.reclaimed", pass.reclaimed),
+        number("ttlsweep.batches", pass.batches),
+        number("ttlsweep.lost_replies", pass.lost_replies),
     ]
 }
 

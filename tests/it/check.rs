@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 
 use serde_json::Value;
-use ttlsweep::node::commands::ACL_LINE;
+use ttlsweep::node::acl::ACL_LINE;
 
 use crate::support::keyspace::Keyspace;
 use crate::support::server::{Kind, Server, Version};

@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
 use ttlsweep::model::failure::{Failure, FailureKind};
 use ttlsweep::model::keep::Bounds;
-use ttlsweep::model::progress::{PassFigures, ShardView};
+use ttlsweep::model::progress::{PassCheckpoint, PassCounters, PassFigures, ShardView};
 use ttlsweep::model::schedule::{AutoScan, BacklogSize, Recurrence};
 use ttlsweep::model::shard::{DbIndex, ScanPosition, ShardId};
 use ttlsweep::model::task::{Cause, Task, TaskId, TaskState};
@@ -98,15 +98,14 @@ async fn a_record_comes_back_as_it_was_written() {
         task.failure = Some(Failure::new(FailureKind::TooSlow, "slow\0er").hint("faster"));
         task.note = Some("ä ' \" \\".to_owned());
         let shard = ShardId("10.0.0.1:6379".to_owned());
-        let figures = PassFigures {
+        let checkpoint = PassCheckpoint {
             position: ScanPosition::from_reply(u64::MAX - 1),
             process: Some(u64::MAX),
-            scanned: 7,
-            reclaimed: 5,
-            batches: 3,
-            held: BTreeMap::from([(Reason::Latency, Duration::from_millis(5))]),
-            ..PassFigures::default()
+            ..PassCheckpoint::default()
         };
+        let held = BTreeMap::from([(Reason::Latency, Duration::from_millis(5))]);
+        let counters = PassCounters { scanned: 7, reclaimed: 5, batches: 3, held, ..PassCounters::default() };
+        let figures = PassFigures { checkpoint, counters, ..PassFigures::default() };
         let view = ShardView { passes: BTreeMap::from([(DbIndex(3), figures.clone())]), ..ShardView::default() };
         let view = Arc::new(view);
         for _ in 0..2 {
@@ -371,7 +370,8 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     let source = Store::open_file(&path).await.unwrap();
     let at = Timestamp::from_second(1_800_000_000).unwrap();
     let shard = ShardId("s".to_owned());
-    let figures = PassFigures { reclaimed: 7, scanned: 9, batches: 1, ..PassFigures::default() };
+    let counters = PassCounters { reclaimed: 7, scanned: 9, batches: 1, ..PassCounters::default() };
+    let figures = PassFigures { counters, ..PassFigures::default() };
     let view = Arc::new(ShardView { passes: BTreeMap::from([(DbIndex(0), figures)]), ..ShardView::default() });
     let mut tasks = Vec::new();
     for number in 0..250_i64 {

@@ -21,7 +21,7 @@ async fn grant(server: &Server, line: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_acl_line_that_we_print_lets_sweep_and_nothing_else() {
     let server = Server::start().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     let keys = Keyspace::of(&server, 0);
     keys.live(500, "live").await;
     keys.expired(500, "expired").await;
@@ -57,7 +57,7 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
     for (missing, command) in
         [("-scan", "SCAN"), ("-dbsize", "DBSIZE"), ("-info", "INFO"), ("-select", "SELECT"), ("-ping", "PING")]
     {
-        grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+        grant(&server, ttlsweep::node::acl::ACL_LINE).await;
         server.cmd(&["ACL", "SETUSER", "ttlsweep", missing]).await;
         let run = scan(&server.url_as("ttlsweep", "pw"), &["--db", "0"]).await;
         assert!(run.stderr.contains(&format!("refused {command}: NOPERM")), "{missing}: {}", run.stderr);
@@ -71,7 +71,7 @@ async fn each_missing_right_is_named_with_the_line_that_grants_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_missing_is_asked_for_once() {
     let server = Server::start().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     Keyspace::of(&server, 0).live_ttl(5_000, "k").await;
     server.cmd(&["ACL", "LOG", "RESET"]).await;
     let run = scan(&server.url_as("ttlsweep", "pw"), &[]).await.expect(0);
@@ -84,14 +84,14 @@ async fn a_right_that_is_missing_is_asked_for_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_server_process_is_asked_anew_what_it_allows() {
     let mut server = Server::start().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     Keyspace::of(&server, 0).expired(4_000, "first").await;
     let url = server.url_as("ttlsweep", "pw");
     let running = Running::scan(&url, &["--max-keys-per-sec", "1500", "--db", "0"]);
     probe("the first is swept", PATIENCE, async || server.expired_keys().await > 300).await;
     running.signal("STOP");
     server.restart().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     server.cmd(&["ACL", "SETUSER", "ttlsweep", "~*", "+exists"]).await;
     Keyspace::of(&server, 0).expired(2_000, "second").await;
     running.signal("CONT");
@@ -104,7 +104,7 @@ async fn another_server_process_is_asked_anew_what_it_allows() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_touch_that_was_asked_for_needs_its_right() {
     let server = Server::start().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     Keyspace::of(&server, 0).live(10, "k").await;
     let run = scan(&server.url_as("ttlsweep", "pw"), &["--db", "0", "--touch", "ttl"]).await.expect(1);
     assert!(run.stderr.contains("+ttl"), "{}", run.stderr);
@@ -113,7 +113,7 @@ async fn a_touch_that_was_asked_for_needs_its_right() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_that_is_taken_away_during_the_sweep_ends_it_and_what_was_freed_stays_counted() {
     let server = Server::start().await;
-    grant(&server, ttlsweep::node::commands::ACL_LINE).await;
+    grant(&server, ttlsweep::node::acl::ACL_LINE).await;
     Keyspace::of(&server, 0).expired(5_000, "d").await;
     let running = Running::scan(&server.url_as("ttlsweep", "pw"), &["--max-keys-per-sec", "2000"]);
     probe("the pass has begun", PATIENCE, async || server.expired_keys().await > 100).await;

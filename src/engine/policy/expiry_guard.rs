@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crate::engine::policy::observation::Observation;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::PassFigures;
+use crate::model::progress::PassCounters;
 use crate::settings::{ScanSettings, Tuning};
 
 /// A sweep has to read this many times as many keys a second as expire.
@@ -141,14 +141,14 @@ impl ExpiryGuard {
         }
     }
 
-    /// Advises at a time since the pass began, from an observation, the figures of the pass and DBSIZE.
-    pub fn advise(&mut self, at: Duration, seen: &Observation, figures: &PassFigures, keys: u64) -> Advice {
+    /// Advises at a time since the pass began, from an observation, the counters of the pass and DBSIZE.
+    pub fn advise(&mut self, at: Duration, seen: &Observation, counters: &PassCounters, keys: u64) -> Advice {
         let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };
         // The time of a hold is not the sweep's doing.
         let since = at.saturating_sub(std::mem::replace(&mut self.advised, at)).min(LONGEST_BETWEEN);
-        let now = Sample { at, expired, reclaimed: figures.reclaimed, scanned: figures.scanned };
+        let now = Sample { at, expired, reclaimed: counters.reclaimed, scanned: counters.scanned };
         self.window.push_back(now);
         while self.window.get(1).is_some_and(|second| at.saturating_sub(second.at) >= WINDOW) {
             self.window.pop_front();
@@ -235,8 +235,8 @@ mod tests {
             let seen = Observation { expired_keys: Some(by_server + by_us), ..Observation::default() };
             // The pass went on from a checkpoint with a million keys.
             let reclaimed = 1_000_000 + by_us;
-            let figures = PassFigures { reclaimed, scanned: read, ..PassFigures::default() };
-            advice.push(guard.advise(Duration::from_millis(250) * quarter as u32, &seen, &figures, 200_000 + growth));
+            let counters = PassCounters { reclaimed, scanned: read, ..PassCounters::default() };
+            advice.push(guard.advise(Duration::from_millis(250) * quarter as u32, &seen, &counters, 200_000 + growth));
             sums.iter_mut().zip(rates).for_each(|(sum, rate)| *sum += rate / 4);
         }
         advice.dedup();

@@ -1,39 +1,39 @@
-//! What others need of a master.
+//! The load that other clients put on a master.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::throttle::{Limit, Limits};
+use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
-/// How often the sweep stands still to see what others need, and for how long: a fiftieth of its time.
-pub const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// See [`LOOK_EVERY`].
-pub const LOOK_FOR: Duration = Duration::from_millis(20);
-/// How much a new look weighs against the ones before: more where the load has risen, so that the sweep gives way at once and
-/// comes back slowly.
+/// How often the sweep pauses to measure the load of other clients: with [`MEASURE_FOR`], a fiftieth of its time.
+pub const MEASURE_EVERY: Duration = Duration::from_secs(1);
+/// How long it pauses for that.
+pub const MEASURE_FOR: Duration = Duration::from_millis(20);
+/// The weight of a new measurement against those before: larger where the load has risen, so that the sweep gives way
+/// at once and comes back slowly.
 const WEIGHT: (f64, f64) = (0.7, 0.3);
 
-/// What others need of a master, by looks during which the sweep stands still.
+/// The load of other clients, by measurements for which the sweep pauses.
 #[derive(Debug, Default)]
 pub struct Foreground {
-    /// Share of the main thread's time that they take, smoothed.
+    /// Share of the main thread's time that they take, from 0 to 1, smoothed; `None`: unknown.
     pub cpu: Option<f64>,
-    /// Their commands per second, smoothed.
+    /// Their commands per second, smoothed; `None`: unknown.
     pub ops: Option<u64>,
-    looked: Option<Instant>,
+    measured: Option<Instant>,
 }
 
 impl Foreground {
-    /// Whether it is time to look again. Where nothing depends on it, it never is.
-    pub fn look_is_due(&self, tuning: &Tuning) -> bool {
-        let wanted = tuning.min_intensity < tuning.intensity
-            || matches!(tuning.limits, Limits { ops: Limit::At(_), .. } | Limits { cpu: Limit::At(_), .. });
-        wanted && self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY)
+    /// Whether it is time to measure again. Never where no limit and no intensity depends on it.
+    pub fn measurement_is_due(&self, tuning: &Tuning) -> bool {
+        let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
+        let wanted = tuning.min_intensity < tuning.intensity || is_limited;
+        wanted && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
     }
 
-    /// Takes a look in.
+    /// Adds a measurement.
     pub fn learn(&mut self, cpu: Option<f64>, ops: Option<u64>) {
         let smooth = |before: Option<f64>, now: f64| match before {
             Some(before) => before + (now - before) * if now > before { WEIGHT.0 } else { WEIGHT.1 },
@@ -41,11 +41,11 @@ impl Foreground {
         };
         self.cpu = cpu.map(|now| smooth(self.cpu, now));
         self.ops = ops.map(|now| smooth(self.ops.map(|ops| ops as f64), now as f64) as u64);
-        self.looked = Some(Instant::now());
+        self.measured = Some(Instant::now());
     }
 }
 
-/// Share of a span in which a thread worked, by its CPU time at both ends.
+/// The share of a time span in which a thread worked, by its CPU time before and after.
 pub fn busy_share(before: Option<Duration>, after: Option<Duration>, span: Duration) -> Option<f64> {
     let worked = after?.checked_sub(before?)?;
     (!span.is_zero()).then(|| (worked.as_secs_f64() / span.as_secs_f64()).min(1.0))

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::progress::PassFigures;
+use crate::model::progress::PassCounters;
 use crate::model::throttle::Reason;
 
 /// What the sweep is doing.
@@ -63,17 +63,17 @@ impl Ledger {
         self.worked += active;
     }
 
-    /// Moves everything up to now into the figures of a pass.
-    pub fn settle(&mut self, figures: &mut PassFigures) {
+    /// Moves everything up to now into the counters of a pass.
+    pub fn settle(&mut self, counters: &mut PassCounters) {
         self.turn_to(self.doing);
-        figures.rested += std::mem::take(&mut self.rested);
+        counters.rested += std::mem::take(&mut self.rested);
         for (reason, time) in std::mem::take(&mut self.held) {
-            *figures.held.entry(reason).or_default() += time;
+            *counters.held.entry(reason).or_default() += time;
         }
         // There cannot be more work than time. An estimate that is too large is carried over to the next call.
         let worked = self.worked.min(self.exchanged);
-        figures.active += worked;
-        figures.waited += self.exchanged - worked;
+        counters.active += worked;
+        counters.waited += self.exchanged - worked;
         self.worked -= worked;
         self.exchanged = Duration::ZERO;
     }
@@ -88,7 +88,7 @@ mod tests {
     async fn every_moment_is_in_one_of_the_four() {
         let begun = Instant::now();
         let mut ledger = Ledger::default();
-        let mut figures = PassFigures::default();
+        let mut counters = PassCounters::default();
         let ms = Duration::from_millis;
         for (doing, lasts, active) in [
             (Doing::Exchanging, 7, 5),
@@ -101,11 +101,11 @@ mod tests {
             ledger.turn_to(doing);
             tokio::time::advance(ms(lasts)).await;
             ledger.worked(ms(active));
-            ledger.settle(&mut figures);
+            ledger.settle(&mut counters);
         }
-        assert_eq!((figures.active, figures.rested), (ms(10), ms(20)), "a millisecond of work was paid off later");
-        assert_eq!((figures.waited, figures.held[&Reason::Fork]), (ms(5), ms(58)));
-        let all = figures.active + figures.waited + figures.rested + figures.held_total();
+        assert_eq!((counters.active, counters.rested), (ms(10), ms(20)), "a millisecond of work was paid off later");
+        assert_eq!((counters.waited, counters.held[&Reason::Fork]), (ms(5), ms(58)));
+        let all = counters.active + counters.waited + counters.rested + counters.held_total();
         assert_eq!(all, begun.elapsed());
     }
 }

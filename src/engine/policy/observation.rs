@@ -1,32 +1,34 @@
-//! What was last seen of a master.
+//! The last observation of a master.
 
 use std::time::Duration;
 
 use crate::model::shard::RunId;
+use crate::model::throttle::Measure;
 use crate::node::info::{CommandStat, Info};
 
-/// What was last seen of a master. What a right or a version hides is `None` or its harmless value.
+/// What was last observed of a master, from INFO and PING. What a right or a version hides is `None`, or false.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Observation {
-    /// Whether it is a master.
+    /// Whether it is a master; `None`: unknown.
     pub is_master: Option<bool>,
-    /// A replica's master as `host:port`.
+    /// Of a replica: its master as `host:port`.
     pub master: Option<String>,
-    /// The process.
+    /// The server process.
     pub run_id: Option<RunId>,
-    /// It loads its data set.
+    /// Whether it is loading its data set.
     pub loading: bool,
-    /// `master_failover_state` is something else than `no-failover`.
+    /// Whether a coordinated failover is under way: `master_failover_state` is not `no-failover`.
     pub failover_under_way: bool,
-    /// Writes are paused (`paused_actions` of INFO clients, on servers that tell).
+    /// Whether writes are paused: `paused_actions` of INFO clients, on servers that show it.
     pub writes_paused: bool,
     /// `cmdstat_scan`.
     pub scan_stat: Option<CommandStat>,
-    /// Objects that are still to be freed in the background.
+    /// Objects that wait to be freed in the background.
     pub lazyfree_pending: Option<u64>,
-    /// Mean round trip of the last PINGs, one that is under way included as long as it has lasted.
+    /// Mean round trip of the last PINGs; one that is under way counts with the time that it has taken.
     pub latency: Option<Duration>,
-    /// Commands of others per second when the sweep last stood still, smoothed. Set by the sweep.
+    /// Commands per second of other clients: [`Foreground::ops`](crate::engine::policy::foreground::Foreground::ops),
+    /// set by the sweep.
     pub ops: Option<u64>,
     /// Bytes that the online replica furthest behind has not acknowledged; 0 without replicas.
     pub replica_lag: Option<u64>,
@@ -34,26 +36,27 @@ pub struct Observation {
     pub replica_silence: Option<Duration>,
     /// Bytes in the output buffers of replicas.
     pub replica_buffer: Option<u64>,
-    /// A replica is being given the whole data set.
+    /// Whether a replica is receiving the whole data set.
     pub full_sync: bool,
-    /// `RDB` or `AOF`: what a child process is writing.
+    /// What a child process writes: `RDB` or `AOF`; `None`: there is no child.
     pub fork: Option<&'static str>,
-    /// Share of the main thread's time that others took when the sweep last stood still, smoothed. Set by the sweep.
+    /// Share of the main thread's time of other clients:
+    /// [`Foreground::cpu`](crate::engine::policy::foreground::Foreground::cpu), set by the sweep.
     pub others_cpu: Option<f64>,
-    /// It may evict keys to stay below `maxmemory`.
+    /// Whether it may evict keys to stay below `maxmemory`.
     pub may_evict: bool,
-    /// `expired_keys`, ours included, since the server started.
+    /// Keys that expired since the server started, including those that the sweep reclaimed: `expired_keys`.
     pub expired_keys: Option<u64>,
-    /// Keys that active expiry alone has freed, on servers that tell.
+    /// Of those, keys that active expiry reclaimed, on servers that show it: `expired_keys_active`.
     pub expired_by_server: Option<u64>,
-    /// Share of the keys with a TTL that active expiry found stale.
-    pub stale_share: Option<f64>,
-    /// INFO was not answered for too long, and why: everything above is old.
+    /// Share of the keys with a TTL that have expired, as active expiry last saw it: `expired_stale_perc`.
+    pub expired_share: Option<f64>,
+    /// Why INFO was not answered for too long, so that everything above is old; `None`: it was answered.
     pub blind: Option<String>,
 }
 
 impl Observation {
-    /// Reads what INFO says.
+    /// The part of an observation that INFO gives.
     pub fn from_info(info: &Info) -> Self {
         let replicas = info.parsed::<u64>("connected_slaves").map(|_| info.replicas());
         let sent = info.parsed::<u64>("master_repl_offset");
@@ -88,8 +91,23 @@ impl Observation {
             may_evict: info.may_evict(),
             expired_keys: info.parsed("expired_keys"),
             expired_by_server: info.parsed("expired_keys_active"),
-            stale_share: info.stale_share(),
+            expired_share: info.expired_share(),
             blind: None,
+        }
+    }
+
+    /// The amount of a measure, in the unit of its row of [`LIMITS`](crate::model::throttle::LIMITS); `None`: unknown.
+    pub fn amount(&self, measure: Measure) -> Option<f64> {
+        let seconds = |span: Option<Duration>| span.map(|span| span.as_secs_f64());
+        let number = |number: Option<u64>| number.map(|number| number as f64);
+        match measure {
+            Measure::Latency => seconds(self.latency),
+            Measure::ReplicaLag => number(self.replica_lag),
+            Measure::ReplicaSilence => seconds(self.replica_silence),
+            Measure::ReplicaBuffer => number(self.replica_buffer),
+            Measure::LazyFree => number(self.lazyfree_pending),
+            Measure::Ops => number(self.ops),
+            Measure::Cpu => self.others_cpu,
         }
     }
 }

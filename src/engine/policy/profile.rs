@@ -3,7 +3,7 @@
 use crate::engine::policy::throttle;
 use crate::model::failure::{Failure, FailureKind};
 use crate::node::info::{Info, OLDEST};
-use crate::node::topology::Kind;
+use crate::node::topology::InstanceKind;
 
 /// The version of Redis, or of the Redis that a Valkey is compatible with, as (major, minor).
 type Version = Option<(u32, u32)>;
@@ -59,7 +59,7 @@ impl ServerProfile {
 ///
 /// # Errors
 /// Why it cannot.
-pub fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
+pub fn may_be_swept(kind: InstanceKind, info: &Info) -> Result<(), Failure> {
     match info.redis_version() {
         None => {
             let failure =
@@ -80,7 +80,7 @@ pub fn may_be_swept(kind: Kind, info: &Info) -> Result<(), Failure> {
             return Err(failure.hint("give the master that it watches: redis+sentinel://HOST:26379/MASTER"));
         }
         // The server was busy or loading when the topology was read.
-        Some("cluster") if kind == Kind::Standalone => {
+        Some("cluster") if kind == InstanceKind::Standalone => {
             let message =
                 "this is a node of a cluster, which was unknown when the sweep began, since the server did not answer";
             return Err(Failure::new(FailureKind::Unsupported, message).hint("start again: the whole cluster is swept"));
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn what_may_not_be_swept_is_refused_with_the_reason() {
         let refused = |text: &str| {
-            let failure = may_be_swept(Kind::Standalone, &Info::parse(text)).unwrap_err();
+            let failure = may_be_swept(InstanceKind::Standalone, &Info::parse(text)).unwrap_err();
             format!("[{}] {}\n  hint: {}", failure.kind, failure.message, failure.hint.unwrap_or("-".into()))
         };
         let cases = [
@@ -131,6 +131,9 @@ mod tests {
             "redis_version:7.0.15\r\nrole:slave\r\nmaster_host:10.0.0.1\r\nmaster_port:6379\r\n",
         ];
         insta::assert_snapshot!(cases.map(refused).join("\n"));
-        assert_eq!(may_be_swept(Kind::Standalone, &Info::parse("redis_version:4.0.0\r\nrole:master\r\n")), Ok(()));
+        assert_eq!(
+            may_be_swept(InstanceKind::Standalone, &Info::parse("redis_version:4.0.0\r\nrole:master\r\n")),
+            Ok(())
+        );
     }
 }

@@ -1,39 +1,36 @@
-//! What the observations mean for the sweep. Pure: the table of tests below is its whole behaviour.
+//! Whether the sweep may go on, by what was observed of the master. Pure: the tests below show all of its behaviour.
 //!
-//! Any reason suffices to hold. A hold that was begun ends at four fifths of its limit, so that a figure that wavers about the
-//! limit does not make the sweep flap. What is over a hard limit is looked at twice before the sweep gives up; the
-//! loop does that.
-
-use std::fmt::Display;
-use std::time::Duration;
+//! One reason suffices to hold. A hold ends at four fifths of the limit that began it, so that a load that wavers about
+//! the limit does not hold and release the sweep again and again. A load above a hard limit has to be observed twice
+//! before the sweep gives up; the caller sees to that.
 
 use crate::engine::policy::observation::Observation;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::throttle::{Limit, Limits, Reason};
-use crate::settings::{Tuning, show_duration};
+use crate::model::throttle::{Above, Auto, Limit, LimitRow, Limits, Reason, Unit};
+use crate::settings::{Tuning, show_duration, span};
 
-/// A hold ends at this share of its limit.
+/// A hold ends at this share of the limit that began it.
 const RELEASE: f64 = 0.8;
 
-/// What others may take of the main thread's time before the sweep takes less than all of the rest.
+/// Share of the main thread's time that other clients may take before the sweep lowers its intensity.
 const CALM: f64 = 0.45;
-/// Where they take this much, the sweep takes the least.
+/// Share of the main thread's time of other clients from which the sweep has its least intensity.
 const BUSY: f64 = 0.85;
 
-/// What the loop is to do.
+/// What the sweep of a shard is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Decision {
     /// Send the next batch, at the intensity that the operator set.
     Proceed,
     /// Send the next batch, and rest between batches for this lower intensity.
     Rest(f64),
-    /// Stand still until the next observation.
+    /// Hold until the next observation, for this reason and with these facts.
     Hold(Reason, Option<String>),
-    /// End the sweep of this shard; a passed limit only when it is seen twice.
+    /// End the sweep of the shard; where a limit was passed, only once that was decided twice in a row.
     Abort(Failure),
 }
 
-/// Decides by what was last observed, what was observed before the first batch, and why the sweep holds now, if it does.
+/// Decides by the last observation, the one before the first batch, and the reason for which the sweep holds now.
 pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: Option<Reason>) -> Decision {
     if let Some(decision) = impossible(seen) {
         return decision;
@@ -49,7 +46,7 @@ pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: O
     if share < tuning.intensity { Decision::Rest(share) } else { Decision::Proceed }
 }
 
-/// What makes a sweep impossible, whatever the limits: expired keys would be hidden and not freed.
+/// What makes a sweep impossible, whatever the limits: the server would hide expired keys and not reclaim them.
 pub fn impossible(seen: &Observation) -> Option<Decision> {
     if seen.is_master == Some(false) {
         return Some(Decision::Abort(not_a_master(seen.master.as_deref())));
@@ -63,8 +60,8 @@ pub fn impossible(seen: &Observation) -> Option<Decision> {
     Some(Decision::Hold(reason, None))
 }
 
-/// The share of its time that the master can spare: all where others take less than half of it, falling in a straight
-/// line to the least where they take nearly all. Where it is unknown what they take, the operator's word stands.
+/// The share of its time that the master can spare: `intensity` while other clients take less than `CALM`, falling in
+/// a straight line to `min_intensity` where they take `BUSY`. Where it is unknown what they take, `intensity`.
 pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
     let Some(others) = others_cpu else { return tuning.intensity };
     let spare = (BUSY - others) / (BUSY - CALM);
@@ -72,59 +69,15 @@ pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
 }
 
 fn over_a_hard_limit(seen: &Observation, limits: &Limits) -> Option<Failure> {
-    let latency = match (limits.abort_latency, seen.latency) {
-        (Limit::At(limit), Some(now)) if now > limit => {
-            Some(("PING took", show_duration(now), show_duration(limit), "abort-latency"))
-        }
-        _ => None,
-    };
-    let lag = match (limits.abort_replica_lag, seen.replica_lag) {
-        (Limit::At(limit), Some(now)) if now > limit => {
-            Some(("a replica is behind by", mebibytes(now), mebibytes(limit), "abort-replica-lag"))
-        }
-        _ => None,
-    };
-    let (what, now, limit, key) = latency.or(lag)?;
-    let failure = Failure::new(FailureKind::LimitPassed, format!("{what} {now}; the hard limit {key} is {limit}"));
+    let (row, now, limit) =
+        limits.iter().find_map(|(row, limit)| match (row.above, limit, seen.amount(row.measure)) {
+            (Above::GiveUp, Limit::At(limit), Some(now)) if now > limit => Some((row, now, limit)),
+            _ => None,
+        })?;
+    let (now, limit) = (show_amount(row.unit, now), show_amount(row.unit, limit));
+    let message = format!("{} {now}; the hard limit {} is {limit}", row.says, row.key);
+    let failure = Failure::new(FailureKind::LimitPassed, message);
     Some(failure.hint("what was freed stays freed; sweep again when the server is calmer"))
-}
-
-/// One figure beside its limit, as text for people.
-struct Figure<'a> {
-    reason: Reason,
-    key: &'a str,
-    what: &'a str,
-    held: Option<Reason>,
-}
-
-impl Figure<'_> {
-    /// Whether the figure is over its limit, and how to say so. `auto`: the limit that fits most, and the one that is in force
-    /// while the figure holds the sweep; none where there is none.
-    fn over<T: Copy + PartialOrd>(
-        &self,
-        now: Option<T>,
-        limit: Limit<T>,
-        auto: Option<(T, T)>,
-        scale: impl Fn(T, f64) -> T,
-        show: impl Fn(T) -> String,
-    ) -> Option<(Reason, String)> {
-        let (bound, release) = match limit {
-            Limit::Off => return None,
-            Limit::Auto => auto?,
-            Limit::At(bound) => (bound, scale(bound, RELEASE)),
-        };
-        let Some(now) = now else {
-            if self.reason == Reason::Latency {
-                // Every server answers PING: this one was not asked yet.
-                return None;
-            }
-            let unknown = || (Reason::Unreadable, format!("{} is set, and the server does not tell", self.key));
-            return matches!(limit, Limit::At(_)).then(unknown);
-        };
-        let in_force = if self.held == Some(self.reason) { release } else { bound };
-        let detail = || format!("{} {}; the limit is {}", self.what, show(now), show(bound));
-        (now > in_force).then(|| (self.reason, detail()))
-    }
 }
 
 fn over_a_soft_limit(
@@ -144,77 +97,64 @@ fn over_a_soft_limit(
             return Some((Reason::FullSync, "a replica is not online yet".to_owned()));
         }
     }
-    let figure = |reason, key, what| Figure { reason, key, what, held };
-    let number = |n: u64, share: f64| (n as f64 * share) as u64;
-    // What was there before counts, so that a replica that was behind then does not hold the sweep for ever.
-    let more = |before: Option<u64>, margin: u64| {
-        let above = |margin| before.unwrap_or(0).saturating_add(margin);
-        Some((above(margin), above(number(margin, RELEASE))))
+    limits.iter().find_map(|(row, limit)| match row.above {
+        Above::Hold(reason) => over(row, reason, limit, seen, before, held),
+        Above::GiveUp => None,
+    })
+}
+
+/// The reason and the facts of a hold where the load of a row is above its soft limit.
+fn over(
+    row: &LimitRow,
+    reason: Reason,
+    limit: Limit,
+    seen: &Observation,
+    before: &Observation,
+    held: Option<Reason>,
+) -> Option<(Reason, String)> {
+    let before = before.amount(row.measure);
+    // A hold begins above `bound` and ends at `release`.
+    let (bound, release) = match (limit, row.auto) {
+        (Limit::Off, _) | (Limit::Auto, Auto::Off) => return None,
+        (Limit::Auto, Auto::More(margin)) => {
+            let before = before.unwrap_or(0.0);
+            (before + margin, before + margin * RELEASE)
+        }
+        (Limit::Auto, Auto::Times(times, more)) => {
+            let bound = before? * times + more;
+            (bound, bound * RELEASE)
+        }
+        (Limit::At(bound), _) => (bound, bound * RELEASE),
     };
-    let latency = before.latency.map(|before| before * 5 + Duration::from_millis(5));
-    let latency = latency.map(|bound| (bound, bound.mul_f64(RELEASE)));
-    let silence = |margin: Duration| before.replica_silence.unwrap_or_default().saturating_add(margin);
-    let silent = Duration::from_secs(10);
-    let silence = Some((silence(silent), silence(silent.mul_f64(RELEASE))));
-    None.or_else(|| {
-        let figure = figure(Reason::Latency, "max-latency", "PING takes");
-        figure.over(seen.latency, limits.latency, latency, Duration::mul_f64, show_millis)
-    })
-    .or_else(|| {
-        let figure = figure(Reason::ReplicaLag, "max-replica-lag", "behind by");
-        figure.over(seen.replica_lag, limits.replica_lag, more(before.replica_lag, 16 << 20), number, mebibytes)
-    })
-    .or_else(|| {
-        let figure = figure(Reason::ReplicaSilent, "max-replica-silence", "silent for");
-        figure.over(seen.replica_silence, limits.replica_silence, silence, Duration::mul_f64, show_duration)
-    })
-    .or_else(|| {
-        let figure = figure(Reason::ReplicaBuffer, "max-replica-buffer", "waiting:");
-        figure.over(
-            seen.replica_buffer,
-            limits.replica_buffer,
-            more(before.replica_buffer, 32 << 20),
-            number,
-            mebibytes,
-        )
-    })
-    .or_else(|| {
-        let figure = figure(Reason::LazyFree, "max-lazyfree", "objects:");
-        let auto = more(before.lazyfree_pending, 100_000);
-        figure.over(seen.lazyfree_pending, limits.lazyfree, auto, number, |n| n.to_string())
-    })
-    .or_else(|| {
-        let figure = figure(Reason::Ops, "max-ops", "commands a second:");
-        figure.over(seen.ops, limits.ops, None, number, |n| n.to_string())
-    })
-    .or_else(|| {
-        let figure = figure(Reason::Cpu, "max-cpu", "share of the main thread:");
-        figure.over(seen.others_cpu, limits.cpu, None, |share, part| share * part, |share| format!("{share:.2}"))
-    })
+    let Some(now) = seen.amount(row.measure) else {
+        let holds = matches!(limit, Limit::At(_)) && !row.measure.is_always_shown();
+        return holds.then(|| (Reason::Unreadable, format!("{} is set, and the server does not tell", row.key)));
+    };
+    let in_force = if held == Some(reason) { release } else { bound };
+    let detail =
+        || format!("{} {}; the limit is {}", row.says, show_amount(row.unit, now), show_amount(row.unit, bound));
+    (now > in_force).then(|| (reason, detail()))
 }
 
-/// The default limits that cannot be watched on this server, since it does not tell the figure.
+/// The `auto` limits that cannot be watched on this server, which does not show the load.
 pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
-    let hidden = |limit_is_auto: bool, known: bool, key| (limit_is_auto && !known).then_some(key);
-    let keys = [
-        hidden(limits.replica_lag == Limit::Auto, seen.replica_lag.is_some(), "max-replica-lag"),
-        hidden(limits.replica_silence == Limit::Auto, seen.replica_silence.is_some(), "max-replica-silence"),
-        hidden(limits.replica_buffer == Limit::Auto, seen.replica_buffer.is_some(), "max-replica-buffer"),
-        hidden(limits.lazyfree == Limit::Auto, seen.lazyfree_pending.is_some(), "max-lazyfree"),
-    ];
-    keys.into_iter().flatten().collect()
+    let hidden = limits.iter().filter(|(row, limit)| {
+        let is_auto = *limit == Limit::Auto && row.auto != Auto::Off;
+        is_auto && !row.measure.is_always_shown() && seen.amount(row.measure).is_none()
+    });
+    hidden.map(|(row, _)| row.key).collect()
 }
 
-/// Milliseconds with one digit, or microseconds where that would be none.
-fn show_millis(span: Duration) -> String {
-    match span.as_micros() {
-        us @ ..1_000 => format!("{us} us"),
-        _ => format!("{:.1} ms", span.as_secs_f64() * 1e3),
+/// An amount of load as people read it.
+fn show_amount(unit: Unit, amount: f64) -> String {
+    match unit {
+        Unit::Milliseconds if amount < 0.001 => format!("{:.0} us", amount * 1e6),
+        Unit::Milliseconds => format!("{:.1} ms", amount * 1e3),
+        Unit::Seconds => show_duration(span(amount)),
+        Unit::Bytes => format!("{:.1} MiB", amount / f64::from(1 << 20)),
+        Unit::Number => amount.to_string(),
+        Unit::Share => format!("{amount:.2}"),
     }
-}
-
-fn mebibytes(bytes: impl Display + Into<u64>) -> String {
-    format!("{:.1} MiB", bytes.into() as f64 / f64::from(1 << 20))
 }
 
 /// The failure of a server that is, or has become, a replica.
@@ -234,6 +174,8 @@ pub fn not_a_master(master: Option<&str>) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::settings::{raw::Raw, resolve};
 
@@ -329,7 +271,7 @@ mod tests {
         }
         let busy = Observation { ops: Some(1_000_000), ..calm() };
         assert_eq!(held(&busy, &tuning(), None), None, "by default the intensity gives way, not the sweep");
-        let limits = Limits { ops: Limit::At(999_999), cpu: Limit::At(0.5), ..tuning().limits };
+        let limits = tuning().limits.with("max-ops", Limit::At(999_999.0)).with("max-cpu", Limit::At(0.5));
         let strict = Tuning { limits, ..tuning() };
         assert_eq!(held(&busy, &strict, None), Some(Reason::Ops));
         let quiet_but_busy = Observation { others_cpu: Some(0.51), ..calm() };
@@ -348,8 +290,7 @@ mod tests {
     #[test]
     fn a_hold_ends_at_four_fifths_of_its_limit() {
         let at = |ms| Observation { latency: Some(Duration::from_millis(ms)), ..calm() };
-        let tuning =
-            Tuning { limits: Limits { latency: Limit::At(Duration::from_millis(10)), ..tuning().limits }, ..tuning() };
+        let tuning = Tuning { limits: tuning().limits.with("max-latency", Limit::At(0.01)), ..tuning() };
         assert_eq!(held(&at(9), &tuning, None), None);
         assert_eq!(held(&at(11), &tuning, None), Some(Reason::Latency));
         assert_eq!(held(&at(9), &tuning, Some(Reason::Latency)), Some(Reason::Latency), "it wavers");
@@ -362,14 +303,14 @@ mod tests {
         let hidden = Observation { replica_lag: None, ..calm() };
         assert_eq!(held(&hidden, &tuning(), None), None);
         assert_eq!(skipped(&hidden, &tuning().limits), ["max-replica-lag"]);
-        let set = Tuning { limits: Limits { replica_lag: Limit::At(1), ..tuning().limits }, ..tuning() };
+        let set = Tuning { limits: tuning().limits.with("max-replica-lag", Limit::At(1.0)), ..tuning() };
         assert_eq!(held(&hidden, &set, None), Some(Reason::Unreadable));
     }
 
     #[test]
     fn a_hard_limit_ends_the_sweep_and_names_itself() {
-        let limits = Limits { abort_replica_lag: Limit::At(64 << 20), abort_latency: Limit::Auto, ..tuning().limits };
-        let tuning = Tuning { limits, ..tuning() };
+        let limits = tuning().limits.with("abort-replica-lag", Limit::At(f64::from(64 << 20)));
+        let tuning = Tuning { limits: limits.with("abort-latency", Limit::Auto), ..tuning() };
         let behind = Observation { replica_lag: Some(65 << 20), ..calm() };
         assert!(matches!(decide(&behind, &calm(), &tuning, None), Decision::Abort(failure)
             if failure.kind == FailureKind::LimitPassed && failure.message.contains("abort-replica-lag is 64.0 MiB")));

@@ -62,7 +62,7 @@ impl TouchAudit {
 
     /// Whether the keys of every batch are to be touched.
     pub fn touches_all(&self) -> bool {
-        matches!(self.mode, Touch::Exists | Touch::Ttl) || self.outcome == TouchOutcome::ScanLeavesDead
+        matches!(self.mode, Touch::Exists | Touch::Ttl) || self.outcome == TouchOutcome::ScanLeavesExpired
     }
 
     fn command_of(&self, batch: u64) -> Option<&'static str> {
@@ -70,7 +70,7 @@ impl TouchAudit {
             (Touch::Exists, _) => Some("EXISTS"),
             (Touch::Ttl, _) => Some("TTL"),
             (Touch::None, _) | (_, TouchOutcome::NoRight) => None,
-            (Touch::Auto, TouchOutcome::ScanLeavesDead) => Some(self.audit),
+            (Touch::Auto, TouchOutcome::ScanLeavesExpired) => Some(self.audit),
             (Touch::Auto, _) => {
                 let every = match () {
                     () if self.freed_by_scan > 0 => AUDIT_PROVEN,
@@ -108,14 +108,14 @@ impl TouchAudit {
         self.freed_by_scan += freed_by_scan;
         self.left_expired += left_expired;
         let found = if self.left_expired >= PROOF && self.left_expired > self.freed_by_scan {
-            TouchOutcome::ScanLeavesDead
+            TouchOutcome::ScanLeavesExpired
         } else if self.freed_by_scan > 0 {
             TouchOutcome::ScanReclaims
         } else {
-            TouchOutcome::NothingDead
+            TouchOutcome::NothingExpired
         };
         // Without the right there is no audit, and a proof that SCAN does not reclaim stands.
-        let open = !matches!(self.outcome, TouchOutcome::ScanLeavesDead | TouchOutcome::NoRight);
+        let open = !matches!(self.outcome, TouchOutcome::ScanLeavesExpired | TouchOutcome::NoRight);
         if self.mode == Touch::Auto && open { self.change(found) } else { None }
     }
 
@@ -160,19 +160,19 @@ mod tests {
     fn until_an_expired_key_is_met_the_audit_goes_on() {
         let mut touch = auto();
         assert_eq!(audits(&mut touch, 6400, 0), 4 + 63 + 92);
-        assert_eq!(touch.outcome(), TouchOutcome::NothingDead);
+        assert_eq!(touch.outcome(), TouchOutcome::NothingExpired);
         for _ in 0..64 {
             let left_expired = u64::from(touch.next_batch().is_some()) * 3;
             touch.learn(0, left_expired);
         }
-        assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesDead);
+        assert_eq!(touch.outcome(), TouchOutcome::ScanLeavesExpired);
     }
 
     #[test]
     fn expired_keys_that_scan_left_make_every_batch_a_touch() {
         let mut touch = auto();
-        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::NothingDead), "two may have expired in between");
-        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::ScanLeavesDead));
+        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::NothingExpired), "two may have expired in between");
+        assert_eq!(touch.learn(0, 2), Some(TouchOutcome::ScanLeavesExpired));
         for _ in 0..1000 {
             assert!(touch.next_batch().is_some());
             assert_eq!(touch.learn(0, 0), None);

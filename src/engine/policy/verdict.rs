@@ -204,7 +204,7 @@ fn judge_touch(
         return Verdict::TouchKeys(command);
     }
     let found = { context.touch.clone() }.learn(scanned.reclaimed(), left_expired);
-    if found == Some(TouchOutcome::ScanLeavesDead) && context.untouched {
+    if found == Some(TouchOutcome::ScanLeavesExpired) && context.untouched {
         return Verdict::Restart(Restart::TouchNeeded);
     }
     go_on(context, id, scanned.to)

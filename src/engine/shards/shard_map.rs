@@ -14,7 +14,7 @@ use crate::model::shard::ShardId;
 use crate::model::slots::SlotSet;
 use crate::model::target::Place;
 use crate::node::error::{Class, NodeError};
-use crate::node::topology::{Kind, Master, Topology, View};
+use crate::node::topology::{InstanceKind, Master, Topology, View};
 
 /// Pause before the nodes are asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -52,7 +52,7 @@ pub(in crate::engine) enum Location {
 #[derive(Debug, Clone)]
 pub(in crate::engine) struct ShardMap {
     topology: Arc<Topology>,
-    kind: Kind,
+    kind: InstanceKind,
     members: Arc<Mutex<BTreeMap<ShardId, Member>>>,
 }
 
@@ -81,7 +81,7 @@ impl ShardMap {
                 {
                     let master =
                         Master { addr: addr.clone(), node_id: None, replicas: Vec::new(), slots: SlotSet::default() };
-                    break View { kind: Kind::Standalone, masters: vec![master] };
+                    break View { kind: InstanceKind::Standalone, masters: vec![master] };
                 }
                 _ if warned_of == error.to_string() => {}
                 _ => {
@@ -102,7 +102,7 @@ impl ShardMap {
     }
 
     /// Whether the instance is a server alone, a cluster, or behind sentinels.
-    pub(in crate::engine) fn kind(&self) -> Kind {
+    pub(in crate::engine) fn kind(&self) -> InstanceKind {
         self.kind
     }
 
@@ -113,7 +113,7 @@ impl ShardMap {
 
     /// Whether the topology can name another master when one is gone or demoted.
     pub(in crate::engine) fn follows(&self) -> bool {
-        self.kind != Kind::Standalone || self.topology.follow()
+        self.kind != InstanceKind::Standalone || self.topology.follow()
     }
 
     /// Finds one shard's master. This is `last`, without a request, if there is no topology to follow.
@@ -192,8 +192,12 @@ fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap
 /// The node that was a shard's master stays its master while it owns slots. If it owns none, one of the remaining masters takes its
 /// place: one that was its replica, or else the one that owns most of its slots. For a promotion changes the node and keeps the slots,
 /// and a node that is replaced hands all its slots to another.
-fn assign(kind: Kind, members: &BTreeMap<ShardId, Member>, view: &View) -> (BTreeMap<ShardId, Master>, Vec<Master>) {
-    if kind != Kind::Cluster {
+fn assign(
+    kind: InstanceKind,
+    members: &BTreeMap<ShardId, Member>,
+    view: &View,
+) -> (BTreeMap<ShardId, Master>, Vec<Master>) {
+    if kind != InstanceKind::Cluster {
         let owners = members.keys().cloned().zip(view.masters.iter().cloned()).collect();
         return (owners, Vec::new());
     }
@@ -252,8 +256,8 @@ mod tests {
     #[track_caller]
     fn check(view: &[Master], expected: &str) {
         let before = members(&[master("a", &["ra"], &[0..=99]), master("b", &["rb"], &[100..=199])]);
-        let view = View { kind: Kind::Cluster, masters: view.to_vec() };
-        let (owners, strangers) = assign(Kind::Cluster, &before, &view);
+        let view = View { kind: InstanceKind::Cluster, masters: view.to_vec() };
+        let (owners, strangers) = assign(InstanceKind::Cluster, &before, &view);
         let mut shown: Vec<String> =
             owners.iter().map(|(id, master)| format!("{id}={}", master.node_id.as_ref().unwrap())).collect();
         shown.extend(strangers.iter().map(|master| format!("new={}", master.node_id.as_ref().unwrap())));

@@ -41,7 +41,7 @@ enum Received {
 impl ShardSweep {
     /// Walks the pass to its end.
     pub(super) async fn walk(&mut self, pass: &mut Pass) -> Result<(), End> {
-        while pass.figures.position != ScanPosition::Finished {
+        while pass.figures.checkpoint.position != ScanPosition::Finished {
             self.turn(pass).await?;
         }
         Ok(())
@@ -302,15 +302,15 @@ impl ShardSweep {
             Received::Touched(reply) => {
                 self.ledger.worked(self.pacer.worked_beside(wait));
                 let left_expired = left_expired(exchange.purpose, reply);
-                let figures = &mut pass.figures;
-                figures.found_by_touch += left_expired;
-                figures.reclaimed += left_expired;
+                let counters = &mut pass.figures.counters;
+                counters.found_by_touch += left_expired;
+                counters.reclaimed += left_expired;
                 // The one key that tests the right is touched again with the others.
                 if self.session.touch.may_ask() {
                     let answers = reply.answers.iter().flatten();
-                    figures.touched += answers.clone().count() as u64;
+                    counters.touched += answers.clone().count() as u64;
                     if matches!(exchange.purpose, Purpose::Touch { command: "TTL", .. }) {
-                        answers.for_each(|&ttl| figures.ttl.add(ttl));
+                        answers.for_each(|&ttl| counters.ttl.add(ttl));
                     }
                 }
             }
@@ -320,9 +320,9 @@ impl ShardSweep {
     fn count_scan(&mut self, exchange: &Exchange, reply: &Reply, wait: Wait, pass: &mut Pass) -> Duration {
         let Exchange { purpose, request, segment } = exchange;
         let reclaimed = reply.reclaimed();
-        let figures = &mut pass.figures;
-        figures.batches += 1;
-        figures.reclaimed += reclaimed;
+        let counters = &mut pass.figures.counters;
+        counters.batches += 1;
+        counters.reclaimed += reclaimed;
         pass.keys = reply.after.keys;
         if pass.segments.is_walked_closely(*segment) {
             // These keys were counted as scanned before.
@@ -330,18 +330,18 @@ impl ShardSweep {
         }
         if matches!(purpose, Purpose::AuditNames { .. }) {
             // These keys were counted by the first SCAN, but for the expired ones that it left.
-            figures.scanned += reclaimed;
+            counters.scanned += reclaimed;
             self.pacer.charge(reply.seen());
             return self.pacer.worked_beside(wait);
         }
-        let share = |position| figures.space.fraction(position);
+        let share = |position| pass.figures.checkpoint.space.fraction(position);
         let walked = (share(reply.to) - share(request.from)).max(0.0);
         let seen = if request.nameless {
             // Live keys are not in the reply. The keys that were not met yet are spread over the rest of the table, so the share of
             // that rest which this batch walked tells how many it met.
             let to_come = reply.before.keys.saturating_sub(pass.met);
             let part = (walked / (1.0 - pass.walked).max(f64::EPSILON)).clamp(0.0, 1.0);
-            figures.nameless += 1;
+            counters.nameless += 1;
             // A batch without names cannot show hidden keys, so the whole pass cannot either.
             pass.still.proves_nothing();
             reclaimed.max((part * to_come as f64).round() as u64)
@@ -354,7 +354,7 @@ impl ShardSweep {
             keep.walked(pass.walked, reclaimed, pass.keys);
         }
         pass.met += seen.saturating_sub(reclaimed);
-        figures.scanned += seen;
+        counters.scanned += seen;
         // How many keys a batch without names visited is an estimate: COUNT is the least.
         self.pacer.charge(if request.nameless { seen.max(u64::from(request.count)) } else { seen });
         self.pacer.worked(seen, wait)
@@ -395,7 +395,7 @@ impl ShardSweep {
             (_, Answer::Touched { .. }) => None,
         };
         self.say_touch(outcome).await;
-        if outcome == Some(TouchOutcome::ScanLeavesDead) {
+        if outcome == Some(TouchOutcome::ScanLeavesExpired) {
             self.session.sweep_again(Restart::TouchNeeded.sentence());
         }
     }
@@ -435,7 +435,7 @@ impl ShardSweep {
     }
 
     async fn advance(&mut self, segment: SegmentId, to: ScanPosition, pass: &mut Pass) {
-        let freed = pass.figures.reclaimed;
+        let freed = pass.figures.counters.reclaimed;
         let done = pass.segments.advance(segment, to);
         for worker in pass.pipeline.workers.iter_mut().filter(|worker| worker.segment == Some(segment)) {
             if done {
@@ -446,11 +446,11 @@ impl ShardSweep {
                 worker.segment = None;
             }
         }
-        pass.figures.position = pass.segments.position();
+        pass.figures.checkpoint.position = pass.segments.position();
         // One of each worker, and the one that is being counted.
-        pass.figures.under_way = self.depth_of(pass) as u64 + 1;
+        pass.figures.gauges.under_way = self.depth_of(pass) as u64 + 1;
         if freed > pass.reclaimed_at_proof {
-            (pass.reclaimed_at_proof, pass.proven) = (freed, pass.figures.position);
+            (pass.reclaimed_at_proof, pass.proven) = (freed, pass.figures.checkpoint.position);
         }
         self.write_journal(pass).await;
     }
@@ -492,7 +492,7 @@ impl ShardSweep {
     /// Handles a batch without an answer: counts what else is under way, then reconnects.
     async fn lost(&mut self, error: NodeError, pass: &mut Pass) -> Result<(), End> {
         if !matches!(error, NodeError::Server { .. }) {
-            pass.figures.lost_replies += 1;
+            pass.figures.counters.lost_replies += 1;
         }
         self.drain(pass).await;
         self.recover(error, Some(pass)).await
@@ -505,7 +505,7 @@ impl ShardSweep {
             if !matches!(timeout_at(deadline, self.receive_and_count(worker, pass)).await, Ok(Ok(()))) {
                 pass.pipeline.workers[worker].exchange = None;
                 self.session.conns[worker].forget();
-                pass.figures.lost_replies += 1;
+                pass.figures.counters.lost_replies += 1;
             }
         }
     }
@@ -564,7 +564,7 @@ impl ShardSweep {
             // Another worker's reply has said so already.
             return Ok(());
         }
-        if pass.figures.nameless == 0 {
+        if pass.figures.counters.nameless == 0 {
             self.reporter.warn(format!("{why}: names are read")).await;
             return Ok(());
         }

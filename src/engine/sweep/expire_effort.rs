@@ -61,7 +61,7 @@ impl ShardSweep {
                 return Ok(());
             }
         };
-        let (begun, before, addr) = (Instant::now(), self.session.baseline.stale_share, note.undo.addr.clone());
+        let (begun, before, addr) = (Instant::now(), self.session.baseline.expired_share, note.undo.addr.clone());
         let watched = self.watch_expiry(at_most, &note.undo.value).await;
         self.end_hold().await;
         self.restore(note).await;
@@ -115,7 +115,7 @@ impl ShardSweep {
                 return Ok(None);
             }
             let control = *self.control.borrow();
-            if self.session.foreground.look_is_due(&control.tuning)
+            if self.session.foreground.measurement_is_due(&control.tuning)
                 && let Err(error) = self.measure_foreground().await
             {
                 self.recover(error, None).await?;
@@ -124,15 +124,15 @@ impl ShardSweep {
             let seen = Observation { latency: self.session.sampler.latency(), ..Observation::from_info(&info) };
             let seen = self.session.with_foreground(seen);
             let freed = seen.expired_keys.unwrap_or(0).saturating_sub(first);
-            let settled = seen.stale_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
+            let settled = seen.expired_share.is_none_or(|share| share < SETTLED) && begun.elapsed() >= AT_LEAST;
             let held = self.hold.map(|(reason, _)| reason);
             let is_over = begun.elapsed() >= at_most || control.holds().is_some();
             match throttle::decide(&seen, &self.session.baseline, &control.tuning, held) {
                 // A requested hold ends the assistance: the sweep itself reports it.
                 Decision::Proceed | Decision::Rest(_) | Decision::Hold(..) if is_over => {
-                    return Ok(Some((seen.stale_share, freed)));
+                    return Ok(Some((seen.expired_share, freed)));
                 }
-                Decision::Proceed | Decision::Rest(_) if settled => return Ok(Some((seen.stale_share, freed))),
+                Decision::Proceed | Decision::Rest(_) if settled => return Ok(Some((seen.expired_share, freed))),
                 Decision::Proceed | Decision::Rest(_) if held.is_some() => {
                     self.end_hold().await;
                     let _ = commands::set_config(self.session.conn(), PARAMETER, MOST).await;
@@ -144,7 +144,7 @@ impl ShardSweep {
                 }
                 // The sweep finds the new master.
                 Decision::Abort(failure) if failure.kind == FailureKind::NotAMaster => {
-                    return Ok(Some((seen.stale_share, freed)));
+                    return Ok(Some((seen.expired_share, freed)));
                 }
                 Decision::Abort(failure) if failure.kind == FailureKind::LimitPassed && !suspect => {
                     suspect = true;

@@ -33,7 +33,7 @@ impl ShardSweep {
             return Ok(true);
         }
         self.tune(control.tuning);
-        if self.permit.is_none() || self.session.foreground.look_is_due(&control.tuning) {
+        if self.permit.is_none() || self.session.foreground.measurement_is_due(&control.tuning) {
             return Ok(true);
         }
         match self.session.sampler.take_new() {
@@ -92,7 +92,7 @@ impl ShardSweep {
 
     /// Stands still for a moment, if that is due, to measure the load by other clients.
     async fn measure_foreground_if_due(&mut self, pass: &mut Pass) -> Result<(), End> {
-        if !self.session.foreground.look_is_due(&self.control.borrow().tuning) {
+        if !self.session.foreground.measurement_is_due(&self.control.borrow().tuning) {
             return Ok(());
         }
         if self.hold.is_none() {
@@ -111,11 +111,11 @@ impl ShardSweep {
         }
     }
 
-    /// Measures the load by other clients for [`foreground::LOOK_FOR`]. Called with no batch under way.
+    /// Measures the load by other clients for [`foreground::MEASURE_FOR`]. Called with no batch under way.
     pub(super) async fn measure_foreground(&mut self) -> Result<(), NodeError> {
         let before = commands::load(self.session.conn()).await?;
         let from = Instant::now();
-        tokio::time::sleep(foreground::LOOK_FOR).await;
+        tokio::time::sleep(foreground::MEASURE_FOR).await;
         let after = commands::load(self.session.conn()).await?;
         let span = from.elapsed();
         let commands = after.commands.zip(before.commands).map(|(now, then)| now.saturating_sub(then));
@@ -179,7 +179,7 @@ impl ShardSweep {
                     Err(error) => return self.recover(error, Some(pass)).await,
                 },
             };
-            if self.session.foreground.look_is_due(&tuning)
+            if self.session.foreground.measurement_is_due(&tuning)
                 && let Err(error) = self.measure_foreground().await
             {
                 return self.recover(error, Some(pass)).await;
@@ -193,7 +193,7 @@ impl ShardSweep {
         if self.hold.is_some_and(|(reason, _)| reason != Reason::DeletionBlocked) {
             self.end_hold().await;
         }
-        let advice = pass.guard.advise(pass.begun.elapsed(), seen, &pass.figures, pass.keys);
+        let advice = pass.guard.advise(pass.begun.elapsed(), seen, &pass.figures.counters, pass.keys);
         let most = self.control.borrow().tuning.intensity;
         self.session.decided = true;
         match advice {

@@ -76,7 +76,7 @@ impl ShardSweep {
             }
             self.sweep_db(db).await?;
             if let Some(figures) = self.job.shard.passes.get_mut(&db) {
-                figures.position = ScanPosition::NotStarted;
+                figures.checkpoint.position = ScanPosition::NotStarted;
             }
             if self.session.number != session {
                 // What is where, only this process knows.

@@ -11,7 +11,7 @@ use crate::engine::policy::ledger::Doing;
 use crate::engine::policy::segments::{self, Segments};
 use crate::engine::sweep::pipeline::Pipeline;
 use crate::engine::sweep::shard::{End, ShardSweep};
-use crate::model::progress::{PassFigures, ScanEventKind};
+use crate::model::progress::{PassFigures, PassGauges, ScanEventKind};
 use crate::model::shard::{DbIndex, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::node::commands;
@@ -56,14 +56,14 @@ pub(super) struct Pass {
 impl Pass {
     /// Forgets the workers: the pass goes on at its position.
     pub(super) fn forget_workers(&mut self) {
-        self.go_on_at(self.figures.position);
+        self.go_on_at(self.figures.checkpoint.position);
         self.cursors.walks_again();
     }
 
     /// Goes back to where deletions were last proven to work.
     pub(super) fn go_back(&mut self) {
         self.go_on_at(self.proven);
-        self.reclaimed_at_proof = self.figures.reclaimed;
+        self.reclaimed_at_proof = self.figures.counters.reclaimed;
         self.cursors = CursorLoop::default();
         self.still = StillPass::default();
         if self.proven != ScanPosition::NotStarted || self.segments.is_cut() {
@@ -72,11 +72,11 @@ impl Pass {
     }
 
     fn go_on_at(&mut self, position: ScanPosition) {
-        self.figures.position = position;
+        self.figures.checkpoint.position = position;
         self.segments.go_on_at(position);
         self.pipeline.forget();
         // The pass did not come here batch by batch: the estimate assumes that keys are spread evenly.
-        self.walked = self.figures.fraction();
+        self.walked = self.figures.checkpoint.fraction();
         self.met = (self.walked * self.keys as f64) as u64;
     }
 }
@@ -85,16 +85,16 @@ impl ShardSweep {
     pub(super) async fn sweep_db(&mut self, db: DbIndex) -> Result<(), End> {
         let mut figures = self.job.shard.passes.remove(&db).unwrap_or_default();
         // The position may come from another server process than the one that answers now.
-        let was_begun = figures.position != ScanPosition::NotStarted;
-        let position = match self.session.position_of(&figures) {
+        let was_begun = figures.checkpoint.position != ScanPosition::NotStarted;
+        let position = match self.session.position_of(&figures.checkpoint) {
             ScanPosition::Finished => ScanPosition::NotStarted,
             position => position,
         };
-        figures.space = self.session.space.clone();
-        figures.process = self.session.fingerprint();
-        figures.position = position;
+        figures.checkpoint.space = self.session.space.clone();
+        figures.checkpoint.process = self.session.fingerprint();
+        figures.checkpoint.position = position;
         if was_begun && position == ScanPosition::NotStarted {
-            figures.restarts += 1;
+            figures.counters.restarts += 1;
             let why = self.session.restart_reason.clone().or_else(|| self.job.shard.restart_reason.clone());
             let why = why.unwrap_or_else(|| "another server process answers".to_owned());
             self.reporter.say(ScanEventKind::PassRestarted { db, why, figures: figures.clone() }).await;
@@ -102,7 +102,7 @@ impl ShardSweep {
         let mut pass = Pass {
             db,
             proven: position,
-            reclaimed_at_proof: figures.reclaimed,
+            reclaimed_at_proof: figures.counters.reclaimed,
             untouched: position != ScanPosition::NotStarted,
             figures,
             segments: Segments::new(CursorSpace::default(), 0, position),
@@ -152,10 +152,10 @@ impl ShardSweep {
                 Err(error) => self.recover(error, Some(pass)).await?,
             }
         };
-        if pass.figures.batches == 0 || self.keep.is_some() {
-            pass.figures.keys_at_start = pass.keys;
+        if pass.figures.counters.batches == 0 || self.keep.is_some() {
+            pass.figures.checkpoint.keys_at_start = pass.keys;
         }
-        self.cut(pass, pass.figures.position);
+        self.cut(pass, pass.figures.checkpoint.position);
         self.guard_against_harm(pass).await?;
         self.walk(pass).await
     }
@@ -170,7 +170,7 @@ impl ShardSweep {
             // Segments overlap, and a pass that goes on did not see its earlier batches.
             pass.still.proves_nothing();
         }
-        pass.walked = pass.figures.fraction();
+        pass.walked = pass.figures.checkpoint.fraction();
         pass.met = (pass.walked * pass.keys as f64) as u64;
     }
 
@@ -246,8 +246,8 @@ impl ShardSweep {
 
     /// Begins the pass again: what it has swept proves nothing.
     pub(super) async fn begin_again(&self, pass: &mut Pass, why: String) {
-        pass.figures.restarts += 1;
-        pass.figures.process = self.session.fingerprint();
+        pass.figures.counters.restarts += 1;
+        pass.figures.checkpoint.process = self.session.fingerprint();
         pass.proven = ScanPosition::NotStarted;
         pass.untouched = false;
         pass.suspected_at = ScanPosition::NotStarted;
@@ -261,12 +261,15 @@ impl ShardSweep {
     /// Brings the figures of the pass up to date.
     fn update_figures(&mut self, pass: &mut Pass) {
         let figures = &mut pass.figures;
-        self.ledger.settle(figures);
-        figures.slice = self.pacer.slices();
-        figures.count = self.pacer.count();
-        figures.intensity = self.pacer.intensity();
-        figures.server_us_per_scan = self.pacer.server_us_per_scan();
-        figures.server_expired = self.session.seen.expired_keys;
+        self.ledger.settle(&mut figures.counters);
+        figures.checkpoint.server_expired = self.session.seen.expired_keys;
+        figures.gauges = PassGauges {
+            under_way: figures.gauges.under_way,
+            slice: self.pacer.slices(),
+            count: self.pacer.count(),
+            intensity: self.pacer.intensity(),
+            server_us_per_scan: self.pacer.server_us_per_scan(),
+        };
     }
 
     pub(super) async fn report(&mut self, pass: &mut Pass) {

@@ -322,9 +322,9 @@ impl ShardSweep {
             keep.pace.forget(Instant::now());
         }
         if let Some(pass) = pass {
-            pass.figures.space = self.session.space.clone();
-            pass.figures.process = self.session.fingerprint();
-            let begun = pass.figures.position != ScanPosition::NotStarted;
+            pass.figures.checkpoint.space = self.session.space.clone();
+            pass.figures.checkpoint.process = self.session.fingerprint();
+            let begun = pass.figures.checkpoint.position != ScanPosition::NotStarted;
             self.cut(pass, ScanPosition::NotStarted);
             if begun {
                 self.begin_again(pass, why).await;

@@ -10,7 +10,7 @@ use crate::engine::policy::observation::Observation;
 use crate::engine::policy::profile::ServerProfile;
 use crate::engine::policy::touch_audit::TouchAudit;
 use crate::engine::sampler::Sampler;
-use crate::model::progress::{PassFigures, ServerFacts};
+use crate::model::progress::{PassCheckpoint, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition};
 use crate::model::slots::CursorSpace;
 use crate::node::conn::{Conn, ConnOptions};
@@ -126,14 +126,14 @@ impl Session {
         self.run_id.as_ref().map(RunId::fingerprint)
     }
 
-    /// Whether the position in these figures came from this process.
-    pub(super) fn owns(&self, figures: &PassFigures) -> bool {
-        self.fingerprint().is_some() && figures.process == self.fingerprint()
+    /// Whether the position of this checkpoint came from this process.
+    pub(super) fn owns(&self, checkpoint: &PassCheckpoint) -> bool {
+        self.fingerprint().is_some() && checkpoint.process == self.fingerprint()
     }
 
-    /// Where a pass with these figures goes on in this process.
-    pub(super) fn position_of(&self, figures: &PassFigures) -> ScanPosition {
-        if self.owns(figures) { figures.position } else { ScanPosition::NotStarted }
+    /// Where a pass with this checkpoint goes on in this process.
+    pub(super) fn position_of(&self, checkpoint: &PassCheckpoint) -> ScanPosition {
+        if self.owns(checkpoint) { checkpoint.position } else { ScanPosition::NotStarted }
     }
 
     /// Forgets the finished DBs: their passes prove nothing.

@@ -153,7 +153,11 @@ impl ShardSweep {
         self.say_uncounted(&info).await;
         if self.keep.is_some() {
             // The checkpoint does not tell when a place was last walked, so the first lap starts from the beginning.
-            self.job.shard.passes.values_mut().for_each(|figures| figures.position = ScanPosition::NotStarted);
+            self.job
+                .shard
+                .passes
+                .values_mut()
+                .for_each(|figures| figures.checkpoint.position = ScanPosition::NotStarted);
         } else {
             self.check_checkpoint().await;
         }
@@ -197,8 +201,8 @@ impl ShardSweep {
     /// checkpoint.
     async fn say_uncounted(&self, info: &Info) {
         for &db in &self.job.shard.uncounted {
-            let figures = self.job.shard.passes.get(&db).filter(|figures| self.session.owns(figures));
-            let since = figures.and_then(|figures| figures.server_expired);
+            let figures = self.job.shard.passes.get(&db).filter(|figures| self.session.owns(&figures.checkpoint));
+            let since = figures.and_then(|figures| figures.checkpoint.server_expired);
             let at_most = info.parsed::<u64>("expired_keys").zip(since).and_then(|(now, then)| now.checked_sub(then));
             self.reporter.warn(uncounted(db, at_most)).await;
         }
@@ -209,15 +213,15 @@ impl ShardSweep {
         let again = self.job.shard.restart_reason.is_some();
         let mut lost = false;
         for (&db, figures) in &mut self.job.shard.passes {
-            let ours = !again && self.session.owns(figures);
-            match figures.position {
+            let ours = !again && self.session.owns(&figures.checkpoint);
+            match figures.checkpoint.position {
                 ScanPosition::Finished if ours => {
                     self.session.finished.insert(db);
                     self.reporter.say(ScanEventKind::PassFinished { db, figures: figures.clone() }).await;
                 }
                 ScanPosition::At(_) if !ours => {
-                    figures.position = ScanPosition::NotStarted;
-                    figures.restarts += 1;
+                    figures.checkpoint.position = ScanPosition::NotStarted;
+                    figures.counters.restarts += 1;
                     lost = !again;
                 }
                 _ => {}

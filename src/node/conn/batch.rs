@@ -1,5 +1,5 @@
-//! Batches: a SCAN or a touch between two readings, in one write. A batch is sent and received by separate calls, so that
-//! several connections can each have one under way.
+//! Batches: a SCAN or a touch between two readings of a counter, in one write. Separate calls send and receive a batch,
+//! so that several connections can each have one under way.
 
 use std::io::{self, Write as _};
 use std::pin::Pin;
@@ -14,48 +14,48 @@ use crate::node::error::NodeError;
 use crate::node::info;
 use crate::node::wire::{Malformed, Names, ScanReader, ScanReply};
 
-/// DBSIZE as it goes over the wire.
+/// DBSIZE in RESP.
 const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
-/// INFO stats as it goes over the wire.
+/// INFO stats in RESP.
 const INFO_STATS: &str = "*2\r\n$4\r\nINFO\r\n$5\r\nstats\r\n";
 
 /// One SCAN to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
-    /// Where to go on. [`ScanPosition::Finished`] is sent like the beginning: nobody asks from there.
+    /// Where it begins. [`ScanPosition::Finished`] would be sent as 0, like the beginning; no caller asks from there.
     pub from: ScanPosition,
     /// COUNT.
     pub count: u32,
-    /// With a TYPE that nobody uses, so that no names come back.
+    /// Whether it has a TYPE that no key has, so that the reply holds no names.
     pub nameless: bool,
-    /// What is to tell how many keys it freed.
+    /// The counter that tells how many keys it reclaimed.
     pub gauge: Gauge,
 }
 
-/// What tells how many expired keys a batch freed: the server runs the commands of a batch back to back, so a counter read
-/// just before and just after tells exactly. But where it evicts keys to stay below `maxmemory`, it does so before any
-/// command.
+/// The counter that tells how many expired keys a batch reclaimed. The server runs the commands of a batch back to
+/// back, so the difference of a counter before and after is exact. But a server that evicts keys to stay below
+/// `maxmemory` does so before any command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gauge {
     /// The difference of DBSIZE: exact where nothing is evicted.
     Dbsize,
-    /// The difference of `expired_keys` of INFO stats, which evicted keys are not in. Two INFO stats cost a server some 5
-    /// microseconds a batch (Redis 7.0, 8.2). A server whose INFO has no such field is taken at its DBSIZE.
+    /// The difference of `expired_keys` of INFO stats, which does not count evicted keys. Two INFO stats cost a server
+    /// about 5 microseconds a batch (Redis 7.0, 8.2). Where INFO has no such field, DBSIZE is used.
     ExpiredKeys,
 }
 
-/// What was read beside a batch.
+/// The counters just before or just after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reading {
     /// DBSIZE.
     pub keys: u64,
-    /// `expired_keys`, where that was asked for and is known.
+    /// `expired_keys`; `None` where it was not asked for or INFO does not have it.
     pub expired: Option<u64>,
 }
 
 impl Reading {
-    /// Expired keys that were freed up to a later reading.
-    fn freed_until(self, later: Self) -> u64 {
+    /// Expired keys reclaimed between this reading and a later one.
+    fn reclaimed_until(self, later: Self) -> u64 {
         match self.expired.zip(later.expired) {
             Some((before, after)) => after.saturating_sub(before),
             None => self.keys.saturating_sub(later.keys),
@@ -63,29 +63,29 @@ impl Reading {
     }
 }
 
-/// The type that no key has.
-const NOBODYS_TYPE: &str = "ttlsweep-none";
+/// A type that no key has.
+const NO_TYPE: &str = "ttlsweep-none";
 
 /// What one SCAN between two readings did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reply {
-    /// Where the next SCAN goes on.
+    /// Where the next SCAN begins.
     pub to: ScanPosition,
     /// Keys in the reply.
     pub returned: u64,
-    /// Just before.
+    /// The reading just before.
     pub before: Reading,
-    /// Just after.
+    /// The reading just after.
     pub after: Reading,
 }
 
 impl Reply {
-    /// Expired keys that the SCAN freed.
+    /// Expired keys that the SCAN reclaimed.
     pub fn reclaimed(&self) -> u64 {
-        self.before.freed_until(self.after)
+        self.before.reclaimed_until(self.after)
     }
 
-    /// Keys that the SCAN looked at, as far as the reply tells: those returned and those freed.
+    /// Keys that the SCAN is known to have scanned: those returned and those reclaimed.
     pub fn seen(&self) -> u64 {
         self.returned + self.reclaimed()
     }
@@ -98,37 +98,37 @@ pub struct Timing {
     pub sent: Instant,
     /// After the last byte was read.
     pub read: Instant,
-    /// Whether the reply had not come yet when we looked for it. Else it had waited for us.
+    /// Whether we waited for the reply. Otherwise the reply waited for us, and its time says nothing about the server.
     pub waited_for: bool,
 }
 
 impl Timing {
-    /// From the first byte written to the last byte read: the way there and back is in it.
+    /// From the first byte written to the last byte read, round trip included.
     pub fn since_sent(&self) -> Duration {
         self.read.duration_since(self.sent)
     }
 }
 
-/// What touching the keys of one batch did.
+/// What the touch of the keys of one batch did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TouchReply {
-    /// The server's answer for each name, in order; `None` where a cluster node sent us elsewhere: the key's slot is on
-    /// its way from one node to another.
+    /// The server's answer for each name, in order; `None` where a cluster node answered with a redirection: the key's
+    /// slot is moving to another node.
     pub answers: Vec<Option<i64>>,
-    /// Just before.
+    /// The reading just before.
     pub before: Reading,
-    /// Just after.
+    /// The reading just after.
     pub after: Reading,
 }
 
 impl TouchReply {
-    /// Expired keys that the touch freed.
+    /// Expired keys that the touch reclaimed.
     pub fn reclaimed(&self) -> u64 {
-        self.before.freed_until(self.after)
+        self.before.reclaimed_until(self.after)
     }
 }
 
-/// What was sent and not received yet.
+/// A batch that was sent and not received yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sent {
     what: What,
@@ -142,8 +142,9 @@ enum What {
 }
 
 impl Conn {
-    /// Sends a reading, `SCAN cursor COUNT count`, a reading, in one write. Not in MULTI: the deletions would be propagated as
-    /// one transaction, which cluster-aware replication tools reject. Nothing else may be sent until [`Conn::receive_scan`].
+    /// Sends a reading, `SCAN cursor COUNT count`, a reading, in one write. Not in MULTI: the deletions would be
+    /// propagated as one transaction, which cluster-aware replication tools reject. Nothing else may be sent until
+    /// [`Conn::receive_scan`].
     ///
     /// # Errors
     /// [`NodeError`] of the connection.
@@ -151,8 +152,8 @@ impl Conn {
         self.bounded("SCAN", async |conn| conn.write_scan(request).await).await
     }
 
-    /// Sends a reading, `command name` for each of the first `keys` names, a reading, in one write. Nothing else may be sent until
-    /// [`Conn::receive_touch`].
+    /// Sends a reading, `command name` for each of the first `keys` names, a reading, in one write. Nothing else may be
+    /// sent until [`Conn::receive_touch`].
     ///
     /// # Errors
     /// [`NodeError`] of the connection.
@@ -178,12 +179,12 @@ impl Conn {
         .await
     }
 
-    /// When the batch was sent that was not received yet.
+    /// When the batch that is under way was sent; `None`: no batch is.
     pub fn sent_at(&self) -> Option<Instant> {
         self.sent.map(|sent| sent.at)
     }
 
-    /// The SCAN that was sent and not received yet.
+    /// The SCAN that is under way; `None`: no SCAN is.
     pub fn under_way(&self) -> Option<Request> {
         match self.sent?.what {
             What::Scan(request) => Some(request),
@@ -191,15 +192,15 @@ impl Conn {
         }
     }
 
-    /// Gives up what was sent. The connection is good for nothing else then.
+    /// Gives up the batch under way, and the connection with it: its reply would be taken for another one's.
     pub fn forget(&mut self) {
         self.in_flight |= self.sent.take().is_some();
     }
 
-    /// Waits until the first bytes of what was sent are there. May be dropped at any time and called again.
+    /// Waits for the first bytes of the reply to the batch under way. May be dropped at any time and called again.
     ///
     /// # Errors
-    /// [`NodeError`] of the connection; a timeout once the response timeout has passed since it was sent.
+    /// [`NodeError`] of the connection; a timeout where the response timeout has passed since the batch was sent.
     pub async fn reply_begins(&mut self) -> Result<(), NodeError> {
         if self.start < self.end {
             return Ok(());
@@ -228,7 +229,7 @@ impl Conn {
         let read = tokio::select! {
             biased;
             read = read => Some(read),
-            () = watchdog.bites(deadline) => None,
+            () = watchdog.expires(deadline) => None,
         };
         self.watchdog = Some(watchdog);
         match read {
@@ -244,8 +245,8 @@ impl Conn {
 
     /// Receives the reply to what [`Conn::send_scan`] sent. `names` receives the key names where it is given.
     ///
-    /// `next` is told the next position as soon as it has come. What it wants to ask is sent then, so that the server works
-    /// while we read the names and do our sums.
+    /// `next` is called with the next position as soon as that has come. The request that it returns is sent at once,
+    /// so that the server works while we read the names and evaluate the reply.
     ///
     /// # Errors
     /// [`NodeError`]; the first refusal among them.
@@ -268,7 +269,7 @@ impl Conn {
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
             let after = conn.read_gauge(request.gauge).await?;
             let timing = Timing { sent, read: Instant::now(), waited_for };
-            // All of them were read, so the connection stays in step whichever was refused.
+            // All replies were read, so the connection can go on, whichever was refused.
             let before = before?;
             let (to, returned) = page?;
             Ok((Reply { to, returned, before, after: after? }, timing))
@@ -317,17 +318,17 @@ impl Conn {
         Ok(self.receive_scan(None, |_| None).await?.0)
     }
 
-    /// Writes one SCAN and notes that it is under way.
+    /// Sends one SCAN and notes that it is under way.
     async fn write_scan(&mut self, request: Request) -> Result<(), NodeError> {
         self.out.clear();
-        // Packed by hand: this one is sent millions of times, and `Cmd` allocates for each.
+        // Packed by hand: it is sent millions of times, and `Cmd` allocates for each.
         let (cursor, count) = (request.from.to_send().unwrap_or(0).to_string(), request.count.to_string());
-        let words = [&cursor, "COUNT", &count, "TYPE", NOBODYS_TYPE];
+        let words = [&cursor, "COUNT", &count, "TYPE", NO_TYPE];
         let words = if request.nameless { &words[..] } else { &words[..3] };
         self.put_gauge(request.gauge);
         let _ = write!(self.out, "*{}\r\n$4\r\nSCAN\r\n", words.len() + 1);
         for word in words {
-            // A write into memory cannot fail.
+            // Writing into memory cannot fail.
             let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
         }
         self.put_gauge(request.gauge);
@@ -337,7 +338,7 @@ impl Conn {
         Ok(())
     }
 
-    /// Asks for a reading.
+    /// Appends the commands of a reading.
     fn put_gauge(&mut self, gauge: Gauge) {
         self.out.extend_from_slice(DBSIZE.as_bytes());
         if gauge == Gauge::ExpiredKeys {
