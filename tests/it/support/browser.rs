@@ -156,16 +156,21 @@ impl Browser {
         self.driver().find(By::Css(css)).await.unwrap_or_else(|error| panic!("{css}: {error}"))
     }
 
-    /// Clicks where a person would.
+    /// Clicks where a person would, after scrolling the element away from the edges: the page's header covers the upper one.
     pub async fn click(&self, css: &str) {
+        let scroll = format!("document.querySelector({})?.scrollIntoView({{block: 'center'}});", json!(css));
         let mut last = String::new();
         // A view may be redrawn between finding the element and the click.
-        probe(&format!("{css} is clicked"), PATIENCE, async || match self.element(css).await.click().await {
-            Ok(()) => true,
-            Err(error) => {
-                last = error.to_string();
-                false
+        probe(&format!("{css} is clicked"), PATIENCE, async || {
+            let element = self.element(css).await;
+            self.run(&scroll).await;
+            let Err(error) = element.click().await else { return true };
+            let error = error.to_string();
+            if error != last {
+                println!("{css} cannot be clicked: {error}");
+                last = error;
             }
+            false
         })
         .await;
     }
