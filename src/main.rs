@@ -1,4 +1,4 @@
-//! The `ttlsweep` program. Everything is in the library.
+//! The `ttlsweep` program. All of its code is in the library.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,8 @@
-//! Figures for Prometheus. Written by `tasks`, `scheduler` and `api`, read by `GET /metrics`.
+//! Metrics for Prometheus. `tasks`, `scheduler`, `keeper`, `notify` and `api` write them, `GET /metrics` reads them.
 //!
-//! Labels are bounded: an instance is one of the settings file, everything else is one of our own words. An instance is
-//! `redis_instance`, since Prometheus itself labels what it scrapes with `instance`. Names and units follow the Prometheus conventions: base units, `_total` for what only grows.
+//! The number of label values is bounded: instances are those of the settings file, everything else is one of a fixed set of words. The
+//! label for an instance is `redis_instance`, because Prometheus itself sets `instance` to the address that it scrapes. Names and units
+//! follow the conventions of Prometheus: base units, `_total` for counters.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -22,14 +23,14 @@ use crate::model::progress::{PassFigures, Snapshot, held_by_reason};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;
 
-/// What may become of a due time.
+/// Values of `outcome` for a due time.
 const DUE_OUTCOMES: [&str; 3] = ["run", "still_running", "missed"];
-/// What may become of a notification.
+/// Values of `outcome` for a notification.
 const NOTIFICATION_OUTCOMES: [&str; 4] = ["delivered", "retried", "given_up", "dropped"];
-/// Bounds of the answer times in seconds: a look into memory to a look into a busy store.
+/// Buckets of the response times in seconds, from a read of memory to a read of a busy database.
 const ANSWER_BOUNDS: [f64; 7] = [0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0];
 
-/// What a figure of an instance carries.
+/// The labels of the metrics of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InstanceLabel {
     redis_instance: String,
@@ -69,7 +70,7 @@ struct NotificationLabels {
 
 type Seconds = Counter<f64, AtomicU64>;
 
-/// All figures. Cloning is cheap and shares them.
+/// All metrics. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics(Arc<Inner>);
 
@@ -93,7 +94,7 @@ struct Inner {
     ended: Family<EndLabels, Counter>,
     last_success: Family<InstanceLabel, Gauge<f64, AtomicU64>>,
     unfinished: Gauge,
-    dues: Family<DueLabels, Counter>,
+    due_times: Family<DueLabels, Counter>,
     store_errors: Counter,
     daemons: Gauge,
     settings_differ: Gauge,
@@ -126,8 +127,8 @@ impl Default for Metrics {
             register!("start_timestamp", "When this process began, since 1970", Unit::Seconds, Gauge::default());
         started.set(Timestamp::now().as_millisecond() as f64 / 1000.0);
         let inner = Inner {
-            scanned: register!("keys_scanned", "Keys that SCAN looked at", Family::default()),
-            reclaimed: register!("keys_reclaimed", "Expired keys that were freed", Family::default()),
+            scanned: register!("keys_scanned", "Keys that SCAN visited", Family::default()),
+            reclaimed: register!("keys_reclaimed", "Expired keys that were reclaimed", Family::default()),
             touched: register!("keys_touched", "Keys asked with EXISTS or TTL", Family::default()),
             batches: register!("batches", "SCAN batches that were answered", Family::default()),
             lost_replies: register!("lost_replies", "Batches whose reply was lost", Family::default()),
@@ -175,22 +176,26 @@ impl Default for Metrics {
                 Family::default()
             ),
             unfinished: register!("tasks_unfinished", "Tasks that are waiting, running or held", Gauge::default()),
-            dues: register!("due_times", "Due times of automatic scans, by what became of them", Family::default()),
-            store_errors: register!("store_errors", "Records that could not be written at once", Counter::default()),
-            daemons: register!("daemons", "Daemons that share the records; 0: they are not shared", Gauge::default()),
+            due_times: register!(
+                "due_times",
+                "Due times of automatic scans, by what became of them",
+                Family::default()
+            ),
+            store_errors: register!("store_errors", "Reads and writes of the records that failed", Counter::default()),
+            daemons: register!("daemons", "Daemons that share the database; 0: it is not shared", Gauge::default()),
             settings_differ: register!(
                 "settings_differ",
-                "1 where another daemon on the same records has other settings than this one",
+                "1 if another daemon on the same database has other settings than this one, else 0",
                 Gauge::default()
             ),
             notifications: register!(
                 "notifications",
-                "Requests to the webhook, and notifications that were not even tried, by outcome",
+                "Requests to the webhook, and notifications that were dropped without one, by outcome",
                 Family::default()
             ),
             answers: register!(
                 "http_request_duration",
-                "Time to answer requests of the API",
+                "Response time of requests to the API",
                 Unit::Seconds,
                 Family::new_with_constructor(answer_times as fn() -> Histogram)
             ),
@@ -205,8 +210,8 @@ impl Default for Metrics {
     }
 }
 
-/// OpenMetrics in the older format: there a counter is declared by the name of its samples, an info is a gauge, and
-/// there are neither units nor an end mark.
+/// Converts OpenMetrics to the older text format: there a counter is declared with the name of its samples (`_total`), an
+/// info is a gauge, and there are neither units nor an end mark.
 fn classic(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let declared = |line: &str| line.split(' ').nth(2).map(str::to_owned);
@@ -228,40 +233,40 @@ fn classic(text: &str) -> String {
     out
 }
 
-/// Sums of a snapshot, to count what came since the one before.
+/// Sums over a snapshot of a task. Counters grow by the difference between the sums of two snapshots.
 #[derive(Debug, Clone, Default)]
-pub struct Totals {
+pub struct CounterSums {
     counts: [u64; 5],
     times: [Duration; 2],
     held: std::collections::BTreeMap<Reason, Duration>,
     missed: Duration,
 }
 
-impl Totals {
-    /// The sums of a snapshot.
+impl CounterSums {
+    /// Sums over the passes and shards of a snapshot.
     pub fn of(snapshot: &Snapshot) -> Self {
         let missed = snapshot.shards.values().filter_map(|shard| shard.keep).map(|keep| keep.missed).sum();
-        let mut totals = Self { held: held_by_reason(snapshot.passes()), missed, ..Self::default() };
+        let mut sums = Self { held: held_by_reason(snapshot.passes()), missed, ..Self::default() };
         for pass in snapshot.passes() {
             let PassFigures { scanned, reclaimed, touched, batches, lost_replies, active, rested, .. } = pass;
-            for (sum, count) in totals.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
+            for (sum, count) in sums.counts.iter_mut().zip([scanned, reclaimed, touched, batches, lost_replies]) {
                 *sum += count;
             }
-            for (sum, time) in totals.times.iter_mut().zip([active, rested]) {
+            for (sum, time) in sums.times.iter_mut().zip([active, rested]) {
                 *sum += *time;
             }
         }
-        totals
+        sums
     }
 }
 
 impl Metrics {
-    /// Everything, in the text format of Prometheus, for readers that do not ask for OpenMetrics.
+    /// All metrics in the older text format, for readers that do not accept OpenMetrics.
     pub fn encode_classic(&self) -> String {
         classic(&self.encode())
     }
 
-    /// Everything, in the OpenMetrics text format.
+    /// All metrics in the OpenMetrics text format.
     pub fn encode(&self) -> String {
         let mut text = String::new();
         // Writing into a String cannot fail.
@@ -269,8 +274,8 @@ impl Metrics {
         text
     }
 
-    /// Shows an instance before anything was swept, so that rates and alerts have a zero to begin with. Called for each configured
-    /// instance at the start and when the settings are read again.
+    /// Creates the series of an instance before it is swept, so that rates and alerts have a zero to start from. Called for each
+    /// instance of the settings at the start and at each reload.
     pub fn introduce(&self, instance: &str) {
         let (inner, label) = (&self.0, InstanceLabel { redis_instance: instance.to_owned() });
         for counter in [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies] {
@@ -281,7 +286,7 @@ impl Metrics {
         }
         drop(inner.last_success.get_or_create(&label));
         for outcome in DUE_OUTCOMES {
-            drop(inner.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }));
+            drop(inner.due_times.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }));
         }
         for cause in Cause::ALL.iter().filter(|cause| **cause != Cause::Cli) {
             for state in TaskState::ALL.iter().filter(|state| state.is_final()) {
@@ -291,8 +296,8 @@ impl Metrics {
         }
     }
 
-    /// Counts what a sweep did since `before`, and shows where it stands.
-    pub fn progressed(&self, instance: &str, before: &Totals, now: &Totals, snapshot: &Snapshot) {
+    /// Counts what a task did between the sums `before` and `now`, and sets the gauges by the snapshot of `now`.
+    pub fn progressed(&self, instance: &str, before: &CounterSums, now: &CounterSums, snapshot: &Snapshot) {
         let label = InstanceLabel { redis_instance: instance.to_owned() };
         let inner = &self.0;
         let counters = [&inner.scanned, &inner.reclaimed, &inner.touched, &inner.batches, &inner.lost_replies];
@@ -310,7 +315,7 @@ impl Metrics {
             let shards = snapshot.shards.values().filter(|shard| shard.hold == Some(reason)).count()
                 + usize::from(snapshot.waits == Some(reason));
             let labels = self.hold_labels(instance, reason);
-            // A series appears with the first hold of its kind and stays, so that it can fall back to 0.
+            // A series appears with the first hold for its reason and stays, so that it can fall back to 0.
             let known = self.0.holding.get(&labels).is_some();
             if shards > 0 || known {
                 self.0.holding.get_or_create(&labels).set(i64::try_from(shards).unwrap_or(i64::MAX));
@@ -354,39 +359,39 @@ impl Metrics {
         }
     }
 
-    /// Shows when an instance was last swept completely.
+    /// Sets when an instance was last swept completely.
     pub fn succeeded(&self, instance: &str, at: Timestamp) {
         let label = InstanceLabel { redis_instance: instance.to_owned() };
         self.0.last_success.get_or_create(&label).set(at.as_millisecond() as f64 / 1000.0);
     }
 
-    /// How many tasks are on hand.
+    /// Sets the number of unfinished tasks of this daemon.
     pub fn unfinished(&self, tasks: usize) {
         self.0.unfinished.set(i64::try_from(tasks).unwrap_or(i64::MAX));
     }
 
-    /// What became of a due time: `run`, `still_running` or `missed`.
+    /// Counts a due time by its outcome: `run`, `still_running` or `missed`.
     pub fn due(&self, instance: &str, outcome: &'static str) {
-        self.0.dues.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
+        self.0.due_times.get_or_create(&DueLabels { redis_instance: instance.to_owned(), outcome }).inc();
     }
 
-    /// How many daemons share the records, and whether they differ in their settings.
+    /// Sets the number of daemons that share the database, and whether their settings differ.
     pub fn fleet(&self, daemons: usize, settings_differ: bool) {
         self.0.daemons.set(i64::try_from(daemons).unwrap_or(i64::MAX));
         self.0.settings_differ.set(i64::from(settings_differ));
     }
 
-    /// A record could not be written.
+    /// Counts a failed read or write of the records.
     pub fn store_failed(&self) {
         self.0.store_errors.inc();
     }
 
-    /// What became of a notification or of one try to send it: `delivered`, `retried`, `given_up` or `dropped`.
+    /// Counts a notification, or one attempt to send it, by its outcome: `delivered`, `retried`, `given_up` or `dropped`.
     pub fn notified(&self, event: EventKind, outcome: &'static str) {
         self.0.notifications.get_or_create(&NotificationLabels { event: event.as_str(), outcome }).inc();
     }
 
-    /// A request was answered. `route` is the pattern, never the path that was asked for.
+    /// Counts a request to the API. `route` is the pattern of the route, never the path itself, whose values are unbounded.
     pub fn answered(&self, route: &str, method: &str, status: u16, took: Duration) {
         let labels = AnswerLabels { route: route.to_owned(), method: method.to_owned(), status };
         self.0.answers.get_or_create(&labels).observe(took.as_secs_f64());

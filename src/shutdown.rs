@@ -1,12 +1,12 @@
-//! Signals of the daemon: the first INT or TERM stops it in order, the second cuts; HUP reads the settings again.
+//! Signals of the daemon: the first SIGINT or SIGTERM stops it in order, the second one at once; SIGHUP reloads the settings.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// Exit status of a daemon that was cut: 128 + SIGINT, as shells show it.
-const CUT: i32 = 130;
+/// Exit status after a second signal: 128 + SIGINT, as shells show it.
+const INTERRUPTED: i32 = 130;
 
-/// Signals that are listened to. One that comes before anybody obeys waits until then.
+/// The signal handlers of the daemon. A signal that arrives before [`Self::obey`] runs is kept for it.
 #[derive(Debug)]
 pub struct Signals {
     interrupt: Signal,
@@ -15,10 +15,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Listens from now on.
+    /// Installs the handlers.
     ///
     /// # Errors
-    /// Where that cannot be done.
+    /// If a handler cannot be installed.
     pub fn listen() -> std::io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
@@ -27,7 +27,7 @@ impl Signals {
         })
     }
 
-    /// Obeys until the process ends.
+    /// Handles signals until the process ends: cancels `stop` or calls `on_hangup`.
     pub async fn obey(mut self, stop: CancellationToken, on_hangup: impl Fn() + Send) {
         loop {
             tokio::select! {
@@ -39,12 +39,14 @@ impl Signals {
                 }
             }
             if stop.is_cancelled() {
-                tracing::warn!("cut by a second signal");
-                std::process::exit(CUT);
+                tracing::warn!("stopped at once by a second signal");
+                std::process::exit(INTERRUPTED);
             }
-            // First the deed, then the words: nothing that can go wrong with a log may keep the daemon from stopping.
+            // Before the log line: a log that blocks must not keep the daemon from stopping.
             stop.cancel();
-            tracing::info!("stopping: running sweeps end their batch and keep their checkpoint; once more to cut");
+            tracing::info!(
+                "stopping: running sweeps end their batch and write their checkpoint; a second signal stops at once"
+            );
         }
     }
 }

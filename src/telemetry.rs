@@ -1,8 +1,7 @@
-//! What the program tells about itself: the log on stderr, as lines for people, or as one JSON object a line for what collects logs of
-//! containers; and spans of tasks for a receiver of OTLP, where the environment names one. No secret and no key name is in any of
-//! them, at any level.
+//! The log on stderr, as text or as JSON lines, and the spans of tasks for an OTLP receiver, if the environment names one. Neither
+//! contains a secret or a key name, at any level.
 //!
-//! Set up once, by `cli`, before anything else runs. Figures are in `metrics`, not here.
+//! `cli` sets both up once, before anything else runs. Metrics are in `metrics`.
 
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -14,27 +13,27 @@ use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing_subscriber::EnvFilter;
 
-/// The environment variable whose filter takes the place of the level: `debug`, or `ttlsweep::engine=trace`.
+/// The environment variable with a filter that overrides the level, such as `debug` or `ttlsweep::engine=trace`.
 pub const FILTER: &str = "TTLSWEEP_LOG";
 
-/// How a line of the log looks.
+/// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Lines of text, for people
     #[default]
     Text,
-    /// One JSON object a line: `timestamp`, `level`, `message`, `target`, and the facts beside them.
+    /// One JSON object per line: `timestamp`, `level`, `message`, `target`, and the fields of the event
     Json,
 }
 
-/// Begins to log. `verbose`: 0 for nothing, 1 for what an operator wants to know, 2 for more.
+/// Starts the log. `verbose`: 0 logs nothing, 1 the level info, 2 and more the level debug.
 pub fn init(verbose: u8, format: LogFormat) {
     let level = match verbose {
         0 => "off",
         1 => "ttlsweep=info",
         _ => "ttlsweep=debug",
     };
-    // What is wrong with a receiver of spans is told as well.
+    // The exporter's own warnings tell when the receiver of spans cannot be reached.
     let level =
         if verbose > 0 { format!("{level},opentelemetry_sdk=warn,opentelemetry-otlp=warn") } else { level.to_owned() };
     let (filter, wrong) = match std::env::var(FILTER).map(EnvFilter::try_new) {
@@ -45,32 +44,32 @@ pub fn init(verbose: u8, format: LogFormat) {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
-        // It would say so on the same stderr, and panic where that cannot be written either: a full disk.
+        // The subscriber would report a failed write on the same stderr, and panic if that fails too, as on a full disk.
         .log_internal_errors(false);
     match format {
         LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => {
             lines.json().flatten_event(true).with_current_span(false).with_span_list(false).init();
-            // Without this a panic is several lines of text among the objects.
-            std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the program broke")));
+            // By default a panic prints several lines of text among the JSON objects.
+            std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "the program panicked")));
         }
     }
     if let Some(error) = wrong {
-        tracing::warn!(%error, "{FILTER} is no filter such as debug or ttlsweep::engine=trace");
+        tracing::warn!(%error, "{FILTER} is not a filter such as debug or ttlsweep::engine=trace");
     }
 }
 
-/// Variables of which one names a receiver of spans. The others that begin with OTEL_ are read too, as OpenTelemetry defines them.
+/// Spans are sent if one of these variables is set. The exporter reads the other OTEL_ variables as OpenTelemetry defines them.
 const RECEIVERS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
-/// How long the end of the program waits for the last spans to be taken.
+/// How long the program waits at its end until the last spans are sent.
 const LAST_SPANS: Duration = Duration::from_secs(3);
 
-/// Spans on their way to a receiver. Those that wait are sent when this is dropped.
+/// The exporter of spans. Dropping it sends the spans that still wait.
 #[derive(Debug)]
 pub struct Traces(Option<SdkTracerProvider>);
 
-/// Begins to send spans, if the environment says where to. They wait in a bounded queue of another thread and hold nobody; what a
-/// receiver does not take is lost. Needs a provider of TLS, and that [`init`] was called.
+/// Starts to send spans, if the environment names a receiver. They wait in a bounded queue of another thread and never block the
+/// sweep; spans that the receiver does not take are lost. A TLS provider must be installed and [`init`] called before.
 pub fn trace() -> Traces {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     if !RECEIVERS.into_iter().any(set) || std::env::var("OTEL_SDK_DISABLED").is_ok_and(|value| value == "true") {
@@ -79,7 +78,7 @@ pub fn trace() -> Traces {
     let exporter = match SpanExporter::builder().with_http().with_protocol(Protocol::HttpBinary).build() {
         Ok(exporter) => exporter,
         Err(error) => {
-            tracing::error!(%error, "spans cannot be sent");
+            tracing::error!(%error, "cannot send spans");
             return Traces(None);
         }
     };

@@ -15,8 +15,8 @@ use serde_json::json;
 
 use super::Settings;
 use super::common::Server;
-use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
 use super::common::comes_first;
+use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
 use super::plot::{Axis, Line, Scale, lines};
 use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
 use super::wire::Conn;

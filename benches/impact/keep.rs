@@ -18,8 +18,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::common::Server;
-use super::contender::{Effort, interrupt, ours, program};
 use super::common::comes_first;
+use super::contender::{Effort, interrupt, ours, program};
 use super::load::OpenLoop;
 use super::report::{Output, Table, cell, median};
 use super::wire::{Conn, encode};

@@ -1,4 +1,4 @@
-//! Who is asking, and whether they may. Tokens and signatures are compared in constant time.
+//! Authentication and authorization of requests. Tokens and signatures are compared in constant time.
 
 use std::sync::Arc;
 
@@ -21,18 +21,18 @@ use crate::api::signature::{SCHEME, Signed};
 use crate::api::{App, AppState};
 use crate::settings::serve::{AccessKey, ApiSettings, Grant, Role};
 
-/// Longest body that any call here takes, in bytes.
+/// Longest request body, in bytes.
 pub const MAX_BODY: usize = 64 << 10;
 
-/// Who is asking. Handlers take it; it is there because [`require`] put it there.
+/// The rights of the caller, an argument of handlers. [`require`] sets it.
 #[derive(Debug, Clone)]
 pub struct Caller(pub Arc<Grant>);
 
 impl Caller {
-    /// Whether the caller may see a project.
+    /// Checks that the caller may see a project.
     ///
     /// # Errors
-    /// `DCS.1004`.
+    /// `DCS.1004` if not.
     pub fn project(&self, project: &str) -> Result<(), ApiError> {
         if self.0.allows(project) { Ok(()) } else { Err(ApiError::wrong_project()) }
     }
@@ -46,19 +46,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     }
 }
 
-/// Who the caller is, as the daemon knows it.
+/// The caller, by its credentials.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct CallerDto {
-    /// The name of the credentials.
+    /// Name of the credentials in the settings.
     pub name: String,
-    /// `reader` or `operator`.
+    /// What the caller may do: `reader` or `operator`.
     pub role: &'static str,
-    /// The projects that it may see; left out: all.
+    /// Projects that the caller may see; left out: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub projects: Option<Vec<String>>,
 }
 
-/// Tells the caller who it is and what it may do.
+/// Shows the name, role and projects of the caller.
 #[utoipa::path(
     get, path = "/api/v1/caller", tag = "settings", operation_id = "show_caller",
     responses(
@@ -72,75 +72,77 @@ pub async fn show_caller(caller: Caller) -> Json<CallerDto> {
     Json(CallerDto { name: grant.name.clone(), role: grant.role.as_str(), projects })
 }
 
-/// Lets a request through with its [`Caller`], or answers why not. Whatever changes something needs an operator.
+/// Lets an authorized request through with its [`Caller`], and answers others with the error. Requests that change something need the
+/// role of an operator.
 pub async fn require(State(app): State<App>, request: Request, next: Next) -> Response {
-    match admit(&app, request).await {
+    match authorize(&app, request).await {
         Ok(request) => next.run(request).await,
         Err(error) => error.into_response(),
     }
 }
 
-async fn admit(app: &AppState, request: Request) -> Result<Request, ApiError> {
+async fn authorize(app: &AppState, request: Request) -> Result<Request, ApiError> {
     let settings = app.settings.borrow().clone();
     let (mut parts, body) = request.into_parts();
-    // Nobody's body is read before there is a reason to: a buffer for each of thousands of strangers would be the end.
-    let known = known(&settings.api, &parts)?;
+    // Headers first: buffering the bodies of thousands of unknown callers would exhaust the memory.
+    let credentials = credentials(&settings.api, &parts)?;
     let body = axum::body::to_bytes(body, MAX_BODY).await.map_err(|_| ApiError::too_large())?;
-    let grant = match known {
-        Known::Granted(grant) => grant,
-        // A signature covers the body, so the body must be here before anybody may act on it.
-        Known::Signed(signed, key) => {
+    let grant = match credentials {
+        Credentials::Granted(grant) => grant,
+        // The signature covers the body, so it can be verified only now.
+        Credentials::Signed(signed, key) => {
             if !signed.verify(&parts, &body, key.secret.expose_secret(), Timestamp::now()) {
                 return Err(ApiError::invalid_token());
             }
             key.grant.clone()
         }
     };
-    let looks = matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-    if !looks && grant.role < Role::Operator {
+    let only_reads = matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
+    if !only_reads && grant.role < Role::Operator {
         return Err(ApiError::forbidden());
     }
     parts.extensions.insert(Caller(Arc::new(grant)));
     Ok(Request::from_parts(parts, Body::from(body)))
 }
 
-/// What the headers tell.
-enum Known<'a> {
-    /// Who it is.
+/// The credentials in the headers of a request.
+enum Credentials<'a> {
+    /// A valid token, or none where none is needed.
     Granted(Grant),
-    /// Who it is if the signature is right.
+    /// A signature that must still be verified with this key.
     Signed(Signed, &'a AccessKey),
 }
 
-fn known<'a>(settings: &'a ApiSettings, parts: &Parts) -> Result<Known<'a>, ApiError> {
+fn credentials<'a>(settings: &'a ApiSettings, parts: &Parts) -> Result<Credentials<'a>, ApiError> {
     if settings.is_open() {
         refuse_foreign_sites(&parts.headers)?;
-        return Ok(Known::Granted(open_grant()));
+        return Ok(Credentials::Granted(open_grant()));
     }
     let text = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
     let authorization = text(header::AUTHORIZATION.as_str());
     let bearer = authorization.and_then(|value| value.strip_prefix("Bearer "));
     if let Some(token) = text("x-auth-token").or(bearer) {
-        return by_token(settings, token.trim()).map(Known::Granted);
+        return by_token(settings, token.trim()).map(Credentials::Granted);
     }
     match authorization {
         Some(value) if value.starts_with(SCHEME) => {
             let signed = Signed::parse(value).ok_or_else(ApiError::invalid_token)?;
             let key = settings.keys.iter().find(|key| key.access == signed.access);
-            Ok(Known::Signed(signed, key.ok_or_else(ApiError::invalid_token)?))
+            Ok(Credentials::Signed(signed, key.ok_or_else(ApiError::invalid_token)?))
         }
         Some(_) => Err(ApiError::invalid_token()),
         None => Err(ApiError::no_token()),
     }
 }
 
+/// The rights of every caller where the settings have no credentials.
 fn open_grant() -> Grant {
     Grant { name: "loopback".to_owned(), role: Role::Operator, projects: None }
 }
 
 fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
     let hash = Sha256::digest(token.as_bytes());
-    // Every token is compared, so that the time tells nothing about which one was near.
+    // Every token is compared, so that the time does not tell which one was similar.
     let found = settings
         .tokens
         .iter()
@@ -152,8 +154,8 @@ fn by_token(settings: &ApiSettings, token: &str) -> Result<Grant, ApiError> {
     }
 }
 
-/// Without credentials anybody on this machine may command, but no site that a browser on this machine shows: neither
-/// by a request across sites nor by a name that it made resolve to this address.
+/// Without credentials every program on this machine may use the API, but no web site in a browser on it: neither by a
+/// cross-site request nor by a host name that resolves to this address (DNS rebinding).
 fn refuse_foreign_sites(headers: &HeaderMap) -> Result<(), ApiError> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let host = text("host").unwrap_or("");

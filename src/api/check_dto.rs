@@ -1,4 +1,4 @@
-//! What `ttlsweep check --json` prints and the API's check of an instance answers. `null`: a right or a version hides it.
+//! JSON types of a check, for `ttlsweep check --json` and the API. A value is `null` if a missing right or the server's version hides it.
 
 use std::collections::BTreeMap;
 
@@ -12,68 +12,68 @@ use crate::check::instance::{InstanceCheck, MasterCheck, ShardCheck};
 use crate::check::verdict::{DbBacklog, Verdict};
 use crate::settings::{ScanSettings, Settings};
 
-/// Everything that was seen, and what it means.
+/// What was found about one server, and what it means for a sweep.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct CheckOutput {
-    /// Where the instance is.
+    /// URL of the instance, without credentials.
     pub target: String,
-    /// What it is.
+    /// Product and version of the server.
     pub server: Option<ServerDto>,
     /// `master`, `replica`, `sentinel` or `unknown`.
     pub role: &'static str,
-    /// A replica's master as `host:port`.
+    /// Of a replica: its master as `host:port`.
     pub master: Option<String>,
-    /// It is one node of a cluster.
+    /// Whether the server is a node of a cluster.
     pub cluster: bool,
-    /// How long the process runs, in seconds.
+    /// Seconds since the process started.
     pub uptime_s: Option<u64>,
-    /// Each DB that holds keys.
+    /// The DBs that hold keys.
     pub dbs: Vec<DbDto>,
-    /// The DBs that would be swept, together.
+    /// Sums over the DBs that would be swept.
     pub backlog: BacklogDto,
-    /// How it frees expired keys by itself.
+    /// Settings and state of the server's own expiry.
     pub expiry: ExpiryDto,
-    /// Memory and eviction.
+    /// Memory of the server, and its eviction.
     pub memory: MemoryDto,
-    /// Its replicas.
+    /// The replicas that the master lists.
     pub replicas: Vec<ReplicaDto>,
-    /// What it is busy with.
+    /// What could hold a sweep now.
     pub busy: BusyDto,
     /// `yes`, `no`, `no such command` or `unknown` for each command that a sweep may send.
     pub rights: BTreeMap<&'static str, &'static str>,
-    /// What a sweep would be.
+    /// Whether a sweep could run, and how long it would take.
     pub sweep: SweepDto,
-    /// The worst first.
+    /// The findings, the most severe first.
     pub findings: Vec<FindingDto>,
-    /// The sentence at the end.
+    /// The verdict in one sentence.
     pub verdict: String,
-    /// The same for people, as `ttlsweep check` prints it. The API's answer has it.
+    /// The report for people, as `ttlsweep check` prints it. Only the API has this field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub report: Option<String>,
 }
 
-/// What was seen of an instance.
+/// The result of a check of an instance.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum Checked {
     /// One server, or the master behind sentinels.
     One(Box<CheckOutput>),
-    /// A cluster.
+    /// A cluster, with the result of each master.
     Cluster(ClusterOutput),
 }
 
-/// What was seen of a cluster.
+/// The result of a check of a cluster.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ClusterOutput {
-    /// Where the instance is.
+    /// URL of the instance, without credentials.
     pub target: String,
-    /// Each master.
+    /// The masters, in the order of their slots.
     pub shards: Vec<ShardOutput>,
-    /// What was seen of the cluster itself.
+    /// Findings about the cluster itself.
     pub findings: Vec<FindingDto>,
-    /// The verdict on all masters together.
+    /// The verdict on all masters together, in one sentence.
     pub verdict: String,
-    /// The same for people, as `ttlsweep check` prints it. The API's answer has it.
+    /// The report for people, as `ttlsweep check` prints it. Only the API has this field.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub report: Option<String>,
 }
@@ -81,28 +81,28 @@ pub struct ClusterOutput {
 /// One master of a cluster.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ShardOutput {
-    /// Its slots.
+    /// Name of the shard: its ranges of slots.
     pub shard: String,
-    /// What was seen of it.
+    /// The result of its check, or why there is none.
     #[serde(flatten)]
     pub seen: ShardSeen,
 }
 
-/// What was seen of a master, or why nothing was.
+/// The result of a check of one master, or why there is none.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub enum ShardSeen {
-    /// All of it.
+    /// The result of the check.
     Looked(Box<CheckOutput>),
-    /// Nothing.
+    /// The master could not be inspected.
     Failed {
-        /// Why.
+        /// Why it could not be inspected.
         failure: FailureDto,
     },
 }
 
 impl Checked {
-    /// Puts it together. `order`: the command that sweeps the instance.
+    /// Converts the result of a check. `order` is the command that would sweep the instance, for the verdict.
     pub fn new(look: &InstanceCheck, settings: &Settings, order: &str) -> Self {
         let of = |target: String, seen: &MasterCheck| {
             Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
@@ -123,7 +123,7 @@ impl Checked {
         Self::Cluster(ClusterOutput { target, shards, findings, verdict: look.verdict(order), report: None })
     }
 
-    /// With what people read.
+    /// Adds the report for people.
     pub fn with_report(mut self, text: String) -> Self {
         match &mut self {
             Self::One(output) => output.report = Some(text),
@@ -133,30 +133,30 @@ impl Checked {
     }
 }
 
-/// One DB.
+/// A DB with its keys.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DbDto {
-    /// Its number.
+    /// Number of the DB, from 0.
     pub db: u32,
-    /// Its keys.
+    /// How many keys the DB holds, and how many have expired.
     #[serde(flatten)]
     pub backlog: BacklogDto,
 }
 
-/// Keys of one DB, or of several together.
+/// Numbers of keys of one DB, or sums over several.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BacklogDto {
-    /// Keys, expired ones included.
+    /// All keys, expired ones included.
     pub keys: u64,
     /// Keys with a TTL, expired ones included.
     pub expires: u64,
     /// Expired keys that are still in memory.
     pub expired: Option<u64>,
-    /// `estimated` or `counted`.
+    /// `estimated` or `counted`: how `expired` was found out.
     pub expired_is: Option<&'static str>,
     /// By how much a counted `expired` may be wrong, because the DB changed during the count.
     pub moved: u64,
-    /// Bytes that the expired keys hold, always an estimate.
+    /// Bytes of memory that the expired keys take; always an estimate.
     pub expired_bytes: Option<u64>,
 }
 
@@ -173,14 +173,14 @@ impl From<&DbBacklog> for BacklogDto {
     }
 }
 
-/// How the server frees expired keys by itself.
+/// Settings and state of the server's own expiry.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names are those of the server's configuration")]
 pub struct ExpiryDto {
     pub lazyfree_lazy_expire: Option<bool>,
     pub active_expire_effort: Option<u32>,
     pub hz: Option<u32>,
-    /// Share of the keys with a TTL that have expired, by its own sample, 0 to 1.
+    /// Share of the keys with a TTL that have expired, 0 to 1, by the server's own sample (`expired_stale_perc`).
     pub stale_share: Option<f64>,
 }
 
@@ -196,59 +196,59 @@ pub struct MemoryDto {
     pub evicted_keys: Option<u64>,
 }
 
-/// One replica.
+/// A replica of the server.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ReplicaDto {
-    /// Its address.
+    /// Address of the replica, as the master lists it.
     pub addr: String,
-    /// `online` or a stage of the synchronisation.
+    /// `online`, or the stage of its synchronisation.
     pub state: String,
-    /// How many bytes it is behind.
+    /// Bytes of the replication stream that it has not acknowledged.
     pub behind_bytes: Option<u64>,
-    /// Seconds since it was last heard of.
+    /// Seconds since it last reported.
     pub lag_s: Option<u64>,
 }
 
-/// What the server is busy with.
+/// What could hold a sweep now.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BusyDto {
-    /// A child writes an RDB file.
+    /// Whether a child process writes an RDB file.
     pub bgsave: Option<bool>,
-    /// A child rewrites the AOF.
+    /// Whether a child process rewrites the AOF.
     pub aof_rewrite: Option<bool>,
-    /// The data set is being loaded.
+    /// Whether the data set is being loaded.
     pub loading: bool,
-    /// A coordinated failover is under way.
+    /// Whether a coordinated failover is under way.
     pub failover: bool,
-    /// CLIENT PAUSE keeps writes back.
+    /// Whether CLIENT PAUSE stops writes.
     pub writes_paused: bool,
 }
 
-/// What a sweep would be.
+/// The forecast of a sweep.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct SweepDto {
-    /// Whether it could run at all.
+    /// Whether a sweep could run.
     pub can_run: bool,
-    /// How long it would take at least, in seconds.
+    /// Shortest time that it would take, in seconds.
     pub least_s: Option<f64>,
-    /// How long it would take at most, in seconds.
+    /// Longest time that it would take, in seconds.
     pub most_s: Option<f64>,
-    /// The round trip that this assumes, in microseconds.
+    /// Measured round trip that these times assume, in microseconds.
     pub round_trip_us: u64,
-    /// The settings that this assumes.
+    /// Settings that these times assume.
     pub settings: SettingsDto,
 }
 
-/// One finding.
+/// A finding of a check.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct FindingDto {
     /// `error` (a sweep cannot run), `warning` or `note`.
     pub severity: &'static str,
-    /// A stable word.
+    /// Name of the kind of finding; it does not change between versions.
     pub code: &'static str,
-    /// What was seen and why it matters.
+    /// What was found, and why it matters.
     pub message: String,
-    /// What to do.
+    /// What to do about it.
     pub advice: String,
 }
 
@@ -264,7 +264,7 @@ impl From<&Finding> for FindingDto {
 }
 
 impl CheckOutput {
-    /// Puts it together; `sentence` is the verdict in words.
+    /// Converts the result of a check of one server; `sentence` is the verdict.
     pub fn new(target: String, facts: &Facts, verdict: &Verdict, settings: &ScanSettings, sentence: String) -> Self {
         let (role, master) = match &facts.role {
             ServerRole::Master => ("master", None),
@@ -286,7 +286,7 @@ impl CheckOutput {
                 lazyfree_lazy_expire: facts.expiry.lazyfree,
                 active_expire_effort: facts.expiry.effort,
                 hz: facts.expiry.hz,
-                // INFO gives the per cent with two digits.
+                // INFO gives per cent with two decimals: more digits here would be noise of the conversion.
                 stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
             },
             memory: MemoryDto {

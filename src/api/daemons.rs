@@ -1,4 +1,4 @@
-//! The daemons that share the records.
+//! The list of the daemons that share a database.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -12,54 +12,54 @@ use crate::api::auth::Caller;
 use crate::api::dto::time;
 use crate::api::error::{ApiError, ErrorBody};
 
-/// A daemon.
+/// A daemon of those that share a database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DaemonDto {
-    /// Names this run of it.
+    /// Id of this run of the daemon.
     pub id: String,
-    /// What people call it.
+    /// Name of the daemon: `--name`, `[daemon] name` or its host name.
     pub name: String,
-    /// Whether it is the one that answers.
+    /// Whether this daemon answers the request.
     pub answers: bool,
-    /// The version of its program.
+    /// Version of the program that it runs.
     pub version: String,
-    /// Where its API listens, as it sees that itself.
+    /// Address of its API, as it sees that itself.
     pub address: String,
-    /// What its network reaches; it sweeps only instances whose `where` is one of these, and those without one.
+    /// Labels of what its network reaches: it sweeps the instances whose `where` is one of these, and those without `where`.
     pub labels: Vec<String>,
-    /// When it began.
+    /// When this run of it started.
     pub started_at: String,
     /// When it last renewed its lease.
     pub heartbeat_at: String,
-    /// How long ago that is, in seconds.
+    /// Seconds since it last renewed its lease.
     pub heartbeat_age_s: f64,
-    /// Until when its tasks are its own.
+    /// When its lease expires, and others may take over its tasks.
     pub lease_until: String,
-    /// A hash of its settings.
+    /// Hash of its settings files, in hexadecimal digits.
     pub settings: String,
-    /// Whether these are the settings of the one that answers.
+    /// Whether its settings are those of the daemon that answers.
     pub same_settings: bool,
-    /// The unfinished tasks that it has, as far as the caller may see them.
+    /// Its unfinished tasks, as far as the caller may see them.
     pub tasks: Vec<DaemonTaskDto>,
 }
 
-/// A task that a daemon has.
+/// A task of a daemon.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DaemonTaskDto {
-    /// Its id.
+    /// Id of the unfinished task.
     pub task_id: String,
-    /// The instance that it sweeps.
+    /// Id of the instance that it sweeps.
     pub instance_id: String,
 }
 
-/// All daemons.
+/// The daemons that share a database.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DaemonList {
     /// The daemons, the oldest first.
     pub daemons: Vec<DaemonDto>,
 }
 
-/// Lists the daemons that share the records, and what each sweeps. With SQLite there is one.
+/// Lists the daemons that share a database, with the tasks of each. With SQLite there is one daemon.
 #[utoipa::path(
     get, path = "/api/v1/daemons", tag = "daemons", operation_id = "list_daemons",
     responses(

@@ -1,5 +1,5 @@
-//! The contract of the Distributed Cache Service for expired-key scans, and nothing else: five calls that existing
-//! clients make. Everything beyond them lives under `/api/v1`.
+//! The five calls of the Distributed Cache Service (DCS) for expired-key scans, as existing clients make them: the contract.
+//! All other calls are under `/api/v1`.
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
@@ -15,7 +15,7 @@ use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 use crate::api::auth::Caller;
 use crate::api::dto::{HistoryRecord, clamp, time};
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::{App, AppState, At, RawBody};
+use crate::api::{App, AppState, PathParams, RawBody};
 use crate::model::schedule::{AutoScan, Recurrence};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::settings::COUNT_RANGE;
@@ -23,28 +23,28 @@ use crate::settings::serve::{Instance, MAX_INTERVAL_S, MAX_TIMEOUT_S};
 use crate::store::TaskFilter;
 use crate::tasks::{TaskError, TaskSpec};
 
-/// `offset` and `limit` of a history that names none, and the largest limit.
+/// Default `offset`, default `limit` and largest `limit` of a history.
 const PAGE: (u32, u32, u32) = (0, 10, 1000);
 
-/// A scan task.
+/// A scan task, as the contract describes it.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskRecord {
-    /// Task id.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// Instance id.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// `waiting`, `running`, `success` or `failed`.
     pub status: String,
-    /// `manual` or `auto`.
+    /// `manual`, or `auto` for a scheduled scan.
     pub scan_type: String,
-    /// When it was asked for.
+    /// When the task was created.
     #[schema(format = DateTime)]
     pub created_at: String,
-    /// When it began; left out before.
+    /// When the scan began; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime, value_type = String, required = false)]
     pub started_at: Option<String>,
-    /// When it ended; left out before.
+    /// When the scan ended; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime, value_type = String, required = false)]
     pub finished_at: Option<String>,
@@ -70,32 +70,32 @@ impl From<&Task> for TaskRecord {
 pub struct History {
     /// The scans of this page.
     pub records: Vec<HistoryRecord>,
-    /// Instance id.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
-    /// Expired keys that all scans that match released, on every page; cut to 32 bits.
+    /// Expired keys that all matching scans reclaimed, over all pages; at most 2147483647.
     pub total: i32,
-    /// How many scans match, on every page.
+    /// Number of matching scans, over all pages.
     pub count: i32,
 }
 
 /// The automatic scan of an instance.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AutoScanConfig {
-    /// Instance id.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
-    /// Whether it runs.
+    /// Whether the automatic scan is switched on.
     pub enable_auto_scan: bool,
-    /// The first due time; left out where there is none.
+    /// The first due time; left out if there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime, value_type = String, required = false)]
     pub first_scan_at: Option<String>,
     /// Seconds from one due time to the next; 0: once.
     pub interval: u32,
-    /// How long a scan may take, in seconds.
+    /// Longest time that a scan may take, in seconds.
     pub timeout: u32,
-    /// COUNT that a scan begins with.
+    /// COUNT of the first SCAN.
     pub scan_keys_count: u32,
-    /// When it was last changed by the API; left out before.
+    /// When the API last changed this; left out if it never did.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(format = DateTime, value_type = String, required = false)]
     pub updated_at: Option<String>,
@@ -105,7 +105,7 @@ impl AutoScanConfig {
     fn new(instance: &Instance, config: &AutoScan) -> Self {
         let (first, interval) = match &config.recurrence {
             Recurrence::Every { first, interval_s } => (*first, *interval_s),
-            // The contract knows no cron: the next due time is what a client can show.
+            // The contract has no cron expressions: its clients get the next due time.
             recurrence @ Recurrence::Cron(_) => (recurrence.next_due(Timestamp::now()), 0),
         };
         Self {
@@ -120,49 +120,47 @@ impl AutoScanConfig {
     }
 }
 
-/// What a client sends to change the automatic scan. With `enable_auto_scan` true the others are required.
+/// The body to change the automatic scan. With `enable_auto_scan` true the other fields are required.
 #[derive(Debug, ToSchema)]
 #[schema(as = UpdateAutoScanConfig)]
 #[allow(dead_code, reason = "the schema of a body that is read by hand, for the contract's error codes")]
 pub struct UpdateConfig {
-    /// Whether it runs. False keeps everything else as it was.
+    /// Whether to switch the automatic scan on. False leaves all other fields unchanged.
     pub enable_auto_scan: bool,
-    /// The first due time, UTC, later than now.
+    /// The first due time in UTC, later than now.
     #[schema(example = "2030-06-15T02:21:18.669Z")]
     pub first_scan_at: Option<String>,
     /// Seconds from one due time to the next; 0: once.
     #[schema(required = false, schema_with = interval_schema)]
     pub interval: Option<i64>,
-    /// How long a scan may take, in seconds: at least twice the interval.
+    /// Longest time that a scan may take, in seconds: at least twice the interval.
     #[schema(required = false, schema_with = timeout_schema)]
     pub timeout: Option<i64>,
-    /// COUNT that a scan begins with.
+    /// COUNT of the first SCAN.
     #[schema(required = false, schema_with = count_schema)]
     pub scan_keys_count: Option<i64>,
 }
 
-/// A whole number whose range binds only where the scan is switched on: with it off the field is not looked at, so the
-/// schema must not say that such a body is refused. Null is as good as nothing.
+/// A whole number or null, without a range. The range applies only if the scan is switched on: otherwise the field is
+/// ignored, and the schema must not say that such a body is refused.
 fn unbound(description: &str) -> Object {
     let kinds = SchemaType::from_iter([Type::Integer, Type::Null]);
     ObjectBuilder::new().schema_type(kinds).description(Some(description)).build()
 }
 
 fn interval_schema() -> Object {
-    unbound(
-        "Seconds from one due time to the next, 0 to 2592000; 0: once. With `enable_auto_scan` false not looked at.",
-    )
+    unbound("Seconds from one due time to the next, 0 to 2592000; 0: once. Ignored with `enable_auto_scan` false.")
 }
 
 fn timeout_schema() -> Object {
     unbound(
-        "How long a scan may take, in seconds, 2 to 5184000 and at least twice the interval. With `enable_auto_scan` \
-         false not looked at.",
+        "Longest time that a scan may take, in seconds, 2 to 5184000 and at least twice the interval. Ignored with \
+         `enable_auto_scan` false.",
     )
 }
 
 fn count_schema() -> Object {
-    unbound("COUNT that a scan begins with, 10 to 1000. With `enable_auto_scan` false not looked at.")
+    unbound("COUNT of the first SCAN, 10 to 1000. Ignored with `enable_auto_scan` false.")
 }
 
 /// Creates an expired-key scan of an instance.
@@ -179,7 +177,7 @@ fn count_schema() -> Object {
 pub async fn create(
     State(app): State<App>,
     caller: Caller,
-    At((project, id)): At<(String, String)>,
+    PathParams((project, id)): PathParams<(String, String)>,
 ) -> Result<Json<TaskRecord>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
     app.must_be_scannable(&instance).await?;
@@ -205,7 +203,11 @@ pub async fn create(
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn scan(state: State<App>, caller: Caller, at: At<(String, String)>) -> Result<Json<TaskRecord>, ApiError> {
+pub async fn scan(
+    state: State<App>,
+    caller: Caller,
+    at: PathParams<(String, String)>,
+) -> Result<Json<TaskRecord>, ApiError> {
     create(state, caller, at).await
 }
 
@@ -228,12 +230,12 @@ pub async fn scan(state: State<App>, caller: Caller, at: At<(String, String)>) -
 pub async fn history(
     State(app): State<App>,
     caller: Caller,
-    At((project, id)): At<(String, String)>,
+    PathParams((project, id)): PathParams<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Result<Json<History>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
     let (offset, limit, states) = page_of(query.as_deref().unwrap_or(""))?;
-    // An id may have been another project's.
+    // Records of an instance that moved here from another project have that project's id: they are not shown.
     let projects = Some(vec![instance.project_id.clone()]);
     let filter = TaskFilter { projects, instance_id: Some(instance.id.clone()), states, ..TaskFilter::default() };
     let page = app.service.store().page(&filter, offset, limit).await?;
@@ -245,18 +247,18 @@ pub async fn history(
     }))
 }
 
-/// The contract's four states.
+/// The contract's states of a scan.
 #[derive(Debug, ToSchema)]
 #[schema(rename_all = "lowercase")]
 #[allow(dead_code, reason = "the schema of a parameter that is read by hand, for the contract's error codes")]
 pub enum ContractStatus {
-    /// Recorded.
+    /// The scan has not begun.
     Waiting,
-    /// Sweeping, held or interrupted.
+    /// The scan is running, paused or interrupted.
     Running,
-    /// Complete.
+    /// The scan has swept every DB.
     Success,
-    /// Failed or cancelled.
+    /// The scan failed or was cancelled.
     Failed,
 }
 
@@ -279,7 +281,7 @@ fn page_of(query: &str) -> Result<(u32, u32, Vec<TaskState>), ApiError> {
                     return Err(ApiError::invalid("status"));
                 }
             }
-            // A parameter that the contract does not know is none of ours.
+            // Other parameters are ignored, as the contract does.
             _ => {}
         }
     }
@@ -299,7 +301,7 @@ fn page_of(query: &str) -> Result<(u32, u32, Vec<TaskState>), ApiError> {
 pub async fn show_config(
     State(app): State<App>,
     caller: Caller,
-    At((project, id)): At<(String, String)>,
+    PathParams((project, id)): PathParams<(String, String)>,
 ) -> Result<Json<AutoScanConfig>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
     let config = app.service.auto_scan(&instance).await?;
@@ -321,7 +323,7 @@ pub async fn show_config(
 pub async fn update_config(
     State(app): State<App>,
     caller: Caller,
-    At((project, id)): At<(String, String)>,
+    PathParams((project, id)): PathParams<(String, String)>,
     RawBody(body): RawBody,
 ) -> Result<Json<AutoScanConfig>, ApiError> {
     let instance = app.instance_in(&caller, &project, &id)?;
@@ -332,7 +334,7 @@ pub async fn update_config(
             app.must_be_scannable(&instance).await?;
             config
         }
-        // Switched off: everything else stays for the day it is switched on again.
+        // Switched off: the other fields keep their values.
         None => AutoScan { enabled: false, updated_at: Some(now), ..app.service.auto_scan(&instance).await? },
     };
     app.set_auto_scan(&instance, Some(&config), now).await?;
@@ -340,7 +342,7 @@ pub async fn update_config(
     Ok(Json(AutoScanConfig::new(&instance, &config)))
 }
 
-/// Reads the body of a PUT. `None`: switch it off.
+/// Parses and checks the body of a PUT. `None`: switch the automatic scan off.
 fn parse_update(body: &[u8], now: Timestamp) -> Result<Option<AutoScan>, ApiError> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Err(ApiError::empty_body());
@@ -372,7 +374,7 @@ fn parse_update(body: &[u8], now: Timestamp) -> Result<Option<AutoScan>, ApiErro
     Ok(Some(AutoScan { enabled, recurrence, timeout_s, count, updated_at: Some(now) }))
 }
 
-/// A field that is there and not null.
+/// The value of a field; `None` if it is missing or null.
 fn field<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     fields.get(name).filter(|value| !value.is_null())
 }
@@ -382,7 +384,7 @@ fn whole(fields: &Map<String, Value>, name: &str) -> Result<Option<i128>, ApiErr
         None => Ok(None),
         Some(Value::Number(number)) => match (number.as_i128(), number.as_f64()) {
             (Some(whole), _) => Ok(Some(whole)),
-            // A whole number that was written as 60.0 or as one too large for any range.
+            // A whole number in the form 60.0, or one too large for any integer type.
             (None, Some(number)) if number.fract() == 0.0 => Ok(Some(number as i128)),
             _ => Err(ApiError::invalid(name)),
         },
@@ -394,11 +396,11 @@ fn small(number: Option<i128>, least: u32, most: u32) -> Option<u32> {
     number.and_then(|n| u32::try_from(n).ok()).filter(|n| (least..=most).contains(n))
 }
 
-/// An ISO date and time in UTC: without a zone, with `z` or with `Z`. Cut to milliseconds, as it is shown and stored.
+/// Parses an ISO date and time in UTC, with `Z`, `z` or no zone. Truncated to milliseconds, as it is stored and shown.
 fn parse_time(text: &str) -> Option<Timestamp> {
     let civil = text.strip_suffix(['z', 'Z']).unwrap_or(text);
     let (_, clock) = civil.split_once(['T', 't'])?;
-    // The parser below would take an offset or a zone behind the clock, and forget it.
+    // The parser below would accept an offset or a zone after the clock time, and ignore it.
     if !clock.chars().all(|c| c.is_ascii_digit() || c == ':' || c == '.') {
         return None;
     }

@@ -1,5 +1,5 @@
-//! Wire shapes: the contract's task record, and our report beside it. Model types know nothing of JSON; this file is
-//! where the two meet.
+//! JSON types: the contract's task record, and our report beside it. Model types know nothing of JSON: they are converted
+//! here.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,35 +14,35 @@ use crate::model::progress::{self, PassFigures, ServerFacts, ShardView, Snapshot
 use crate::model::task::{Cause, Task};
 use crate::settings::{ScanSettings, show_duration, show_limits};
 
-/// A time as the contract writes it: UTC with milliseconds.
+/// Formats a time as the contract does: UTC with milliseconds.
 pub fn time(at: Timestamp) -> String {
     format!("{at:.3}")
 }
 
-/// The contract's numbers are signed 32-bit integers: larger ones are cut to the largest.
+/// Limits a number to the contract's signed 32-bit integers.
 pub fn clamp(number: u64) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// The contract's history record.
+/// A scan in the contract's history.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HistoryRecord {
-    /// Task id.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// Instance id.
+    /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// `waiting`, `running`, `success` or `failed`.
     pub status: &'static str,
-    /// `manual` or `auto`.
+    /// `manual`, or `auto` for a scheduled scan and a keep run.
     pub scan_type: &'static str,
-    /// Expired keys that this scan released, cut to 32 bits.
+    /// Expired keys that this scan reclaimed; at most 2147483647.
     pub num: i32,
-    /// When it was asked for.
+    /// When the task was created.
     pub created_at: String,
-    /// When it began; left out before.
+    /// When the scan began; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<String>,
-    /// When it ended; left out before.
+    /// When the scan ended; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<String>,
 }
@@ -68,30 +68,30 @@ impl From<&Task> for HistoryRecord {
 /// What `ttlsweep scan --json` prints: the history record, and the report beside it.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ScanOutput {
-    /// The contract's record.
+    /// The fields of the contract's record.
     #[serde(flatten)]
     pub record: HistoryRecord,
-    /// Everything else.
+    /// What the contract's record lacks.
     pub report: Report,
 }
 
-/// Everything that is known of a task.
+/// The report of a task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Report {
-    /// Our own, finer state.
+    /// `waiting`, `running`, `paused`, `interrupted`, `succeeded`, `failed` or `cancelled`.
     pub state: &'static str,
-    /// Where the instance is.
+    /// URL of the instance, without credentials.
     pub target: String,
-    /// The settings used.
+    /// The settings that were used.
     pub settings: SettingsDto,
     /// Sums over all shards and DBs.
     pub totals: Totals,
-    /// Each shard.
+    /// The shards, in the order of their names.
     pub shards: Vec<ShardDto>,
-    /// What is worth knowing of its end and is no failure.
+    /// Why the task ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why it did not succeed.
+    /// Why the task failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
@@ -106,7 +106,7 @@ pub struct SettingsDto {
     pub intensity: f64,
     pub min_intensity: f64,
     pub max_keys_per_sec: u32,
-    /// Above which load to hold or to give up: `off`, `auto` or a value.
+    /// Limits on the load, above which the sweep holds or fails: `off`, `auto` or a value.
     pub limits: BTreeMap<String, String>,
     pub allow_slow: bool,
     pub assist_expiry: String,
@@ -141,40 +141,40 @@ impl From<&ScanSettings> for SettingsDto {
     }
 }
 
-/// Sums.
+/// Sums over all shards and DBs of a task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Totals {
-    /// Keys that SCAN looked at.
+    /// Keys that SCAN visited; a few are visited twice.
     pub scanned: u64,
-    /// Expired keys freed, not cut.
+    /// Expired keys reclaimed, also above 32 bits.
     pub reclaimed: u64,
-    /// Keys asked with EXISTS or TTL.
+    /// Keys asked for with EXISTS or TTL.
     pub touched: u64,
-    /// SCANs answered.
+    /// Batches (SCANs) that were answered.
     pub batches: u64,
-    /// Batches whose reply was lost: what they freed is not in `reclaimed`.
+    /// Batches whose reply was lost: the keys that they reclaimed are not in `reclaimed`.
     pub lost_replies: u64,
-    /// From start to end, in seconds; `null` before the end.
+    /// Time from start to end, in seconds; `null` before the end.
     pub elapsed_s: Option<f64>,
     /// Time in which batches held a master, in seconds.
     pub active_s: f64,
-    /// Time in which answers were on their way and the sweep did its own work, in seconds. Active, waited, rested and held add up to
+    /// Time in which replies were on their way and the sweep did its own work, in seconds. Active, waited, rested and held add up to
     /// the time that the sweep of a shard took.
     pub waited_s: f64,
     /// Time rested for intensity and ceiling, in seconds.
     pub rested_s: f64,
-    /// Time held, in seconds.
+    /// Time held for any reason, in seconds.
     pub held_s: f64,
 }
 
-/// One shard.
+/// A shard of a task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ShardDto {
-    /// Its name.
+    /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub shard: String,
-    /// What its master is.
+    /// Its master; `null` until it was reached.
     pub server: Option<ServerDto>,
-    /// What the audit found.
+    /// Whether keys were touched, and why, in a sentence.
     pub touch: &'static str,
     /// `used_memory` in bytes, before and after.
     pub used_memory: MemoryDto,
@@ -187,36 +187,36 @@ pub struct ShardDto {
     /// Keys that the server evicted during the sweep, to stay below `maxmemory`: they are not in `reclaimed`. `null` before
     /// the end.
     pub evicted_keys: Option<u64>,
-    /// How well its bounds are kept; left out where it is swept once.
+    /// How well its bounds are kept; left out for a sweep.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<KeepDto>,
-    /// Each DB.
+    /// The passes over its DBs.
     pub dbs: Vec<PassDto>,
-    /// Things to know.
+    /// Sentences that an operator should read.
     pub warnings: Vec<String>,
-    /// Why it ended early.
+    /// Why the sweep of the shard failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
 
-/// How well the bounds of a keep run are kept on a master. Keys are estimated, by what the laps before brought.
+/// How well the bounds of a keep run are kept on a master. Numbers of keys are estimates from the laps before.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct KeepDto {
     /// Complete walks over all DBs.
     pub laps: u64,
     /// Expired keys in memory; `null` during the first lap.
     pub backlog: Option<u64>,
-    /// Most of them that `max-backlog` allows; `null` without it.
+    /// Most expired keys that `max-backlog` allows; `null` without this bound.
     pub max_backlog: Option<u64>,
-    /// Keys that expire each second and that only the walk frees.
+    /// Keys per second that expire and that the server does not reclaim by itself.
     pub inflow_per_s: f64,
     /// Longest time that a key can be in memory after it has expired, in seconds; `null` during the first lap.
     pub delay_s: Option<f64>,
     /// How long a lap is meant to take, in seconds; 0: as fast as the limits allow.
     pub lap_s: f64,
-    /// How long a bound was missed, in seconds.
+    /// Time for which a bound was missed, in seconds.
     pub missed_s: f64,
-    /// Whether one is missed now.
+    /// Whether a bound is missed now.
     pub is_missed: bool,
 }
 
@@ -235,14 +235,14 @@ impl From<&KeepFigures> for KeepDto {
     }
 }
 
-/// A server.
+/// Product, version and address of a server.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ServerDto {
-    /// `Redis`, `Valkey`.
+    /// Name of the product, such as `Redis` or `Valkey`.
     pub product: String,
-    /// Its own version.
+    /// Version of the product, such as `7.0.15`.
     pub version: String,
-    /// Where it was reached.
+    /// Address of the connection to it.
     pub addr: String,
 }
 
@@ -252,110 +252,110 @@ impl From<&ServerFacts> for ServerDto {
     }
 }
 
-/// A figure of memory in bytes.
+/// An amount of memory in bytes, before and after the sweep.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct MemoryDto {
-    /// When the sweep began.
+    /// The value when the sweep began.
     pub before: Option<u64>,
-    /// After it, once lazy frees had settled.
+    /// The value after the sweep, once background frees were done.
     pub after: Option<u64>,
 }
 
-/// One DB of one shard.
+/// The pass over one DB of one shard.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PassDto {
-    /// The DB.
+    /// Number of the DB, from 0.
     pub db: u32,
-    /// Whether the pass is complete.
+    /// Whether the whole DB was walked.
     pub complete: bool,
-    /// Share that is done, 0 to 1.
+    /// Share of the cursor space that is done, 0 to 1.
     pub fraction: f64,
-    /// DBSIZE when it began.
+    /// DBSIZE when the pass began.
     pub keys_at_start: u64,
-    /// Keys that SCAN looked at.
+    /// Keys that SCAN visited; a few are visited twice.
     pub scanned: u64,
-    /// Expired keys freed.
+    /// Expired keys that were reclaimed in this DB.
     pub reclaimed: u64,
-    /// Keys asked with EXISTS or TTL.
+    /// Keys asked for with EXISTS or TTL.
     pub touched: u64,
-    /// Dead keys that SCAN had left.
+    /// Expired keys that SCAN had left and the touch reclaimed.
     pub found_by_touch: u64,
-    /// SCANs answered.
+    /// Batches (SCANs) that were answered.
     pub batches: u64,
-    /// Replies lost.
+    /// Batches whose reply was lost.
     pub lost_replies: u64,
-    /// How often it began again.
+    /// How often the pass began again.
     pub restarts: u64,
-    /// Of the batches, those that came without names.
+    /// Batches that came without names.
     pub nameless: u64,
-    /// COUNT at the end.
+    /// COUNT of the last SCAN.
     pub count: u32,
-    /// Share of the master's time that was taken at the end.
+    /// Share of the master's time that batches were allowed at the end, 0 to 1.
     pub intensity: f64,
-    /// How long batches held the master.
+    /// How long single batches held the master, in microseconds.
     pub slice_us: SliceDto,
-    /// Server time of one SCAN by `cmdstat_scan`, other clients' in it.
+    /// Mean server time of a SCAN in microseconds by `cmdstat_scan`, SCANs of other clients included.
     pub server_us_per_scan: Option<f64>,
     /// Time in which batches held the master, in seconds.
     pub active_s: f64,
-    /// Time waited, in seconds.
+    /// Time waited for replies, in seconds.
     pub waited_s: f64,
-    /// Time rested, in seconds.
+    /// Time rested for intensity and ceiling, in seconds.
     pub rested_s: f64,
     /// Time held by reason, in seconds.
     pub held_s: BTreeMap<&'static str, f64>,
-    /// Remaining TTLs of the keys that live, with touch `ttl`.
+    /// Remaining TTLs of the live keys; only with touch `ttl`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttl: Option<TtlDto>,
 }
 
-/// Microseconds, brought to the mean of `cmdstat_scan` where that was read.
+/// Quantiles of the slices in microseconds, scaled to the mean of `cmdstat_scan` where that was read.
 #[derive(Debug, Serialize, ToSchema)]
-#[allow(missing_docs, reason = "quantiles")]
+#[allow(missing_docs, reason = "the names of quantiles")]
 pub struct SliceDto {
     pub p50: u64,
     pub p99: u64,
     pub max: u64,
 }
 
-/// When keys expire.
+/// Histogram of the remaining TTLs of live keys.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TtlDto {
-    /// Keys that expire within this many seconds, and not within the bound before.
+    /// Number of keys that expire within this many seconds, and not within the bound before.
     pub within_s: BTreeMap<u64, u64>,
-    /// Keys that live longer than the last bound.
+    /// Keys that expire after the last bound.
     pub later: u64,
-    /// Keys without a TTL.
+    /// Keys without a TTL: they never expire.
     pub never: u64,
 }
 
-/// Why a shard stands still.
+/// Why a shard is held.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HoldDto {
-    /// Which shard; empty: the whole task, which has not begun.
+    /// Name of the shard; empty: the whole task, which has not begun.
     pub shard: String,
-    /// The reason's word.
+    /// The reason as a word, such as `latency`.
     pub reason: &'static str,
-    /// The reason as people read it.
+    /// The reason as a sentence.
     pub sentence: String,
 }
 
-/// A failure.
+/// Why a task or a shard failed.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct FailureDto {
-    /// Its kind.
+    /// The kind of failure as a word, such as `cannot_connect`.
     pub kind: &'static str,
-    /// The contract's code where it has one.
+    /// The contract's error code, if it has one for this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_code: Option<&'static str>,
-    /// What happened and why.
+    /// What happened and why, in a sentence.
     pub message: String,
-    /// What to do next.
+    /// What to do about it, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-/// The contract's code for a failure, where it has one: `DCS.4818` for what cannot be scanned.
+/// The contract's error code for a failure: `DCS.4818` for a server that cannot be swept; it has none for others.
 pub fn contract_code(kind: FailureKind) -> Option<&'static str> {
     matches!(kind, FailureKind::Unsupported | FailureKind::NotAMaster).then_some("DCS.4818")
 }
@@ -372,7 +372,7 @@ impl From<&Failure> for FailureDto {
 }
 
 pub(super) fn seconds(span: Duration) -> f64 {
-    // Milliseconds are as fine as anything here is known; more digits would only look exact.
+    // Rounded to milliseconds: more digits would suggest an accuracy that the measurements do not have.
     (span.as_secs_f64() * 1000.0).round() / 1000.0
 }
 
@@ -411,7 +411,7 @@ impl From<&TtlHistogram> for TtlDto {
 }
 
 impl ShardDto {
-    /// What is known of a shard.
+    /// Converts the view of a shard.
     pub fn new(shard: String, view: &ShardView) -> Self {
         Self {
             shard,
@@ -430,14 +430,14 @@ impl ShardDto {
     }
 }
 
-/// Time that the passes of a task were held, by reason, in seconds.
+/// Time for which the passes of a task were held, by reason, in seconds.
 pub(super) fn held_by_reason(snapshot: &Snapshot) -> BTreeMap<&'static str, f64> {
     let held = progress::held_by_reason(snapshot.passes());
     held.into_iter().map(|(reason, time)| (reason.as_str(), seconds(time))).collect()
 }
 
 impl Totals {
-    /// The sums of a task.
+    /// Sums over the passes of a task.
     pub fn new(task: &Task, snapshot: &Snapshot) -> Self {
         let sum = |field: fn(&PassFigures) -> u64| snapshot.passes().map(field).sum();
         let time = |field: fn(&PassFigures) -> Duration| seconds(snapshot.passes().map(field).sum());
@@ -458,7 +458,7 @@ impl Totals {
 }
 
 impl Report {
-    /// The report of a task.
+    /// Makes the report of a task.
     pub fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
         Self {
             state: task.state.as_str(),

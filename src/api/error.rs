@@ -1,4 +1,4 @@
-//! Errors as the contract's clients read them. Bodies carry no internals: those go to the log.
+//! Errors of the API, in the contract's form. Bodies contain no internal details: those go to the log.
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -13,27 +13,27 @@ use crate::tasks::TaskError;
 /// The body of every error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct ErrorBody {
-    /// The contract's code.
+    /// Error code, as the contract defines it.
     #[schema(example = "DCS.3022")]
     pub error_code: String,
-    /// What is wrong.
+    /// What is wrong, in a sentence.
     #[schema(example = "This DCS instance does not exist.")]
     pub error_msg: String,
-    /// What to do, where there is something to say. Not used by the contract.
+    /// What to do about it, if known. The contract does not use this field.
     #[schema(value_type = Option<String>)]
     pub error_ext_msg: Option<String>,
 }
 
-/// An error and its status.
+/// An error with its HTTP status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
-    /// The HTTP status.
+    /// HTTP status of the response.
     pub status: StatusCode,
-    /// The contract's code.
+    /// Error code of the body.
     pub code: &'static str,
-    /// The contract's message, or ours where it has none.
+    /// The contract's message, or our own if it has none.
     pub message: String,
-    /// What to do, where there is more to say.
+    /// What to do about it, if known.
     pub hint: Option<String>,
 }
 
@@ -48,71 +48,71 @@ macro_rules! errors {
 }
 
 errors! {
-    /// The instance cannot be scanned.
+    /// The server of the instance can never be swept: it is unsupported or no master.
     cannot_scan = BAD_REQUEST, "DCS.4818", "Do not support auto expire scan.";
-    /// PUT of a first time that is none or has passed.
+    /// `first_scan_at` is missing, invalid or not in the future.
     first_scan_at = BAD_REQUEST, "DCS.4819", "The first_scan_at parameter is invalid. It must be an ISO format UTC date-time later than the current time.";
-    /// PUT of a bad interval.
+    /// `interval` is missing or outside its range.
     interval = BAD_REQUEST, "DCS.4820", "The interval parameter is invalid. It must be greater than or equal to 0.";
-    /// PUT of a bad timeout.
+    /// `timeout` is missing, outside its range or less than twice `interval`.
     timeout = BAD_REQUEST, "DCS.4821", "The timeout parameter is invalid. It must be at least interval * 2; greater than 1 second if interval is 0.";
-    /// PUT of a bad COUNT.
+    /// `scan_keys_count` is missing or outside its range.
     scan_keys_count = BAD_REQUEST, "DCS.4822", "The scan_keys_count parameter is invalid. It must be between 10 and 1000.";
-    /// A body is needed.
+    /// The call needs a body, and the request has none.
     empty_body = BAD_REQUEST, "DCS.4004", "Empty request body.";
-    /// The body is not JSON.
+    /// The body is not valid JSON, or not an object.
     not_json = BAD_REQUEST, "DCS.4005", "The message body contains invalid characters or is not in JSON format.";
-    /// The body is longer than any that means something here.
+    /// The body is longer than `auth::MAX_BODY`.
     too_large = PAYLOAD_TOO_LARGE, "DCS.4005", "The message body is too large.";
-    /// A task of the instance has not ended.
+    /// The instance has an unfinished task.
     still_running = BAD_REQUEST, "DCS.4017", "This DCS instance job task is still running.";
-    /// A token that is none of ours.
+    /// The token or the signature is not valid.
     invalid_token = UNAUTHORIZED, "DCS.1001", "Invalid token.";
-    /// A token that was one of ours.
+    /// The token was valid and has expired.
     token_expired = UNAUTHORIZED, "DCS.1002", "Token expired.";
-    /// No credentials at all.
+    /// The request has no credentials.
     no_token = UNAUTHORIZED, "DCS.1003", "No token in the request.";
-    /// Another project than the credentials are for.
+    /// The credentials are not for the project of the path.
     wrong_project = UNAUTHORIZED, "DCS.1004", "Project ID does not match the token.";
-    /// The role may not do that.
+    /// The role of the caller does not allow the call.
     forbidden = FORBIDDEN, "DCS.2003", "This role does not have the permission to perform this operation.";
-    /// A browser that was sent here by another site.
+    /// Without credentials: a browser sent the request for another site.
     foreign_site = FORBIDDEN, "DCS.2003", "This request comes from another site or for another host name.";
-    /// No such instance in the project.
+    /// The project has no instance with this id.
     no_instance = NOT_FOUND, "DCS.3022", "This DCS instance does not exist.";
-    /// No such task.
+    /// There is no task with this id in the caller's projects.
     no_task = NOT_FOUND, "DCS.4001", "The requested task does not exist.";
-    /// No forecast was made yet.
+    /// The instance has no forecast yet.
     no_forecast = NOT_FOUND, "DCS.4001", "No forecast of this instance was made yet.";
-    /// No such path.
+    /// No route has this path.
     no_url = NOT_FOUND, "DCS.4001", "The requested URL does not exist.";
-    /// The path does not take the method.
+    /// The route does not have this method.
     no_method = METHOD_NOT_ALLOWED, "DCS.5001", "The requested method is not allowed.";
-    /// Our own trouble.
+    /// An error of the daemon itself; the log has the details.
     internal = INTERNAL_SERVER_ERROR, "DCS.5000", "Internal service error.";
-    /// Too slow, or about to stop.
+    /// The answer took too long, or the daemon is stopping.
     unavailable = SERVICE_UNAVAILABLE, "DCS.5000", "Service unavailable, try again later.";
 }
 
 impl ApiError {
-    /// A parameter or field that is wrong.
+    /// A parameter, field or body is invalid; `what` names it.
     pub fn invalid(what: impl std::fmt::Display) -> Self {
         let message = format!("Invalid {what} in the request.");
         Self { status: StatusCode::BAD_REQUEST, code: "DCS.4800", message, hint: None }
     }
 
-    /// The database that daemons share cannot be reached.
-    fn store_away() -> Self {
-        let message = "The records cannot be reached; sweeps under way go on until the lease of this daemon ends.";
+    /// The shared database cannot be reached.
+    fn store_unreachable() -> Self {
+        let message = "The records cannot be reached; running sweeps continue until the lease of this daemon expires.";
         Self { message: message.into(), ..Self::unavailable() }
     }
 
-    /// A command that makes no sense now.
+    /// The state of the task does not allow the command now.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into(), hint: None }
     }
 
-    /// The instance does not let us in, or cannot be looked at. No secret is in such a failure.
+    /// The instance refused the connection, or cannot be inspected. The text of such a failure contains no secret.
     pub fn of_instance(failure: Failure) -> Self {
         let status = match failure.kind {
             FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => {
@@ -140,10 +140,12 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         tracing::error!(%error, "a request failed");
         match error {
-            StoreError::Silent(_) | StoreError::Connect { .. } => Self::store_away(),
-            StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => Self::store_away(),
-            // It changed hands meanwhile.
-            StoreError::Fenced(_) | StoreError::DealtWith | StoreError::Unfinished(_) => Self::unavailable(),
+            StoreError::Silent(_) | StoreError::Connect { .. } => Self::store_unreachable(),
+            StoreError::Sql(sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::Tls(_)) => {
+                Self::store_unreachable()
+            }
+            // Another daemon was first: the caller may try again.
+            StoreError::Fenced(_) | StoreError::AlreadyHandled | StoreError::Unfinished(_) => Self::unavailable(),
             _ => Self::internal(),
         }
     }
@@ -162,7 +164,7 @@ impl From<TaskError> for ApiError {
             TaskError::Transition(error) => error.into(),
             TaskError::Busy(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
-            // A client with the right to create tasks may learn which file is missing; only an operator can restore it.
+            // The message names the missing file: whoever may create tasks may know it, and the operator has to restore it.
             TaskError::Settings(_) => {
                 tracing::error!(%error, "a task could not be created");
                 Self { message: format!("Service unavailable: {error}."), ..Self::unavailable() }

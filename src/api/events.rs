@@ -1,4 +1,4 @@
-//! Progress as Server-Sent Events: of one task until it has ended, and of all that have not in one stream.
+//! Progress as Server-Sent Events: a stream of one task until it ends, and a stream of all unfinished tasks.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -14,34 +14,34 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::task_dto::{TaskDetails, TaskProgress};
-use crate::api::{App, At};
+use crate::api::{App, PathParams};
 use crate::model::task::{Task, TaskId};
 use crate::tasks::TaskView;
 
-/// Shortest time between two events: more than people can follow is noise.
+/// Shortest time between two events of one task; more would be too fast to read.
 const EVENT_EVERY: Duration = Duration::from_millis(200);
-/// The same where all tasks are in one stream.
+/// Shortest time between two events in the stream of all tasks.
 const EVENT_OF_ALL_EVERY: Duration = Duration::from_millis(500);
-/// How often a stream of all looks at the tasks that other daemons have.
+/// Time between two reads of the tasks of other daemons.
 const ELSEWHERE_EVERY: Duration = Duration::from_secs(2);
-/// A comment is sent after this much silence, so that a proxy does not take the stream for dead.
+/// After this silence a comment is sent, so that a proxy does not close the stream as idle.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// After this long a stream ends although its task has not: whoever reads on comes again, and is asked who that is. Sooner
-/// where the settings change, which may have taken the reader's token away.
+/// Longest stream: its reader has to connect again, and its credentials are checked again. A reload of the settings ends streams too,
+/// since it may have removed the reader's token.
 const LONGEST: Duration = Duration::from_hours(1);
 
-/// One event.
+/// One event of the stream of a task.
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
 pub struct TaskEvent {
-    /// `task`.
+    /// Name of the event: always `task`.
     event: String,
     /// The task's details, as `GET /api/v1/tasks/{task_id}` gives them, in JSON.
     data: String,
 }
 
-/// Follows a task: an event `task` with the task's details whenever they change, and an end after the last. The stream may end
-/// before the task does, after an hour or a reload: ask again.
+/// Follows a task: an event `task` with the task's details whenever they change. The stream ends after the last event of the task, and
+/// also after an hour and at a reload: then connect again.
 #[utoipa::path(
     get, path = "/api/v1/tasks/{task_id}/events", tag = "tasks", operation_id = "follow_task",
     params(("task_id" = uuid::Uuid, Path)),
@@ -54,27 +54,27 @@ pub struct TaskEvent {
 pub async fn follow_task(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {
     let view = app.view(&caller, &id).await?;
-    // One that has ended meanwhile has one view left, its last.
+    // For a task that has ended meanwhile this is a stream of its last view.
     let views = app.service.follow(view);
-    let events = events(views).take_until(until_asked_again(app));
+    let events = events(views).take_until(until_expired(app));
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
-/// One event of all tasks.
+/// One event of the stream of all tasks.
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
 pub struct TasksEvent {
-    /// `tasks`.
+    /// Name of the event: always `tasks`.
     event: String,
-    /// A list of [`TaskProgress`] in JSON: first all unfinished tasks, then those that changed, each with its end too.
+    /// A list of [`TaskProgress`] in JSON: at first all unfinished tasks, then those that have changed or ended.
     data: Vec<TaskProgress>,
 }
 
-/// Follows all unfinished tasks that the caller may see, in one stream: an event `tasks` with all of them at once, and then one with
-/// those that changed, at most twice a second. The stream ends after an hour or a reload: ask again.
+/// Follows all unfinished tasks that the caller may see, in one stream: first an event `tasks` with all of them, then, at most twice a
+/// second, one with those that have changed. The stream ends after an hour and at a reload: then connect again.
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "tasks", operation_id = "follow_all",
     responses(
@@ -91,19 +91,20 @@ pub async fn follow_all(
         let changed: Vec<_> = all.next().await.iter().map(|view| TaskProgress::from(view.as_ref())).collect();
         Some((Ok(Event::default().event("tasks").json_data(changed).unwrap_or_default()), all))
     });
-    Ok(Sse::new(events.take_until(until_asked_again(app))).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    Ok(Sse::new(events.take_until(until_expired(app))).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
-/// What a stream of all tasks has told of.
+/// A stream of all tasks, with what it has sent so far.
 struct AllTasks {
     app: App,
     caller: Caller,
-    /// The tasks that this process has.
+    /// The tasks of this daemon.
     here: BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>>,
     arrivals: watch::Receiver<()>,
-    /// The tasks of other daemons, as they were last told of.
+    /// The tasks of other daemons, as they were last sent.
     elsewhere: BTreeMap<TaskId, Arc<TaskView>>,
-    looked_elsewhere: Option<Instant>,
+    /// When the tasks of other daemons were last read.
+    elsewhere_read: Option<Instant>,
     tick: tokio::time::Interval,
     is_first: bool,
 }
@@ -114,10 +115,10 @@ impl AllTasks {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let arrivals = app.service.arrivals();
         let (here, elsewhere) = (BTreeMap::new(), BTreeMap::new());
-        Self { app, caller, here, arrivals, elsewhere, looked_elsewhere: None, tick, is_first: true }
+        Self { app, caller, here, arrivals, elsewhere, elsewhere_read: None, tick, is_first: true }
     }
 
-    /// The views that changed since this was called last, once there are some; all of them at first.
+    /// Waits for changes, and returns the views that changed since the last call; the first call returns all of them.
     async fn next(&mut self) -> Vec<Arc<TaskView>> {
         loop {
             tokio::select! {
@@ -130,7 +131,7 @@ impl AllTasks {
                         return changed;
                     }
                 }
-                // One that begins and ends between two ticks is told of all the same.
+                // So a task that begins and ends between two ticks is sent too.
                 Ok(()) = self.arrivals.changed() => self.take_in(),
             }
         }
@@ -140,6 +141,7 @@ impl AllTasks {
         self.caller.0.allows(&task.project_id)
     }
 
+    /// Adds the new tasks of this daemon.
     fn take_in(&mut self) {
         self.arrivals.mark_unchanged();
         for (id, mut view) in self.app.service.on_hand() {
@@ -157,7 +159,7 @@ impl AllTasks {
             let is_open = match view.has_changed() {
                 Ok(false) => return true,
                 Ok(true) => true,
-                // Its last view.
+                // The sender is gone: the task has ended, and this is its last view.
                 Err(_) => false,
             };
             changed.push(view.borrow_and_update().clone());
@@ -167,11 +169,11 @@ impl AllTasks {
     }
 
     async fn changed_elsewhere(&mut self) -> Vec<Arc<TaskView>> {
-        if self.looked_elsewhere.is_some_and(|at| at.elapsed() < ELSEWHERE_EVERY) {
+        if self.elsewhere_read.is_some_and(|at| at.elapsed() < ELSEWHERE_EVERY) {
             return Vec::new();
         }
-        self.looked_elsewhere = Some(Instant::now());
-        // While the records are away the views stay as they were.
+        self.elsewhere_read = Some(Instant::now());
+        // While the records cannot be read, no changes are reported.
         let Ok(views) = self.app.service.elsewhere().await else { return Vec::new() };
         let mut changed = Vec::new();
         let mut before = std::mem::take(&mut self.elsewhere);
@@ -195,8 +197,8 @@ impl AllTasks {
     }
 }
 
-/// Completes when a stream is to end, whatever its task does.
-async fn until_asked_again(app: App) {
+/// Completes when a stream has to end before its task does: see [`LONGEST`].
+async fn until_expired(app: App) {
     let mut settings = app.settings.clone();
     settings.mark_unchanged();
     tokio::select! {
@@ -206,7 +208,7 @@ async fn until_asked_again(app: App) {
     }
 }
 
-/// A slow reader is asked for the next event only once it has taken the one before: nothing piles up.
+/// The events of one task. The next one is made only when the reader has taken the one before, so nothing piles up for a slow reader.
 fn events(mut views: watch::Receiver<Arc<TaskView>>) -> impl Stream<Item = Result<Event, Infallible>> {
     views.mark_changed();
     stream::unfold((views, false, false), |(mut views, pace, ended)| async move {

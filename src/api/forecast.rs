@@ -1,4 +1,4 @@
-//! Forecasts of an instance: the last one, and a new one.
+//! Forecasts of an instance: shows the last one, and makes a new one.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -13,29 +13,29 @@ use utoipa::ToSchema;
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::forecast_dto::ForecastOutput;
-use crate::api::{App, At, JsonBody};
+use crate::api::{App, JsonBody, PathParams};
 use crate::forecast::prefixes::By;
 use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
 use crate::settings::serve::Instance;
 use crate::store::Store;
 
-/// Keys of each DB of each master that are looked at on a master: as many as a twentieth of its time allows while somebody waits.
+/// Keys to sample in each DB on a master itself: as many as a twentieth of its time allows while the caller waits.
 const ON_MASTER: u64 = 20_000;
 
-/// How a forecast is made. What is left out is as `ttlsweep forecast` has it.
+/// The body to make a forecast. Fields that are left out have the defaults of `ttlsweep forecast`.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MakeForecast {
-    /// Look on the masters themselves, in a twentieth of their time, where there are no replicas. Expired keys that are met
-    /// there are freed.
+    /// Sample on the masters themselves, in a twentieth of their time, if there are no replicas. This frees the expired keys
+    /// that it meets.
     pub on_master: bool,
     /// Group keys by the first part of their names.
     pub by_prefix: bool,
-    /// In which zone's time the parts of the histogram are round, such as `Europe/Berlin`.
+    /// Time zone in whose local time the bins of the histogram begin at round times, such as `Europe/Berlin`.
     pub zone: Option<String>,
 }
 
-/// The last forecast of an instance.
+/// Shows the last forecast of an instance.
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}/forecast", tag = "instances", operation_id = "get_forecast",
     params(("instance_id" = String, Path)),
@@ -44,14 +44,18 @@ pub struct MakeForecast {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn get_forecast(State(app): State<App>, caller: Caller, At(id): At<String>) -> Result<Response, ApiError> {
+pub async fn get_forecast(
+    State(app): State<App>,
+    caller: Caller,
+    PathParams(id): PathParams<String>,
+) -> Result<Response, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let last = app.service.store().forecast(&instance.id, &instance.project_id).await?;
     let last = last.ok_or_else(ApiError::no_forecast)?;
     Ok(([(header::CONTENT_TYPE, "application/json")], last).into_response())
 }
 
-/// Makes a forecast and keeps it as the last one.
+/// Makes a forecast and stores it as the last one of the instance.
 #[utoipa::path(
     post, path = "/api/v1/instances/{instance_id}/forecast", tag = "instances", operation_id = "make_forecast",
     params(("instance_id" = String, Path)), request_body = MakeForecast,
@@ -65,7 +69,7 @@ pub async fn get_forecast(State(app): State<App>, caller: Caller, At(id): At<Str
 pub async fn make_forecast(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
     JsonBody(request): JsonBody<MakeForecast>,
 ) -> Result<Json<ForecastOutput>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
@@ -80,7 +84,7 @@ pub async fn make_forecast(
     Ok(Json(make(app.service.store(), &instance, request).await?))
 }
 
-/// Makes a forecast of an instance and keeps it. Of the names nothing is kept: those that were asked for are in the answer only.
+/// Makes a forecast of an instance and stores it without any parts of key names: those are only in the returned one.
 pub async fn make(store: &Store, instance: &Instance, mut request: Request) -> Result<ForecastOutput, ApiError> {
     request.dbs.clone_from(&instance.settings.scan.dbs);
     let (view, options) = crate::tasks::masters(&instance.settings).await.map_err(ApiError::of_instance)?;

@@ -1,4 +1,4 @@
-//! A forecast as the API and `ttlsweep forecast --json` give it.
+//! JSON types of a forecast, for the API and `ttlsweep forecast --json`.
 
 use jiff::tz::TimeZone;
 use serde::Serialize;
@@ -11,130 +11,130 @@ use crate::forecast::report::{peak_text, text, times};
 use crate::forecast::{Forecast, Outlook};
 use crate::model::progress::TTL_BOUNDS_S;
 
-/// What will expire when. Errors: in 19 of 20 cases the truth is no further away; 0 where all keys were looked at.
+/// An estimate of which keys expire when. An error is the half width of the 95 % confidence interval; 0 if all keys were read.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ForecastOutput {
-    /// Where the instance is, without any secret.
+    /// URL of the instance, without credentials.
     pub target: String,
-    /// When it was looked at.
+    /// When the sample was taken.
     pub at: String,
-    /// The zone in whose time the parts of the histogram are round.
+    /// Time zone in whose local time the bins begin at round times.
     pub zone: String,
-    /// Where each master's keys were looked at.
+    /// Where the keys of each master were sampled.
     pub sources: Vec<SourceDto>,
-    /// All DBs together.
+    /// Sums over all DBs.
     pub total: OutlookDto,
-    /// Each DB.
+    /// The DBs, in order.
     pub dbs: Vec<OutlookDto>,
     /// Spans in which far more keys expire than before and after, the largest first.
     pub peaks: Vec<PeakDto>,
-    /// By the first parts of key names, where that was asked for.
+    /// Groups by the first parts of key names; left out unless requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefixes: Option<Vec<PrefixDto>>,
-    /// The same for people.
+    /// The report for people, as `ttlsweep forecast` prints it.
     pub report: String,
 }
 
-/// Where a master's keys were looked at.
+/// Where the keys of a master were sampled.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct SourceDto {
-    /// The master.
+    /// Address of the master whose keys were sampled.
     pub master: String,
-    /// Who was asked: a replica, or the master itself.
+    /// Address of the server that was sampled: a replica, or the master itself.
     pub addr: String,
-    /// Keys that were looked at.
+    /// Number of keys in the sample.
     pub looked_at: u64,
-    /// How long that took, in seconds.
+    /// Time that the sampling took, in seconds.
     pub took_s: f64,
 }
 
-/// One DB, or all of them.
+/// The estimate for one DB, or for all of them.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct OutlookDto {
-    /// The DB; left out for all of them.
+    /// Number of the DB; left out for all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub db: Option<u32>,
     /// Keys in memory, expired ones included.
     pub keys: u64,
-    /// Keys that were looked at.
+    /// Number of keys in the sample.
     pub looked_at: u64,
     /// Live keys with a TTL.
     pub with_ttl: Figure,
     /// Live keys without a TTL.
     pub without_ttl: Figure,
-    /// Expired keys in memory.
+    /// Expired keys that are still in memory.
     pub expired: Figure,
-    /// Keys that expire within so many seconds, and not within the bound before.
+    /// Keys that expire within a bound, and not within the bound before.
     pub within: Vec<WithinDto>,
-    /// Keys that live longer than the last bound.
+    /// Keys that expire after the last bound.
     pub later: Figure,
-    /// The time ahead in parts of equal length.
+    /// The histogram: bins of equal length.
     pub bins: Vec<BinDto>,
 }
 
-/// A number of keys, with its error, and the bytes that they take, where the server tells its memory.
+/// An estimated number of keys and the memory that they take.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub struct Figure {
-    /// The number.
+    /// Estimated number of keys.
     pub keys: u64,
-    /// Its error.
+    /// Error of `keys`: half of the confidence interval.
     pub keys_error: u64,
-    /// Their memory, by the mean size of a key.
+    /// Memory in bytes by the mean size of a key; `null` if the server hides its memory.
     pub bytes: Option<u64>,
 }
 
-/// Keys that expire within a bound.
+/// The keys that expire within a bound.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct WithinDto {
-    /// The bound in seconds.
+    /// The bound, in seconds from now.
     pub within_s: u64,
-    /// How many.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
 }
 
-/// Keys that expire in a part of the time ahead.
+/// The keys that expire in one bin of the histogram.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BinDto {
-    /// From when.
+    /// When the bin begins.
     pub from: String,
-    /// To when.
+    /// When the bin ends.
     pub to: String,
-    /// How many.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
 }
 
-/// A peak.
+/// A span in which far more keys expire than before and after it.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PeakDto {
-    /// From when.
+    /// When the span begins.
     pub from: String,
-    /// To when.
+    /// When the span ends.
     pub to: String,
-    /// How many.
+    /// How many keys, and their memory.
     #[serde(flatten)]
     pub figure: Figure,
-    /// The same in words.
+    /// The peak as a sentence.
     pub sentence: String,
 }
 
-/// Keys whose names begin alike.
+/// The keys whose names begin with the same parts.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PrefixDto {
-    /// The beginning; bytes that are no letters are escaped. Empty: names of one part.
+    /// The parts that the names begin with; bytes that are not printable ASCII are escaped. Empty: names of one part.
     pub prefix: String,
-    /// Live keys.
+    /// Live keys of the group.
     pub keys: u64,
-    /// The error of that.
+    /// Error of `keys`: half of the confidence interval.
     pub keys_error: u64,
-    /// Those with a TTL.
+    /// Live keys with a TTL.
     pub with_ttl: u64,
-    /// Those that expire within `soon_s`.
+    /// Live keys that expire within `soon_s`.
     pub soon: u64,
-    /// What soon is, in seconds.
+    /// The bound of `soon`, in seconds.
     pub soon_s: u64,
-    /// Those without a TTL.
+    /// Live keys without a TTL.
     pub without_ttl: u64,
 }
 
@@ -190,7 +190,7 @@ impl From<&Group> for PrefixDto {
 }
 
 impl ForecastOutput {
-    /// A forecast, in a zone's time.
+    /// Converts a forecast; the report has local times of this zone.
     pub fn new(forecast: &Forecast, zone: &TimeZone) -> Self {
         let peak = |peak: &crate::forecast::bins::Peak| {
             let (from, to) = times(forecast, &peak.bins);

@@ -1,4 +1,4 @@
-//! What machines ask: is it alive, is it ready, its figures, and the description of the API.
+//! The calls for monitoring: liveness, readiness, metrics, and the OpenAPI description.
 
 use std::time::Duration;
 
@@ -13,28 +13,28 @@ use crate::api::App;
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 
-/// How long the store may take to say that it is there.
+/// Longest time for the store to answer a ping.
 const STORE_WITHIN: Duration = Duration::from_secs(2);
 
-/// How it is.
+/// The health of the daemon.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Health {
-    /// `ok`.
+    /// Always `ok`; an unhealthy daemon answers with an error.
     pub status: &'static str,
-    /// The version of this program.
+    /// Version of the running program.
     pub version: &'static str,
 }
 
 const OK: Health = Health { status: "ok", version: env!("CARGO_PKG_VERSION") };
 
-/// Whether the process answers. Asks nobody else, so that a slow disk does not get it restarted.
+/// Whether the process answers. The records are not read, so that a slow disk does not get the daemon restarted.
 #[utoipa::path(get, path = "/healthz", tag = "health", operation_id = "healthz", security(()),
     responses((status = 200, body = Health)))]
 pub async fn healthz() -> Json<Health> {
     Json(OK)
 }
 
-/// Whether it can do its work: the records can be read, it has its lease where several daemons share them, and it is not about to stop.
+/// Whether the daemon can do its work: the records can be read, it has its lease if daemons share them, and it is not stopping.
 #[utoipa::path(get, path = "/readyz", tag = "health", operation_id = "readyz", security(()),
     responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
 pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
@@ -47,7 +47,7 @@ pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
     }
 }
 
-/// The figures: in the OpenMetrics text format for those who accept that, else in Prometheus's older one.
+/// The metrics: in the OpenMetrics text format if the request accepts it, else in the older one of Prometheus.
 #[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "metrics",
     responses(
         (status = 200, content((String = "text/plain"), (String = "application/openmetrics-text"))),
@@ -55,7 +55,7 @@ pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
         (status = 503, body = ErrorBody),
     ))]
 pub async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap) -> Result<Response, ApiError> {
-    // The figures are of all projects.
+    // The metrics are of all projects.
     if caller.0.projects.is_some() {
         return Err(ApiError::forbidden());
     }
@@ -69,14 +69,14 @@ pub async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap)
     })
 }
 
-/// The description of the API, made from the code.
+/// The OpenAPI description, generated from the code.
 pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
     Json(Description::openapi())
 }
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "ttlsweep", description = "Frees expired keys: the expired-key scan of DCS, and what it lacks."),
+    info(title = "ttlsweep", description = "Frees expired keys: the expired-key scan of DCS, with calls beside it for what DCS lacks."),
     servers((url = "/")),
     paths(
         crate::api::dcs::create, crate::api::dcs::scan, crate::api::dcs::history, crate::api::dcs::show_config,
@@ -99,7 +99,7 @@ pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
 )]
 struct Description;
 
-/// How callers say who they are.
+/// Adds the two ways to send a token to the description.
 struct Credentials;
 
 impl utoipa::Modify for Credentials {

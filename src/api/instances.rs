@@ -1,4 +1,4 @@
-//! The instances: which there are, how each stands, when it is due, what its sweeps brought, and a look at it.
+//! The instances: list, details, history of sweeps, reset of the automatic scan, check.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -18,45 +18,45 @@ use crate::api::keep::KeepBounds;
 use crate::api::task_dto::{
     HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto, source,
 };
-use crate::api::{App, AppState, At, Params};
+use crate::api::{App, AppState, PathParams, QueryParams};
 use crate::check;
 use crate::model::keep::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
-use crate::store::{Glance, Standing, TaskFilter};
+use crate::store::{LastSeen, Standing, TaskFilter};
 use crate::tasks::TaskView;
 
-/// Most instances of one list.
+/// Largest `limit` of a list of instances.
 const MOST: u32 = 1000;
-/// Sweeps of a history that asks for no number, and the most of one.
+/// Default and largest `limit` of a history.
 const HISTORY: (u32, u32) = (20, 200);
-/// How many due times an instance's details name.
+/// Due times in the details of an instance.
 const UPCOMING: usize = 5;
 
-/// Which instances to list, and in which order.
+/// The query of a list of instances.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ListInstances {
-    /// Whose name, id or address holds this, in upper or lower case.
+    /// Only instances whose name, id or address contains this text; case is ignored.
     pub search: Option<String>,
-    /// Of this project.
+    /// Only instances of this project.
     pub project_id: Option<String>,
-    /// Whose newest task is in this state.
+    /// Only instances whose newest task is in this state.
     pub state: Option<InstanceState>,
-    /// By this; left out: as in the settings file.
+    /// Key to sort by; left out: the order of the settings file.
     pub sort: Option<SortBy>,
-    /// Left out: ascending.
+    /// Direction of the order; left out: ascending.
     pub order: Option<SortOrder>,
-    /// Leave out so many first.
+    /// Number of instances to skip.
     #[param(minimum = 0, maximum = 2_147_483_647)]
     pub offset: Option<u32>,
-    /// At most so many; left out: all.
+    /// Most instances to list; left out: all.
     #[param(minimum = 1, maximum = 1000)]
     pub limit: Option<u32>,
 }
 
-/// The state of an instance's newest task, or that it has none.
+/// The state of an instance's newest task, or `never` if it has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of `TaskState`")]
@@ -68,7 +68,7 @@ pub enum InstanceState {
     Succeeded,
     Failed,
     Cancelled,
-    /// It was never swept.
+    /// The instance has no task.
     Never,
 }
 
@@ -88,23 +88,23 @@ impl InstanceState {
     }
 }
 
-/// What instances are sorted by. What is not known comes before everything else.
+/// The key that instances are sorted by. In ascending order unknown values come first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SortBy {
-    /// What people call it.
+    /// Name of the instance; case is ignored.
     Name,
     /// When it was last swept completely.
     LastSuccess,
-    /// Expired keys that its newest task freed.
+    /// Expired keys that its newest task reclaimed.
     Reclaimed,
-    /// `used_memory` as its newest task saw it last.
+    /// `used_memory` as its newest task last saw it.
     Memory,
-    /// Expired keys in memory as its newest task knew them last: see the field of the answer.
+    /// Expired keys in memory: the field `backlog` of the instance.
     Backlog,
 }
 
-/// In which direction.
+/// The direction of the order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "plain words")]
@@ -113,17 +113,17 @@ pub enum SortOrder {
     Desc,
 }
 
-/// Which sweeps of an instance to show.
+/// The query of a history of sweeps.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ListHistory {
-    /// Leave out so many of the newest.
+    /// Number of the newest sweeps to skip.
     #[param(minimum = 0, maximum = 2_147_483_647)]
     pub offset: Option<u32>,
-    /// At most so many.
+    /// Most sweeps to list; left out: 20.
     #[param(minimum = 1, maximum = 200)]
     pub limit: Option<u32>,
-    /// Whether each comes with its shards and DBs; left out: true.
+    /// Whether to list the shards and DBs of each sweep; left out: true.
     pub shards: Option<bool>,
 }
 
@@ -132,9 +132,9 @@ pub struct ListHistory {
 pub struct HistoryList {
     /// The sweeps of this page.
     pub sweeps: Vec<HistoryEntry>,
-    /// How many there are, on every page.
+    /// Number of sweeps, over all pages.
     pub total: u64,
-    /// Expired keys that all of them freed.
+    /// Expired keys that all these sweeps reclaimed.
     pub reclaimed: u64,
 }
 
@@ -149,7 +149,7 @@ pub struct HistoryList {
 pub async fn list_instances(
     State(app): State<App>,
     caller: Caller,
-    Params(list): Params<ListInstances>,
+    QueryParams(list): QueryParams<ListInstances>,
 ) -> Result<Json<InstanceList>, ApiError> {
     let offset = bounded("offset", list.offset.unwrap_or(0), 0..=i32::MAX as u32)?;
     let limit = list.limit.map(|limit| bounded("limit", limit, 1..=MOST)).transpose()?;
@@ -181,7 +181,7 @@ pub async fn list_instances(
     Ok(Json(InstanceList { instances, total: total as u64, counts, projects: projects.into_iter().collect() }))
 }
 
-/// Shows one instance.
+/// Shows an instance with its schedule and settings.
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}", tag = "instances", operation_id = "get_instance",
     params(("instance_id" = String, Path)),
@@ -193,13 +193,13 @@ pub async fn list_instances(
 pub async fn get_instance(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Json<InstanceDetails>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     Ok(Json(app.details(&instance).await?))
 }
 
-/// Lists the sweeps of an instance with what each brought and what held it, newest first.
+/// Lists the sweeps of an instance with their results and holds, newest first.
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}/history", tag = "instances", operation_id = "list_history",
     params(("instance_id" = String, Path), ListHistory),
@@ -212,13 +212,13 @@ pub async fn get_instance(
 pub async fn list_history(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
-    Params(list): Params<ListHistory>,
+    PathParams(id): PathParams<String>,
+    QueryParams(list): QueryParams<ListHistory>,
 ) -> Result<Json<HistoryList>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let offset = bounded("offset", list.offset.unwrap_or(0), 0..=i32::MAX as u32)?;
     let limit = bounded("limit", list.limit.unwrap_or(HISTORY.0), 1..=HISTORY.1)?;
-    // The id may have been another project's.
+    // Tasks from when the instance belonged to another project are not shown.
     let projects = Some(vec![instance.project_id.clone()]);
     let filter = TaskFilter { projects, instance_id: Some(instance.id.clone()), ..TaskFilter::default() };
     // The sweep that came after the newest one of the page is read too.
@@ -232,7 +232,7 @@ pub async fn list_history(
     Ok(Json(HistoryList { sweeps, total: page.count, reclaimed: page.total }))
 }
 
-/// Forgets the automatic scan that the API set: from now on the settings file's is in force again.
+/// Removes the automatic scan that the API set: that of the settings file applies again.
 #[utoipa::path(
     delete, path = "/api/v1/instances/{instance_id}/auto-scan", tag = "instances", operation_id = "reset_auto_scan",
     params(("instance_id" = String, Path)),
@@ -245,15 +245,15 @@ pub async fn list_history(
 pub async fn reset_auto_scan(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Json<InstanceDetails>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     app.set_auto_scan(&instance, None, app.service.store().now()).await?;
-    tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan as the settings file has it");
+    tracing::info!(instance = instance.id, caller = caller.0.name, "automatic scan reset to that of the settings file");
     Ok(Json(app.details(&instance).await?))
 }
 
-/// Looks at an instance and touches nothing: backlog, rights, what a sweep would meet.
+/// Inspects an instance without changing anything: backlog, rights, what a sweep would meet.
 #[utoipa::path(
     post, path = "/api/v1/instances/{instance_id}/check", tag = "instances", operation_id = "check_instance",
     params(("instance_id" = String, Path)),
@@ -266,7 +266,7 @@ pub async fn reset_auto_scan(
 pub async fn check_instance(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Json<Checked>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     let settings = &instance.settings;
@@ -282,27 +282,27 @@ fn bounded(name: &str, number: u32, range: std::ops::RangeInclusive<u32>) -> Res
 }
 
 impl AppState {
-    /// An instance that the caller may see.
+    /// The instance with this id, if the caller may see it.
     pub(super) fn instance_of(&self, caller: &Caller, id: &str) -> Result<Arc<Instance>, ApiError> {
         let settings = self.settings.borrow();
         let instance = settings.instance(id).filter(|instance| caller.0.allows(&instance.project_id));
         instance.cloned().ok_or_else(ApiError::no_instance)
     }
 
-    /// How these instances stand at this moment. One that was never swept in its project is left out.
+    /// The current standing of these instances. One that was never swept in its project is left out.
     async fn standings(&self, instances: &[&Arc<Instance>]) -> Result<BTreeMap<String, Standing>, ApiError> {
         let ids: Vec<_> = instances.iter().map(|instance| instance.id.as_str()).collect();
         let mut standings = self.service.store().standings(&ids).await?;
         for view in self.service.on_hand().into_values() {
             let view = view.borrow();
-            // The records are up to a second old.
+            // The records are up to a second older than the view of a running task.
             if let Some(standing) = standings.get_mut(&view.task.instance_id)
                 && standing.latest == view.task.id
             {
                 (standing.state, standing.reclaimed) = (view.task.state, view.task.num);
             }
         }
-        // The id may have been another project's.
+        // The newest task may be from when the instance belonged to another project.
         for instance in instances {
             if standings.get(&instance.id).is_some_and(|standing| standing.project_id != instance.project_id) {
                 standings.remove(&instance.id);
@@ -332,11 +332,11 @@ impl AppState {
             Some(by @ (SortBy::Memory | SortBy::Backlog)) => {
                 let newest: Vec<TaskId> =
                     instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
-                let glances = self.service.store().glances(&newest).await?;
+                let last_seen = self.service.store().last_seen(&newest).await?;
                 let figure = |instance: &Instance| {
                     let seen = standing(instance)?;
-                    let glance = glances.get(&seen.latest).copied();
-                    if by == SortBy::Memory { glance?.used_memory } else { backlog(seen, glance) }
+                    let last = last_seen.get(&seen.latest).copied();
+                    if by == SortBy::Memory { last?.used_memory } else { backlog(seen, last) }
                 };
                 instances.sort_by_cached_key(|instance| (figure(instance), name(instance)));
             }
@@ -347,7 +347,7 @@ impl AppState {
         Ok(())
     }
 
-    /// These instances as they are answered, in a number of statements that does not grow with them.
+    /// Converts these instances, in a number of statements that does not grow with them.
     async fn describe(
         &self,
         instances: &[&Arc<Instance>],
@@ -358,7 +358,7 @@ impl AppState {
         let standing = |instance: &Instance| standings.get(&instance.id);
         let newest: Vec<_> = instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
         let tasks = store.tasks(&newest).await?;
-        let glances = store.glances(&newest).await?;
+        let last_seen = store.last_seen(&newest).await?;
         let schedules = store.schedules().await?;
         let keeps = store.keeps().await?;
         let on_hand = self.service.on_hand();
@@ -381,8 +381,8 @@ impl AppState {
                 window_changes_at: window.and_then(|window| window.next_change(now)).map(time),
                 next_scan_at: due_times(auto_scan, now).next().map(time),
                 last_success_at: seen.and_then(|seen| seen.last_success).map(time),
-                used_memory: seen.and_then(|seen| glances.get(&seen.latest)?.used_memory),
-                backlog: seen.and_then(|seen| backlog(seen, glances.get(&seen.latest).copied())),
+                used_memory: seen.and_then(|seen| last_seen.get(&seen.latest)?.used_memory),
+                backlog: seen.and_then(|seen| backlog(seen, last_seen.get(&seen.latest).copied())),
                 keep: Some(bounds).filter(Bounds::any).map(KeepBounds::from),
                 latest,
             }
@@ -408,13 +408,13 @@ impl AppState {
     }
 }
 
-/// Expired keys in memory as the newest task knew them last: a keep run estimates them; a complete sweep has found, and freed, so many.
-fn backlog(standing: &Standing, glance: Option<Glance>) -> Option<u64> {
-    let kept = glance.and_then(|glance| glance.backlog);
+/// Expired keys in memory as the newest task last knew them: the estimate of a keep run, or what a complete sweep found and reclaimed.
+fn backlog(standing: &Standing, last_seen: Option<LastSeen>) -> Option<u64> {
+    let kept = last_seen.and_then(|seen| seen.backlog);
     kept.or((standing.state == TaskState::Succeeded).then_some(standing.reclaimed))
 }
 
-/// When a schedule is due from now on.
+/// The due times of a schedule after `now`, without an end unless it runs once; none if it is switched off.
 fn due_times(auto_scan: &AutoScan, now: jiff::Timestamp) -> impl Iterator<Item = jiff::Timestamp> {
     let next = |at: jiff::Timestamp| auto_scan.enabled.then(|| auto_scan.recurrence.next_due(at)).flatten();
     std::iter::successors(next(now), move |at| next(*at))

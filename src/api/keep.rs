@@ -1,4 +1,4 @@
-//! The bounds that an instance is kept to.
+//! Setting and resetting the bounds of an instance.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -11,16 +11,16 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::requests::invalid_settings;
 use crate::api::task_dto::InstanceDetails;
-use crate::api::{App, At, JsonBody};
+use crate::api::{App, JsonBody, PathParams};
 use crate::model::keep::Bounds;
 use crate::model::task::SweepTexts;
 use crate::settings;
 
-/// The bounds of an instance, each `off` or left out where there is none. Without any it is not kept.
+/// The bounds of an instance. A bound that is `off` or left out is none; without any bound the instance is not kept.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct KeepBounds {
-    /// Most expired keys in the memory of a master: a number of keys, bytes, or a share of the keys with a TTL.
+    /// Most expired keys in the memory of each master: a number of keys, bytes, or a share of its keys with a TTL.
     #[schema(pattern = "^(off|[0-9]{1,12}(KiB|MiB|GiB)?|[0-9]{1,2}%)$", example = "5%")]
     pub max_backlog: Option<String>,
     /// Longest time that a key stays in memory after it has expired.
@@ -35,7 +35,7 @@ impl From<Bounds> for KeepBounds {
     }
 }
 
-/// Sets the bounds that an instance is kept to. Both off: it is not kept, whatever the settings file says.
+/// Sets the bounds of an instance. If both are off it is not kept, whatever the settings file says.
 #[utoipa::path(
     put, path = "/api/v1/instances/{instance_id}/keep", tag = "instances", operation_id = "set_keep",
     params(("instance_id" = String, Path)), request_body = KeepBounds,
@@ -48,7 +48,7 @@ impl From<Bounds> for KeepBounds {
 pub async fn set_keep(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
     JsonBody(request): JsonBody<KeepBounds>,
 ) -> Result<Json<InstanceDetails>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
@@ -60,7 +60,7 @@ pub async fn set_keep(
     Ok(Json(app.details(&instance).await?))
 }
 
-/// Forgets the bounds that the API set: from now on the settings file's are in force again.
+/// Removes the bounds that the API set: those of the settings file apply again.
 #[utoipa::path(
     delete, path = "/api/v1/instances/{instance_id}/keep", tag = "instances", operation_id = "reset_keep",
     params(("instance_id" = String, Path)),
@@ -73,10 +73,10 @@ pub async fn set_keep(
 pub async fn reset_keep(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Json<InstanceDetails>, ApiError> {
     let instance = app.instance_of(&caller, &id)?;
     app.set_keep(&instance, None).await?;
-    tracing::info!(instance = instance.id, caller = caller.0.name, "bounds as the settings file has them");
+    tracing::info!(instance = instance.id, caller = caller.0.name, "bounds reset to those of the settings file");
     Ok(Json(app.details(&instance).await?))
 }

@@ -1,7 +1,7 @@
-//! Brings requests to the router: connections, TLS, and the bounds that keep slow or many clients from hurting others.
+//! Accepts connections for the router, with TLS, and with limits that protect clients from slow and from many others.
 //!
-//! HTTP/1.1 only. A connection that sends no complete header in time is closed; beyond the bound on connections new
-//! ones wait in the kernel's queue. Stopping lets answers under way end.
+//! HTTP/1.1 only. A connection that sends no complete header in time is closed; beyond the limit on connections new
+//! ones wait in the kernel's queue. At the end, replies under way are finished.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -24,85 +24,87 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
-/// Most bytes of a request's headers.
+/// Most bytes of the headers of a request.
 const MAX_HEADERS: usize = 16 << 10;
-/// After a failed accept: the process is out of file descriptors, and asking again at once would only spin.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
-/// How long a client may leave an answer unread.
+/// Pause after a failed accept: the process is out of file descriptors, and a retry at once would only loop.
+const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+/// How long a client may take no byte of its reply.
 #[cfg(target_os = "linux")]
 const UNREAD_FOR: Duration = Duration::from_secs(60);
-/// How long answers under way may take once the daemon stops.
+/// Longest time for replies under way once the daemon stops.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// How a new connection is met.
+/// Options for new connections. A reload of the settings replaces them.
 #[derive(Clone)]
-pub struct Terms {
-    /// How to encrypt, if at all.
+pub struct ListenOptions {
+    /// TLS with the certificate; `None`: plain HTTP.
     pub tls: Option<TlsAcceptor>,
-    /// Time to make a TLS connection, and to send the header of a request.
+    /// Longest time for the TLS handshake, and for receiving the header of a request.
     pub header_within: Duration,
 }
 
-/// Answers requests until `stop`, and then those that are under way. At most so many `connections` at once.
+/// Answers requests until `stop`, and finishes those that are under way then. `connections` is the most open connections.
 pub async fn serve(
     listener: TcpListener,
-    terms: watch::Receiver<Terms>,
+    options: watch::Receiver<ListenOptions>,
     router: Router,
     connections: usize,
     stop: CancellationToken,
 ) {
-    let places = Arc::new(Semaphore::new(connections));
+    let permits = Arc::new(Semaphore::new(connections));
     let graceful = GracefulShutdown::new();
     loop {
         let accepted = async {
-            // The semaphore is never closed.
-            let place = places.clone().acquire_owned().await.ok();
-            (listener.accept().await, place)
+            // Never an error: the semaphore is not closed.
+            let permit = permits.clone().acquire_owned().await.ok();
+            (listener.accept().await, permit)
         };
-        let (accepted, place) = tokio::select! {
+        let (accepted, permit) = tokio::select! {
             accepted = accepted => accepted,
             () = stop.cancelled() => break,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
                 continue;
             }
         };
         let (router, watcher, stop) = (router.clone(), graceful.watcher(), stop.clone());
-        let Terms { tls, header_within } = terms.borrow().clone();
-        bound_writing(&stream);
+        let ListenOptions { tls, header_within } = options.borrow().clone();
+        set_write_timeout(&stream);
         tokio::spawn(async move {
             let ended = match tls {
-                None => converse(stream, router, header_within, watcher).await,
-                Some(tls) => match secured(tls, stream, header_within, &stop).await {
-                    Some(stream) => converse(stream, router, header_within, watcher).await,
+                None => serve_http(stream, router, header_within, watcher).await,
+                Some(tls) => match accept_tls(tls, stream, header_within, &stop).await {
+                    Some(stream) => serve_http(stream, router, header_within, watcher).await,
                     None => Ok(()),
                 },
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection broke");
             }
-            drop(place);
+            drop(permit);
         });
     }
     drop(listener);
     if tokio::time::timeout(DRAIN, graceful.shutdown()).await.is_err() {
-        tracing::warn!("some answers were still under way and were cut");
+        tracing::warn!("some replies were not finished in time and were cut off");
     }
 }
 
-/// A client that takes no byte of its answer for [`UNREAD_FOR`] is cut by the kernel: it would keep its place for ever.
-fn bound_writing(stream: &TcpStream) {
+/// Has the kernel close the connection of a client that takes no byte of its reply for [`UNREAD_FOR`]: it would keep its permit for
+/// ever.
+fn set_write_timeout(stream: &TcpStream) {
     #[cfg(target_os = "linux")]
     if let Err(error) = socket2::SockRef::from(stream).set_tcp_user_timeout(Some(UNREAD_FOR)) {
-        tracing::debug!(%error, "a connection without a bound on writing");
+        tracing::debug!(%error, "cannot set a write timeout");
     }
 }
 
-async fn secured(
+/// The TLS handshake; `None` if it fails, takes too long, or the daemon stops.
+async fn accept_tls(
     tls: TlsAcceptor,
     stream: TcpStream,
     header_within: Duration,
@@ -114,7 +116,8 @@ async fn secured(
     }
 }
 
-async fn converse<S>(
+/// Answers the requests of one connection.
+async fn serve_http<S>(
     stream: S,
     router: Router,
     header_within: Duration,
@@ -135,33 +138,33 @@ where
     watcher.watch(connection).await
 }
 
-/// Why the listener cannot speak TLS.
+/// Why the listener cannot use TLS.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsListenError {
-    /// A file that cannot be read, or holds nothing of the kind in PEM.
+    /// A file cannot be read, or does not contain what it should in PEM.
     #[error("{setting}: cannot read {what} from {path}: {source}; it must be a PEM file", path = path.display())]
     Pem {
-        /// `tls-cert` or `tls-key`.
+        /// The setting that names the file: `tls-cert` or `tls-key`.
         setting: &'static str,
-        /// What should be in it.
+        /// What the file should contain.
         what: &'static str,
-        /// The file.
+        /// Path of the file that was read.
         path: PathBuf,
-        /// Why.
+        /// Error of reading or parsing it.
         source: pem::Error,
     },
-    /// Each can be read, and they cannot be used together.
+    /// The key does not belong to the certificate.
     #[error("tls-key: {path} does not go with the certificate of tls-cert: {source}", path = path.display())]
     Pair {
-        /// The file with the key.
+        /// Path of the file with the key.
         path: PathBuf,
-        /// Why.
+        /// Error of the TLS library.
         source: rustls::Error,
     },
 }
 
 impl TlsListenError {
-    /// The setting that is to blame.
+    /// The setting whose file is wrong.
     pub fn setting(&self) -> &'static str {
         match self {
             Self::Pem { setting, .. } => setting,
@@ -170,10 +173,10 @@ impl TlsListenError {
     }
 }
 
-/// Reads a certificate chain and its key.
+/// Reads a certificate chain and its private key.
 ///
 /// # Errors
-/// All that is wrong with the files.
+/// Every problem of the two files.
 pub fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor, Vec<TlsListenError>> {
     let failed = |setting, what, path: &Path| {
         let path = path.to_owned();

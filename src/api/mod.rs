@@ -1,8 +1,8 @@
-//! What leaves the process for other programs, and what they may ask: the DCS contract, our own calls beside it,
-//! health, figures, and a page.
+//! The HTTP API of the daemon: the DCS contract, our own calls beside it, health, metrics, and the web page.
 //!
-//! [`router`] is everything that is answered; [`listen`] brings the requests. The API decides nothing about tasks: it
-//! asks `tasks`, and never touches an instance but for the first look that the contract wants.
+//! [`router`] has all routes; [`listen`] accepts the connections. Handlers decide nothing about tasks: they call `tasks`.
+//! They connect to an instance only to inspect it: for a check, for a forecast, and before a task is accepted, as the
+//! contract requires.
 
 pub mod auth;
 pub mod check_dto;
@@ -51,35 +51,36 @@ use crate::settings::raw::Problem;
 use crate::settings::serve::{Instance, Role, ServeSettings};
 use crate::tasks::TaskService;
 
-/// How long the look at an instance may take before its task is accepted without one.
-const LOOK_WITHIN: Duration = Duration::from_secs(2);
+/// Longest inspection of an instance before a task is accepted; after that it is accepted without one.
+const INSPECT_WITHIN: Duration = Duration::from_secs(2);
+/// Header of every response: an id that the log has too.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Reads the settings again and puts them in force, or says what is wrong with them.
+/// Reads the settings file again and puts it in force, or returns its problems.
 pub type Reload = Box<dyn Fn() -> Result<(), Vec<Problem>> + Send + Sync>;
 
-/// What the handlers share.
+/// The state that all handlers share.
 pub struct AppState {
-    /// The tasks.
+    /// Creates and commands tasks, and gives access to the records.
     pub service: TaskService,
-    /// The settings in force.
+    /// The settings in force; a reload replaces them.
     pub settings: watch::Receiver<Arc<ServeSettings>>,
-    /// The figures.
+    /// Metrics to count requests in, and to show.
     pub metrics: Metrics,
-    /// Wakes the scheduler.
+    /// Wakes the scheduler after a schedule was changed.
     pub schedule_changed: Arc<Notify>,
-    /// Wakes the keeper.
+    /// Wakes the keeper after bounds were changed.
     pub keep_changed: watch::Sender<()>,
-    /// Takes changed settings in.
+    /// Reads the settings file again, for the call `reload`.
     pub reload: Reload,
-    /// Cancelled when the daemon begins to stop: streams end.
+    /// Cancelled when the daemon begins to stop: streams end then.
     pub stopping: CancellationToken,
 }
 
-/// The state as handlers take it.
+/// The state as an argument of handlers.
 pub type App = Arc<AppState>;
 
-/// Everything that is answered.
+/// All routes. Those of the tasks and instances need credentials; the page, health and the description do not.
 pub fn router(app: App) -> Router {
     let guarded = Router::new()
         .route("/v2/{project_id}/instances/{instance_id}/scan-expire-keys-task", post(dcs::create))
@@ -118,12 +119,12 @@ pub fn router(app: App) -> Router {
         .fallback(async || ApiError::no_url())
         .method_not_allowed_fallback(async || ApiError::no_method())
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn_with_state(app.clone(), watch_over))
+        .layer(middleware::from_fn_with_state(app.clone(), observe))
         .with_state(app)
 }
 
-/// Bounds the time of an answer, gives it an id, and counts it.
-async fn watch_over(State(app): State<App>, request: Request, next: Next) -> Response {
+/// Limits the time of a request, gives its response an id, logs and counts it.
+async fn observe(State(app): State<App>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let within = app.settings.borrow().api.request_timeout;
     let method = request.method().clone();
@@ -135,7 +136,7 @@ async fn watch_over(State(app): State<App>, request: Request, next: Next) -> Res
         response.headers_mut().insert(REQUEST_ID, id);
     }
     let (route, status, took) = (route.as_deref().unwrap_or("none"), response.status().as_u16(), begun.elapsed());
-    // Methods are of the client's making; the ones that have a route are not.
+    // A client may invent methods; as labels only those of a matched route are bounded.
     let method = if status == 405 || route == "none" { "other" } else { method.as_str() };
     tracing::debug!(id, method, route, status, ?took, "answered");
     app.metrics.answered(route, method, status, took);
@@ -145,7 +146,7 @@ async fn watch_over(State(app): State<App>, request: Request, next: Next) -> Res
 fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-    tracing::error!(text, "a handler broke");
+    tracing::error!(text, "a handler panicked");
     ApiError::internal().into_response()
 }
 
@@ -158,7 +159,7 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
     )
 )]
 pub async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloaded>, ApiError> {
-    // The settings are of all projects.
+    // The settings concern all projects.
     if caller.0.projects.is_some() || caller.0.role < Role::Operator {
         return Err(ApiError::forbidden());
     }
@@ -175,28 +176,28 @@ pub async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloa
     }
 }
 
-/// What a reload put in force.
+/// The result of a reload.
 #[derive(Debug, serde::Serialize, utoipa::ToSchema)]
 pub struct Reloaded {
-    /// How many instances there are now.
+    /// Number of instances in the settings now.
     pub instances: usize,
 }
 
 impl AppState {
-    /// The contract's look before a task is accepted: a server that can never be scanned is refused at once. One that
-    /// cannot be reached just now is not: its task will say so.
+    /// Refuses an instance whose server can never be swept, as the contract requires before a task is accepted. A server
+    /// that cannot be reached now is accepted: its task will fail with the reason.
     async fn must_be_scannable(&self, instance: &Instance) -> Result<(), ApiError> {
-        let look = crate::tasks::look(&instance.settings);
-        match tokio::time::timeout(LOOK_WITHIN, look).await {
+        let inspection = crate::tasks::look(&instance.settings);
+        match tokio::time::timeout(INSPECT_WITHIN, inspection).await {
             Ok(Err(failure)) if matches!(failure.kind, FailureKind::Unsupported | FailureKind::NotAMaster) => {
-                tracing::info!(instance = instance.id, %failure, "refused");
+                tracing::info!(instance = instance.id, %failure, "the instance cannot be swept: request refused");
                 Err(ApiError::cannot_scan())
             }
             _ => Ok(()),
         }
     }
 
-    /// Sets the bounds of an instance, or forgets what was set.
+    /// Sets the bounds of an instance, or removes what the API set (`None`), and wakes the keeper.
     async fn set_keep(&self, instance: &Instance, bounds: Option<Bounds>) -> Result<(), ApiError> {
         let store = self.service.store();
         let set = store.set_keep(&instance.id, &instance.project_id, bounds, store.now()).await;
@@ -205,7 +206,7 @@ impl AppState {
         Ok(())
     }
 
-    /// Sets the automatic scan of an instance, or forgets what was set.
+    /// Sets the automatic scan of an instance, or removes what the API set (`None`), and wakes the scheduler.
     async fn set_auto_scan(
         &self,
         instance: &Instance,
@@ -219,21 +220,21 @@ impl AppState {
     }
 }
 
-/// Parts of the path. A part that is no text names nothing that exists.
-pub struct At<T>(pub T);
+/// Path parameters. If they cannot be decoded the response is 404.
+pub struct PathParams<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for At<T> {
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for PathParams<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        Path::from_request_parts(parts, state).await.map(|Path(at)| Self(at)).map_err(|_| ApiError::no_url())
+        Path::from_request_parts(parts, state).await.map(|Path(params)| Self(params)).map_err(|_| ApiError::no_url())
     }
 }
 
-/// Parameters of the query.
-pub struct Params<T>(pub T);
+/// Query parameters. If they are invalid the response is `DCS.4800`.
+pub struct QueryParams<T>(pub T);
 
-impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Params<T> {
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for QueryParams<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
@@ -242,7 +243,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Params<
     }
 }
 
-/// The body as it came.
+/// The body as received; longer ones than `auth::MAX_BODY` are refused.
 pub struct RawBody(pub Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {
@@ -253,7 +254,7 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
     }
 }
 
-/// The body as JSON of a known form, whatever the Content-Type says.
+/// The body as JSON of a known form. The Content-Type is ignored.
 pub struct JsonBody<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
@@ -266,10 +267,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
         }
         let value: serde_json::Value = serde_json::from_slice(&body).map_err(|_| ApiError::not_json())?;
         if !value.is_object() {
-            // serde would take a list for the fields in their order.
-            return Err(ApiError::invalid("body (it is no JSON object)"));
+            // serde would accept an array of the fields in their order.
+            return Err(ApiError::invalid("body (it is not a JSON object)"));
         }
-        // serde's sentence names the field and what it should be, and repeats at most one value of the caller's own.
+        // serde's message names the field and its type; of the request it contains at most one value.
         T::deserialize(value).map(Self).map_err(|e| ApiError::invalid(format_args!("body ({e})")))
     }
 }

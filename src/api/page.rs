@@ -1,4 +1,4 @@
-//! The page to look at: a document, its style and its modules, which load nothing from elsewhere.
+//! The web page: a document, a style sheet and scripts, which load nothing from other hosts.
 
 use std::sync::LazyLock;
 
@@ -6,10 +6,10 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
-use crate::api::At;
+use crate::api::PathParams;
 use crate::api::error::ApiError;
 
-/// Nothing but files of our own and calls to where they came from: neither a script nor a style that stands in a document.
+/// Content security policy: files and calls of this origin only, and no inline scripts or styles.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -17,7 +17,7 @@ const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// A file of the page.
+/// A file that the page consists of.
 struct Asset {
     name: &'static str,
     kind: &'static str,
@@ -30,13 +30,13 @@ macro_rules! assets {
     };
 }
 
-/// The document is the first.
+/// All files; [`page`] answers with the first, the document.
 const ASSETS: &[Asset] = assets![
     HTML "index.html", CSS "style.css", SCRIPT "main.js", SCRIPT "api.js", SCRIPT "dom.js", SCRIPT "list.js",
     SCRIPT "sweeps.js", SCRIPT "instance.js", SCRIPT "chart.js", SCRIPT "forms.js",
 ];
 
-/// What a browser may keep of each, until the answer is another one.
+/// The entity tag of each file: a hash of its content.
 static TAGS: LazyLock<Vec<String>> = LazyLock::new(|| {
     let tag = |asset: &Asset| {
         let hash = Sha256::digest(asset.text.as_bytes());
@@ -46,16 +46,16 @@ static TAGS: LazyLock<Vec<String>> = LazyLock::new(|| {
     ASSETS.iter().map(tag).collect()
 });
 
-/// The page. It holds no data and asks the API for it, with the credentials that the person gives.
+/// The document of the page. It contains no data: its scripts call the API with the credentials that the user enters.
 pub async fn page(headers: HeaderMap) -> Response {
     answer(0, &headers)
 }
 
-/// A file that the page is made of.
+/// Another file of the page.
 ///
 /// # Errors
-/// There is none of this name.
-pub async fn asset(At(name): At<String>, headers: HeaderMap) -> Result<Response, ApiError> {
+/// 404 if no file has this name.
+pub async fn asset(PathParams(name): PathParams<String>, headers: HeaderMap) -> Result<Response, ApiError> {
     let place = ASSETS.iter().skip(1).position(|asset| asset.name == name).ok_or_else(ApiError::no_url)?;
     Ok(answer(place + 1, &headers))
 }
@@ -65,7 +65,7 @@ fn answer(place: usize, asked: &HeaderMap) -> Response {
     let headers = [
         (header::CONTENT_TYPE, asset.kind),
         (header::CONTENT_SECURITY_POLICY, POLICY),
-        // Kept, and asked for again each time: a new version of the daemon is a new page at once.
+        // Cached, but validated on each use: a new version of the daemon shows its own page at once.
         (header::CACHE_CONTROL, "no-cache"),
         (header::ETAG, tag),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),

@@ -1,4 +1,4 @@
-//! What requests about tasks say: which to list, and how one is to sweep.
+//! The bodies and query parameters of requests about tasks.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -9,34 +9,34 @@ use crate::api::error::ApiError;
 use crate::model::task::{Cause, SweepTexts, TaskState};
 use crate::settings::raw::Problem;
 
-/// What a sweep is asked for. What is left out is as the instance's settings say.
+/// The body to create a task. Fields that are left out have the values of the instance's settings.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateTask {
-    /// The instance to sweep.
+    /// Id of the instance to sweep.
     pub instance_id: String,
-    /// Share of the master's time, above 0 and up to 1.
+    /// Largest share of the master's time, above 0 and up to 1.
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub intensity: Option<f64>,
-    /// Ceiling in keys per second; 0 for none.
+    /// Most keys to scan per second on each master; 0: no ceiling.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
-    /// Above which load to hold.
+    /// Limits on the load of the server.
     #[serde(default, deserialize_with = "object")]
-    pub limits: LimitWishes,
-    /// COUNT to begin with.
+    pub limits: LimitOverrides,
+    /// COUNT of the first SCAN.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 10, maximum = 1000)]
     pub count: Option<u32>,
     /// DBs to sweep; empty: each that holds keys with a TTL.
     #[schema(value_type = Option<Vec<DbNumber>>)]
     pub db: Option<Vec<DbNumber>>,
-    /// `auto`, `none`, `exists` or `ttl`.
+    /// Command to send for each key that SCAN returned.
     pub touch: Option<TouchWord>,
-    /// How long it may take, in seconds.
+    /// Longest time that the sweep may take, in seconds.
     #[serde(default, deserialize_with = "whole")]
-    // As `LONGEST_S`.
+    // The maximum is `LONGEST_S`: the attribute takes only a literal.
     #[schema(minimum = 1, maximum = 31_536_000)]
     pub timeout_s: Option<u32>,
     /// Sweep only while the instance's window is open.
@@ -44,7 +44,7 @@ pub struct CreateTask {
     pub respect_window: bool,
 }
 
-/// Whether each key that SCAN returned is asked for.
+/// Command to send for each key that SCAN returned.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of the setting")]
@@ -66,28 +66,29 @@ impl TouchWord {
     }
 }
 
-/// Other limits for a task that has not ended.
+/// The body to change the limits of an unfinished task.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TuneTask {
-    /// Share of the master's time, above 0 and up to 1.
+    /// Largest share of the master's time, above 0 and up to 1.
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub intensity: Option<f64>,
-    /// Ceiling in keys per second; 0 for none.
+    /// Most keys to scan per second on each master; 0: no ceiling.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 2_147_483_647)]
     pub max_keys_per_sec: Option<u32>,
-    /// Above which load to hold.
+    /// Limits on the load of the server.
     #[serde(default, deserialize_with = "object")]
-    pub limits: LimitWishes,
+    pub limits: LimitOverrides,
 }
 
-/// Above which load a sweep holds or gives up, and how far it gives way: `off`, `auto`, or a value, as the settings of the same
-/// names (`_` for `-`) take it. What is left out stays.
+/// Limits on the load, above which a sweep holds or fails, and the least intensity. The values are those of the settings of the same
+/// names (`_` for `-`): `off`, `auto`, or a value. Limits that are left out stay as they are.
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = LimitWishes)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs, reason = "the names are those of the settings")]
-pub struct LimitWishes {
+pub struct LimitOverrides {
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub min_intensity: Option<f64>,
     pub throttle: Option<bool>,
@@ -113,14 +114,18 @@ pub struct LimitWishes {
     pub abort_replica_lag: Option<String>,
 }
 
-/// An object, and no list: serde would take one for the fields in their order.
+/// Accepts only a JSON object: serde would also accept an array of the fields in their order.
 fn object<'de, D: Deserializer<'de>, T: serde::de::DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
     let fields = serde_json::Map::deserialize(deserializer)?;
     T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
 }
 
-/// The settings texts of a request for other limits.
-pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>, limits: LimitWishes) -> SweepTexts {
+/// The limits of a request as texts of settings, by key.
+pub(super) fn tuning_texts(
+    intensity: Option<f64>,
+    max_keys_per_sec: Option<u32>,
+    limits: LimitOverrides,
+) -> SweepTexts {
     let texts = [
         ("intensity", intensity.map(|share| share.to_string())),
         ("max-keys-per-sec", max_keys_per_sec.map(|keys| keys.to_string())),
@@ -140,7 +145,7 @@ pub(super) fn tuning_texts(intensity: Option<f64>, max_keys_per_sec: Option<u32>
     texts.into_iter().filter_map(|(key, text)| Some((key.to_owned(), text?))).collect()
 }
 
-/// What is wrong with the settings of a request.
+/// The error for invalid settings in a request.
 pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
     let problems: Vec<_> = problems.into_iter().map(|problem| problem.message).collect();
     ApiError::invalid(format_args!("settings ({})", problems.join("; ")))
@@ -151,14 +156,14 @@ pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
 #[schema(value_type = u32, minimum = 0, maximum = 2_147_483_647)]
 pub struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
 
-/// The longest that may be asked for a task, in seconds: a year.
+/// Largest `timeout_s` of a request: a year, in seconds.
 pub(super) const LONGEST_S: u32 = 31_536_000;
 
-/// A whole number in JSON's sense: 60.0 is one.
+/// Accepts a whole number as JSON Schema defines it: 60.0 is one too.
 fn whole_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let number = f64::deserialize(deserializer)?;
     if number.fract() == 0.0 && (0.0..=f64::from(i32::MAX)).contains(&number) {
-        // Exact: a double holds every whole number of 32 bits.
+        // The cast is exact: f64 represents every 32-bit integer.
         Ok(number as u32)
     } else {
         Err(serde::de::Error::custom(format_args!("{number} is not a whole number of 31 bits")))
@@ -171,25 +176,25 @@ fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::E
     Ok(Option::<Whole>::deserialize(deserializer)?.map(|Whole(number)| number))
 }
 
-/// Which tasks to list.
+/// The query of a list of tasks.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub struct ListTasks {
-    /// Of this instance.
+    /// Only tasks of this instance.
     pub instance_id: Option<String>,
-    /// In this state.
+    /// Only tasks in this state.
     pub state: Option<StateWord>,
-    /// Asked for by this.
+    /// Only tasks with this cause.
     pub cause: Option<CauseWord>,
-    /// Older than this task: the last one of the list before.
+    /// Only tasks older than this one; for the next page, the last task of the page before.
     #[param(value_type = Option<uuid::Uuid>)]
     pub before: Option<uuid::Uuid>,
-    /// At most so many.
+    /// Most tasks to list; left out: 50.
     #[param(minimum = 1, maximum = 1000)]
     pub limit: Option<u32>,
 }
 
-/// Our own states.
+/// The state of a task.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of `TaskState`")]
@@ -217,7 +222,7 @@ impl From<StateWord> for TaskState {
     }
 }
 
-/// Who asked.
+/// Who created a task: the command line, the API, a schedule, or the keeper.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of `Cause`")]

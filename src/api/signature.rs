@@ -1,7 +1,7 @@
-//! The signature of the DCS SDKs, `SDK-HMAC-SHA256`: what the caller signed is built again from what arrived.
+//! Verifies the signature of the DCS SDKs, `SDK-HMAC-SHA256`: builds the signed text again from the received request.
 //!
-//! Pure: the clock and the secret are arguments. Exactly the headers that the caller lists are signed; which those are
-//! differs from client to client.
+//! Pure functions: the clock and the secret are arguments. A signature covers exactly the headers that the caller lists,
+//! which differ from client to client.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -15,24 +15,24 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-/// The name of the scheme, first word of the Authorization header.
+/// Name of the scheme: the first word of the Authorization header.
 pub const SCHEME: &str = "SDK-HMAC-SHA256";
-/// How far the clocks of caller and server may be apart.
+/// Largest difference between the clocks of caller and server.
 const SKEW: Duration = Duration::from_secs(15 * 60);
-/// Everything but `A-Za-z0-9-_.~` is encoded.
+/// The characters to encode: all but `A-Za-z0-9-_.~`.
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// The Authorization header, taken apart.
+/// The parsed Authorization header of a signed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signed {
-    /// The access key.
+    /// Access key of the caller.
     pub access: String,
     headers: Vec<String>,
     signature: Vec<u8>,
 }
 
 impl Signed {
-    /// Reads `SDK-HMAC-SHA256 Access=<AK>, SignedHeaders=<a;b>, Signature=<hex>`.
+    /// Parses `SDK-HMAC-SHA256 Access=<AK>, SignedHeaders=<a;b>, Signature=<hex>`.
     pub fn parse(authorization: &str) -> Option<Self> {
         let fields = authorization.trim().strip_prefix(SCHEME)?;
         let (mut access, mut headers, mut signature) = (None, None, None);
@@ -48,14 +48,14 @@ impl Signed {
         Some(Self { access: access?, headers: headers?, signature: signature? })
     }
 
-    /// Whether the request was signed with this secret, not long ago, and its body is the one that was signed.
+    /// Whether the request with this body was signed with this secret, at most 15 minutes from `now`.
     pub fn verify(&self, request: &Parts, body: &[u8], secret: &str, now: Timestamp) -> bool {
         let Some(date) = header(request, "x-sdk-date") else { return false };
         if !is_recent(&date, now) {
             return false;
         }
         let body_hash = hex(&Sha256::digest(body));
-        // A hash that is sent along is what was signed; it must be the hash of this body all the same.
+        // Some clients send the hash of the body that they signed: it must be the hash of this body.
         if header(request, "x-sdk-content-sha256").is_some_and(|sent| sent != body_hash) {
             return false;
         }
@@ -87,7 +87,7 @@ fn is_recent(date: &str, now: Timestamp) -> bool {
     signed.is_ok_and(|signed| signed.timestamp().duration_since(now).unsigned_abs() <= SKEW)
 }
 
-/// The path, decoded and encoded again, with a slash at the end.
+/// The canonical path: decoded, encoded again, with a slash at the end.
 fn uri(path: &str) -> String {
     let mut text = String::with_capacity(path.len() + 1);
     for segment in path.split('/').skip(1) {
@@ -100,7 +100,7 @@ fn uri(path: &str) -> String {
     text
 }
 
-/// The pairs of the query, decoded and encoded again, sorted by key and then by value.
+/// The canonical query: its pairs decoded, sorted by key and value, encoded again.
 fn query(query: Option<&str>) -> String {
     let pairs = query.unwrap_or("").split('&').filter(|pair| !pair.is_empty());
     let decode = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
@@ -119,7 +119,7 @@ fn encode(text: &str) -> String {
     utf8_percent_encode(text, ENCODED).to_string()
 }
 
-/// Bytes in lower-case hexadecimal digits.
+/// Encodes bytes as lower-case hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

@@ -1,4 +1,4 @@
-//! Tasks and instances as the own API answers with them.
+//! JSON types of tasks and instances in our own API.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -13,18 +13,18 @@ use crate::model::schedule::{AutoScan, Recurrence, Window};
 use crate::model::task::{Task, TaskState};
 use crate::tasks::TaskView;
 
-/// An instance.
+/// An instance with its newest task.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct InstanceDto {
-    /// Its id.
+    /// Id of the instance, as the settings have it.
     pub id: String,
-    /// Its project.
+    /// Id of the project that it belongs to.
     pub project_id: String,
-    /// What people call it.
+    /// Name to show; the id if the settings have none.
     pub name: String,
-    /// Where it is, without any secret.
+    /// URL of the instance, without credentials.
     pub target: String,
-    /// Whether its off-peak window is open; left out where it has none.
+    /// Whether its off-peak window is open; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window_open: Option<bool>,
     /// When the window opens or closes next.
@@ -36,55 +36,56 @@ pub struct InstanceDto {
     /// When it was last swept completely.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_success_at: Option<String>,
-    /// Expired keys in memory as its newest task knew them last: a keep run estimates them; a complete sweep has found, and freed, so many.
+    /// Expired keys in memory as its newest task last knew them: the estimate of a keep run, or what a complete sweep found and
+    /// reclaimed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u64>,
-    /// `used_memory` of all its masters in bytes, as its newest task saw it last.
+    /// `used_memory` of all its masters in bytes, as its newest task last saw it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub used_memory: Option<u64>,
-    /// The bounds that it is kept to; left out where it is not kept.
+    /// Its bounds; left out if it is not kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<KeepBounds>,
-    /// Its newest task.
+    /// Its newest task; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest: Option<TaskDto>,
 }
 
-/// A task.
+/// A task as it is recorded.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskDto {
-    /// Its id.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// The instance that it sweeps.
+    /// Id of the instance that it sweeps.
     pub instance_id: String,
-    /// The instance's project.
+    /// Id of the instance's project.
     pub project_id: String,
-    /// Where the instance is, without any secret.
+    /// URL of the instance, without credentials.
     pub target: String,
     /// `waiting`, `running`, `paused`, `interrupted`, `succeeded`, `failed` or `cancelled`.
     pub state: &'static str,
     /// `cli`, `api`, `schedule` or `keep`.
     pub cause: &'static str,
-    /// When it was asked for.
+    /// When the task was created.
     pub created_at: String,
-    /// When it began.
+    /// When it began; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<String>,
-    /// When it ended.
+    /// When it ended; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<String>,
-    /// Expired keys that it freed; not cut.
+    /// Expired keys that it reclaimed, also above 32 bits.
     pub reclaimed: u64,
-    /// How much of the time allowed it has used, in seconds.
+    /// How much of its timeout it has used, in seconds.
     pub spent_s: f64,
-    /// Whether it sweeps only while the window is open.
+    /// Whether it sweeps only while the instance's window is open.
     pub respect_window: bool,
-    /// The settings used, by name.
+    /// The settings of the sweep, by name.
     pub settings: BTreeMap<String, String>,
-    /// What is worth knowing of its end and is no failure.
+    /// Why it ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why it did not succeed.
+    /// Why it failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
@@ -111,19 +112,19 @@ impl From<&Task> for TaskDto {
     }
 }
 
-/// A task with everything that is known of its progress.
+/// A task with its progress in detail.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskDetails {
-    /// The record.
+    /// The fields of the task itself.
     #[serde(flatten)]
     pub task: TaskDto,
-    /// Share that is done, 0 to 1.
+    /// Share of the sweep that is done, 0 to 1.
     pub progress: f64,
-    /// Keys that SCAN looked at.
+    /// Keys that SCAN has visited so far; a few are visited twice.
     pub scanned: u64,
-    /// Why it stands still at this moment.
+    /// The holds at this moment; empty while it runs freely.
     pub holds: Vec<HoldDto>,
-    /// Each shard.
+    /// The shards, in the order of their names.
     pub shards: Vec<ShardDto>,
 }
 
@@ -168,13 +169,13 @@ impl TaskView {
 /// A list of tasks, newest first.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskList {
-    /// The tasks.
+    /// The tasks of this page.
     pub tasks: Vec<TaskDto>,
-    /// How many match, beyond this list too.
+    /// Number of matching tasks, over all pages.
     pub count: u64,
-    /// Expired keys that all of those freed.
+    /// Expired keys that all matching tasks reclaimed.
     pub reclaimed: u64,
-    /// What people call the instances of the tasks in this list, by id, as far as the settings name them.
+    /// Names of the instances of the tasks in this list, by id, as far as the settings have them.
     pub instance_names: BTreeMap<String, String>,
 }
 
@@ -183,44 +184,44 @@ pub struct TaskList {
 pub struct InstanceList {
     /// The instances of this page.
     pub instances: Vec<InstanceDto>,
-    /// How many match, on every page.
+    /// Number of matching instances, over all pages.
     pub total: u64,
-    /// How many match but for `state`, by the state of their newest task; `never`: that have none.
+    /// Number of instances by the state of their newest task (`never`: without one), matching all parameters but `state`.
     #[schema(value_type = BTreeMap<String, u64>)]
     pub counts: BTreeMap<&'static str, u64>,
-    /// The projects of all instances that the caller may see.
+    /// Ids of the projects of all instances that the caller may see.
     pub projects: Vec<String>,
 }
 
-/// An instance with its schedule and how it is swept.
+/// An instance with its schedule and settings.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct InstanceDetails {
-    /// What a list shows too.
+    /// The fields of the instance itself.
     #[serde(flatten)]
     pub instance: InstanceDto,
     /// The next due times of its automatic scan.
     pub upcoming: Vec<String>,
-    /// Its off-peak window.
+    /// Its off-peak window; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub window: Option<WindowDto>,
-    /// Its automatic scan.
+    /// Its automatic scan, set by the API or the settings file.
     pub schedule: ScheduleDto,
-    /// `api` or `file`: who set its bounds, or that it has none.
+    /// `api` or `file`: where its bounds, or the lack of them, were set.
     pub keep_source: &'static str,
-    /// The settings that a sweep has where nobody asks for others, by name.
+    /// The settings of its sweeps, by name, unless a request has others.
     pub settings: BTreeMap<String, String>,
 }
 
-/// An off-peak window.
+/// An off-peak window, in which scheduled sweeps may run.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct WindowDto {
-    /// The days on which it opens, `Mon` to `Sun`.
+    /// Days on which it opens, `Mon` to `Sun`.
     pub days: Vec<String>,
     /// When it opens, in local time of the zone.
     pub start: String,
-    /// When it closes; on the next day where this is not after `start`.
+    /// When it closes, in local time; on the next day if this is not after `start`.
     pub end: String,
-    /// Its time zone.
+    /// Name of its time zone.
     pub zone: String,
 }
 
@@ -236,38 +237,38 @@ impl From<&Window> for WindowDto {
     }
 }
 
-/// An automatic scan, also one that the contract has no words for.
+/// An automatic scan, by an interval or by a cron expression.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct ScheduleDto {
-    /// Whether it runs.
+    /// Whether it is switched on.
     pub enabled: bool,
-    /// `api` or `file`: who set it.
+    /// `api` or `file`: where it was set.
     pub source: &'static str,
-    /// The cron expression, where it is by one.
+    /// The cron expression; left out if it has an interval.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cron: Option<String>,
-    /// The time zone of that.
+    /// Time zone of the cron expression.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
-    /// The first due time, where it is by an interval.
+    /// The first due time; left out with a cron expression.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_scan_at: Option<String>,
-    /// Seconds from one due time to the next; 0: once.
+    /// Seconds from one due time to the next; 0: once. Left out with a cron expression.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval_s: Option<u32>,
-    /// How long a scan may take, in seconds.
+    /// Longest time that a scan may take, in seconds.
     pub timeout_s: u32,
-    /// COUNT that a scan begins with.
+    /// COUNT of the first SCAN.
     pub count: u32,
 }
 
-/// Who set something.
+/// The word for where something was set.
 pub(super) fn source(by_api: bool) -> &'static str {
     if by_api { "api" } else { "file" }
 }
 
 impl ScheduleDto {
-    /// As it is in force. `by_api`: it was set by the API, and not by the settings file.
+    /// Converts the automatic scan in force. `by_api`: the API has set it, and not the settings file.
     pub fn new(auto_scan: &AutoScan, by_api: bool) -> Self {
         let (rule, every) = match &auto_scan.recurrence {
             Recurrence::Cron(rule) => (Some(rule), None),
@@ -286,24 +287,24 @@ impl ScheduleDto {
     }
 }
 
-/// A sweep with what it brought.
+/// A sweep or keep run with its results.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct HistoryEntry {
-    /// The record.
+    /// The fields of the task itself.
     #[serde(flatten)]
     pub task: TaskDto,
-    /// Share that is done, 0 to 1.
+    /// Share of the sweep that is done, 0 to 1.
     pub progress: f64,
     /// Sums over all shards and DBs.
     pub totals: Totals,
-    /// `used_memory` of all masters before the sweep less that after it, in bytes: what it freed less what clients wrote meanwhile. Left
-    /// out where one of them was not seen twice.
+    /// `used_memory` of all masters before the sweep minus that after it, in bytes: what it freed minus what clients wrote meanwhile.
+    /// Left out if the memory of a master was not read twice.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub freed_bytes: Option<i64>,
-    /// Expired keys in memory: those that a keep run estimates, at its end or now; those that a complete sweep has found, and freed.
+    /// Expired keys in memory: the estimate of a keep run, now or at its end, or what a complete sweep found and reclaimed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u64>,
-    /// Keys that the masters evicted during the sweep, to stay below `maxmemory`. Left out where one of them does not tell.
+    /// Keys that the masters evicted during the sweep, to stay below `maxmemory`. Left out if one of them hides the number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evicted_keys: Option<u64>,
     /// Keys that the masters evicted from the end of the sweep to the beginning of the next one. Left out of the newest sweep, and where
@@ -313,17 +314,17 @@ pub struct HistoryEntry {
     /// Time held by reason, in seconds.
     #[schema(value_type = BTreeMap<String, f64>)]
     pub held_s: BTreeMap<&'static str, f64>,
-    /// How many masters it swept.
+    /// Number of masters that it sweeps.
     pub masters: usize,
-    /// Why it stands still at this moment.
+    /// The holds at this moment; empty while it runs freely.
     pub holds: Vec<HoldDto>,
-    /// Each shard with its DBs, its warnings and why it ended early; left out where they were not asked for.
+    /// The shards with their DBs, warnings and failures; left out if the request has `shards` false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shards: Option<Vec<ShardDto>>,
 }
 
 impl HistoryEntry {
-    /// What is known of a task, with the task of the same instance that came next.
+    /// Converts the view of a task. `next` is the next task of the same instance.
     pub fn new(view: &TaskView, next: Option<&TaskView>, with_shards: bool) -> Self {
         let snapshot = &view.snapshot;
         let evicted: Option<Vec<u64>> = snapshot.shards.values().map(|shard| shard.evicted()).collect();
@@ -350,42 +351,42 @@ impl HistoryEntry {
     }
 }
 
-/// A task as a stream of all of them shows it.
+/// A task in the stream of all tasks.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskProgress {
-    /// Its id.
+    /// Id of the task, a UUID.
     pub id: String,
-    /// The instance that it sweeps.
+    /// Id of the instance that it sweeps.
     pub instance_id: String,
-    /// Its state.
+    /// State of the task: see the field of the same name of a task.
     pub state: &'static str,
     /// `cli`, `api`, `schedule` or `keep`.
     pub cause: &'static str,
-    /// When it was asked for.
+    /// When the task was created.
     pub created_at: String,
-    /// When it began.
+    /// When it began; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<String>,
-    /// When it ended.
+    /// When it ended; left out before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<String>,
-    /// Share that is done, 0 to 1.
+    /// Share of the sweep that is done, 0 to 1.
     pub progress: f64,
-    /// Keys that SCAN looked at.
+    /// Keys that SCAN has visited so far; a few are visited twice.
     pub scanned: u64,
-    /// Expired keys that it freed.
+    /// Expired keys that it reclaimed so far.
     pub reclaimed: u64,
-    /// Why it stands still at this moment, at most three of its masters.
+    /// The current holds of at most three of its masters.
     pub holds: Vec<HoldDto>,
-    /// What is worth knowing of its end and is no failure.
+    /// Why it ended as it did, where that is no failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
-    /// Why it did not succeed.
+    /// Why it failed; left out if it did not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureDto>,
 }
 
-/// Holds of one task in a stream of all: a cluster has hundreds of masters.
+/// Most holds of one task in the stream of all tasks: a cluster may have hundreds of masters.
 const FEW_HOLDS: usize = 3;
 
 impl From<&TaskView> for TaskProgress {

@@ -1,4 +1,4 @@
-//! What the contract lacks: options, progress, pause, resume, cancel, other limits while it runs.
+//! Tasks beyond the contract: options, progress, pause, resume, cancel, other limits while a task runs.
 
 #![allow(unused_qualifications, reason = "in the code that utoipa's attributes make")]
 
@@ -11,18 +11,18 @@ use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
 use crate::api::task_dto::{TaskDetails, TaskDto, TaskList};
-use crate::api::{App, AppState, At, JsonBody, Params};
+use crate::api::{App, AppState, JsonBody, PathParams, QueryParams};
 use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
 use crate::settings::serve::{self, Instance};
 use crate::store::TaskFilter;
 use crate::tasks::{Order, TaskSpec, TaskView, Tune};
 
-/// Tasks of a list that asks for no number.
+/// Tasks of a list without `limit`.
 const LIMIT: u32 = 50;
-/// Most tasks of one list.
+/// Largest `limit` of a list.
 const MOST: u32 = 1000;
 
-/// Lists tasks, newest first.
+/// Lists the tasks that the caller may see, newest first.
 #[utoipa::path(
     get, path = "/api/v1/tasks", tag = "tasks", operation_id = "list_tasks", params(ListTasks),
     responses(
@@ -33,7 +33,7 @@ const MOST: u32 = 1000;
 pub async fn list_tasks(
     State(app): State<App>,
     caller: Caller,
-    Params(list): Params<ListTasks>,
+    QueryParams(list): QueryParams<ListTasks>,
 ) -> Result<Json<TaskList>, ApiError> {
     let limit = list.limit.unwrap_or(LIMIT);
     if !(1..=MOST).contains(&limit) {
@@ -57,7 +57,7 @@ pub async fn list_tasks(
     Ok(Json(TaskList { tasks, count: page.count, reclaimed: page.total, instance_names }))
 }
 
-/// Creates a task.
+/// Creates a task that sweeps an instance now.
 #[utoipa::path(
     post, path = "/api/v1/tasks", tag = "tasks", operation_id = "create_task", request_body = CreateTask,
     responses(
@@ -103,7 +103,7 @@ pub async fn create_task(
 pub async fn get_task(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
 ) -> Result<Json<TaskDetails>, ApiError> {
     let view = app.view(&caller, &id).await?;
     Ok(Json(view.as_ref().into()))
@@ -124,7 +124,7 @@ macro_rules! orders {
         pub async fn $name(
             State(app): State<App>,
             caller: Caller,
-            At(id): At<String>,
+            PathParams(id): PathParams<String>,
         ) -> Result<Json<TaskDetails>, ApiError> {
             app.give(&caller, &id, $order).await
         }
@@ -132,15 +132,15 @@ macro_rules! orders {
 }
 
 orders! {
-    /// Holds a task. The time until it is resumed does not count.
+    /// Pauses a task. Its timeout stops until it is resumed.
     pause_task = "/api/v1/tasks/{task_id}/pause", Order::Pause;
-    /// Lets a paused task go on.
+    /// Resumes a paused task.
     resume_task = "/api/v1/tasks/{task_id}/resume", Order::Resume;
-    /// Ends a task. What it freed stays freed and counted.
+    /// Cancels a task. The keys that it reclaimed stay counted.
     cancel_task = "/api/v1/tasks/{task_id}/cancel", Order::Cancel;
 }
 
-/// Changes the limits of a task that has not ended.
+/// Changes the limits of an unfinished task.
 #[utoipa::path(
     patch, path = "/api/v1/tasks/{task_id}", tag = "tasks", operation_id = "tune_task",
     params(("task_id" = uuid::Uuid, Path)), request_body = TuneTask,
@@ -153,7 +153,7 @@ orders! {
 pub async fn tune_task(
     State(app): State<App>,
     caller: Caller,
-    At(id): At<String>,
+    PathParams(id): PathParams<String>,
     JsonBody(request): JsonBody<TuneTask>,
 ) -> Result<Json<TaskDetails>, ApiError> {
     let texts = tuning_texts(request.intensity, request.max_keys_per_sec, request.limits);
@@ -162,13 +162,14 @@ pub async fn tune_task(
 }
 
 impl AppState {
-    /// A task that the caller may see.
+    /// The task with this id, if the caller may see it.
     pub(super) async fn view(&self, caller: &Caller, id: &str) -> Result<Arc<TaskView>, ApiError> {
         let id = id.parse().map(TaskId).map_err(|_| ApiError::no_task())?;
         let view = self.service.find(id).await?.ok_or_else(ApiError::no_task)?;
         if caller.0.allows(&view.task.project_id) { Ok(view) } else { Err(ApiError::no_task()) }
     }
 
+    /// Gives an order to a task that the caller may see.
     async fn give(&self, caller: &Caller, id: &str, order: Order) -> Result<Json<TaskDetails>, ApiError> {
         let view = self.view(caller, id).await?;
         let what = order.to_string();

@@ -1,4 +1,4 @@
-//! What may be typed. Values are text here; `settings` says what is valid.
+//! The arguments that several subcommands share. Values are text here; `settings` parses and checks them.
 
 use std::path::PathBuf;
 
@@ -9,15 +9,15 @@ use crate::cli::{Cli, client, exit};
 use crate::settings::raw::{KEYS, Origin, Problem, Raw};
 use crate::telemetry;
 
-/// Square brackets stand for themselves here, and not for links as in a doc comment.
+/// Help of the URL argument. A constant, because rustdoc would read the square brackets of a doc comment as links.
 const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[user[:password]@]host[:port][/db], \
                         rediss://... (TLS), redis+sentinel://host:26379,.../MASTER, unix:///path \
                         [default: redis://127.0.0.1:6379]";
 
-/// Where the server is and who we are. Every field's default is in `default.toml`.
+/// How to reach the server and log in to it. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
 pub struct ServerArgs {
-    /// Where the server is.
+    /// URL of the server; clap shows `URL_HELP` instead of this line.
     #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true, help = URL_HELP)]
     pub url: Option<String>,
 
@@ -33,23 +33,23 @@ pub struct ServerArgs {
     #[arg(long, help_heading = "Connection")]
     pub askpass: bool,
 
-    /// PEM file with the authorities to trust (for rediss://) [default: the system's]
+    /// PEM file with the certificate authorities to trust (for rediss://) [default: the system's]
     #[arg(long, env = "TTLSWEEP_CACERT", value_name = "FILE", help_heading = "TLS")]
     pub cacert: Option<String>,
 
-    /// PEM file with our certificate, for a server that asks for one
+    /// PEM file with the client certificate, for a server that asks for one
     #[arg(long, env = "TTLSWEEP_CERT", value_name = "FILE", help_heading = "TLS")]
     pub cert: Option<String>,
 
-    /// PEM file with the key of our certificate
+    /// PEM file with the private key of the client certificate
     #[arg(long, env = "TTLSWEEP_KEY", value_name = "FILE", help_heading = "TLS")]
     pub key: Option<String>,
 
-    /// Name that the server's certificate must hold [default: the host]
+    /// Host name to send by SNI and to expect in the server's certificate [default: the host]
     #[arg(long, env = "TTLSWEEP_SNI", value_name = "HOST", help_heading = "TLS")]
     pub sni: Option<String>,
 
-    /// Accept any certificate: anybody in between can read along
+    /// Accept any certificate; whoever is in between can then read everything
     #[arg(long, env = "TTLSWEEP_INSECURE", value_name = "BOOL", help_heading = "TLS")]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub insecure: Option<String>,
@@ -58,16 +58,16 @@ pub struct ServerArgs {
     #[arg(long, env = "TTLSWEEP_SENTINEL_USER", value_name = "NAME", help_heading = "Topology")]
     pub sentinel_user: Option<String>,
 
-    /// File whose first line is the sentinels' password
+    /// File whose first line is the password for the sentinels
     #[arg(long, env = "TTLSWEEP_SENTINEL_PASSWORD_FILE", value_name = "FILE", help_heading = "Topology")]
     pub sentinel_password_file: Option<String>,
 
-    /// Where announced node addresses are reached, such as 10.0.0.5:6379=localhost:7001 or 10.0.0.5=gateway
+    /// Reachable address of an announced node address, such as 10.0.0.5:6379=localhost:7001 or 10.0.0.5=gateway
     #[arg(long, env = "TTLSWEEP_NODE_MAP", value_name = "ANNOUNCED=REACHABLE", value_delimiter = ',')]
     #[arg(help_heading = "Topology")]
     pub node_map: Vec<String>,
 
-    /// Go on with the master when a standalone server is or becomes a replica
+    /// Sweep the master instead when a standalone server is or becomes a replica
     #[arg(long, env = "TTLSWEEP_FOLLOW", value_name = "BOOL", help_heading = "Topology")]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub follow: Option<String>,
@@ -76,23 +76,23 @@ pub struct ServerArgs {
     #[arg(long, env = "TTLSWEEP_CONNECT_TIMEOUT", value_name = "TIME", help_heading = "Connection")]
     pub connect_timeout: Option<String>,
 
-    /// How long to wait for one answer [default: 30s]
+    /// How long to wait for one reply [default: 30s]
     #[arg(long, env = "TTLSWEEP_RESPONSE_TIMEOUT", value_name = "TIME", help_heading = "Connection")]
     pub response_timeout: Option<String>,
 
-    /// Settings file (TOML); environment and command line win over it
+    /// Settings file (TOML); the environment and the command line override it
     #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// How to sweep.
+/// The options that say how to sweep. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
 pub struct SweepArgs {
     /// DBs to sweep, such as 0,3 [default: each DB that holds keys with a TTL]
     #[arg(long, env = "TTLSWEEP_DB", value_name = "N", value_delimiter = ',')]
     pub db: Vec<String>,
 
-    /// COUNT of the first SCAN, 10 to 1000; later it is steered by max-slice [default: 100]
+    /// COUNT of the first SCAN, 10 to 1000; it is then adapted to max-slice [default: 100]
     #[arg(long, env = "TTLSWEEP_COUNT", value_name = "KEYS", help_heading = "Pace")]
     pub count: Option<String>,
 
@@ -100,32 +100,32 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_SLICE", value_name = "TIME", help_heading = "Pace")]
     pub max_slice: Option<String>,
 
-    /// Most of the server's time that batches may take, above 0 and up to 1 [default: 1]
+    /// Largest share of the server's time that batches may take, above 0 and up to 1 [default: 1]
     #[arg(long, env = "TTLSWEEP_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
     pub intensity: Option<String>,
 
-    /// Least of it, while others keep the server busy [default: 0.05]
+    /// Smallest share, while other clients keep the server busy [default: 0.05]
     #[arg(long, env = "TTLSWEEP_MIN_INTENSITY", value_name = "SHARE", help_heading = "Pace")]
     pub min_intensity: Option<String>,
 
-    /// Never look at more keys per second than this [default: no ceiling]
+    /// Most keys to scan per second on each master [default: no ceiling]
     #[arg(long, env = "TTLSWEEP_MAX_KEYS_PER_SEC", value_name = "KEYS", help_heading = "Pace")]
     pub max_keys_per_sec: Option<String>,
 
-    /// Masters to sweep at a time [default: one on each host]
+    /// Masters to sweep at the same time [default: one on each host]
     #[arg(long, env = "TTLSWEEP_PARALLEL", value_name = "N", help_heading = "Pace")]
     pub parallel: Option<String>,
 
-    /// Look at the server's load, and hold or slow down for it [default: true]
+    /// Watch the server's load, and hold or slow down for it [default: true]
     #[arg(long, env = "TTLSWEEP_THROTTLE", value_name = "BOOL", help_heading = "Load")]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub throttle: Option<String>,
 
-    /// The same as --throttle=false: gives up the adapted intensity and every limit on latency, replicas, forks and lazy frees
+    /// The same as --throttle=false: a fixed intensity, and no limit on latency, replicas, forks and lazy frees
     #[arg(long, help_heading = "Load")]
     pub no_throttle: bool,
 
-    /// Hold while a PING takes longer (mean of 0.4 s) [default: 5 ms and five times the time before]
+    /// Hold while a PING takes longer (mean over 0.4 s) [default: 5 ms plus five times the time before]
     #[arg(long, env = "TTLSWEEP_MAX_LATENCY", value_name = "TIME", help_heading = "Load")]
     pub max_latency: Option<String>,
 
@@ -133,11 +133,11 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_REPLICA_LAG", value_name = "BYTES", help_heading = "Load")]
     pub max_replica_lag: Option<String>,
 
-    /// Hold while a replica was not heard of for longer [default: 10s more than before]
+    /// Hold while a replica has been silent for longer [default: 10s more than before]
     #[arg(long, env = "TTLSWEEP_MAX_REPLICA_SILENCE", value_name = "TIME", help_heading = "Load")]
     pub max_replica_silence: Option<String>,
 
-    /// Hold while more waits to be sent to replicas [default: 32MiB more than before]
+    /// Hold while more data waits to be sent to replicas [default: 32MiB more than before]
     #[arg(long, env = "TTLSWEEP_MAX_REPLICA_BUFFER", value_name = "BYTES", help_heading = "Load")]
     pub max_replica_buffer: Option<String>,
 
@@ -145,15 +145,15 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_LAZYFREE", value_name = "N", help_heading = "Load")]
     pub max_lazyfree: Option<String>,
 
-    /// Hold while others send more commands a second [default: off]
+    /// Hold while other clients send more commands per second [default: off]
     #[arg(long, env = "TTLSWEEP_MAX_OPS", value_name = "N", help_heading = "Load")]
     pub max_ops: Option<String>,
 
-    /// Hold while others take more of the main thread's time, 0 to 1 [default: off]
+    /// Hold while other clients take a larger share of the main thread's time, 0 to 1 [default: off]
     #[arg(long, env = "TTLSWEEP_MAX_CPU", value_name = "SHARE", help_heading = "Load")]
     pub max_cpu: Option<String>,
 
-    /// While the server saves, rewrites or gives a replica everything: hold or go [default: hold]
+    /// While the server saves, rewrites its AOF or sends a replica all its data: hold or go [default: hold]
     #[arg(long, env = "TTLSWEEP_DURING_FORK", value_name = "WORD", help_heading = "Load")]
     pub during_fork: Option<String>,
 
@@ -165,46 +165,46 @@ pub struct SweepArgs {
     #[arg(long, env = "TTLSWEEP_ABORT_REPLICA_LAG", value_name = "BYTES", help_heading = "Load")]
     pub abort_replica_lag: Option<String>,
 
-    /// Sweep although that is slower than keys expire, which harms Redis and Valkey from 7.2 on
+    /// Sweep even if keys expire faster than the sweep goes, which does harm on Redis and Valkey from 7.2 on
     #[arg(long, env = "TTLSWEEP_ALLOW_SLOW", value_name = "BOOL", help_heading = "Load")]
     #[arg(num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub allow_slow: Option<String>,
 
-    /// First raise active-expire-effort for at most so long (needs CONFIG SET, and --state) [default: 0s]
+    /// First raise active-expire-effort for at most this long (needs CONFIG SET, and --state) [default: 0s]
     #[arg(long, env = "TTLSWEEP_ASSIST_EXPIRY", value_name = "TIME", help_heading = "Load")]
     pub assist_expiry: Option<String>,
 
-    /// What SCAN sends back: names, none (faster, proves less), auto (none on Redis from 8.2 on) [default: names]
+    /// What SCAN returns: names, none (faster, proves less), auto (none on Redis from 8.2 on) [default: names]
     #[arg(long, env = "TTLSWEEP_PAYLOAD", value_name = "WORD")]
     pub payload: Option<String>,
 
-    /// Ask for each key that SCAN returned: auto, none, exists, ttl [default: auto]
+    /// Command to send for each key that SCAN returned: auto, none, exists, ttl [default: auto]
     #[arg(long, env = "TTLSWEEP_TOUCH", value_name = "MODE")]
     pub touch: Option<String>,
 
-    /// How long the sweep may take [default: 360min]
+    /// Longest time that the sweep may take [default: 360min]
     #[arg(long, env = "TTLSWEEP_TIMEOUT", value_name = "TIME")]
     pub timeout: Option<String>,
 
-    /// How long a lost connection is tried again [default: 5min]
+    /// How long to try to reconnect after a lost connection [default: 5min]
     #[arg(long, env = "TTLSWEEP_RETRY_FOR", value_name = "TIME", help_heading = "Connection")]
     pub retry_for: Option<String>,
 
-    /// File that keeps the task and its checkpoint, for --resume
+    /// File to keep the task and its checkpoint in, for --resume
     #[arg(long, env = "TTLSWEEP_STATE", value_name = "FILE")]
     pub state: Option<String>,
 }
 
-/// The examples of `scan --help`.
+/// The examples and exit codes below `scan --help`.
 pub fn scan_examples() -> String {
     format!(
         "\
 Examples:
   ttlsweep scan                                         sweep the server on this machine
   ttlsweep scan redis://cache:6379 --max-slice 30us     shorter batches: gentler, slower
-  ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, a record for a script
-  ttlsweep scan rediss://node1 --parallel 3             a cluster by TLS, three masters at a time
-  ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that sentinels watch
+  ttlsweep scan unix:///run/redis.sock --db 0,3 --json  two DBs, with a JSON record
+  ttlsweep scan rediss://node1 --parallel 3             a cluster over TLS, three masters at a time
+  ttlsweep scan redis+sentinel://s1,s2,s3/mymaster      the master that these sentinels name
   ttlsweep scan --state sweep.db                        keep a checkpoint, for --resume
 
 {}",
@@ -212,54 +212,54 @@ Examples:
     )
 }
 
-/// The examples of `keep --help`.
+/// The examples and exit codes below `keep --help`.
 pub fn keep_examples() -> String {
     format!(
         "\
 Examples:
-  ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL are expired ones
-  ttlsweep keep redis://cache --max-delay 2s            `expired` events come within 2 s
-  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, with a fifth of the server's time at most
-  ttlsweep keep --max-delay 5s --for 1h --json          an hour, and a record for a script
+  ttlsweep keep --max-backlog 5%                        at most 5 % of the keys with a TTL expired
+  ttlsweep keep redis://cache --max-delay 2s            `expired` events come at most 2 s late
+  ttlsweep keep --max-backlog 64MiB --intensity 0.2     a bound in bytes, a fifth of the time
+  ttlsweep keep --max-delay 5s --for 1h --json          for an hour, with a JSON record
 
 {}",
         exit::HELP
     )
 }
 
-/// The examples of `forecast --help`.
+/// The examples and exit codes below `forecast --help`.
 pub fn forecast_examples() -> String {
     format!(
         "\
 Examples:
-  ttlsweep forecast redis://cache                       the next day, by a replica that the master lists
-  ttlsweep forecast redis://m --replica redis://r:6379  by this replica
-  ttlsweep forecast --on-master --within 1h             without a replica: slowly, on the master itself
-  ttlsweep forecast redis://cache --by-prefix --depth 2 which kinds of keys expire, and which never do
+  ttlsweep forecast redis://cache                       the next day, from a replica that is found
+  ttlsweep forecast redis://m --replica redis://r:6379  from this replica
+  ttlsweep forecast --on-master --within 1h             the next hour, slowly, on the master itself
+  ttlsweep forecast redis://cache --by-prefix --depth 2 which groups of keys expire, which never do
 
 {}",
         exit::HELP
     )
 }
 
-/// The examples of `check --help`.
+/// The examples and exit codes below `check --help`.
 pub fn check_examples() -> String {
     format!(
         "\
 Examples:
-  ttlsweep check                                        look at the server on this machine
-  ttlsweep check redis://cache --max-keys-per-sec 50000 how long would this sweep take, and would it be refused?
-  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly, on the replica
+  ttlsweep check                                        inspect the server on this machine
+  ttlsweep check redis://cache --max-keys-per-sec 50000 would this sweep be refused, how long is it?
+  ttlsweep check redis://m --replica redis://r:6379     count the expired keys exactly on a replica
 
 {}",
         exit::HELP
     )
 }
 
-/// The layers in force: defaults, then the file, then environment and command line.
+/// The settings of all layers, not parsed yet: defaults, overridden by the file, the environment and the command line.
 ///
 /// # Errors
-/// Every problem of the settings file.
+/// Misspelt variables of the environment, or every problem of the settings file, or flags that exclude each other.
 pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec<Problem>> {
     let misspelt = misspelt();
     if !misspelt.is_empty() {
@@ -281,7 +281,7 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
         };
         raw.set(key, values.join(","), origin);
     }
-    // What is typed wins over the environment, so clap cannot judge: it does not tell the two apart.
+    // A typed flag may override a variable of the environment. clap's `conflicts_with` does not tell the two apart and would refuse that.
     let mut problems = Vec::new();
     for (id, flag, key, text) in
         [("no_throttle", "--no-throttle", "throttle", "false"), ("askpass", "--askpass", "password-file", "")]
@@ -298,42 +298,44 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
     if problems.is_empty() { Ok(raw) } else { Err(problems) }
 }
 
-/// What the names of our environment variables begin with.
+/// Prefix of the program's environment variables.
 pub const PREFIX: &str = "TTLSWEEP_";
-/// Names the environment variables whose values were typed: see `cli::hide_password`.
+/// The variable that lists, separated by commas, the variables whose values came from the command line: `cli::hide_password` sets it.
 pub const TYPED: &str = "TTLSWEEP_TYPED";
 
 fn was_typed(variable: &str) -> bool {
     std::env::var(TYPED).is_ok_and(|typed| typed.split(',').any(|name| name == variable))
 }
 
-/// From this likeness on, 0 to 1, a name was meant to be another one. Names that are like none, and whose words are not all in
-/// one, are somebody else's: Kubernetes sets TTLSWEEP_PORT and the like for a service of our name.
-const LIKE: f64 = 0.75;
+/// Similarity, 0 to 1, from which on an unknown variable counts as a misspelt one. Others are ignored: for a service named `ttlsweep`
+/// Kubernetes sets TTLSWEEP_PORT and the like.
+const MISSPELT_FROM: f64 = 0.75;
 
-/// Environment variables that are none of ours and were meant to be: a limit that is misspelt would not be there.
+/// Unknown environment variables whose names resemble a known one. Each is an error: a limit whose name is misspelt would silently
+/// not apply.
 fn misspelt() -> Vec<Problem> {
     let set = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     let set: Vec<String> = set.filter(|name| name.starts_with(PREFIX)).collect();
     if set.is_empty() {
         return Vec::new();
     }
-    // Those that clap does not read.
+    // The variables that are read without clap come first.
     let mut known = [telemetry::FILTER, client::TOKEN, TYPED].map(str::to_owned).to_vec();
     variables_of(&Cli::command(), &mut known);
     let problems = set.into_iter().filter(|name| !known.contains(name)).filter_map(|name| {
-        // As `--no-throttle`, which has no variable.
+        // TTLSWEEP_NO_THROTTLE is meant as TTLSWEEP_THROTTLE: `--no-throttle` has no variable.
         let typed = name[PREFIX.len()..].trim_start_matches("NO_");
-        let likeness = |known: &&String| {
+        let similarity = |known: &&String| {
             let known = known.strip_prefix(PREFIX).unwrap_or(known);
             let by_letters = strsim::normalized_damerau_levenshtein(typed, known);
             let by_words = typed.split('_').all(|word| known.split('_').any(|other| other == word));
-            // Of names that hold all of its words the shortest is meant.
+            // A name that contains all the typed words wins over any other; of several the shortest one wins.
             if by_words { 1.0 + by_letters } else { by_letters }
         };
-        let meant = known.iter().filter(|name| *name != TYPED).max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+        let meant =
+            known.iter().filter(|name| *name != TYPED).max_by(|a, b| similarity(a).total_cmp(&similarity(b)))?;
         let message = format!("no setting has this name; did you mean {meant}?");
-        (likeness(&meant) >= LIKE).then(|| Problem { origin: Some(Origin::Env(name.clone())), message })
+        (similarity(&meant) >= MISSPELT_FROM).then(|| Problem { origin: Some(Origin::Env(name.clone())), message })
     });
     problems.collect()
 }

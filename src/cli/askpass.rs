@@ -1,7 +1,7 @@
 //! Asks for a password on the terminal.
 //!
-//! The key that interrupts ends the line here and sends no signal: a signal would end the process before the terminal shows
-//! again what is typed.
+//! The interrupt key (Ctrl-C) ends the line here and sends no signal: a signal would end the process before the terminal's
+//! echo is switched on again.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -10,10 +10,10 @@ use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, tcgetattr, 
 
 use crate::model::target::Password;
 
-/// Shows the prompt and reads a line without showing it. `None`: the person interrupted.
+/// Prints the prompt and reads a line without echo. `None`: the interrupt key was pressed.
 ///
 /// # Errors
-/// A terminal that is not there or ends.
+/// There is no terminal, or it is closed.
 pub fn ask(prompt: &str) -> io::Result<Option<Password>> {
     let mut terminal = File::options().read(true).write(true).open("/dev/tty")?;
     let before = tcgetattr(&terminal)?;
@@ -28,7 +28,7 @@ pub fn ask(prompt: &str) -> io::Result<Option<Password>> {
     Ok(typed?.map(Password::from))
 }
 
-/// One line without its end; `None` where the key that interrupts ended it.
+/// Reads one line without its newline; `None` if the interrupt key ended it.
 fn line(terminal: &mut File, interrupt: u8) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     let mut byte = [0];

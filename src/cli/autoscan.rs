@@ -1,4 +1,4 @@
-//! `ttlsweep autoscan`: the automatic scan of an instance, by the calls of the contract.
+//! `ttlsweep autoscan`: shows and sets the automatic scan of an instance, by the calls of the contract.
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
@@ -35,39 +35,39 @@ pub struct AutoscanArgs {
 enum AutoscanCommand {
     /// Show the automatic scan of an instance
     Show {
-        /// The instance
+        /// Id of the instance
         instance: String,
     },
-    /// Switch it on
+    /// Switch the automatic scan on
     Set {
-        /// The instance
+        /// Id of the instance
         instance: String,
         /// First due time, UTC, such as 2030-01-31T02:00:00Z
         #[arg(long, value_name = "TIME")]
         first_scan_at: String,
-        /// From one due time to the next, such as 1d or 90min, or seconds; 0: once
+        /// Time from one due time to the next, such as 1d or 90min, or in seconds; 0: scan once
         #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         interval: u32,
-        /// How long a scan may take, in the same forms; at least twice the interval
+        /// Longest time that a scan may take, in the same forms; at least twice the interval
         #[arg(long, value_name = "TIME", value_parser = whole_seconds)]
         timeout: u32,
-        /// COUNT to begin with, 10 to 1000
+        /// COUNT of the first SCAN, 10 to 1000
         #[arg(long, value_name = "KEYS")]
         scan_keys_count: u32,
     },
-    /// Switch it off; everything else stays as it was
+    /// Switch the automatic scan off; its other settings stay
     Off {
-        /// The instance
+        /// Id of the instance
         instance: String,
     },
-    /// Forget what was set here: the one of the daemon's settings file is in force again
+    /// Undo what was set here: the automatic scan of the daemon's settings file applies again
     Reset {
-        /// The instance
+        /// Id of the instance
         instance: String,
     },
 }
 
-/// Whole seconds: a number, as the contract has them, or a duration.
+/// Whole seconds, typed as a number (the contract's form) or as a duration.
 fn whole_seconds(text: &str) -> Result<u32, String> {
     text.parse().or_else(|_| settings::seconds(text, MAX_TIMEOUT_S))
 }
@@ -104,7 +104,7 @@ pub async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// The contract's paths name the project as well: the instance knows it.
+/// Shows the automatic scan, or changes it (`body`). The contract's path needs the project too, so the instance is asked for it first.
 async fn ask(client: &Client, instance: &str, body: Option<Value>) -> Result<Value, ClientError> {
     let known = client.get(&format!("/api/v1/instances/{instance}")).await?;
     let project = known["project_id"].as_str().unwrap_or("");

@@ -1,4 +1,4 @@
-//! `ttlsweep check`: look, touch nothing.
+//! `ttlsweep check`: inspects a server without changing anything.
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args};
@@ -24,20 +24,20 @@ use crate::settings::raw::{KEYS, Origin, Problem};
 
 /// `ttlsweep check`
 ///
-/// It takes the options of `scan`: replace the one word by the other to see what that sweep would meet.
+/// It takes the options of `scan`: write `check` in place of `scan` to see what that sweep would meet.
 #[derive(Debug, Args)]
 #[command(after_help = args::check_examples())]
 pub struct CheckArgs {
-    /// Where.
+    /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
 
-    /// How a sweep would go about it.
+    /// How the sweep would go.
     #[command(flatten)]
     pub sweep: SweepArgs,
 
-    /// Count the backlog exactly on this replica of the server; user and password as for the server unless they stand
-    /// in this URL
+    /// Count the backlog exactly on this replica of the server; user and password are those of the server unless this URL
+    /// has its own
     #[arg(long, env = "TTLSWEEP_REPLICA", hide_env_values = true, value_name = "URL")]
     pub replica: Option<String>,
 
@@ -98,7 +98,7 @@ pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> 
     Ok(if verdict.can_sweep() { Exit::Done } else { Exit::Failed })
 }
 
-/// The command that sweeps what was looked at. Passwords are said again in the way they were said before.
+/// The command that would sweep the inspected instance. It holds no password: the user gives that as for `check`.
 fn order(settings: &Settings, matches: &ArgMatches) -> String {
     let typed = |id: &str| {
         matches!(matches.try_contains_id(id), Ok(true)) && matches.value_source(id) == Some(ValueSource::CommandLine)
@@ -117,7 +117,7 @@ fn order(settings: &Settings, matches: &ArgMatches) -> String {
     format!("ttlsweep scan {url}{}", if more { " (and the same options)" } else { "" })
 }
 
-/// Nothing could be looked at. With --json there is an object all the same.
+/// Prints the failure of an inspection that saw nothing, with `--json` as an object too, and returns the exit code.
 pub(super) fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyhow::Result<Exit> {
     if json {
         let object = serde_json::json!({ "target": settings.target.to_string(), "failure": FailureDto::from(failure) });
@@ -127,12 +127,12 @@ pub(super) fn failed(failure: &Failure, settings: &Settings, json: bool) -> anyh
     Ok(Exit::of(failure, false, false))
 }
 
-/// Where the replica is and how to connect to it.
+/// The address of `--replica` and how to connect to it: by the options of the master, with credentials of its own if the URL has some.
 pub(super) fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOptions), Problem> {
     let problem = |message| Problem { origin: Some(Origin::Flag("--replica".to_owned())), message };
     let url = InstanceUrl::parse(url).map_err(|e| problem(e.to_string()))?;
     if url.db.is_some() {
-        return Err(problem("a DB means nothing here; --db names those that are counted".to_owned()));
+        return Err(problem("a DB has no meaning in this URL; --db names those that are counted".to_owned()));
     }
     let Place::Standalone(addr) = url.target.place else {
         return Err(problem("name one server, the replica itself".to_owned()));
@@ -141,7 +141,7 @@ pub(super) fn replica(url: &str, main: &ConnOptions) -> Result<(NodeAddr, ConnOp
     if !url.target.tls {
         options.tls = None;
     } else if options.tls.is_none() {
-        let message = "a replica by TLS needs the server's own URL to be rediss:// too".to_owned();
+        let message = "TLS to the replica needs TLS to the server too: write its URL as rediss://".to_owned();
         return Err(problem(message));
     }
     if url.credentials.user.is_some() || url.credentials.password.is_some() {

@@ -1,4 +1,4 @@
-//! The client of a daemon, for the subcommands that talk to one.
+//! HTTP client of a daemon's API, for the subcommands that talk to one.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,19 +13,19 @@ use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::settings::raw::{Origin, Problem};
 
-/// The environment variable that holds the token.
+/// The environment variable with the token, where no `--token-file` is given.
 pub const TOKEN: &str = "TTLSWEEP_TOKEN";
 
-/// How long the daemon may take to answer. Streams are not bound by it.
+/// Timeout of a request. Streams have none.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-/// The contract's codes for what was wrongly written.
-const WRONG_USAGE: [&str; 7] = ["DCS.4004", "DCS.4005", "DCS.4800", "DCS.4819", "DCS.4820", "DCS.4821", "DCS.4822"];
+/// The contract's error codes for invalid requests: they end with the exit code for invalid arguments.
+const INVALID_REQUEST: [&str; 7] = ["DCS.4004", "DCS.4005", "DCS.4800", "DCS.4819", "DCS.4820", "DCS.4821", "DCS.4822"];
 
-/// Where the daemon is and who we are there.
+/// Where the daemon is and the credentials for it.
 #[derive(Debug, Args)]
 pub struct ClientArgs {
-    /// The daemon
+    /// URL of the daemon
     #[arg(long, env = "TTLSWEEP_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080", global = true)]
     pub server: String,
 
@@ -33,7 +33,7 @@ pub struct ClientArgs {
     #[arg(long, env = "TTLSWEEP_TOKEN_FILE", value_name = "FILE", global = true)]
     pub token_file: Option<PathBuf>,
 
-    /// Certificate (PEM) of the authority that the daemon's certificate is from
+    /// PEM file with the certificate authority that signed the daemon's certificate
     #[arg(long, env = "TTLSWEEP_CA_FILE", value_name = "FILE", global = true)]
     pub ca_file: Option<PathBuf>,
 
@@ -42,60 +42,60 @@ pub struct ClientArgs {
     pub json: bool,
 }
 
-/// Why the daemon did not do what was asked.
+/// Why a request to the daemon failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// It was not reached.
+    /// No connection, or no reply in time.
     #[error("cannot reach the daemon at {url}: {}", output::chain(.source))]
     Unreachable {
-        /// Where it should be.
+        /// The URL of the daemon, without credentials.
         url: String,
-        /// Why not.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
-    /// It refused.
+    /// The daemon answered with an error of the API.
     #[error("{code}: {message}")]
     Refused {
-        /// The HTTP status.
+        /// HTTP status of the response.
         status: StatusCode,
-        /// The contract's code.
+        /// The error code of the body, such as `DCS.3022`.
         code: String,
-        /// Its words.
+        /// The message of the body.
         message: String,
-        /// Its advice.
+        /// The hint of the body, where it has one.
         hint: Option<String>,
     },
-    /// It answered what it never should.
-    #[error("the daemon's answer is not understood: {0}")]
-    Strange(String),
+    /// The reply is none of this API: another program answers there, or a proxy.
+    #[error("the reply is not one of a ttlsweep daemon: {0}")]
+    NotOurApi(String),
 }
 
 impl ClientError {
-    /// The exit code.
+    /// The exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
-            // Another program, or something in between.
-            Self::Unreachable { .. } | Self::Strange(_) => Exit::NoAccess,
+            // 502: the daemon itself could not reach the instance.
+            Self::Unreachable { .. } | Self::NotOurApi(_) => Exit::NoAccess,
             Self::Refused { status, .. } if matches!(status.as_u16(), 401 | 403 | 502) => Exit::NoAccess,
-            Self::Refused { code, .. } if WRONG_USAGE.contains(&code.as_str()) => Exit::Usage,
+            Self::Refused { code, .. } if INVALID_REQUEST.contains(&code.as_str()) => Exit::Usage,
             Self::Refused { .. } => Exit::Failed,
         }
     }
 
-    /// What to do next.
+    /// What the user can do about it.
     fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Unreachable { source, .. } if output::chain(source).contains("certificate") => {
-                "name the authority that the daemon's certificate is from: --ca-file FILE"
+                "name the authority that signed the daemon's certificate: --ca-file FILE"
             }
             Self::Unreachable { .. } => {
-                "is `ttlsweep serve` running there, with or without TLS? --server names another"
+                "is `ttlsweep serve` running there, and is http or https right? --server gives another URL"
             }
             Self::Refused { status: StatusCode::UNAUTHORIZED, .. } => {
                 "give the token by --token-file or TTLSWEEP_TOKEN"
             }
             Self::Refused { hint, .. } => return hint.clone(),
-            Self::Strange(_) => "is that a `ttlsweep serve`, and is nothing in between? --server names another",
+            Self::NotOurApi(_) => "is that a `ttlsweep serve`, with no proxy in between? --server gives another URL",
         };
         Some(hint.to_owned())
     }
@@ -110,12 +110,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client with these credentials.
+    /// A client for the URL and with the credentials of these arguments.
     ///
     /// # Errors
-    /// What was wrongly given.
+    /// The first argument that is invalid or names a file that cannot be read.
     pub fn new(args: &ClientArgs) -> Result<Self, Problem> {
-        // It may be installed already; there is only one provider to choose from.
+        // An error means that it is installed already, which is fine: there is only this one provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let problem = |flag: &str, message: String| Problem { origin: Some(Origin::Flag(flag.to_owned())), message };
         let unreadable = |path: &Path, error| format!("cannot read {}: {error}", path.display());
@@ -127,7 +127,7 @@ impl Client {
             }
             None => std::env::var_os(TOKEN).map(OsString::into_string).transpose().map_err(|_| Problem {
                 origin: Some(Origin::Env(TOKEN.to_owned())),
-                message: "a token is text, and this is not UTF-8".to_owned(),
+                message: "the token is not UTF-8 text".to_owned(),
             })?,
         };
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_WITHIN);
@@ -143,7 +143,7 @@ impl Client {
         };
         match reqwest::Url::parse(&server).as_ref().map(reqwest::Url::scheme) {
             Ok("https") => {}
-            // Where nothing is encrypted a system without certificates will do.
+            // Without TLS no certificates are loaded: the system may have none.
             Ok("http") => builder = builder.tls_certs_only([]),
             _ => return Err(problem("--server", "is not a URL such as http://127.0.0.1:8080".to_owned())),
         }
@@ -186,20 +186,20 @@ impl Client {
                 message: text("error_msg"),
                 hint: body["error_ext_msg"].as_str().map(str::to_owned),
             }),
-            None => Err(ClientError::Strange(format!("status {status}"))),
+            None => Err(ClientError::NotOurApi(format!("status {status}"))),
         }
     }
 
-    /// Asks for something and gives the answer.
+    /// Sends a request and returns the JSON of the reply.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
         let response = self.ask(method, path, body, Some(ANSWER_WITHIN)).await?;
-        response.json().await.map_err(|e| ClientError::Strange(e.without_url().to_string()))
+        response.json().await.map_err(|e| ClientError::NotOurApi(e.without_url().to_string()))
     }
 
-    /// Looks at something.
+    /// Sends a GET request and returns the JSON of the reply.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -207,7 +207,7 @@ impl Client {
         self.send(Method::GET, path, None).await
     }
 
-    /// Follows Server-Sent Events and hands each one's data over, until they end.
+    /// Reads a stream of Server-Sent Events and calls `each` with the data of every event, until the stream ends.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -216,13 +216,13 @@ impl Client {
         let mut chunks = response.bytes_stream();
         let mut unread: Vec<u8> = Vec::new();
         while let Some(chunk) = chunks.next().await {
-            // The daemon has gone, or ends the stream: the caller asks again how the task ended.
+            // A lost connection is no error: the caller asks for the task again, and finds out whether the daemon is there.
             let Ok(chunk) = chunk else { return Ok(()) };
             unread.extend_from_slice(&chunk);
             while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = unread.drain(..=end).collect();
                 if let Some(data) = line.strip_prefix(b"data: ") {
-                    each(serde_json::from_slice(data).map_err(|e| ClientError::Strange(e.to_string()))?);
+                    each(serde_json::from_slice(data).map_err(|e| ClientError::NotOurApi(e.to_string()))?);
                 }
             }
         }
@@ -230,7 +230,7 @@ impl Client {
     }
 }
 
-/// A path with those parameters that have a value.
+/// The path with a query of the parameters that have a value.
 pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
     let mut query = url::form_urlencoded::Serializer::new(String::new());
     for (name, value) in parameters {
@@ -244,7 +244,7 @@ pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str,
     }
 }
 
-/// Prints an error and gives its exit code.
+/// Prints an error with its hint and returns its exit code.
 pub fn failed(error: &ClientError) -> Exit {
     output::note(&format!("error: {error}"));
     if let Some(hint) = error.hint() {
@@ -253,7 +253,7 @@ pub fn failed(error: &ClientError) -> Exit {
     error.exit()
 }
 
-/// Prints a value as JSON.
+/// Prints a value as indented JSON.
 ///
 /// # Errors
 /// A stdout that cannot be written.
@@ -262,7 +262,7 @@ pub fn print_json(value: &Value) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A text of an object as a cell of a table; `-` where there is none.
+/// A value of an object, by its JSON pointer, as the text of a table cell; `-` if it is missing or null.
 pub fn cell(object: &Value, name: &str) -> String {
     match object.pointer(name) {
         Some(Value::String(text)) => text.clone(),
@@ -272,7 +272,7 @@ pub fn cell(object: &Value, name: &str) -> String {
     }
 }
 
-/// A table of objects: a heading and a JSON pointer for each column.
+/// A table with a row for each object. A column is a heading and a JSON pointer.
 pub fn table(objects: &[Value], columns: &[(&str, &str)]) -> String {
     let mut rows = vec![columns.iter().map(|(heading, _)| (*heading).to_owned()).collect::<Vec<_>>()];
     rows.extend(objects.iter().map(|object| columns.iter().map(|(_, name)| cell(object, name)).collect()));

@@ -1,4 +1,4 @@
-//! `ttlsweep daemons`: the daemons that share the records.
+//! `ttlsweep daemons`: lists the daemons that share one database.
 
 use clap::Args;
 use serde_json::json;

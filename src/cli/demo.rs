@@ -1,7 +1,7 @@
-//! `ttlsweep demo`: the problem and the cure, on a private server.
+//! `ttlsweep demo`: shows the problem and the sweep on a private server.
 //!
-//! Writes keys of which some expire at once, watches how slowly the server itself frees those, sweeps, and compares.
-//! Every number is read from the server: expired keys are DBSIZE less the keys that were written to live.
+//! Writes keys of which some expire at once, watches how slowly the server itself reclaims those, sweeps, and compares.
+//! Every number is read from the server: the expired keys are DBSIZE minus the keys that were written to live.
 
 mod cluster;
 mod server;
@@ -25,14 +25,14 @@ use crate::node::error::NodeError;
 use crate::settings::raw::{Origin, Raw};
 use crate::settings::{self, GivenPassword, Settings};
 
-/// Two keys of each 25 expire: 8 %, just below the share at which active expiry stops trying.
+/// Of every 25 keys 2 expire at once: 8 %, just below the share at which active expiry stops trying.
 const EXPIRING: (u64, u64) = (2, 25);
-/// How long those live. Mixed with the others while they are written, so that the share of expired keys never invites
-/// active expiry to more than its slow pace.
+/// TTL of the keys that expire at once. They are written among the others, so that their share never exceeds 8 % and active expiry
+/// stays slow.
 const SHORT_TTL: Duration = Duration::from_millis(100);
-/// How many keys one script writes: few enough that a signal is obeyed at once.
+/// Keys that one script writes: few enough that a signal is handled at once.
 const CHUNK: u64 = 10_000;
-/// Writes the keys from the first argument to the second, on the server itself: no key goes over the wire.
+/// Writes the keys with the numbers `ARGV[1]` to `ARGV[2]` on the server itself, so that no key goes over the network.
 const WRITE: &str = "\
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local ttl = 3600000 + i % 3600000
@@ -40,24 +40,24 @@ for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local tag = #ARGV > 5 and '{' .. ARGV[6 + i % (#ARGV - 5)] .. '}:' or ''
   redis.call('SET', 'session:' .. tag .. i, 'the state of a session, forty bytes long', 'PX', ttl)
 end";
-/// How often the backlog is read while we watch: on a terminal, and for a log.
+/// Time between two readings while the server is watched: on a terminal, and where stderr is a log.
 const WATCH_TICK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
-/// What a machine without a server is told.
+/// The error on a machine without a server.
 const NO_SERVER: &str = "error: the demo needs redis-server or valkey-server and neither is on the PATH: \
     `apt install redis-server` (Debian, Ubuntu), `brew install redis` (macOS), or name one with --server PATH";
 
 /// `ttlsweep demo`
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// The server program [default: redis-server or valkey-server on the PATH]
+    /// Server program to run [default: redis-server or valkey-server on the PATH]
     #[arg(long, env = "TTLSWEEP_DEMO_SERVER", value_name = "PATH")]
     pub server: Option<PathBuf>,
 
-    /// Show it on a cluster of three private masters
+    /// Use a cluster of three private masters
     #[arg(long)]
     pub cluster: bool,
 
-    /// How many keys to write; a million takes some 160 MB of memory
+    /// How many keys to write; a million takes about 160 MB of memory
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     pub keys: u64,
 
@@ -66,7 +66,7 @@ pub struct DemoArgs {
     pub watch: Duration,
 }
 
-/// What was read from the server at one moment.
+/// Sums over the private servers at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Reading {
     keys: u64,
@@ -74,30 +74,30 @@ struct Reading {
     used_memory: Option<u64>,
 }
 
-/// What active expiry did while we watched.
+/// What active expiry reclaimed while the server was watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Watched {
-    freed: u64,
+    reclaimed: u64,
     during: Duration,
 }
 
 impl Watched {
     fn per_sec(self) -> f64 {
-        self.freed as f64 / self.during.as_secs_f64().max(0.001)
+        self.reclaimed as f64 / self.during.as_secs_f64().max(0.001)
     }
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// A server that does not start or is lost, and a stdout that cannot be written.
+/// A server that does not start, and a stdout that cannot be written.
 pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     let Some(program) = args.server.clone().or_else(server::find) else {
         note(NO_SERVER);
         return Ok(Exit::Failed);
     };
-    // Before anything is started: from here on a signal ends the demo through the drop of its server.
-    let mut signals = Signals::listen()?;
+    // Before a server is started: from here on a signal ends the demo by dropping its servers, which kills them.
+    let mut signals = EndSignals::listen()?;
     let servers = tokio::select! {
         servers = start(&program, args.cluster) => servers?,
         () = signals.next() => return Ok(Exit::Interrupted),
@@ -111,7 +111,7 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     };
     note("\nnow a sweep:");
     let begun = Instant::now();
-    // The sweep obeys signals in its own way: it ends its batch and reports.
+    // The sweep handles signals itself: it ends its batch and reports.
     let exit =
         scan::sweep(settings_for(&servers[0])?, servers[0].conn_options(), None, Show::Text, Until::Done).await?;
     let took = begun.elapsed();
@@ -124,24 +124,29 @@ pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     };
     output::print(&comparison(before, after, watched, took))?;
     if after.keys != live {
-        note(&format!("error: {} keys were to live and {} are there", grouped(live), grouped(after.keys)));
+        note(&format!(
+            "error: {} live keys were written and {} keys are there now",
+            grouped(live),
+            grouped(after.keys)
+        ));
         return Ok(Exit::Failed);
     }
     Ok(Exit::Done)
 }
 
-/// The private server was lost: somebody killed it, or the machine ran out of memory.
+/// Reports that a private server was lost: it was killed, or the machine ran out of memory.
 fn lost(error: NodeError) -> Exit {
     note(&output::failure_text(&error.into_failure()));
     Exit::Failed
 }
 
-/// One server, or three that are a cluster.
+/// Starts one server, or three that form a cluster.
 async fn start(program: &Path, cluster: bool) -> anyhow::Result<Vec<DemoServer>> {
     if cluster { cluster::start(program).await } else { Ok(vec![DemoServer::start(program).await?]) }
 }
 
-/// Writes the keys and watches. Returns how many were written to live, what active expiry did, and the last reading.
+/// Writes the keys and watches the servers. Returns the connections, the number of live keys, what active expiry reclaimed, and the
+/// reading after that.
 async fn prepare(servers: &[DemoServer], args: &DemoArgs) -> Result<(Vec<Conn>, u64, Watched, Reading), NodeError> {
     let mut conns = Vec::new();
     for server in servers {
@@ -151,30 +156,30 @@ async fn prepare(servers: &[DemoServer], args: &DemoArgs) -> Result<(Vec<Conn>, 
         note(&format!("a private server: {name}pid {}, on {}", server.pid(), server.addr()));
         conns.push(conn);
     }
-    // Each server gets its part, and so many of each part expire.
+    // Each server gets an equal part of the keys, and of each part the same share expires.
     let parts = servers.len() as u64;
     let keys_of = |place: u64| args.keys / parts + u64::from(place < args.keys % parts);
-    let dead: u64 = (0..parts).map(|place| expiring(keys_of(place))).sum();
-    let live = args.keys - dead;
-    note(&format!("writing {} keys with a TTL, of which {} expire now", grouped(args.keys), grouped(dead)));
+    let expiring: u64 = (0..parts).map(|place| expiring(keys_of(place))).sum();
+    let live = args.keys - expiring;
+    note(&format!("writing {} keys with a TTL, of which {} expire now", grouped(args.keys), grouped(expiring)));
     for (place, conn) in conns.iter_mut().enumerate() {
         let tags = if servers.len() > 1 { cluster::tags(place) } else { Vec::new() };
         write(conn, keys_of(place as u64), &tags).await?;
     }
     sleep(SHORT_TTL * 2).await;
-    note(&format!("watching for {} how the server frees them by itself:", span(args.watch)));
+    note(&format!("watching for {} how the server reclaims them by itself:", span(args.watch)));
     let watched = watch(&mut conns, live, args.watch).await?;
     let before = read(&mut conns, live).await?;
     Ok((conns, live, watched, before))
 }
 
-/// How many of the first `keys` keys expire.
+/// How many of the first `keys` keys expire at once, as [`WRITE`] picks them.
 fn expiring(keys: u64) -> u64 {
     let (some, of) = EXPIRING;
     keys / of * some + (keys % of).min(some)
 }
 
-/// Writes so many keys. In a cluster each name has one of the tags, so that its slot is the server's.
+/// Writes `keys` keys. In a cluster each name has one of the hash tags, whose slots belong to this server.
 async fn write(conn: &mut Conn, keys: u64, tags: &[String]) -> Result<(), NodeError> {
     for first in (0..keys).step_by(CHUNK as usize) {
         let last = (first + CHUNK).min(keys) - 1;
@@ -186,7 +191,7 @@ async fn write(conn: &mut Conn, keys: u64, tags: &[String]) -> Result<(), NodeEr
     Ok(())
 }
 
-/// Keys on all servers.
+/// The keys on all servers, expired ones included.
 async fn dbsize(conns: &mut [Conn]) -> Result<u64, NodeError> {
     let mut keys = 0;
     for conn in conns {
@@ -207,9 +212,9 @@ async fn watch(conns: &mut [Conn], live: u64, during: Duration) -> Result<Watche
     loop {
         sleep(tick.min(during.saturating_sub(begun.elapsed()))).await;
         let now = dbsize(conns).await?;
-        let watched = Watched { freed: first.saturating_sub(now), during: begun.elapsed() };
+        let watched = Watched { reclaimed: first.saturating_sub(now), during: begun.elapsed() };
         let line = format!(
-            "{} expired keys in memory, {:.0} freed per second",
+            "{} expired keys in memory, {:.0} reclaimed per second",
             grouped(now.saturating_sub(live)),
             watched.per_sec()
         );
@@ -258,22 +263,22 @@ fn comparison(before: Reading, after: Reading, watched: Watched, took: Duration)
     };
     let heading = ["", "keys", "expired", "used memory"].map(str::to_owned).to_vec();
     let table = output::table(&[heading, row("before", before), row("after", after)]);
-    let alone = if watched.freed == 0 {
-        format!("active expiry alone freed none in {}", span(watched.during))
+    let alone = if watched.reclaimed == 0 {
+        format!("active expiry alone reclaimed none in {}", span(watched.during))
     } else {
         let needed = Duration::try_from_secs_f64(before.expired as f64 / watched.per_sec()).unwrap_or(Duration::MAX);
-        format!("active expiry alone, at the {:.0} keys/s seen: {}", watched.per_sec(), span(needed))
+        format!("active expiry alone, at the measured {:.0} keys/s: {}", watched.per_sec(), span(needed))
     };
     format!("\n{table}\nthe sweep took {}; {alone}\n", span(took))
 }
 
-/// Ctrl-C and the polite end.
-struct Signals {
+/// SIGINT (Ctrl-C) and SIGTERM.
+struct EndSignals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-impl Signals {
+impl EndSignals {
     fn listen() -> std::io::Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }
@@ -302,11 +307,11 @@ mod tests {
     fn before_and_after_stand_side_by_side() {
         let before = Reading { keys: 999_900, expired: 79_900, used_memory: Some(140_000_000) };
         let after = Reading { keys: 920_000, expired: 0, used_memory: Some(130_000_000) };
-        let watched = Watched { freed: 100, during: Duration::from_secs(4) };
+        let watched = Watched { reclaimed: 100, during: Duration::from_secs(4) };
         let took = Duration::from_millis(1640);
         insta::assert_snapshot!(comparison(before, after, watched, took));
-        let idle = Watched { freed: 0, ..watched };
+        let idle = Watched { reclaimed: 0, ..watched };
         let text = comparison(before, after, idle, took);
-        assert!(text.contains("active expiry alone freed none in 4.0s"), "{text}");
+        assert!(text.contains("active expiry alone reclaimed none in 4.0s"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! How the process ends.
+//! The exit codes of the process.
 
 use std::process::ExitCode;
 
@@ -8,32 +8,32 @@ use crate::model::task::TaskState;
 /// Documented and stable exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Everything was done.
+    /// The command did all that was asked.
     Done = 0,
-    /// Failed, or only a part was done.
+    /// The command failed, or did only a part.
     Failed = 1,
-    /// Wrong usage or settings.
+    /// The arguments or the settings are invalid.
     Usage = 2,
-    /// No connection, not allowed, or no server that can be swept: nothing was.
+    /// No connection, no right, or a server that cannot be swept; nothing was swept.
     NoAccess = 3,
-    /// The time allowed was over.
+    /// The time allowed (`timeout`) ran out.
     TimedOut = 4,
-    /// Ended by a signal.
+    /// A signal stopped the command.
     Interrupted = 130,
 }
 
-/// The codes as the help shows them.
+/// The exit codes as `--help` shows them.
 pub const HELP: &str = "\
 Exit codes:
   0    done
-  1    failed, or only a part was done
-  2    wrong usage or settings
-  3    cannot connect, not allowed, or no server that can be swept
-  4    the time allowed was over
-  130  interrupted";
+  1    failed, or only partly done
+  2    invalid arguments or settings
+  3    cannot connect, no right, or a server that cannot be swept
+  4    timed out
+  130  interrupted by a signal";
 
 impl Exit {
-    /// The code of a failure. `met`: whether a server had said who it is before. `swept`: whether a batch was done.
+    /// The exit code of a failure. `met`: whether a server had answered INFO before it. `swept`: whether a batch was done before it.
     pub fn of(failure: &Failure, met: bool, swept: bool) -> Self {
         match failure.kind {
             FailureKind::CannotConnect
@@ -45,7 +45,7 @@ impl Exit {
             {
                 Self::NoAccess
             }
-            // Another program's port. A server that answers nonsense later on is none.
+            // The first reply was no RESP: the port is another program's. An invalid reply later on is a failure of the server.
             FailureKind::Protocol if !met => Self::NoAccess,
             FailureKind::NoSuchDb => Self::Usage,
             FailureKind::TimedOut => Self::TimedOut,
@@ -63,7 +63,7 @@ impl Exit {
         }
     }
 
-    /// The code of a task that has ended, for the command that ran or followed it. `met` and `swept` as in [`Exit::of`].
+    /// The exit code of a task that has ended, for the command that ran or followed it. `met` and `swept` as in [`Exit::of`].
     pub fn of_task(state: Option<TaskState>, failure: Option<&Failure>, met: bool, swept: bool) -> Self {
         match (failure, state) {
             (Some(failure), _) => Self::of(failure, met, swept),

@@ -1,4 +1,4 @@
-//! `ttlsweep forecast`: what will expire when.
+//! `ttlsweep forecast`: estimates which keys expire when.
 
 use std::time::Duration;
 
@@ -21,24 +21,24 @@ use crate::settings::positive_duration;
 #[derive(Debug, Args)]
 #[command(after_help = args::forecast_examples())]
 pub struct ForecastArgs {
-    /// Where.
+    /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
 
-    /// DBs to look at, such as 0,3 [default: each DB that holds keys]
+    /// DBs to sample, such as 0,3 [default: each DB that holds keys]
     #[arg(long, env = "TTLSWEEP_DB", value_name = "N", value_delimiter = ',')]
     pub db: Vec<String>,
 
-    /// Look on this replica of the server; user and password as for the server unless they stand in this URL [default: one
-    /// that the master lists as online]
+    /// Sample on this replica of the server; user and password are those of the server unless this URL has its own
+    /// [default: one that the master lists as online]
     #[arg(long, env = "TTLSWEEP_REPLICA", hide_env_values = true, value_name = "URL")]
     pub replica: Option<String>,
 
-    /// Look on the master itself, in a twentieth of its time; the expired keys that are met there are freed
+    /// Sample on the master itself, in a twentieth of its time; this frees the expired keys that it meets
     #[arg(long, conflicts_with = "replica")]
     pub on_master: bool,
 
-    /// About how many keys of each DB of each master to look at; a DB with less than twice as many is counted whole
+    /// About how many keys to sample in each DB of each master; a DB with less than twice as many is read whole
     #[arg(long, value_name = "KEYS", default_value_t = SAMPLE_KEYS)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub sample: u64,
@@ -47,16 +47,16 @@ pub struct ForecastArgs {
     #[arg(long, value_name = "TIME", default_value = "1d", value_parser = positive_duration)]
     pub within: Duration,
 
-    /// Group keys by the first parts of their names; reads names, shows no last part of one
+    /// Group keys by the first parts of their names; the last part of a name is never shown
     #[arg(long)]
     pub by_prefix: bool,
 
-    /// What stands between two parts of a name
+    /// Separator between the parts of a name
     #[arg(long, value_name = "TEXT", default_value = ":", requires = "by_prefix")]
     #[arg(value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub separator: String,
 
-    /// How many parts of a name count
+    /// How many parts of a name make a group
     #[arg(long, value_name = "N", default_value_t = 1, requires = "by_prefix")]
     #[arg(value_parser = clap::value_parser!(u8).range(1..=16))]
     pub depth: u8,

@@ -1,4 +1,4 @@
-//! `ttlsweep completions` and `ttlsweep man`: what packages install beside the program, made from its own arguments.
+//! `ttlsweep completions` and `ttlsweep man`: shell completions and man pages, generated from the program's arguments for packages.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ Examples:
   ttlsweep completions zsh >~/.zfunc/_ttlsweep
   ttlsweep completions fish >~/.config/fish/completions/ttlsweep.fish")]
 pub struct CompletionsArgs {
-    /// The shell
+    /// Name of the shell
     shell: Shell,
 }
 
@@ -26,12 +26,12 @@ pub struct CompletionsArgs {
 Examples:
   ttlsweep man /usr/local/share/man/man1")]
 pub struct ManArgs {
-    /// The folder; it is made where it is not there
+    /// Folder for the pages; it is created if missing
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 }
 
-/// Prints the completions of a shell.
+/// Prints the completion script of a shell.
 ///
 /// # Errors
 /// A stdout that cannot be written.
@@ -42,7 +42,7 @@ pub fn completions(args: &CompletionsArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Writes one page for the program and one for each of its commands.
+/// Writes one page for the program and one for each subcommand.
 ///
 /// # Errors
 /// A folder that cannot be written.

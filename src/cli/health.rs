@@ -1,4 +1,4 @@
-//! `ttlsweep health`: whether a daemon is well, for health checks where there is no curl.
+//! `ttlsweep health`: checks the health of a daemon, for images that have no curl.
 
 use std::time::Duration;
 
@@ -7,29 +7,29 @@ use clap::Args;
 use crate::cli::exit::Exit;
 use crate::cli::output;
 
-/// How long the daemon may take to answer.
+/// Timeout of the request: shorter than that of usual health checks.
 const ANSWER_WITHIN: Duration = Duration::from_secs(4);
 
 /// `ttlsweep health`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Ends with 0 where the daemon is well, with 1 where it says that it is not, and with 3 where it cannot be reached. Sends
-no token, and takes any certificate: that of a daemon that is asked on its own machine is for another name.
+Exits with 0 if the daemon is healthy, with 1 if it says that it is not, and with 3 if it cannot be reached. Sends no
+token, and accepts any certificate: on its own machine the daemon is asked by another name than its certificate's.
 
 Examples:
   HEALTHCHECK CMD [\"ttlsweep\", \"health\"]
   ttlsweep health --ready --server https://127.0.0.1:8443")]
 pub struct HealthArgs {
-    /// The daemon
+    /// URL of the daemon
     #[arg(long, env = "TTLSWEEP_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080")]
     server: String,
 
-    /// Ask whether it can do its work (/readyz), not only whether it answers (/healthz)
+    /// Ask whether the daemon can do its work (/readyz), not only whether it answers (/healthz)
     #[arg(long)]
     ready: bool,
 }
 
-/// Asks, and says what the answer was.
+/// Runs the command.
 ///
 /// # Errors
 /// A stdout that cannot be written.
@@ -54,7 +54,7 @@ pub async fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
 }
 
 async fn ask(url: &str) -> Result<reqwest::StatusCode, reqwest::Error> {
-    // A proxy of the environment is for others than one's own machine.
+    // No proxy of the environment: the daemon is usually on this machine.
     let client = reqwest::Client::builder().no_proxy().timeout(ANSWER_WITHIN).tls_danger_accept_invalid_certs(true);
     Ok(client.build()?.get(url).send().await?.status())
 }

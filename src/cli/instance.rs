@@ -1,4 +1,4 @@
-//! `ttlsweep instance`: the instances of a daemon.
+//! `ttlsweep instance`: lists, shows, checks and keeps the instances of a daemon.
 
 use clap::{ArgGroup, Args, Subcommand};
 use reqwest::Method;
@@ -44,60 +44,61 @@ pub struct InstanceArgs {
 
 #[derive(Debug, Subcommand)]
 enum InstanceCommand {
-    /// List the instances that you may see
+    /// List the instances that these credentials may see
     List {
-        /// Whose name, id or address holds this
+        /// Only instances whose name, id or address contains this text
         #[arg(long, value_name = "TEXT")]
         search: Option<String>,
-        /// Of this project
+        /// Only instances of this project
         #[arg(long, value_name = "ID")]
         project: Option<String>,
-        /// Whose newest task is waiting, running, paused, interrupted, succeeded, failed or cancelled; never: without one
+        /// Only instances whose newest task is waiting, running, paused, interrupted, succeeded, failed or cancelled; never:
+        /// only those without a task
         #[arg(long)]
         state: Option<String>,
-        /// By name, last_success, reclaimed, memory or backlog
+        /// Sort by name, last_success, reclaimed, memory or backlog
         #[arg(long, value_name = "BY")]
         sort: Option<String>,
-        /// The largest or the last one first
+        /// Sort in descending order
         #[arg(long)]
         descending: bool,
-        /// At most so many
+        /// Most instances to list
         #[arg(long, value_name = "N")]
         limit: Option<u32>,
     },
     /// Show one instance
     Show {
-        /// Its id
+        /// Id of the instance
         id: String,
     },
-    /// List the sweeps of an instance with what each brought, newest first
+    /// List the sweeps of an instance and their results, newest first
     History {
-        /// Its id
+        /// Id of the instance
         id: String,
-        /// At most so many
+        /// Most sweeps to list
         #[arg(long, value_name = "N")]
         limit: Option<u32>,
     },
-    /// Look at an instance and touch nothing
+    /// Inspect an instance without changing anything
     Check {
-        /// Its id
+        /// Id of the instance
         id: String,
     },
     /// Keep the expired keys of an instance below a bound
     #[command(group = ArgGroup::new("what").required(true).multiple(true), after_help = KEEP_EXAMPLES)]
     Keep {
-        /// Its id
+        /// Id of the instance
         id: String,
-        /// Most expired keys in memory: a share of the keys with a TTL (5%), a number of keys, or bytes (64MiB)
+        /// Most expired keys in memory on each master: a share of its keys with a TTL (5%), a number of keys, or bytes (64MiB)
         #[arg(long, value_name = "SIZE", group = "what")]
         max_backlog: Option<String>,
         /// Longest time that a key stays in memory after it has expired, such as 2s
         #[arg(long, value_name = "TIME", group = "what")]
         max_delay: Option<String>,
-        /// Keep it no longer
+        /// Set no bound, whatever the daemon's settings file says
         #[arg(long, group = "what", conflicts_with_all = ["max_backlog", "max_delay", "reset"])]
         off: bool,
-        /// Forget what was set here: the bounds of the daemon's settings file are in force again
+        /// Undo what was set here: the bounds of the daemon's settings file apply again
         #[arg(long, group = "what", conflicts_with_all = ["max_backlog", "max_delay"])]
         reset: bool,
     },
@@ -169,14 +170,14 @@ pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Prints what `ttlsweep check` would, and ends with its code.
+/// Prints the report of a check, and returns the exit code of `ttlsweep check`.
 fn checked(mut answer: Value, as_json: bool) -> anyhow::Result<Exit> {
     let report = answer.as_object_mut().and_then(|answer| answer.remove("report"));
     match report {
         Some(Value::String(report)) if !as_json => output::print(&report)?,
         _ => client::print_json(&answer)?,
     }
-    let can_run = |look: &Value| look["sweep"]["can_run"] == true;
+    let can_run = |checked: &Value| checked["sweep"]["can_run"] == true;
     let can_all = match answer["shards"].as_array() {
         Some(shards) => shards.iter().all(can_run),
         None => can_run(&answer),

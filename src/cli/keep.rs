@@ -1,4 +1,4 @@
-//! `ttlsweep keep`: sweep again and again, so that a bound on expired keys is kept.
+//! `ttlsweep keep`: sweeps again and again to keep a bound on expired keys.
 
 use std::time::Duration;
 
@@ -18,11 +18,11 @@ use crate::tasks;
 #[command(mut_arg("parallel", |parallel| parallel.hide(true)), mut_arg("allow_slow", |slow| slow.hide(true)))]
 #[command(mut_arg("state", |state| state.hide(true)), mut_arg("assist_expiry", |assist| assist.hide(true)))]
 pub struct KeepArgs {
-    /// Where.
+    /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
 
-    /// Most expired keys in memory: a share of the keys with a TTL (5%), a number of keys, or bytes (64MiB); for each master
+    /// Most expired keys in memory on each master: a share of its keys with a TTL (5%), a number of keys, or bytes (64MiB)
     #[arg(long, env = "TTLSWEEP_MAX_BACKLOG", value_name = "SIZE")]
     pub max_backlog: Option<String>,
 
@@ -30,15 +30,15 @@ pub struct KeepArgs {
     #[arg(long, env = "TTLSWEEP_MAX_DELAY", value_name = "TIME")]
     pub max_delay: Option<String>,
 
-    /// Stop after so long [default: when a signal comes]
+    /// Stop after this time [default: run until a signal]
     #[arg(long = "for", value_name = "TIME", value_parser = positive_duration)]
     pub keep_for: Option<Duration>,
 
-    /// How.
+    /// How to sweep.
     #[command(flatten)]
     pub sweep: SweepArgs,
 
-    /// CPU priority of this process: low (nice 5), normal, idle (only on processors that have nothing else to do)
+    /// CPU priority of this process: low (nice 5), normal, idle (only on otherwise idle processors)
     #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "low")]
     #[arg(hide_possible_values = true, hide_env_values = true)]
     pub priority: Priority,
@@ -47,7 +47,7 @@ pub struct KeepArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Show no status and no summary; errors only
+    /// Print errors only, no status and no summary
     #[arg(long, short, conflicts_with = "json")]
     pub quiet: bool,
 }
@@ -55,14 +55,14 @@ pub struct KeepArgs {
 /// Runs the command.
 ///
 /// # Errors
-/// What cannot be put as an exit code with its own message.
+/// A stdout that cannot be written. Everything else is printed here and becomes an exit code.
 pub async fn run(args: KeepArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let settings = match scan::load_with_bounds(&args.server, matches) {
         Ok(settings) => settings,
         Err(problems) => return Ok(scan::usage(&problems)),
     };
     if !settings.scan.tuning.bounds.any() {
-        output::note("error: nothing to keep to: give --max-backlog (such as 5%), --max-delay (such as 2s), or both");
+        output::note("error: no bound is set: give --max-backlog (such as 5%), --max-delay (such as 2s), or both");
         return Ok(Exit::Usage);
     }
     let conn = match tasks::conn_options(&settings) {

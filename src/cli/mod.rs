@@ -1,4 +1,4 @@
-//! The command line: parse, hand over, print. One file per subcommand.
+//! The command line: parses the arguments, calls the library, prints the result. One file per subcommand.
 
 pub mod args;
 mod askpass;
@@ -36,49 +36,50 @@ use crate::telemetry::{self, LogFormat};
 
 /// Frees the memory of expired keys that Redis and Valkey still hold.
 ///
-/// Redis frees an expired key when somebody touches it or when its own cycle meets it, and that cycle stops trying at
-/// about 10 % leftovers. ttlsweep walks the keyspace with SCAN, which frees what it meets, in batches so short that
-/// other clients do not feel them. It never deletes a live key and needs no right to read or write one.
+/// Redis frees an expired key when a client accesses it or when its own expiry cycle samples it, and that cycle stops
+/// trying while about 10 % of its sample have expired. ttlsweep walks the keyspace with SCAN, which frees the expired
+/// keys that it meets, in batches so short that other clients do not notice them. It never deletes a live key and needs
+/// no right to read or write one.
 #[derive(Debug, Parser)]
 #[command(name = "ttlsweep", version, after_help = exit::HELP)]
 pub struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 
-    /// Say more on stderr; twice for still more
+    /// Log to stderr; twice for more detail
     #[arg(long, short, action = ArgAction::Count, global = true)]
     verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Sweep a server once, now
     Scan(scan::ScanArgs),
     /// Keep the expired keys of a server below a bound, until stopped
     Keep(keep::KeepArgs),
-    /// Run the daemon: API, schedules, page
+    /// Run the daemon: API, schedules and web page
     Serve(serve::ServeArgs),
-    /// The instances of a daemon
+    /// The instances of a daemon: list, show, check, keep below a bound
     Instance(instance::InstanceArgs),
     /// The tasks of a daemon: list, create, follow, pause, cancel
     Task(task::TaskArgs),
     /// The automatic scan of an instance of a daemon
     Autoscan(autoscan::AutoscanArgs),
-    /// The daemons that share the records of a daemon
+    /// List the daemons that share one database
     Daemons(daemons::DaemonsArgs),
-    /// Ask whether a daemon is well
+    /// Check the health of a daemon
     Health(health::HealthArgs),
-    /// Look at a server and touch nothing: backlog, rights, what a sweep would meet
+    /// Inspect a server without changing anything: backlog, rights, what a sweep would meet
     Check(check::CheckArgs),
-    /// See what will expire when, by a sample of the keys on a replica
+    /// Estimate which keys expire when, from a sample of the keys on a replica
     Forecast(forecast::ForecastArgs),
-    /// See the problem and the cure on a private server
+    /// Show the problem and the sweep on a private server
     Demo(demo::DemoArgs),
-    /// Show what is in force and where it came from
+    /// Show the settings in force and where each came from; check a settings file
     Settings(settings::SettingsArgs),
-    /// The records of a daemon, while it does not run: copy them elsewhere
+    /// Copy the records of a daemon that is stopped
     Store(store::StoreArgs),
-    /// Print the completions of a shell: bash, zsh, fish, elvish, powershell
+    /// Print the completion script of a shell: bash, zsh, fish, elvish, powershell
     Completions(generate::CompletionsArgs),
     /// Write the man pages into a folder
     Man(generate::ManArgs),
@@ -88,7 +89,7 @@ enum Command {
 pub fn main() -> Exit {
     let arguments: Vec<OsString> = std::env::args_os().collect();
     if let Some(error) = drop_empty_variables(&arguments) {
-        output::note(&format!("error: cannot start without the empty variables of the environment: {error}"));
+        output::note(&format!("error: cannot restart this program without its empty environment variables: {error}"));
         return Exit::Failed;
     }
     let matches = match Cli::command().try_get_matches_from(&arguments) {
@@ -97,7 +98,7 @@ pub fn main() -> Exit {
     };
     if let Some(error) = hide_password(&arguments, &matches) {
         output::note(&format!("error: cannot hide the password of the URL from the process list: {error}"));
-        output::note("  hint: give it by REDISCLI_AUTH or --password-file instead");
+        output::note("  hint: give the password by REDISCLI_AUTH or --password-file instead");
         return Exit::Failed;
     }
     tls::install_provider();
@@ -106,26 +107,27 @@ pub fn main() -> Exit {
         Err(error) => return usage(&error),
     };
     match &cli.command {
-        // Nobody sits before a daemon: it tells by itself what an operator wants to know.
-        Command::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
+        // The daemon logs at level info by default: its log is all that an operator sees of it.
+        CliCommand::Serve(serve) => telemetry::init(cli.verbose + 1, serve.log_format),
         _ => telemetry::init(cli.verbose, LogFormat::Text),
     }
     let _traces = telemetry::trace();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let here = match &cli.command {
-        Command::Scan(scan) => Some((scan.priority, scan.quiet)),
-        Command::Keep(keep) => Some((keep.priority, keep.quiet)),
+    let sweeps_here = match &cli.command {
+        CliCommand::Scan(scan) => Some((scan.priority, scan.quiet)),
+        CliCommand::Keep(keep) => Some((keep.priority, keep.quiet)),
         _ => None,
     };
-    if let Some((priority, quiet)) = here {
+    if let Some((priority, quiet)) = sweeps_here {
         priority.apply(quiet);
-        // One thread is enough for millions of keys a second, and threads that wake one another are in the server's way.
+        // One thread is enough for millions of keys per second. More threads wake each other and take processor time from a server
+        // on the same machine.
         runtime.worker_threads(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2)));
     }
     let inner = matches.subcommand().map_or(&matches, |(_, inner)| inner);
     let result = runtime.enable_all().build().map_err(anyhow::Error::from).and_then(|runtime| {
         let exit = runtime.block_on(dispatch(cli.command, inner));
-        // A blocking read of the terminal may still stand there; nothing else is worth waiting for.
+        // Does not wait: a blocking read of the terminal may never return.
         runtime.shutdown_background();
         exit
     });
@@ -138,38 +140,38 @@ pub fn main() -> Exit {
     })
 }
 
-async fn dispatch(command: Command, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
+async fn dispatch(command: CliCommand, matches: &clap::ArgMatches) -> anyhow::Result<Exit> {
     match command {
-        Command::Scan(args) => scan::run(args, matches).await,
-        Command::Keep(args) => keep::run(args, matches).await,
-        Command::Serve(args) => serve::run(args).await,
-        Command::Check(args) => check::run(args, matches).await,
-        Command::Forecast(args) => forecast::run(args, matches).await,
-        Command::Demo(args) => demo::run(args).await,
-        Command::Instance(args) => instance::run(args).await,
-        Command::Task(args) => task::run(args).await,
-        Command::Daemons(args) => daemons::run(args).await,
-        Command::Autoscan(args) => autoscan::run(args).await,
-        Command::Health(args) => health::run(&args).await,
-        Command::Settings(args) => settings::run(args, matches),
-        Command::Store(args) => store::run(args).await,
-        Command::Completions(args) => generate::completions(&args),
-        Command::Man(args) => generate::man(&args),
+        CliCommand::Scan(args) => scan::run(args, matches).await,
+        CliCommand::Keep(args) => keep::run(args, matches).await,
+        CliCommand::Serve(args) => serve::run(args).await,
+        CliCommand::Check(args) => check::run(args, matches).await,
+        CliCommand::Forecast(args) => forecast::run(args, matches).await,
+        CliCommand::Demo(args) => demo::run(args).await,
+        CliCommand::Instance(args) => instance::run(args).await,
+        CliCommand::Task(args) => task::run(args).await,
+        CliCommand::Daemons(args) => daemons::run(args).await,
+        CliCommand::Autoscan(args) => autoscan::run(args).await,
+        CliCommand::Health(args) => health::run(&args).await,
+        CliCommand::Settings(args) => settings::run(args, matches),
+        CliCommand::Store(args) => store::run(args).await,
+        CliCommand::Completions(args) => generate::completions(&args),
+        CliCommand::Man(args) => generate::man(&args),
     }
 }
 
-/// clap's own messages; `--help` and `--version` are success, also into a closed pipe.
+/// Prints clap's own message. `--help` and `--version` are success, also where stdout is a closed pipe.
 fn usage(error: &clap::Error) -> Exit {
     let _ = error.print();
     if error.use_stderr() { Exit::Usage } else { Exit::Done }
 }
 
-/// Arguments that are URLs and may hold a password, each with the environment variable that does as well. The
-/// positional one comes last: what is left of its text then is not the value of a flag.
+/// The arguments that are URLs and may hold a password, each with its environment variable. The positional one comes
+/// last: an argument with the same text as the value of a flag is gone by then.
 const URLS: [(&str, &str); 2] = [("replica", "TTLSWEEP_REPLICA"), ("url", "TTLSWEEP_URL")];
 
-/// Starts this program again without those of its variables that are empty: `${NAME:-}` of a compose file is none. Returns only
-/// if there are none or if it failed.
+/// Restarts this program without its empty environment variables: `${NAME:-}` in a compose file sets an empty one and means none.
+/// Returns only if there are none, or with the error.
 fn drop_empty_variables(arguments: &[OsString]) -> Option<std::io::Error> {
     let ours = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with(args::PREFIX));
     let empty = std::env::vars_os().filter(|(name, value)| value.is_empty() && ours(name));
@@ -177,7 +179,7 @@ fn drop_empty_variables(arguments: &[OsString]) -> Option<std::io::Error> {
     if empty.is_empty() {
         return None;
     }
-    Some(again(|program| {
+    Some(restart(|program| {
         for name in &empty {
             program.env_remove(name);
         }
@@ -185,9 +187,9 @@ fn drop_empty_variables(arguments: &[OsString]) -> Option<std::io::Error> {
     }))
 }
 
-/// Starts this program again without the URLs among its arguments that hold a password: everybody on the machine can
-/// read a process's arguments, but only its user the environment. Returns only if nothing had to be hidden or if it
-/// failed.
+/// Restarts this program with the URLs that hold a password in its environment and not in its arguments: every user of the
+/// machine can read the arguments of a process, and only its own user the environment. Returns only if no argument holds
+/// a password, or with the error.
 fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<std::io::Error> {
     let (rest, hidden) = without_secrets(arguments, matches);
     if hidden.is_empty() {
@@ -195,18 +197,18 @@ fn hide_password(arguments: &[OsString], matches: &clap::ArgMatches) -> Option<s
     }
     let typed: Vec<&str> = hidden.iter().map(|(variable, _)| *variable).collect();
     let typed = typed.join(",");
-    Some(again(|program| program.args(rest).envs(hidden).env(args::TYPED, typed)))
+    Some(restart(|program| program.args(rest).envs(hidden).env(args::TYPED, typed)))
 }
 
-/// Puts this program in its own place, with other arguments or variables. Returns only if it failed.
-fn again(change: impl FnOnce(&mut std::process::Command) -> &mut std::process::Command) -> std::io::Error {
+/// Replaces this process by the same program with other arguments or variables. Returns only an error.
+fn restart(change: impl FnOnce(&mut std::process::Command) -> &mut std::process::Command) -> std::io::Error {
     match std::env::current_exe() {
         Ok(program) => change(&mut std::process::Command::new(program)).exec(),
         Err(error) => error,
     }
 }
 
-/// The arguments behind the program's name without URLs that hold a password, and those as environment variables.
+/// The arguments after the program's name without the URLs that hold a password, and these URLs as environment variables.
 fn without_secrets(arguments: &[OsString], matches: &clap::ArgMatches) -> (Vec<OsString>, Vec<(&'static str, String)>) {
     let mut inner = matches;
     while let Some((_, deeper)) = inner.subcommand() {
@@ -216,7 +218,7 @@ fn without_secrets(arguments: &[OsString], matches: &clap::ArgMatches) -> (Vec<O
     let mut hidden = Vec::new();
     for (id, variable) in URLS {
         let Ok(Some(url)) = inner.try_get_one::<String>(id) else { continue };
-        // A URL may lack its scheme.
+        // The scheme may be missing: `ann:pw@host` is a URL too.
         let behind_scheme = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
         let has_password = behind_scheme.rsplit_once('@').is_some_and(|(userinfo, _)| userinfo.contains(':'));
         if !has_password || inner.value_source(id) != Some(clap::parser::ValueSource::CommandLine) {
@@ -252,7 +254,7 @@ mod tests {
     #[test]
     fn every_setting_has_a_flag_and_an_environment_variable() {
         let command = Cli::command();
-        // It has those of `scan`, and its bounds.
+        // `keep` takes every key: those of `scan` and the bounds.
         let keep = command.find_subcommand("keep").unwrap();
         for key in crate::settings::raw::KEYS {
             let id = key.replace('-', "_");

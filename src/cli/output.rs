@@ -1,4 +1,4 @@
-//! What people read at the end: the summary table, and errors. A closed pipe is success.
+//! What a command prints: text on stdout, notes on stderr, and the summary of a task.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -9,10 +9,10 @@ use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram, held_by_reas
 use crate::model::task::TaskState;
 use crate::tasks::TaskView;
 
-/// Writes to stdout. A reader that has gone away has read enough.
+/// Writes to stdout. A closed pipe is success: the reader has read enough.
 ///
 /// # Errors
-/// Of the stream, other than a closed pipe.
+/// Any other error of stdout.
 pub fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -21,18 +21,17 @@ pub fn print(text: &str) -> io::Result<()> {
     }
 }
 
-/// Writes a line to stderr. What cannot be written there can be said nowhere.
+/// Writes a line to stderr. An error is ignored: there is no other place to report it.
 pub fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// An error with everything that caused it, each said once.
+/// An error with its causes, separated by colons. A cause whose text is already in the message is left out.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut causes = vec![error.to_string()];
     let mut inner = error.source();
     while let Some(cause) = inner {
         let text = cause.to_string();
-        // Some repeat their cause.
         if !causes.iter().any(|before| before.contains(&text)) {
             causes.push(text);
         }
@@ -41,17 +40,17 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     causes.join(": ")
 }
 
-/// The summary of a task that has ended or was interrupted.
+/// The summary of a task that has ended or was interrupted, for a terminal.
 pub fn summary(view: &TaskView) -> String {
     let mut text = String::new();
     let task = &view.task;
-    // The failure of the only shard is the task's, and is said at the end.
+    // The failure of the only shard is also the task's, which is printed at the end.
     let alone = view.snapshot.shards.len() == 1;
     for (shard, shard_view) in &view.snapshot.shards {
         match (&shard_view.server, &shard_view.failure) {
             (Some(server), _) => {
                 let addr = server.addr.to_string();
-                // A shard of a cluster or behind sentinels is not named by its address.
+                // Shards of a cluster or behind sentinels have names of their own: the address is printed beside them.
                 let at = if addr == shard.0 { String::new() } else { format!("  {addr}") };
                 let _ = writeln!(text, "{shard}{at}  {} {}", server.product, server.version);
                 text.push_str(&pass_table(shard_view));
@@ -80,7 +79,7 @@ pub fn summary(view: &TaskView) -> String {
     };
     let _ = writeln!(
         text,
-        "{word}: {} expired keys freed, {} keys looked at, in {}",
+        "{word}: {} expired keys reclaimed, {} keys scanned, in {}",
         grouped(view.snapshot.reclaimed()),
         grouped(view.snapshot.scanned()),
         span(elapsed.unwrap_or_default()),
@@ -88,7 +87,7 @@ pub fn summary(view: &TaskView) -> String {
     if view.snapshot.lost_replies() > 0 {
         let _ = writeln!(
             text,
-            "the replies of up to {} were lost with a connection or a killed process; what those freed is not counted",
+            "the replies of up to {} were lost with a connection or a killed process; the keys that those reclaimed are not counted",
             counted(view.snapshot.lost_replies() as usize, "batch")
         );
     }
@@ -166,22 +165,22 @@ fn shard_lines(shard: &ShardView) -> String {
     if let Some(kept) = shard.kept_by_allocator() {
         let _ = writeln!(
             text,
-            "note: {} of what was freed stays with the process, for keys to come: the allocator gives back whole pages only, and most hold \
-             other keys still. MEMORY PURGE gives back those that are free; activedefrag moves keys together",
+            "note: {} of the freed memory stays with the process and is used for new keys: the allocator returns whole pages only, and most \
+             of them still hold other keys. MEMORY PURGE returns the empty ones; activedefrag moves keys together",
             bytes(kept)
         );
     }
     if let Some(evicted) = shard.evicted().filter(|keys| *keys > 0) {
         let _ = writeln!(
             text,
-            "evicted meanwhile: {} keys, to stay below maxmemory; they are not in the count",
+            "evicted meanwhile: {} keys, to stay below maxmemory; they are not counted as reclaimed",
             grouped(evicted)
         );
     }
     if let Some(keep) = &shard.keep {
         let _ = writeln!(
             text,
-            "kept: {}, which held the server for {}; a bound was missed for {}",
+            "kept: {}, which took {} of the server's time; a bound was missed for {}",
             counted(keep.laps as usize, "lap"),
             span(shard.passes.values().map(|figures| figures.active).sum()),
             span(keep.missed)
@@ -193,7 +192,7 @@ fn shard_lines(shard: &ShardView) -> String {
         let batches = shard.passes.values().map(|figures| figures.batches).sum();
         let _ = writeln!(
             text,
-            "payload: {} of {} batches came without names; what they looked at is an estimate, what they freed is exact",
+            "payload: {} of {} batches came without names; their number of scanned keys is an estimate, that of reclaimed keys is exact",
             grouped(nameless),
             grouped(batches)
         );

@@ -1,32 +1,33 @@
-//! The CPU priority of this process. Its machine may be the server's as well.
+//! The CPU priority of this process, which may run on the server's machine.
 //!
-//! Time to sweep 500,000 keys beside spinning processes, on two processors that the server shares, as a multiple of `normal`: nice 5
-//! took 1.0 beside one of them and 1.0 to 1.7 beside two, nice 10 up to 5.0, nice 19 and the idle policy over 30. So `low` is nice 5.
+//! Measured on two processors shared with the server, beside busy-looping processes: the time to sweep 500,000 keys as a multiple of
+//! `normal` was 1.0 with nice 5 beside one of them and 1.0 to 1.7 beside two, up to 5.0 with nice 10, and over 30 with nice 19 and the
+//! idle policy. So `low` is nice 5.
 
 use clap::ValueEnum;
 
 #[cfg(target_os = "linux")]
 use crate::cli::starved;
 
-/// What `low` adds to the nice value.
+/// The nice value that `low` adds.
 #[cfg(target_os = "linux")]
 const LOW: i32 = 5;
 
-/// How this process competes when processors are short.
+/// How this process competes for processors with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Priority {
-    /// Run only where a processor has nothing else to do; on a machine that is never idle the sweep stands still
+    /// Run only on processors that are otherwise idle; on a machine that is never idle the sweep does not advance
     Idle,
-    /// Give others the larger share: a nice value of 5
+    /// Leave other programs the larger share: a nice value of 5
     Low,
     /// Compete like any other program
     Normal,
 }
 
 impl Priority {
-    /// Gives this thread, and each that it starts from now on, the priority. Where that is not allowed, or there is no such
-    /// thing, the sweep runs like any other program.
-    /// `quiet`: nothing is to be said about what that means.
+    /// Sets the priority of this thread and of those that it starts later. Where the system does not allow it or has no such thing,
+    /// the sweep runs at normal priority.
+    /// `quiet`: do not warn when `idle` gets no processor time.
     pub fn apply(self, quiet: bool) {
         #[cfg(target_os = "linux")]
         {
@@ -40,9 +41,9 @@ impl Priority {
                     let _ = rustix::process::nice(LOW);
                 }
                 Self::Idle => {
-                    // Before: what it starts keeps the priority that we have.
+                    // Before the change, so that the watching thread keeps normal priority.
                     if !quiet {
-                        let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(starved::say);
+                        let _ = std::thread::Builder::new().name("starved?".to_owned()).spawn(starved::warn_once);
                     }
                     let policy = ThreadSchedulePolicy::Normal(Policy::Idle);
                     let _ = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy);

@@ -1,4 +1,4 @@
-//! What people see while a sweep runs: a bar for each pass on a terminal, else a status line that thins with time.
+//! The progress of a task on stderr: a bar for each pass on a terminal, else status lines that become rarer with time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -13,53 +13,53 @@ use crate::model::progress::PassFigures;
 use crate::model::shard::DbIndex;
 use crate::tasks::TaskView;
 
-/// The bar is drawn anew this often.
+/// How often the bars are redrawn.
 const REDRAW: Duration = Duration::from_millis(100);
-/// With more shards than this the bars of those that are done make room.
+/// From this many shards on the bars of completed passes are removed, to leave room for the others.
 const BARS_AT_MOST: usize = 8;
-/// Steps of a bar: a tenth of a per mille each.
+/// Steps of a bar: each is 0.01 %.
 const STEPS: u64 = 10_000;
-/// There is ground for an ETA after this much of the pass, and this long.
-const ETA_GROUND: (f64, Duration) = (0.02, Duration::from_secs(1));
+/// An ETA is shown once this share of the pass is done and this time has passed: before that it would be a guess.
+const ETA_FROM: (f64, Duration) = (0.02, Duration::from_secs(1));
 
 /// What is shown of one task, whether it runs in this process or in a daemon.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rows {
-    /// Each shard, in order.
+    /// The shards, in the order of their names.
     pub shards: Vec<ShardRow>,
 }
 
-/// One shard.
+/// What is shown of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ShardRow {
-    /// Its name.
+    /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub name: String,
-    /// Why it stands still, as people read it.
+    /// Why it is held, in words; `None` while it is not.
     pub hold: Option<String>,
-    /// How well its bounds are kept, as people read it; `None` where it is swept once.
+    /// How well its bounds are kept, in words; `None` where it is swept once.
     pub keep: Option<String>,
-    /// What an operator should know. Shown at once in a keep run, whose end is far away; else the summary has it.
+    /// Its warnings so far. A keep run shows them at once, since its end is far away; of a sweep the summary has them.
     pub warnings: Vec<String>,
-    /// Its passes, in order of the DB.
+    /// Its passes, in the order of their DBs.
     pub passes: Vec<PassRow>,
 }
 
-/// One pass.
+/// What is shown of one pass.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PassRow {
-    /// The DB.
+    /// The number of its DB.
     pub db: u32,
-    /// Share that is done, 0 to 1.
+    /// Share of the cursor space that is done, 0 to 1.
     pub fraction: f64,
-    /// Whether it is complete.
+    /// Whether the whole DB was walked.
     pub complete: bool,
-    /// Keys looked at.
+    /// Keys that SCAN has visited so far.
     pub scanned: u64,
-    /// Expired keys freed.
+    /// Expired keys reclaimed so far.
     pub reclaimed: u64,
-    /// Half of the batches were shorter, in microseconds.
+    /// Median slice of the batches, in microseconds.
     pub slice_p50_us: u64,
-    /// Share of the master's time that batches take now.
+    /// Share of the master's time that batches may take now, 0 to 1.
     pub intensity: f64,
 }
 
@@ -88,7 +88,7 @@ impl From<&TaskView> for Rows {
     }
 }
 
-/// How well a bound is kept, in one line.
+/// How well the bounds of a shard are kept, in one line.
 pub fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
     let Some(backlog) = figures.backlog else {
         return format!("first lap, to find out how many keys expire; {} reclaimed", grouped(reclaimed));
@@ -98,21 +98,21 @@ pub fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
     let missed = if figures.is_missed { "BOUND MISSED: " } else { "" };
     let lap = if figures.lap.is_zero() { "as fast as it may".to_owned() } else { span(figures.lap) };
     format!(
-        "{missed}about {} expired keys in memory{most}{delay}; {} keys/s expire unfreed; lap {lap}; {} reclaimed",
+        "{missed}about {} expired keys in memory{most}{delay}; {} keys/s expire and stay; lap {lap}; {} reclaimed",
         grouped(backlog),
         grouped(figures.inflow as u64),
         grouped(reclaimed)
     )
 }
 
-/// Shows a task until the sender of its views is gone.
+/// Shows the progress of a task until the sender of its views is dropped.
 pub async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     // A terminal that cannot move its cursor (TERM=dumb) gets lines, as a pipe does.
     let no_bars = ProgressDrawTarget::stderr().is_hidden();
     if no_bars { lines(view, rows).await } else { bars(view, rows).await }
 }
 
-/// How fast a pass goes: by the views since it was first seen.
+/// The speed of a pass, measured since its first view: a resumed pass has earlier counts.
 struct Pace {
     since: Instant,
     scanned: u64,
@@ -134,19 +134,19 @@ impl Pace {
     }
 }
 
-/// Time left at the pace so far, or `None` while there is no ground for one.
+/// Time left at the speed so far; `None` until [`ETA_FROM`] is reached.
 fn eta(elapsed: Duration, fraction_then: f64, fraction_now: f64) -> Option<Duration> {
     let done = fraction_now - fraction_then;
-    if done < ETA_GROUND.0 || elapsed < ETA_GROUND.1 {
+    if done < ETA_FROM.0 || elapsed < ETA_FROM.1 {
         return None;
     }
     Duration::try_from_secs_f64(elapsed.as_secs_f64() * (1.0 - fraction_now) / done).ok()
 }
 
-/// The figures of a pass in one line.
-fn figures_text(pass: &PassRow, pace: &Pace) -> String {
+/// Speed, counts and ETA of a pass in one line.
+fn pass_text(pass: &PassRow, pace: &Pace) -> String {
     let eta = pace.eta(pass).map_or_else(|| "N/A".to_owned(), span);
-    // All that is allowed is not worth a word; a part of it says why the sweep is slow.
+    // Full intensity is not shown. A lower one is: it says why the sweep is slow.
     let part = (pass.intensity > 0.0 && pass.intensity < 0.995).then(|| format!(", at {:.0}%", pass.intensity * 100.0));
     format!(
         "{} keys/s{}, {} reclaimed, slice {}us, ETA {eta}",
@@ -157,7 +157,7 @@ fn figures_text(pass: &PassRow, pace: &Pace) -> String {
     )
 }
 
-/// The warnings of keep runs that were not shown yet.
+/// The warnings of keep runs that were not shown yet; adds them to `shown`.
 fn new_warnings(rows: &Rows, shown: &mut BTreeSet<(String, String)>) -> Vec<String> {
     let kept = rows.shards.iter().filter(|shard| shard.keep.is_some());
     let all = kept.flat_map(|shard| shard.warnings.iter().map(|warning| (shard.name.clone(), warning.clone())));
@@ -168,7 +168,7 @@ fn new_warnings(rows: &Rows, shown: &mut BTreeSet<(String, String)>) -> Vec<Stri
 async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let style = ProgressStyle::with_template("{prefix:4} {bar:16} {percent:>3}% {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-    // A shard that waits before its first pass has no bar yet.
+    // A line without a bar, for a shard that is held before its first pass.
     let waits =
         ProgressStyle::with_template("{prefix} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
     let multi = MultiProgress::new();
@@ -179,7 +179,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         let open = view.changed().await.is_ok();
         let now = rows(&view.borrow_and_update());
         for warning in new_warnings(&now, &mut warned) {
-            // Above the lines that are drawn anew.
+            // An error on stderr is ignored. The line appears above the bars.
             let _ = multi.println(warning);
         }
         let alone = now.shards.len() <= 1;
@@ -215,7 +215,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                     if pass.complete {
                         continue;
                     }
-                    // A shard that is swept again, since a master or slots have moved.
+                    // The shard is swept again because its master or its slots have moved.
                     bar.reset();
                 }
                 bar.set_position((pass.fraction * STEPS as f64) as u64);
@@ -225,7 +225,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                         let keys = pace.keys_per_sec(pass) as u64;
                         format!("{} keys/s, {} reclaimed", grouped(keys), grouped(pass.reclaimed))
                     }
-                    None => figures_text(pass, pace),
+                    None => pass_text(pass, pace),
                 });
                 if pass.complete && now.shards.len() > BARS_AT_MOST {
                     bar.finish_and_clear();
@@ -245,7 +245,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     }
 }
 
-/// How long to wait for the next line: a second in the first minute, ten up to ten minutes, then a minute.
+/// Time to the next status line: 1 s in the first minute, 10 s up to ten minutes, then 1 min.
 fn line_every(elapsed: Duration) -> Duration {
     Duration::from_secs(match elapsed.as_secs() {
         0..60 => 1,
@@ -260,7 +260,7 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let mut paces: BTreeMap<(String, u32), Pace> = BTreeMap::new();
     let (mut holds, mut warned) = (BTreeMap::new(), BTreeSet::new());
     loop {
-        // A server that says nothing changes no view, and is to be seen all the same.
+        // Also without a new view: while a server does not answer nothing changes, and the status line is still due.
         tokio::select! {
             changed = view.changed() => if changed.is_err() { return },
             () = tokio::time::sleep_until(due) => {}
@@ -287,7 +287,7 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
             let pace = paces.entry((name.clone(), pass.db)).or_insert_with(|| Pace::new(pass));
             if is_due && hold.is_none() {
                 let (db, percent) = (DbIndex(pass.db), pass.fraction * 100.0);
-                note(&format!("{:>7} {name} {db} {percent:.1}%: {}", span(elapsed), figures_text(pass, pace)));
+                note(&format!("{:>7} {name} {db} {percent:.1}%: {}", span(elapsed), pass_text(pass, pace)));
             }
         }
         if is_due {

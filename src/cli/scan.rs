@@ -29,20 +29,20 @@ use crate::tasks::{self, RunningTask, TaskService, TaskSpec, TaskView};
 #[derive(Debug, Args)]
 #[command(after_help = args::scan_examples())]
 pub struct ScanArgs {
-    /// Where.
+    /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
 
-    /// How.
+    /// How to sweep.
     #[command(flatten)]
     pub sweep: SweepArgs,
 
-    /// CPU priority of this process: low (nice 5), normal, idle (only on processors that have nothing else to do)
+    /// CPU priority of this process: low (nice 5), normal, idle (only on otherwise idle processors)
     #[arg(long, env = "TTLSWEEP_PRIORITY", value_name = "WORD", default_value = "low")]
     #[arg(hide_possible_values = true, hide_env_values = true)]
     pub priority: Priority,
 
-    /// Go on from the checkpoint in --state; =auto: begin where there is none
+    /// Resume from the checkpoint in --state; =auto: start a new sweep if there is none
     #[arg(long, value_name = "WORD", num_args = 0..=1, require_equals = true, default_missing_value = "always")]
     #[arg(hide_possible_values = true)]
     pub resume: Option<Resume>,
@@ -51,33 +51,33 @@ pub struct ScanArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Show no progress and no summary; errors only
+    /// Print errors only, no progress and no summary
     #[arg(long, short, conflicts_with = "json")]
     pub quiet: bool,
 }
 
-/// Whether a sweep goes on from a checkpoint.
+/// Whether a sweep resumes from a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Resume {
-    /// It does, and it is an error where there is none
+    /// Resume; without a checkpoint this is an error
     Always,
-    /// Where there is one; else it begins
+    /// Resume if there is a checkpoint, else start a new sweep
     Auto,
 }
 
-/// How a view is shown at the end.
+/// What a command that sweeps prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Show {
-    /// Progress and summary.
+    /// Progress, and the summary at the end.
     Text,
-    /// Progress, and one object.
+    /// Progress, and one JSON object at the end.
     Json,
     /// Nothing but errors.
     Quiet,
 }
 
 impl Show {
-    /// As the options say; clap lets nobody give both.
+    /// By the options `--json` and `--quiet`; clap refuses both together.
     pub fn of(json: bool, quiet: bool) -> Self {
         match (json, quiet) {
             (true, _) => Self::Json,
@@ -90,7 +90,7 @@ impl Show {
 /// Runs the command.
 ///
 /// # Errors
-/// What cannot be put as an exit code with its own message.
+/// A stdout that cannot be written. Everything else is printed here and becomes an exit code.
 pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let (settings, conn) = match load(&args.server, matches) {
         Ok(loaded) => loaded,
@@ -99,35 +99,36 @@ pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     sweep(settings, conn, args.resume, Show::of(args.json, args.quiet), Until::Done).await
 }
 
-/// When a sweep from the command line ends.
+/// When a task from the command line ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// Every DB was swept.
+    /// A sweep ends once every DB is swept.
     Done,
-    /// A keep run was told to stop, or has lasted for so long.
+    /// A keep run ends by a signal, or after this time.
     Stopped(Option<Duration>),
 }
 
-/// Settings of one sweep, out of what was typed, and how to connect.
+/// The settings of one sweep from the command line, the environment and the settings file, without the bounds of a keep run, and the
+/// options of its connections.
 ///
 /// # Errors
-/// Every problem.
+/// Every problem of the settings, or of the files of TLS.
 pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, ConnOptions), Vec<Problem>> {
     let settings = load_with_bounds(server, matches)?.without_bounds();
     let conn = tasks::conn_options(&settings).map_err(|problem| vec![problem])?;
     Ok((settings, conn))
 }
 
-/// Settings out of what was typed, with the bounds of a keep run.
+/// The settings as [`load`] reads them, with the bounds of a keep run.
 ///
 /// # Errors
-/// Every problem.
+/// Every problem of the settings.
 pub fn load_with_bounds(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
     let raw = args::layers(matches, server.config.as_ref())?;
     settings::resolve(&raw, password(server.askpass)?)
 }
 
-/// The password that was typed, or that stands in REDISCLI_AUTH.
+/// The password typed on the terminal (`ask`), else the one in REDISCLI_AUTH. Ctrl-C at the prompt ends the process.
 ///
 /// # Errors
 /// A terminal that cannot be read.
@@ -136,7 +137,7 @@ pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
         let typed = askpass::ask("password: ").map_err(|e| {
             vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
         })?;
-        // Nothing was begun.
+        // Exits at once: nothing has been started that would need to be stopped.
         let Some(secret) = typed else { std::process::exit(Exit::Interrupted as i32) };
         let origin = Origin::Flag("--askpass".to_owned());
         return Ok(Some(GivenPassword { secret, origin }));
@@ -145,7 +146,7 @@ pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
     Ok(settings::password_in_env("REDISCLI_AUTH").map(|secret| GivenPassword { secret, origin }))
 }
 
-/// Prints problems of the settings.
+/// Prints the problems of arguments or settings, one line each, and returns the exit code for them.
 pub fn usage(problems: &[Problem]) -> Exit {
     for problem in problems {
         output::note(&format!("error: {problem}"));
@@ -153,12 +154,12 @@ pub fn usage(problems: &[Problem]) -> Exit {
     Exit::Usage
 }
 
-/// The id by which records name a target that has no other: the same for the same address.
+/// The instance id in the records of a target that no settings file names: the same for the same address.
 pub fn instance_id(target: &Target) -> String {
     Uuid::new_v5(&Uuid::NAMESPACE_URL, target.to_string().as_bytes()).to_string()
 }
 
-/// One sweep with bar, summary and signals.
+/// Runs one task with progress, summary and signal handling.
 ///
 /// # Errors
 /// A stdout that cannot be written.
@@ -169,7 +170,7 @@ pub async fn sweep(
     show: Show,
     until: Until,
 ) -> anyhow::Result<Exit> {
-    let signals = Signals::listen();
+    let signals = StopSignals::listen();
     let running = match begin(&settings, conn, resume).await {
         Ok(running) => running,
         Err(failure) => {
@@ -177,7 +178,7 @@ pub async fn sweep(
             return Ok(if failure.kind == FailureKind::Store { Exit::Failed } else { Exit::Usage });
         }
     };
-    // Whoever stops a keep run has had what was wanted.
+    // A keep run never ends by itself: stopping it is success, and stopping a sweep is an interruption.
     let stopped = if until == Until::Done { StopReason::Interrupted } else { StopReason::Kept };
     let signals = signals.map(|signals| tokio::spawn(signals.obey(running.control.clone(), stopped)));
     if let Until::Stopped(Some(after)) = until {
@@ -194,7 +195,7 @@ pub async fn sweep(
         signals.abort();
     }
     if let Some(shown) = shown {
-        // It ends with the view's sender; waiting keeps the bar above the summary.
+        // Waits for the last line of progress, so that the summary comes below it.
         let _ = shown.await;
     }
     report(&view, &settings, show)?;
@@ -205,7 +206,7 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
     let store = match &settings.state {
         Some(path) if resume == Some(Resume::Always) && !path.exists() => {
             let failure = Failure::new(FailureKind::NoSuchDb, format!("there is no state file {}", path.display()));
-            return Err(failure.hint("start without --resume, or with --resume=auto; the file is made then"));
+            return Err(failure.hint("start without --resume, or with --resume=auto, which creates the file"));
         }
         Some(path) => Store::open_file(path).await,
         None if resume.is_some() => {
@@ -224,7 +225,7 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
                 let message = format!("the unfinished sweep in the state file is of {begun}, and not of {wanted}");
                 let failure = Failure::new(FailureKind::NoSuchDb, message);
                 return Err(
-                    failure.hint("name the same DBs, take a state file for each, or begin anew without --resume")
+                    failure.hint("name the same DBs, use another state file, or start a new sweep without --resume")
                 );
             }
             task
@@ -238,7 +239,7 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
             if let Some(task) = unfinished
                 && !service.store().shards(task.id).await.map_err(|e| e.to_failure())?.is_empty()
             {
-                output::note("note: the unfinished sweep in the state file is given up; --resume would go on with it");
+                output::note("note: the unfinished sweep in the state file is given up; --resume would continue it");
             }
             service.create(&spec).await.map_err(|e| e.to_failure())?
         }
@@ -246,7 +247,7 @@ async fn begin(settings: &Settings, conn: ConnOptions, resume: Option<Resume>) -
     service.start(task, spec).await.map_err(|e| e.to_failure())
 }
 
-/// Which DBs a sweep is of.
+/// The DBs of a sweep in words, for error messages.
 fn dbs_of(sweep: &SweepTexts) -> String {
     let text = sweep.get("db").map_or("", String::as_str);
     let dbs: BTreeSet<&str> = text.split([',', ' ']).filter(|db| !db.is_empty()).collect();
@@ -256,16 +257,16 @@ fn dbs_of(sweep: &SweepTexts) -> String {
     }
 }
 
-/// Signals that are listened to. The first ends the sweep after its batch, the second ends the process. A terminal that goes away
-/// is one as well, unless whoever started this wants it to go on (nohup).
-struct Signals {
+/// The signals that stop a sweep: SIGINT, SIGTERM, and SIGHUP unless it was ignored when the process started (nohup). The first one
+/// ends the sweep after the batch under way, the second one ends the process at once.
+struct StopSignals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Option<Signal>,
 }
 
-impl Signals {
-    /// Listens from now on; one that comes before anybody obeys waits until then. `None` where that cannot be done.
+impl StopSignals {
+    /// Listens from now on: a signal that arrives before [`Self::obey`] runs is kept for it. `None` if the handlers cannot be installed.
     fn listen() -> Option<Self> {
         Some(Self {
             interrupt: signal(SignalKind::interrupt()).ok()?,
@@ -292,13 +293,13 @@ impl Signals {
                 std::process::exit(Exit::Interrupted as i32);
             }
             first = false;
-            output::note("stopping after this batch; once more to cut");
+            output::note("stopping after this batch; a second signal stops at once");
             control.stop(reason);
         }
     }
 }
 
-/// Whether SIGHUP was ignored when we were started. Where nobody tells, it is left as it is.
+/// Whether SIGHUP was ignored when the process started. True where /proc does not tell: the signal's action is then left unchanged.
 fn hangup_is_ignored() -> bool {
     let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return true };
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -327,7 +328,7 @@ fn report(view: &Arc<TaskView>, settings: &Settings, show: Show) -> anyhow::Resu
         && view.snapshot.passes().next().is_some()
         && let Some(path) = &settings.state
     {
-        output::note(&format!("the checkpoint is kept; go on with --state {} --resume", path.display()));
+        output::note(&format!("the checkpoint is kept; resume with --state {} --resume", path.display()));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `ttlsweep serve`: the daemon.
+//! `ttlsweep serve`: runs the daemon until a signal stops it.
 
 use std::path::PathBuf;
 
@@ -17,23 +17,23 @@ pub struct ServeArgs {
     #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
 
-    /// What the other daemons call this one; default: [daemon] name of the settings, else the name of the host
+    /// Name of this daemon among those that share its database; default: [daemon] name of the settings, else the host name
     #[arg(long, env = "TTLSWEEP_DAEMON_NAME", value_name = "NAME")]
     pub name: Option<String>,
 
-    /// What this daemon's network reaches, in place of [daemon] labels; more than one with commas or by repeating it
+    /// Label of what this daemon's network reaches, in place of [daemon] labels; repeat it or separate several by commas
     #[arg(long = "label", env = "TTLSWEEP_LABELS", value_delimiter = ',', value_name = "LABEL")]
     pub labels: Vec<String>,
 
-    /// How a line of the log on stderr looks; with json nothing is printed on stdout
+    /// Format of the log on stderr; with json nothing is printed on stdout
     #[arg(long, env = "TTLSWEEP_LOG_FORMAT", value_enum, default_value_t, value_name = "FORMAT")]
     pub log_format: LogFormat,
 }
 
-/// Runs the daemon until a signal.
+/// Runs the daemon until a signal stops it.
 ///
 /// # Errors
-/// Where it cannot start.
+/// If it cannot start and the log is text; with JSON the error is logged here instead.
 pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     let json = args.log_format == LogFormat::Json;
     let identity = daemon::Identity { name: args.name, labels: args.labels };
@@ -49,10 +49,10 @@ pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     let ended = daemon::run(args.config, settings, identity, |address| {
         let url = format!("{scheme}://{address}");
         if json {
-            // What collects the log often takes stdout for a part of it.
+            // Log collectors often merge stdout with stderr: a line of text would break the stream of JSON objects.
             tracing::info!(url, "listening");
         } else {
-            // Scripts wait for this line. A closed stdout means that nobody does.
+            // Scripts wait for this line. An error is ignored: if stdout is closed, nobody waits.
             let _ = output::print(&format!("listening on {url}\n"));
         }
     })

@@ -1,4 +1,4 @@
-//! `ttlsweep settings`: what is in force, and where it came from.
+//! `ttlsweep settings`: shows the settings in force and where each came from, and checks a settings file.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -21,15 +21,15 @@ pub struct SettingsArgs {
 
 #[derive(Debug, Subcommand)]
 enum SettingsCommand {
-    /// Print every setting that is in force and where it came from
+    /// Print every setting in force and where it came from
     Show(Box<ShowArgs>),
-    /// Check a settings file of `ttlsweep serve`, and name every problem
+    /// Check a settings file of `ttlsweep serve` and print every problem
     Check(CheckArgs),
 }
 
 #[derive(Debug, Args)]
 struct CheckArgs {
-    /// The file
+    /// The settings file
     file: PathBuf,
 }
 
@@ -99,7 +99,7 @@ fn rows(raw: &Raw, settings: &Settings) -> Vec<Row> {
             let (value, origin) = match *key {
                 // The URL may hold a password; the target does not.
                 "url" => (settings.target.to_string(), origin.to_string()),
-                // The one in the URL.
+                // A URL that was typed overrides the key: its DB and its user are shown, with the URL's origin.
                 "db" if settings.sweep_texts["db"] != value => {
                     (settings.sweep_texts["db"].clone(), raw.get("url").1.to_string())
                 }

@@ -1,4 +1,4 @@
-//! `ttlsweep store`: the records of a daemon, while it does not run.
+//! `ttlsweep store`: copies the records of a daemon that is stopped.
 
 use std::path::PathBuf;
 
@@ -21,14 +21,14 @@ pub struct StoreArgs {
 
 #[derive(Debug, Subcommand)]
 enum StoreCommand {
-    /// Copy all records from one place to another: from an SQLite file to PostgreSQL, or back
+    /// Copy all records from an SQLite file to a PostgreSQL database, or back
     #[command(after_help = COPY_HELP)]
     Copy(CopyArgs),
 }
 
 const COPY_HELP: &str = "\
-Stop the daemons of both places first. A copy that was cut goes on when it is begun again. Passwords come from PGPASSWORD or
-~/.pgpass, as for psql.
+Stop the daemons of both places first. A copy that was interrupted continues when the same command is run again. Passwords
+come from PGPASSWORD or ~/.pgpass, as for psql.
 
 Examples:
   ttlsweep store copy --from sqlite:/var/lib/ttlsweep/ttlsweep.db --to postgres://ttlsweep@db.example/ttlsweep
@@ -36,11 +36,11 @@ Examples:
 
 #[derive(Debug, Args)]
 struct CopyArgs {
-    /// Where the records are: sqlite:FILE or postgres://USER@HOST/DATABASE
+    /// Where to copy from: sqlite:FILE or postgres://USER@HOST/DATABASE
     #[arg(long, value_name = "URL")]
     from: String,
 
-    /// Where they go
+    /// Where to copy to, in the same forms
     #[arg(long, value_name = "URL")]
     to: String,
 
@@ -48,7 +48,7 @@ struct CopyArgs {
     #[arg(long, value_name = "FOLDER", default_value = "ttlsweep.tally")]
     journal: PathBuf,
 
-    /// Print what there is on both ends as JSON
+    /// Print how many records both places hold, as JSON
     #[arg(long)]
     json: bool,
 }
@@ -82,7 +82,7 @@ pub async fn run(args: StoreArgs) -> anyhow::Result<Exit> {
         if !names.is_empty() {
             output::note(&format!("error: these daemons use the records in {location}: {}", names.join(", ")));
             output::note(
-                "  hint: stop them; one that was killed is gone once its lease has run out and another daemon has run",
+                "  hint: stop them; one that was killed stays listed until its lease has expired and another daemon has run",
             );
             return Ok(Exit::Failed);
         }
@@ -101,16 +101,17 @@ pub async fn run(args: StoreArgs) -> anyhow::Result<Exit> {
     } else {
         let Amount { tasks, keys, auto_scans, due_times } = after;
         output::print(&format!(
-            "{to} has {tasks} tasks that freed {keys} keys, {auto_scans} automatic scans, {due_times} due times\n"
+            "{to} has {tasks} tasks that reclaimed {keys} keys, {auto_scans} automatic scans, {due_times} due times\n"
         ))?;
     }
     if !is_whole {
-        output::note(&format!("error: {from} has more: {before:?}; begin the copy again"));
+        output::note(&format!("error: the copy is not complete: {from} has more ({before:?}); run the command again"));
     }
     Ok(if is_whole { Exit::Done } else { Exit::Failed })
 }
 
-/// Whether a place has all that another has. What was cut off may have freed more than its record said.
+/// Whether a place has all records of another. It may count more keys: a task that was killed is copied with the counts of its batch
+/// journal, which are newer than its record.
 fn holds(from: &Amount, to: &Amount) -> bool {
     to.tasks >= from.tasks && to.keys >= from.keys && to.auto_scans >= from.auto_scans && to.due_times >= from.due_times
 }

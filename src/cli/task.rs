@@ -1,4 +1,4 @@
-//! `ttlsweep task`: the tasks of a daemon, and a bar for one that runs.
+//! `ttlsweep task`: lists, creates, follows and commands the tasks of a daemon.
 
 use std::time::{Duration, Instant};
 
@@ -17,10 +17,10 @@ use crate::model::keep::KeepFigures;
 use crate::model::task::TaskState;
 use crate::settings::positive_duration;
 
-/// Pause before a task is followed again whose stream ended before it did.
-const FOLLOW_AGAIN: Duration = Duration::from_millis(500);
-/// How long a daemon that went away is waited for.
-const BACK_WITHIN: Duration = Duration::from_secs(60);
+/// Pause before following a task again whose stream ended before the task did.
+const FOLLOW_AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// How long to wait for a daemon that has gone away, such as for a restart.
+const WAIT_FOR_DAEMON: Duration = Duration::from_secs(60);
 
 const COLUMNS: [(&str, &str); 8] = [
     ("id", "/id"),
@@ -47,61 +47,61 @@ pub struct TaskArgs {
 enum TaskCommand {
     /// List tasks, newest first
     List {
-        /// Of this instance
+        /// Only tasks of this instance
         #[arg(long, value_name = "ID")]
         instance: Option<String>,
-        /// In this state: waiting, running, paused, interrupted, succeeded, failed, cancelled
+        /// Only tasks in this state: waiting, running, paused, interrupted, succeeded, failed, cancelled
         #[arg(long)]
         state: Option<String>,
-        /// At most so many
+        /// Most tasks to list
         #[arg(long, value_name = "N")]
         limit: Option<u32>,
     },
     /// Show a task
     Show {
-        /// Its id
+        /// Id of the task
         id: String,
     },
     /// Sweep an instance now
     Create(CreateArgs),
-    /// Follow a task with the bar of `scan`
+    /// Follow a task to its end, with the progress of `scan`
     Watch {
-        /// Its id
+        /// Id of the task
         id: String,
     },
-    /// Hold a task; the time until it is resumed does not count
+    /// Pause a task; its timeout stops until it is resumed
     Pause {
-        /// Its id
+        /// Id of the task
         id: String,
     },
-    /// Let a paused task go on
+    /// Resume a paused task
     Resume {
-        /// Its id
+        /// Id of the task
         id: String,
     },
-    /// End a task; what it freed stays freed and counted
+    /// Cancel a task; the keys that it reclaimed stay counted
     Cancel {
-        /// Its id
+        /// Id of the task
         id: String,
     },
-    /// Give a task other limits while it runs
+    /// Change the limits of a task while it runs
     #[command(group = ArgGroup::new("limits of it").required(true).multiple(true))]
     Tune {
-        /// Its id
+        /// Id of the task
         id: String,
-        /// Share of the master's time, above 0 and up to 1
+        /// Largest share of the master's time, above 0 and up to 1
         #[arg(long, value_name = "SHARE", group = "limits of it")]
         intensity: Option<f64>,
-        /// Keys per second; 0: no ceiling
+        /// Most keys to scan per second on each master; 0: no ceiling
         #[arg(long, value_name = "KEYS", group = "limits of it")]
         max_keys_per_sec: Option<u32>,
-        /// Other limits, such as max-latency=20ms or throttle=false
+        /// Another limit, such as max-latency=20ms or throttle=false; may be repeated
         #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit, group = "limits of it")]
         limits: Vec<(String, Value)>,
     },
 }
 
-/// One limit, as the API wants it.
+/// Parses one `--limit` into the name and the JSON value that the API takes.
 fn limit(text: &str) -> Result<(String, Value), String> {
     let (key, value) = text.split_once('=').ok_or("write SETTING=VALUE, such as max-latency=20ms")?;
     let name = key.replace('-', "_");
@@ -115,33 +115,33 @@ fn limit(text: &str) -> Result<(String, Value), String> {
 
 #[derive(Debug, Args)]
 struct CreateArgs {
-    /// The instance
+    /// Id of the instance
     instance: String,
-    /// Share of the master's time, above 0 and up to 1
+    /// Largest share of the master's time, above 0 and up to 1
     #[arg(long, value_name = "SHARE")]
     intensity: Option<f64>,
-    /// Keys per second; 0: no ceiling
+    /// Most keys to scan per second on each master; 0: no ceiling
     #[arg(long, value_name = "KEYS")]
     max_keys_per_sec: Option<u32>,
-    /// Other limits, such as max-latency=20ms or throttle=false
+    /// Another limit, such as max-latency=20ms or throttle=false; may be repeated
     #[arg(long = "limit", value_name = "SETTING=VALUE", value_parser = limit)]
     limits: Vec<(String, Value)>,
-    /// COUNT to begin with, 10 to 1000
+    /// COUNT of the first SCAN, 10 to 1000
     #[arg(long, value_name = "KEYS")]
     count: Option<u32>,
-    /// DBs, such as 0,3
+    /// DBs to sweep, such as 0,3
     #[arg(long, value_name = "N", value_delimiter = ',')]
     db: Vec<u32>,
-    /// Ask for each key that SCAN returned: auto, none, exists, ttl
+    /// Command to send for each key that SCAN returned: auto, none, exists, ttl
     #[arg(long, value_name = "MODE")]
     touch: Option<String>,
-    /// How long it may take, such as 90min
+    /// Longest time that the sweep may take, such as 90min
     #[arg(long, value_name = "TIME", value_parser = positive_duration)]
     timeout: Option<Duration>,
     /// Sweep only while the instance's window is open
     #[arg(long)]
     respect_window: bool,
-    /// Follow it to its end
+    /// Follow the task to its end
     #[arg(long)]
     watch: bool,
 }
@@ -188,7 +188,7 @@ pub async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
 }
 
 async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientError> {
-    let order =
+    let command_task =
         async |id: &str, what: &str| client.send(Method::POST, &format!("/api/v1/tasks/{id}/{what}"), None).await;
     match command {
         TaskCommand::List { instance, state, limit } => {
@@ -205,9 +205,9 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
             }
         }
         TaskCommand::Watch { id } => follow(client, id).await,
-        TaskCommand::Pause { id } => order(id, "pause").await,
-        TaskCommand::Resume { id } => order(id, "resume").await,
-        TaskCommand::Cancel { id } => order(id, "cancel").await,
+        TaskCommand::Pause { id } => command_task(id, "pause").await,
+        TaskCommand::Resume { id } => command_task(id, "resume").await,
+        TaskCommand::Cancel { id } => command_task(id, "cancel").await,
         TaskCommand::Tune { id, intensity, max_keys_per_sec, limits } => {
             let mut body = Map::new();
             body.extend(intensity.map(|share| ("intensity".to_owned(), json!(share))));
@@ -218,7 +218,7 @@ async fn ask(client: &Client, command: &TaskCommand) -> Result<Value, ClientErro
     }
 }
 
-/// Says why a task failed, and gives the code that `scan` would have ended with.
+/// Prints why a task failed, and returns the exit code that `scan` would have ended with.
 fn ended(task: &Value) -> Exit {
     let text = |name: &str| task["failure"][name].as_str();
     let kind = text("kind").and_then(|kind| kind.parse::<FailureKind>().ok());
@@ -237,18 +237,19 @@ fn ended(task: &Value) -> Exit {
     Exit::of_task(state, failure.as_ref(), met, swept)
 }
 
-/// Shows the bar until the task has ended, and gives its last view.
+/// Shows the progress of a task until it has ended, and returns its last view.
 async fn follow(client: &Client, id: &str) -> Result<Value, ClientError> {
     let (sender, views) = watch::channel(Value::Null);
     let bar = tokio::spawn(progress::show(views, rows));
     let ended = until_ended(client, id, &sender).await;
     drop(sender);
-    // It ends with the sender; waiting keeps the bar above what follows.
+    // Waits for the last line of progress, so that later output comes below it.
     let _ = bar.await;
     ended
 }
 
-/// Hands every view over until the task has ended, through ends of the stream and a restart of the daemon. Gives the last view.
+/// Sends every view to `views` until the task has ended, and returns the last one. Follows again when the stream ends or the daemon
+/// restarts.
 async fn until_ended(client: &Client, id: &str, views: &watch::Sender<Value>) -> Result<Value, ClientError> {
     let mut seen: Option<Instant> = None;
     loop {
@@ -262,17 +263,17 @@ async fn until_ended(client: &Client, id: &str, views: &watch::Sender<Value>) ->
         };
         match task {
             Ok(task) if task["finished_at"].is_string() => return Ok(task),
-            // The daemon ends a stream now and then, to ask again who reads it.
+            // The daemon ends a stream from time to time, so that the credentials of its reader are checked again.
             Ok(_) => {}
-            // It may be on its way back, and goes on with its tasks then.
-            Err(ClientError::Unreachable { .. }) if seen.is_some_and(|at| at.elapsed() < BACK_WITHIN) => {}
+            // The daemon may be restarting; it resumes its tasks then.
+            Err(ClientError::Unreachable { .. }) if seen.is_some_and(|at| at.elapsed() < WAIT_FOR_DAEMON) => {}
             Err(error) => return Err(error),
         }
-        tokio::time::sleep(FOLLOW_AGAIN).await;
+        tokio::time::sleep(FOLLOW_AGAIN_AFTER).await;
     }
 }
 
-/// The daemon's view of a task as the bar shows it.
+/// The rows to show of a task, from the daemon's JSON.
 fn rows(view: &Value) -> Rows {
     let hold = |shard: &str| {
         let holds = view["holds"].as_array().into_iter().flatten();
@@ -298,12 +299,12 @@ fn rows(view: &Value) -> Rows {
         let warnings = shard["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned);
         ShardRow { name: name.to_owned(), hold: hold(name), keep, warnings: warnings.collect(), passes }
     });
-    // A task that has not begun has no shards, and a reason.
+    // A task that has not begun has no shards, but a hold without a shard that says what it waits for.
     let waits = hold("").map(|hold| ShardRow { name: "waiting,".to_owned(), hold: Some(hold), ..ShardRow::default() });
     Rows { shards: waits.into_iter().chain(shards).collect() }
 }
 
-/// The figures of a keep run, as the daemon tells them of a shard.
+/// The state of a keep run on one shard, from the daemon's JSON.
 fn keep_of(keep: &Value) -> KeepFigures {
     let span = |name: &str| keep[name].as_f64().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     KeepFigures {

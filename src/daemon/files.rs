@@ -1,5 +1,5 @@
-//! The settings file together with the TLS files that it names: what `ttlsweep settings check` looks at, and what the
-//! daemon wants to be right before it starts or takes changed settings in.
+//! Checks the settings file together with the TLS files that it names: for `ttlsweep settings check`, and for the daemon
+//! before it starts or reloads.
 
 use std::path::Path;
 
@@ -32,9 +32,9 @@ fn of_api(api: &ApiSettings) -> Vec<Problem> {
 fn of_instance(instance: &Instance) -> Vec<Problem> {
     let Some(tls) = &instance.settings.tls else { return Vec::new() };
     let problems = Tls::problems(tls).into_iter().map(|error| {
-        // What no line gives is wanted because of the URL.
+        // A setting that the file does not give is needed because of the URL: then the URL's line is named.
         let line = error.setting().and_then(|setting| instance.lines.get(setting));
-        // The command line's name of the setting is not how the file writes it.
+        // The error names the flag of the command line; in the file the setting has no dashes in front.
         let message = error.to_string().trim_start_matches("--").to_owned();
         Problem { origin: line.or_else(|| instance.lines.get("url")).cloned(), message }
     });

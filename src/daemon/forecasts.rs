@@ -1,4 +1,4 @@
-//! A forecast of each instance now and then, where the settings want that.
+//! Makes a forecast of each instance every `[forecast] every`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,14 +15,14 @@ use crate::forecast::{Place, Request};
 use crate::settings::serve::ServeSettings;
 use crate::store::Store;
 
-/// How often it is looked which are due.
-const LOOK_EVERY: Duration = Duration::from_secs(60);
-/// One that could not be made is tried again after this long.
-const TRY_AGAIN: Duration = Duration::from_secs(3600);
-/// How long one may take.
+/// Time between two checks for due forecasts.
+const CHECK_EVERY: Duration = Duration::from_secs(60);
+/// Pause before the next attempt after a forecast failed.
+const RETRY_AFTER: Duration = Duration::from_secs(3600);
+/// Longest time that one forecast may take.
 const WITHIN: Duration = Duration::from_secs(300);
 
-/// Makes forecasts, one at a time, until told to stop.
+/// Makes the due forecasts, one at a time, until `stop`.
 pub(super) async fn make(store: Store, settings: watch::Receiver<Arc<ServeSettings>>, stop: CancellationToken) {
     let mut not_before: BTreeMap<String, Instant> = BTreeMap::new();
     let work = async {
@@ -31,7 +31,7 @@ pub(super) async fn make(store: Store, settings: watch::Receiver<Arc<ServeSettin
             if !now.forecast_every.is_zero() {
                 make_all(&store, &now, &mut not_before).await;
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(CHECK_EVERY).await;
         }
     };
     tokio::select! {
@@ -43,11 +43,11 @@ pub(super) async fn make(store: Store, settings: watch::Receiver<Arc<ServeSettin
 async fn make_all(store: &Store, settings: &ServeSettings, not_before: &mut BTreeMap<String, Instant>) {
     let every = SignedDuration::try_from(settings.forecast_every).unwrap_or(SignedDuration::MAX);
     let after = store.now().checked_sub(every).unwrap_or(jiff::Timestamp::MIN);
-    let young = match store.forecasts_after(after).await {
-        Ok(young) => young,
-        Err(error) => return tracing::error!(%error, "the last forecasts cannot be looked up"),
+    let recent = match store.forecasts_after(after).await {
+        Ok(recent) => recent,
+        Err(error) => return tracing::error!(%error, "cannot read the times of the last forecasts"),
     };
-    for instance in settings.instances.iter().filter(|instance| !young.contains(&instance.id)) {
+    for instance in settings.instances.iter().filter(|instance| !recent.contains(&instance.id)) {
         if not_before.get(&instance.id).is_some_and(|at| *at > Instant::now()) {
             continue;
         }
@@ -55,9 +55,9 @@ async fn make_all(store: &Store, settings: &ServeSettings, not_before: &mut BTre
         let why = match tokio::time::timeout(WITHIN, forecast::make(store, instance, request)).await {
             Ok(Ok(_)) => continue,
             Ok(Err(error)) => error.message,
-            Err(_) => format!("it was not made within {WITHIN:?}"),
+            Err(_) => format!("it took longer than {WITHIN:?}"),
         };
-        tracing::info!(instance = instance.id, why, "no forecast");
-        not_before.insert(instance.id.clone(), Instant::now() + TRY_AGAIN);
+        tracing::info!(instance = instance.id, why, "the forecast failed");
+        not_before.insert(instance.id.clone(), Instant::now() + RETRY_AFTER);
     }
 }

@@ -1,6 +1,6 @@
-//! What is posted: the body in each form, and its signature. Pure.
+//! The body of a notification in each form, and its signature. Pure functions.
 //!
-//! Ids, times and signature are those of the Standard Webhooks specification, for which there are libraries in most languages.
+//! Ids, times and signature follow the Standard Webhooks specification, for which most languages have libraries.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -14,10 +14,10 @@ use crate::model::event::{Event, Happened};
 use crate::settings::notify::{Format, signing_key};
 use crate::settings::show_duration;
 
-/// Discord refuses longer messages.
+/// Longest message that Discord accepts, in characters.
 const DISCORD_AT_MOST: usize = 2000;
 
-/// The body that tells of an event.
+/// The body of the notification of an event.
 pub(super) fn body(event: &Event, format: Format) -> Value {
     let text = sentence(event);
     match format {
@@ -28,9 +28,9 @@ pub(super) fn body(event: &Event, format: Format) -> Value {
             "text": text,
             "data": data(event),
         }),
-        // These three would be a link, a name or a command there.
+        // In Slack's markup these three characters begin links, mentions and entities.
         Format::Slack => json!({"text": text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")}),
-        // Nobody is called, whatever a server's message says.
+        // No mentions: the text may contain a server's message.
         Format::Discord => {
             json!({"content": text.chars().take(DISCORD_AT_MOST).collect::<String>(), "allowed_mentions": {"parse": []}})
         }
@@ -49,7 +49,7 @@ pub(super) fn body(event: &Event, format: Format) -> Value {
     }
 }
 
-/// One line for people.
+/// The event in one sentence, for people.
 fn sentence(event: &Event) -> String {
     let instance = &event.instance_id;
     match &event.what {
@@ -57,7 +57,7 @@ fn sentence(event: &Event) -> String {
             let why = task.failure.as_ref().map_or("for a reason that is not on record", |why| why.message.as_str());
             let freed = match task.num {
                 0 => String::new(),
-                keys => format!("; {keys} expired keys were freed before"),
+                keys => format!("; {keys} expired keys were reclaimed before"),
             };
             let hint = task.failure.as_ref().and_then(|why| why.hint.as_ref());
             let hint = hint.map(|hint| format!(" ({hint})")).unwrap_or_default();
@@ -66,7 +66,7 @@ fn sentence(event: &Event) -> String {
         Happened::NotSwept { last_success, allowed } => {
             let last = match last_success {
                 Some(at) => format!("the last complete sweep ended at {at:.0}"),
-                None => "there was no complete sweep yet".to_owned(),
+                None => "there has been no complete sweep yet".to_owned(),
             };
             format!("ttlsweep: {instance} has not been swept for more than {}: {last}", show_duration(*allowed))
         }
@@ -76,7 +76,7 @@ fn sentence(event: &Event) -> String {
     }
 }
 
-/// The facts, by the names that the API has for them.
+/// The facts of the event, named as in the API.
 fn data(event: &Event) -> Value {
     let mut data = json!({"instance_id": event.instance_id, "project_id": event.project_id});
     match &event.what {
@@ -108,7 +108,8 @@ fn data(event: &Event) -> Value {
     data
 }
 
-/// The value of `webhook-signature` for a body that is sent at this second; `None` where the secret is none, which the settings refuse.
+/// The value of `webhook-signature` for a body that is sent at this second, in seconds since 1970. `None`: the secret is invalid, which
+/// the settings exclude.
 pub(super) fn signature(id: Uuid, second: i64, body: &[u8], secret: &str) -> Option<String> {
     let mut mac = Hmac::<Sha256>::new_from_slice(&signing_key(secret)?).ok()?;
     mac.update(format!("{id}.{second}.").as_bytes());
@@ -189,7 +190,7 @@ mod tests {
     #[test]
     fn a_secret_is_taken_as_it_is_or_by_its_prefix_as_base64() {
         let sign = |secret| signature(Uuid::nil(), 1_614_265_330, b"{\"test\": 2432232314}", secret);
-        // By the Python library of the specification.
+        // Computed with the Python library of the specification.
         let known = "v1,Y5/uRWupLQOPxe4D5mBYrd9dRGhY+xtWrnxDwy59WDE=";
         assert_eq!(sign("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").as_deref(), Some(known));
         assert_ne!(sign("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").as_deref(), Some(known));

@@ -1,8 +1,8 @@
-//! Tells a webhook what went wrong, and never holds anybody who reports it.
+//! Sends notifications of what went wrong to a webhook. Reporting an event never blocks.
 //!
-//! [`Notifier::tell`] puts an event into a bounded queue and returns; one [`Delivery`] takes them out in order and posts each until it is
-//! taken, refused for good, or too old. What is in the queue when the process is killed is lost: the alerts on the metrics are what to
-//! rely on then.
+//! [`Notifier::notify`] puts an event into a bounded queue and returns. One [`Delivery`] takes the events out in order and posts each until
+//! the webhook accepts it, refuses it for good, or the event is too old. Events in the queue are lost when the process is killed: alerts
+//! on the metrics cover that case.
 
 mod message;
 
@@ -22,19 +22,19 @@ use crate::model::event::Event;
 use crate::settings::notify::NotifySettings;
 use crate::settings::serve::ServeSettings;
 
-/// Events that may wait. Whoever reports one more goes on without it.
+/// Most events that wait. One more is dropped and counted.
 const QUEUE: usize = 256;
-/// How long the webhook may take to answer.
+/// Timeout of a request to the webhook.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-/// Before the second try. Each further wait is twice as long as the one before, up to the longest.
+/// Pause before the second attempt; each further one is twice as long, up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(300);
-/// An event is tried for this long: longer than a restart of what listens, and not so long that the ones behind it are old news.
+/// How long an event is tried: longer than the receiver takes to restart, but not so long that the events behind it become outdated.
 const TRY_FOR: Duration = Duration::from_secs(1800);
-/// How long a daemon that stops waits for what is still to be sent.
+/// How long a daemon that stops goes on sending what waits.
 const LAST_CHANCE: Duration = Duration::from_secs(3);
 
-/// Where events are reported. Cloning is cheap.
+/// Accepts events. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Notifier {
     queue: mpsc::Sender<Event>,
@@ -42,17 +42,17 @@ pub struct Notifier {
 }
 
 impl Notifier {
-    /// Reports an event. Never waits.
-    pub fn tell(&self, event: Event) {
+    /// Queues an event. Never waits; if the queue is full, the event is logged, counted and dropped.
+    pub fn notify(&self, event: Event) {
         if let Err(error) = self.queue.try_send(event) {
             let (mpsc::error::TrySendError::Full(event) | mpsc::error::TrySendError::Closed(event)) = error;
-            tracing::error!(event = %event.kind(), instance = event.instance_id, "nobody is told: too many events wait");
+            tracing::error!(event = %event.kind(), instance = event.instance_id, "a notification is dropped: too many events wait");
             self.metrics.notified(event.kind(), "dropped");
         }
     }
 }
 
-/// The other end of the queue.
+/// The receiving end of the queue, which sends the events.
 #[derive(Debug)]
 pub struct Delivery {
     queue: mpsc::Receiver<Event>,
@@ -60,23 +60,23 @@ pub struct Delivery {
     metrics: Metrics,
 }
 
-/// A queue for events that are told as the settings in force say.
+/// Creates the queue. Events are sent as the settings in force say.
 pub fn channel(settings: watch::Receiver<Arc<ServeSettings>>, metrics: Metrics) -> (Notifier, Delivery) {
     let (sender, queue) = mpsc::channel(QUEUE);
     (Notifier { queue: sender, metrics: metrics.clone() }, Delivery { queue, settings, metrics })
 }
 
-/// Why a request was not taken.
+/// Why the webhook did not accept a request.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
-    #[error("it cannot be reached: {0}")]
+    #[error("cannot reach the webhook: {0}")]
     Unreachable(String),
-    #[error("it answered {status}")]
+    #[error("the webhook answered {status}")]
     Status { status: StatusCode, again_in: Option<Duration> },
 }
 
 impl Refusal {
-    /// An error of reqwest with its causes, and without the address, which may be a secret.
+    /// From an error of the HTTP client: its text with the causes, without the URL, which may be a secret.
     fn unreachable(error: reqwest::Error) -> Self {
         let error = error.without_url();
         let mut text = error.to_string();
@@ -88,7 +88,7 @@ impl Refusal {
         Self::Unreachable(text)
     }
 
-    /// Whether the same request may be taken later.
+    /// Whether the webhook may accept the same request later.
     fn is_worth_a_retry(&self) -> bool {
         match self {
             Self::Unreachable(_) => true,
@@ -101,7 +101,7 @@ impl Refusal {
 }
 
 impl Delivery {
-    /// Sends what is reported until told to stop, and what is left then once more, for a short time.
+    /// Sends events until `stop`, and then what still waits, for at most `LAST_CHANCE`.
     pub async fn run(mut self, stop: CancellationToken) {
         let work = async {
             while let Some(event) = self.next(&stop).await {
@@ -116,10 +116,10 @@ impl Delivery {
             () = work => return,
             () = late => {}
         }
-        tracing::warn!(events = self.queue.len() + 1, "the webhook was not told before the daemon stopped");
+        tracing::warn!(events = self.queue.len() + 1, "notifications were not delivered before the daemon stopped");
     }
 
-    /// The next event; `None` once told to stop and nothing is left.
+    /// The next event; `None` after `stop` once the queue is empty.
     async fn next(&mut self, stop: &CancellationToken) -> Option<Event> {
         tokio::select! {
             biased;
@@ -133,13 +133,13 @@ impl Delivery {
         let began = Instant::now();
         let mut wait = FIRST_WAIT;
         loop {
-            // At each try as the settings are then: whoever puts an address right is told what waits.
+            // The settings are read at each attempt: a corrected URL receives what waits.
             let settings = self.settings.borrow().notify.clone();
             let Some(settings) = settings.filter(|settings| settings.events.contains(&kind)) else { return };
             let refusal = match post(&settings, event).await {
                 Ok(()) => {
                     self.metrics.notified(kind, "delivered");
-                    tracing::debug!(event = %kind, instance, "the webhook was told");
+                    tracing::debug!(event = %kind, instance, "notification delivered");
                     return;
                 }
                 Err(refusal) => refusal,
@@ -149,11 +149,11 @@ impl Delivery {
             }
             if !refusal.is_worth_a_retry() || stop.is_cancelled() || began.elapsed() + wait > TRY_FOR {
                 self.metrics.notified(kind, "given_up");
-                tracing::error!(event = %kind, instance, "the webhook is not told: {refusal}");
+                tracing::error!(event = %kind, instance, "notification given up: {refusal}");
                 return;
             }
             self.metrics.notified(kind, "retried");
-            tracing::warn!(event = %kind, instance, again_in = ?wait, "the webhook was not told yet: {refusal}");
+            tracing::warn!(event = %kind, instance, again_in = ?wait, "notification not delivered yet: {refusal}");
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = stop.cancelled() => {}
@@ -163,15 +163,15 @@ impl Delivery {
     }
 }
 
-/// One request. A client for each: they are rare, and certificates of authorities may have been renewed.
+/// Posts one event. Each request has its own client: requests are rare, and the system's certificates may have been renewed.
 async fn post(settings: &NotifySettings, event: &Event) -> Result<(), Refusal> {
     let mut client = Client::builder()
         .timeout(ANSWER_WITHIN)
-        // A redirect would drop the body, or take it to where nobody meant it to go.
+        // A redirect would lose the body, or send it to another host than the settings name.
         .redirect(redirect::Policy::none())
         .user_agent(concat!("ttlsweep/", env!("CARGO_PKG_VERSION")));
     if settings.url.expose_secret().starts_with("http://") {
-        // Where nothing is encrypted a system without certificates will do.
+        // Without TLS no certificates are loaded: the system may have none.
         client = client.tls_certs_only([]);
     }
     let client = client.build().map_err(Refusal::unreachable)?;
@@ -218,10 +218,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_reports_more_than_can_wait_goes_on_and_the_rest_is_counted() {
+    async fn events_beyond_the_queue_are_dropped_and_counted() {
         let metrics = Metrics::default();
         let (notifier, _delivery) = channel(settings(""), metrics.clone());
-        (0..QUEUE + 7).for_each(|_| notifier.tell(event()));
+        (0..QUEUE + 7).for_each(|_| notifier.notify(event()));
         assert_eq!(counted(&metrics, "dropped"), 7);
     }
 
@@ -231,7 +231,7 @@ mod tests {
         let metrics = Metrics::default();
         let (notifier, delivery) = channel(settings("[notify]\nurl = \"http://127.0.0.1:1/\""), metrics.clone());
         let began = Instant::now();
-        notifier.tell(event());
+        notifier.notify(event());
         let stop = CancellationToken::new();
         let running = tokio::spawn(delivery.run(stop.clone()));
         while counted(&metrics, "given_up") == 0 {

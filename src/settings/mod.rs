@@ -1,6 +1,6 @@
-//! Settings: what was typed ([`raw`]) becomes what is valid ([`Settings`]), once, at the border.
+//! Settings: texts ([`raw`]) are parsed into valid values ([`Settings`]) once, before anything else uses them.
 //!
-//! Defaults live in `default.toml` and nowhere else. All problems are reported at once.
+//! The defaults are in `default.toml` and nowhere else. All problems are reported together.
 
 pub mod notify;
 pub mod raw;
@@ -29,126 +29,126 @@ use crate::model::throttle::Limits;
 use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw, TUNE_KEYS};
 use crate::settings::values::{given, limit, parse_dbs, password_in, slice, switch, unless_off};
 
-/// What a share of a server may be. Less than the least would be a stop, and no sweep.
+/// Valid shares. A sweep with a smaller one than the least would practically stand still.
 const SHARES: std::ops::RangeInclusive<f64> = 0.000_001..=1.0;
 
-/// Least and largest COUNT; the contract's own bounds for `scan_keys_count`.
+/// Valid COUNTs: the contract's range for `scan_keys_count`.
 pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
 
-/// Whether each key that SCAN returned is asked for.
+/// The command that is sent for each key that SCAN returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Touch {
-    /// Audit a few batches with EXISTS, and touch every batch where the audit finds keys that SCAN left dead.
+    /// Audit a few batches with EXISTS; if the audit finds expired keys that SCAN left, touch every batch.
     Auto,
-    /// Never.
+    /// Send no command.
     None,
-    /// EXISTS for each key.
+    /// Send EXISTS for each key.
     Exists,
-    /// TTL for each key; the report shows how soon keys expire.
+    /// Send TTL for each key; the report then shows how soon keys expire.
     Ttl,
 }
 
 words!(Touch, "touch mode", Auto = "auto", None = "none", Exists = "exists", Ttl = "ttl");
 
-/// What SCAN sends back.
+/// What SCAN returns: the setting `payload`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Payload {
-    /// No names where the server is known to free what it meets all the same.
+    /// No names where the server is known to free expired keys then too, else names.
     Auto,
-    /// Names.
+    /// The names of the keys.
     Names,
-    /// No names, wherever TYPE is known.
+    /// No names, on every server whose SCAN takes TYPE.
     None,
 }
 
 words!(Payload, "payload", Auto = "auto", Names = "names", None = "none");
 
-/// Limits that may change while the sweep runs.
+/// The settings that may change while a sweep runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tuning {
-    /// Share of the master's time that batches may take at most, in (0, 1].
+    /// Largest share of the master's time that batches may take, in (0, 1].
     pub intensity: f64,
-    /// Share to which that is lowered under load; never above `intensity`.
+    /// Smallest share, to which the intensity falls under load; never above `intensity`.
     pub min_intensity: f64,
-    /// Ceiling in keys per second; `None`: no ceiling.
+    /// Most keys to scan per second on each master; `None`: no ceiling.
     pub max_keys_per_sec: Option<u32>,
-    /// Above which load to hold.
+    /// Limits on the load of the server, above which the sweep holds or fails.
     pub limits: Limits,
-    /// What a keep run keeps to. Of a sweep: nothing.
+    /// The bounds of a keep run; none for a sweep.
     pub bounds: Bounds,
 }
 
-/// How one sweep goes about its work.
+/// The settings of a sweep, without those of its connections.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScanSettings {
-    /// DBs to sweep; empty: each with `expires` above 0.
+    /// DBs to sweep; empty: each whose `expires` in INFO keyspace is above 0.
     pub dbs: Vec<DbIndex>,
     /// COUNT of the first SCAN, within [`COUNT_RANGE`].
     pub count: u32,
-    /// How long one batch may hold the master; zero: COUNT is not steered.
+    /// Target for how long one batch holds the master; zero: COUNT is not adapted.
     pub max_slice: Duration,
-    /// How much to take, until told otherwise.
+    /// The settings that may change while the sweep runs, as it begins.
     pub tuning: Tuning,
-    /// Sweep although it is slower than keys expire.
+    /// Whether to sweep even if keys expire faster than the sweep goes.
     pub allow_slow: bool,
-    /// Let the server expire with more effort first, for at most so long.
+    /// Longest time to raise the server's active-expire-effort before the sweep; `None`: do not.
     pub assist_expiry: Option<Duration>,
-    /// Whether keys are asked for.
+    /// The command to send for each key that SCAN returned.
     pub touch: Touch,
-    /// What SCAN sends back.
+    /// Whether SCAN returns names.
     pub payload: Payload,
-    /// How long the sweep may take.
+    /// Longest time that the sweep may take.
     pub timeout: Duration,
-    /// How long a lost connection is tried again.
+    /// How long to try to reconnect after a connection was lost.
     pub retry_for: Duration,
-    /// Masters to sweep at a time; `None`: one on each host.
+    /// Masters to sweep at the same time; `None`: one on each host.
     pub parallel: Option<NonZeroUsize>,
-    /// Whether a standalone server that is a replica leads on to its master.
+    /// Whether to sweep the master of a standalone server that is a replica.
     pub follow: bool,
 }
 
-/// The files and names of TLS, as they were given.
+/// TLS settings. The files are not read yet.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TlsSettings {
-    /// PEM file of the authorities to trust; `None`: the system's.
+    /// PEM file with the certificate authorities to trust; `None`: those of the system.
     pub cacert: Option<PathBuf>,
-    /// PEM files of our certificate and of its key.
+    /// PEM files with the client certificate and its private key.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// The name that the certificate must hold; `None`: the host.
+    /// Host name to send by SNI and to expect in the server's certificate; `None`: the host of the connection.
     pub sni: Option<String>,
-    /// Accept any certificate.
+    /// Whether to accept any certificate.
     pub insecure: bool,
 }
 
-/// Everything that is in force.
+/// The valid settings of one instance and its sweep.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where the instance is.
+    /// Address of the instance, without credentials.
     pub target: Target,
-    /// Who we are there.
+    /// User and password for the servers.
     pub credentials: Credentials,
-    /// Where the password was given; `None`: there is none.
+    /// Where the password came from; `None`: there is none.
     pub password_from: Option<Origin>,
-    /// Who we are for the sentinels.
+    /// User and password for the sentinels.
     pub sentinel_credentials: Credentials,
-    /// How to encrypt, where the target wants it.
+    /// TLS settings; `None`: the URL asks for no TLS.
     pub tls: Option<TlsSettings>,
-    /// Where to reach nodes that announce other addresses.
+    /// Reachable addresses for announced ones.
     pub node_map: NodeMap,
-    /// Bound on making a connection.
+    /// Longest time to open a connection.
     pub connect_timeout: Duration,
-    /// Bound on one answer.
+    /// Longest time to wait for a reply.
     pub response_timeout: Duration,
-    /// How the sweep works.
+    /// The settings of the sweep itself.
     pub scan: ScanSettings,
-    /// Where the task and its checkpoint are kept; `None`: nowhere.
+    /// The state file; `None`: the task and its checkpoint are not kept.
     pub state: Option<PathBuf>,
-    /// What `scan` was made of, as text by key: kept with a task's record, and enough to make it again.
+    /// The texts that `scan` was parsed from, by key. They are stored with the task, and `scan` can be made from them again.
     pub sweep_texts: Arc<SweepTexts>,
 }
 
 impl Settings {
-    /// The same for one sweep, which keeps no bound.
+    /// These settings without the bounds of a keep run, for one sweep.
     #[must_use]
     pub fn without_bounds(mut self) -> Self {
         self.scan.tuning.bounds = Bounds::default();
@@ -158,17 +158,17 @@ impl Settings {
     }
 }
 
-/// A password that came by another way than a key: `REDISCLI_AUTH`, `--askpass`, `password-env` of the daemon's file.
+/// A password that is not the value of a key: from `REDISCLI_AUTH`, `--askpass`, or `password-env` of the daemon's file.
 #[derive(Debug, Clone)]
 pub struct GivenPassword {
-    /// The password.
+    /// The password, which may be empty.
     pub secret: Password,
-    /// Where it was given.
+    /// Where the password came from.
     pub origin: Origin,
 }
 
-/// Makes settings out of what was typed. What a URL holds beside the address is in the layer of the URL; within one layer it
-/// gives way to what was given by itself.
+/// Parses and checks the texts. User, password and DB of a URL belong to the layer of the URL; in the same layer a separate
+/// setting overrides them.
 ///
 /// # Errors
 /// Every problem, not only the first.
@@ -186,7 +186,7 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
             if !raw.get(key).0.is_empty() {
                 reader.complain(
                     key,
-                    "means nothing without sentinels; write the URL as redis+sentinel://HOST:26379/MASTER",
+                    "has no meaning without sentinels; write the URL as redis+sentinel://HOST:26379/MASTER",
                 );
             }
         }
@@ -207,10 +207,11 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
     let allow_slow = reader.read("allow-slow", switch);
     let assist_expiry = reader.read("assist-expiry", |text| duration(text).map(|d| Some(d).filter(|d| !d.is_zero())));
     let touch = reader.read("touch", |text| {
-        Touch::from_str(text).map_err(|_| format!("`{text}` is none of auto, none, exists, ttl"))
+        Touch::from_str(text).map_err(|_| format!("`{text}` is not one of auto, none, exists, ttl"))
     });
-    let payload = reader
-        .read("payload", |text| Payload::from_str(text).map_err(|_| format!("`{text}` is none of auto, names, none")));
+    let payload = reader.read("payload", |text| {
+        Payload::from_str(text).map_err(|_| format!("`{text}` is not one of auto, names, none"))
+    });
     let timeout = reader.read("timeout", positive_duration);
     let connect_timeout = reader.read("connect-timeout", positive_duration);
     let response_timeout = reader.read("response-timeout", positive_duration);
@@ -218,10 +219,10 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
     let state = reader.read("state", |text| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from)));
 
     if payload == Some(Payload::None) && matches!(touch, Some(Touch::Exists | Touch::Ttl)) {
-        reader.complain("payload", "without names no key can be asked for; take payload names, or touch auto or none");
+        reader.complain("payload", "touch exists and ttl need names; set payload to names, or touch to auto or none");
     }
     if assist_expiry.flatten().is_some() && state == Some(None) {
-        reader.complain("assist-expiry", "needs a state file (--state FILE), to put the old value back after a crash");
+        reader.complain("assist-expiry", "needs a state file (--state FILE), to restore the old value after a crash");
     }
     let problems = reader.problems;
     let resolved = (|| {
@@ -232,14 +233,14 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
         let (mut dbs, mut sweep_texts) = (dbs?, raw.sweep_texts());
         if let Some(db) = db.filter(|_| dbs.is_empty() || url_wins("db")) {
             dbs = vec![db];
-            // The URL is no part of these.
+            // The texts do not contain the URL, so the DB must be among them.
             sweep_texts.insert("db".to_owned(), db.0.to_string());
         }
         let user = if url_wins("user") { credentials.user.or(user?) } else { user?.or(credentials.user) };
         let in_file = password_file?.map(|secret| (secret, raw.get("password-file").1.clone()));
         let given = password.map(|given| (given.secret, given.origin));
         let in_url = credentials.password.map(|secret| (secret, by_url.clone()));
-        // An empty one is none.
+        // An empty password counts as none.
         let passwords = [in_file, given, in_url].into_iter().flatten().filter(|(p, _)| !p.expose_secret().is_empty());
         let password = passwords.reduce(|best, next| if next.1.is_above(&best.1) { next } else { best });
         let (password, password_from) = password.unzip();
@@ -276,7 +277,7 @@ pub fn resolve(raw: &Raw, password: Option<GivenPassword>) -> Result<Settings, V
     }
 }
 
-/// The limits in force, as they were typed; `None` where one of them makes no sense.
+/// Reads the settings that may change while a sweep runs; `None` with problems if one of them is invalid.
 fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     let share = |text: &str| match text.parse::<f64>() {
         Ok(share) if SHARES.contains(&share) => Ok(share),
@@ -321,7 +322,7 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     };
     let (intensity, min_intensity, throttle) = (intensity?, min_intensity?, throttle?);
     if !throttle {
-        // A limit from a lower layer is exactly what --no-throttle is meant to switch off.
+        // A limit from a lower layer is what --no-throttle switches off. In the same or a higher layer it would silently not apply.
         let switch = reader.raw.get("throttle").1;
         let typed = |key: &str| {
             let (text, origin) = reader.raw.get(key);
@@ -342,10 +343,10 @@ fn tuning(reader: &mut Reader<'_>) -> Option<Tuning> {
     })
 }
 
-/// The tuning that these texts make, over the defaults.
+/// Parses the settings that may change while a sweep runs; keys without a text have their defaults.
 ///
 /// # Errors
-/// Every problem; the keys are named.
+/// Every problem; the messages name the keys.
 pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
     let raw = Raw::with_texts(texts);
     let mut reader = Reader { raw: &raw, problems: Vec::new() };
@@ -355,7 +356,7 @@ pub fn tuning_of(texts: &SweepTexts) -> Result<Tuning, Vec<Problem>> {
     }
 }
 
-/// Bounds as text by key.
+/// The texts of these bounds, by key.
 pub fn bound_texts(bounds: Bounds) -> [(String, String); 2] {
     let off = || "off".to_owned();
     [
@@ -364,8 +365,8 @@ pub fn bound_texts(bounds: Bounds) -> [(String, String); 2] {
     ]
 }
 
-/// Files and names of TLS. They mean nothing without it, and whoever gives them wants it: a URL that says otherwise is a
-/// mistake that would send a password in the clear.
+/// Reads the TLS settings. Giving one with a URL that does not ask for TLS is a problem: the password would be sent
+/// unencrypted by mistake.
 fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     let file = |text: &str| Ok::<_, String>(Some(text).filter(|t| !t.is_empty()).map(PathBuf::from));
     let cacert = reader.read("cacert", file);
@@ -377,7 +378,7 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
     if !wanted {
         for name in ["cacert", "cert", "sni", "insecure"] {
             if !matches!(reader.raw.get(name).0, "" | "false") {
-                reader.complain(name, "means nothing without TLS; write the URL as rediss://...");
+                reader.complain(name, "has no meaning without TLS; write the URL as rediss://...");
             }
         }
     }
@@ -386,7 +387,7 @@ fn resolve_tls(reader: &mut Reader<'_>, wanted: bool) -> Option<TlsSettings> {
         (None, None) => None,
         (cert, _) => {
             let (name, missing) = if cert.is_some() { ("cert", "key") } else { ("key", "cert") };
-            reader.complain(name, &format!("needs {missing} beside it: certificate and private key go together"));
+            reader.complain(name, &format!("needs {missing} too: certificate and private key go together"));
             return None;
         }
     };
@@ -399,7 +400,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Says what is wrong with a value that is right by itself.
+    /// Records a problem of a value that is valid by itself and wrong beside other settings. A flag names the key already.
     fn complain(&mut self, key: &str, why: &str) {
         let origin = self.raw.get(key).1.clone();
         let message = match origin {
@@ -487,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_in_a_url_that_was_typed_wins_over_environment_and_file() {
+    fn the_parts_of_a_typed_url_override_environment_and_file() {
         let mut raw = with(&[("url", "redis://ann:one@h/3")]);
         let env = |name: &str| Origin::Env(name.to_owned());
         raw.set("db", "0".to_owned(), env("TTLSWEEP_DB"));
@@ -522,7 +523,7 @@ mod tests {
         let user = |url| resolve(&with(&[("url", url), ("sentinel-user", "ann")]), None);
         for url in ["redis://h", "redis://h,i", "unix:///s"] {
             let problems = user(url).unwrap_err();
-            assert!(problems[0].to_string().starts_with("--sentinel-user: means nothing without sentinels"), "{url}");
+            assert!(problems[0].to_string().starts_with("--sentinel-user: has no meaning without sentinels"), "{url}");
         }
         assert_eq!(user("redis+sentinel://h/m").unwrap().sentinel_credentials.user.as_deref(), Some("ann"));
     }

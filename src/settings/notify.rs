@@ -1,4 +1,4 @@
-//! `[notify]`: who is told of what went wrong.
+//! `[notify]`: the webhook that is notified of what went wrong.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,37 +11,37 @@ use crate::model::task::words;
 use crate::settings::table::Table;
 use crate::settings::values::positive_duration;
 
-/// What the body of a request looks like.
+/// The form of a notification's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// Everything that is known, as an object of our own.
+    /// An object of our own with everything that is known.
     Json,
-    /// `{"text": ...}`, which Slack, Mattermost, Rocket.Chat and Google Chat take.
+    /// `{"text": ...}`, for Slack, Mattermost, Rocket.Chat and Google Chat.
     Slack,
-    /// `{"content": ...}`.
+    /// `{"content": ...}`, for Discord.
     Discord,
-    /// A card, which a workflow of Microsoft Teams takes.
+    /// An adaptive card, for a workflow of Microsoft Teams.
     Teams,
 }
 
 words!(Format, "format", Json = "json", Slack = "slack", Discord = "discord", Teams = "teams");
 
-/// Where to, in which form, and of what.
+/// The checked settings of `[notify]`.
 #[derive(Debug, Clone)]
 pub struct NotifySettings {
-    /// Where to post. Who knows the address of a chat's webhook may post there too.
+    /// URL of the webhook. It is a secret: with many chats whoever knows it may post there.
     pub url: SecretString,
     /// The form of the body.
     pub format: Format,
-    /// With what a request is signed, if it is.
+    /// The secret that requests are signed with; `None`: they are not signed.
     pub secret: Option<SecretString>,
-    /// What is told.
+    /// The kinds of events to report.
     pub events: Vec<EventKind>,
-    /// How long an instance may be without a complete sweep, where it says nothing else.
+    /// How long an instance may be without a complete sweep, unless it has a limit of its own.
     pub not_swept_for: Duration,
 }
 
-/// Reads the table. `Some(None)`: nobody is told anything.
+/// Reads the table. `Some(None)`: no notifications are sent. `None`: the table has problems.
 pub(super) fn read(table: &Table<'_>) -> Option<Option<NotifySettings>> {
     let named = ["url", "url-env", "url-file"].into_iter().filter(|key| table.has(key)).collect::<Vec<_>>();
     if let [_, second, ..] = named[..] {
@@ -50,13 +50,13 @@ pub(super) fn read(table: &Table<'_>) -> Option<Option<NotifySettings>> {
     let url = table.optional("url", |text| is_url(text).map(|()| SecretString::from(text)));
     let url = url.or(table.secret("url-env", "url-file", is_url));
     let format = table.read("format", |text| {
-        Format::from_str(text).map_err(|_| format!("`{text}` is none of {}", listed(Format::ALL)))
+        Format::from_str(text).map_err(|_| format!("`{text}` is not one of {}", listed(Format::ALL)))
     });
     let secret = table.secret("secret-env", "secret-file", is_key);
     let events = table.read("events", |text| {
         let words = text.split(',').filter(|word| !word.is_empty());
         let known = |word: &str| {
-            EventKind::from_str(word).map_err(|_| format!("`{word}` is none of {}", listed(EventKind::ALL)))
+            EventKind::from_str(word).map_err(|_| format!("`{word}` is not one of {}", listed(EventKind::ALL)))
         };
         words.map(known).collect::<Result<Vec<_>, _>>()
     });
@@ -73,10 +73,10 @@ fn is_url(text: &str) -> Result<(), String> {
     }
 }
 
-/// What a secret with this in front is, the rest of it says in base64, as other webhooks have it.
+/// A secret with this prefix is base64 of the signing key, as the Standard Webhooks specification has it.
 pub const KEY_PREFIX: &str = "whsec_";
 
-/// The bytes to sign with; `None` where the text says that it is base64 and is not.
+/// The key to sign with. `None`: the secret has the prefix, and the rest of it is not base64.
 pub fn signing_key(secret: &str) -> Option<Vec<u8>> {
     use base64::Engine as _;
     match secret.strip_prefix(KEY_PREFIX) {
@@ -86,7 +86,7 @@ pub fn signing_key(secret: &str) -> Option<Vec<u8>> {
 }
 
 fn is_key(secret: &str) -> Result<(), String> {
-    signing_key(secret).map(drop).ok_or_else(|| format!("what stands behind {KEY_PREFIX} is not base64"))
+    signing_key(secret).map(drop).ok_or_else(|| format!("what follows {KEY_PREFIX} is not base64"))
 }
 
 fn listed(words: &[impl fmt::Display]) -> String {

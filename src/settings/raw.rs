@@ -1,10 +1,10 @@
-//! What was typed, and where: text by key, in layers. Nothing here knows what a value means.
+//! Settings as text by key, in layers, each with where it came from. Values are not parsed here.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Every key, in the order in which `default.toml` explains them.
+/// Every key of a sweep's settings, in the order in which `settings show` prints them.
 pub const KEYS: &[&str] = &[
     "url",
     "user",
@@ -49,7 +49,7 @@ pub const KEYS: &[&str] = &[
     "state",
 ];
 
-/// The keys that say where an instance is, who we are there and where records go, not how to sweep.
+/// The keys for the address of an instance, the credentials and the state file: they do not say how to sweep.
 pub const PLACE_KEYS: &[&str] = &[
     "url",
     "user",
@@ -83,32 +83,32 @@ pub const TUNE_KEYS: &[&str] = &[
     "abort-replica-lag",
 ];
 
-/// The keys that make a task keep a bound, where one of them is not `off`.
+/// The bounds: a task whose settings have one that is not `off` is a keep run.
 pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
 
-/// The defaults, as text that people read.
+/// The text of `default.toml`, with its comments.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// Where a value came from. A later layer wins.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// `default.toml`.
+    /// A default of `default.toml`.
     Default,
-    /// A settings file.
+    /// A line of a settings file.
     File {
-        /// Its path.
+        /// Path of the file as it was given.
         path: PathBuf,
-        /// The line, counted from 1.
+        /// Line in the file, counted from 1.
         line: usize,
     },
-    /// The environment.
+    /// The environment variable of this name.
     Env(String),
-    /// The command line.
+    /// The command line: the flag with its dashes, or `URL`.
     Flag(String),
 }
 
 impl Origin {
-    /// Whether what stands here wins over what stands there. Of two in the same layer neither does.
+    /// Whether a value from this origin overrides one from the other. In the same layer neither does.
     pub fn is_above(&self, other: &Self) -> bool {
         let layer = |origin: &Self| match origin {
             Self::Default => 0,
@@ -131,12 +131,12 @@ impl fmt::Display for Origin {
     }
 }
 
-/// One thing that is wrong with the settings.
+/// A problem of the settings or of the arguments.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Problem {
-    /// Where it stands.
+    /// Where the value came from; `None`: the problem is not one of a single value.
     pub origin: Option<Origin>,
-    /// What is wrong and what would be right.
+    /// What is wrong, and what a valid value looks like.
     pub message: String,
 }
 
@@ -149,17 +149,17 @@ impl fmt::Display for Problem {
     }
 }
 
-/// The values in force, as text, each with its origin.
+/// The value in force of each key, as text, with its origin.
 #[derive(Debug, Clone, Default)]
 pub struct Raw {
     values: BTreeMap<&'static str, (String, Origin)>,
 }
 
 impl Raw {
-    /// The defaults.
+    /// The values of `default.toml`.
     ///
     /// # Panics
-    /// If `default.toml` is broken, which a test excludes.
+    /// If `default.toml` is invalid; a test makes sure that it is not.
     pub fn defaults() -> Self {
         let mut raw = Self::default();
         let problems = raw.add_toml(DEFAULT_TOML, |_| Origin::Default);
@@ -167,10 +167,10 @@ impl Raw {
         raw
     }
 
-    /// Adds a settings file. Keys that mean nothing are problems, with the nearest key as advice.
+    /// Overrides the values by those of a settings file. An unknown key is a problem whose message names the nearest key.
     ///
     /// # Errors
-    /// All that is wrong with it.
+    /// Every problem of the file.
     pub fn add_file(&mut self, path: &Path) -> Result<(), Vec<Problem>> {
         let whole = |message| vec![Problem { origin: None, message: format!("{}: {message}", path.display()) }];
         let text = std::fs::read_to_string(path).map_err(|e| whole(format!("cannot read it: {e}")))?;
@@ -178,27 +178,27 @@ impl Raw {
         if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 
-    /// Sets one value, over what was there.
+    /// Replaces the value of one key, and its origin.
     pub fn set(&mut self, key: &'static str, value: String, origin: Origin) {
         self.values.insert(key, (value, origin));
     }
 
-    /// A value with its origin.
+    /// The value in force of a key, with its origin.
     ///
     /// # Panics
-    /// For a key that is not in [`KEYS`]: `default.toml` gives every one of those a value.
+    /// If the key is not one of [`KEYS`]; `default.toml` has a value for each of those.
     pub fn get(&self, key: &str) -> (&str, &Origin) {
         let (value, origin) = &self.values[key];
         (value, origin)
     }
 
-    /// The values that say how to sweep, without those that say where and who.
+    /// The values that say how to sweep: all but those of [`PLACE_KEYS`].
     pub fn sweep_texts(&self) -> BTreeMap<String, String> {
         let sweep = self.values.iter().filter(|(key, _)| !PLACE_KEYS.contains(key));
         sweep.map(|(key, (value, _))| ((*key).to_owned(), value.clone())).collect()
     }
 
-    /// The defaults, with texts as [`Raw::sweep_texts`] gives them over them. Keys that mean nothing here are left out.
+    /// The defaults, overridden by texts such as [`Raw::sweep_texts`] returns. Unknown keys and those of [`PLACE_KEYS`] are ignored.
     pub fn with_texts(texts: &BTreeMap<String, String>) -> Self {
         let mut raw = Self::defaults();
         for (key, text) in texts {
@@ -209,7 +209,7 @@ impl Raw {
         raw
     }
 
-    /// The key by its name, where there is one.
+    /// The key with this name, if there is one.
     pub fn key(name: &str) -> Option<&'static str> {
         KEYS.iter().copied().find(|key| *key == name)
     }
@@ -258,17 +258,17 @@ pub(super) fn scalar_text(value: &toml::de::DeValue<'_>) -> Option<String> {
     }
 }
 
-/// Tables of a settings file of the daemon.
+/// Tables that only a settings file of the daemon has.
 const DAEMON_TABLES: [&str; 4] = ["api", "store", "tasks", "instances"];
 
 fn unknown_key(key: &str) -> String {
     if DAEMON_TABLES.contains(&key) {
-        return format!("`{key}` belongs in a settings file of `ttlsweep serve`; one of a sweep is another file");
+        return format!("`{key}` belongs in a settings file of `ttlsweep serve`, and this is one of a single sweep");
     }
     let dashed = key.replace('_', "-").to_lowercase();
     match KEYS.iter().find(|k| **k == dashed || k.starts_with(&dashed) || dashed.starts_with(*k)) {
         Some(near) => format!("`{key}` is not a setting; did you mean `{near}`?"),
-        None => format!("`{key}` is not a setting; `ttlsweep settings show` lists all"),
+        None => format!("`{key}` is not a setting; `ttlsweep settings show` lists them all"),
     }
 }
 

@@ -1,7 +1,7 @@
-//! The settings of the daemon: one TOML file, read once at the start and again at each reload.
+//! The settings of the daemon: a TOML file with the files that it includes, read at the start and at each reload.
 //!
-//! Defaults live in `serve.toml` and, for how an instance is swept, in `default.toml`. All problems of a file are
-//! reported at once, each with its line.
+//! The defaults are in `serve.toml` and, for how an instance is swept, in `default.toml`. All problems are reported
+//! together, each with its line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -28,7 +28,7 @@ use crate::settings::values::{
 };
 use crate::settings::{self, COUNT_RANGE, GivenPassword, Settings, password_in_env, positive_duration};
 
-/// The defaults, as text that people read.
+/// The text of `serve.toml`, with its comments.
 pub const SERVE_TOML: &str = include_str!("serve.toml");
 
 /// Longest interval of the automatic scan in seconds, by the contract: 43200 minutes.
@@ -36,88 +36,88 @@ pub const MAX_INTERVAL_S: u32 = 43_200 * 60;
 /// Longest timeout of the automatic scan in seconds, by the contract: 86400 minutes.
 pub const MAX_TIMEOUT_S: u32 = 86_400 * 60;
 
-/// Everything that the daemon is told.
+/// The valid settings of a daemon.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
-    /// Who may ask, and where.
+    /// Address, TLS and credentials of the API.
     pub api: ApiSettings,
-    /// Where records are kept.
+    /// Where the records are, and how long ended tasks are kept.
     pub store: StoreSettings,
-    /// This daemon among others on the same records.
+    /// Name, labels and lease among the daemons that share a database.
     pub daemon: DaemonSettings,
-    /// Sweeps at once over all instances.
+    /// Most sweeps at the same time of this daemon.
     pub at_once: usize,
-    /// Sweeps at once over all daemons that share the records; `None`: no bound.
+    /// Most sweeps at the same time of all daemons that share a database; `None`: no bound.
     pub at_once_of_all: Option<usize>,
-    /// Who is told of what went wrong, if anybody.
+    /// The webhook; `None`: no notifications.
     pub notify: Option<NotifySettings>,
-    /// How often each instance is forecast; zero: on request only.
+    /// Time between two forecasts of an instance; zero: on request only.
     pub forecast_every: Duration,
-    /// The automatic scan where nobody has set anything.
+    /// The automatic scan of an instance for which neither the file nor the API sets one.
     pub auto_scan: AutoScan,
-    /// The instances, in the order of the file.
+    /// The instances, in the order of the files.
     pub instances: Vec<Arc<Instance>>,
-    /// A hash of the file and of those that it includes, to find daemons with other settings.
+    /// Hash of the file and those that it includes, in hexadecimal digits: daemons compare theirs.
     pub hash: String,
 }
 
 impl ServeSettings {
-    /// An instance by its id.
+    /// The instance with this id.
     pub fn instance(&self, id: &str) -> Option<&Arc<Instance>> {
         self.instances.iter().find(|instance| instance.id == id)
     }
 }
 
-/// `[api]`
+/// The table `[api]`: address, TLS, limits and credentials.
 #[derive(Debug, Clone)]
 pub struct ApiSettings {
     /// Address and port to listen on.
     pub listen: SocketAddr,
-    /// Certificate chain and key, for TLS.
+    /// PEM files with the certificate chain and the private key; `None`: plain HTTP.
     pub tls: Option<(PathBuf, PathBuf)>,
-    /// Where the file names those two.
+    /// Lines of `tls-cert` and `tls-key` in the file.
     pub lines: Lines,
-    /// Connections at once.
+    /// Most open connections of clients.
     pub max_connections: usize,
-    /// Bound on receiving a request and on answering it.
+    /// Longest time to receive a request, and to answer it.
     pub request_timeout: Duration,
-    /// `[[api.tokens]]`
+    /// The tokens of `[[api.tokens]]`.
     pub tokens: Vec<Token>,
-    /// `[[api.keys]]`
+    /// The key pairs of `[[api.keys]]`.
     pub keys: Vec<AccessKey>,
 }
 
 impl ApiSettings {
-    /// Whether anybody who can connect may do everything: only on a loopback address.
+    /// Whether there are no credentials, so that everybody who can connect may do everything. Valid only with a loopback address.
     pub fn is_open(&self) -> bool {
         self.tokens.is_empty() && self.keys.is_empty()
     }
 }
 
-/// What a caller may do.
+/// What a caller of the API may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// Look.
+    /// Read everything of its projects.
     Reader,
-    /// Look and command.
+    /// Read, and change everything of its projects.
     Operator,
 }
 
 words!(Role, "role", Reader = "reader", Operator = "operator");
 
-/// Who a caller is and what that allows.
+/// The rights of a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
-    /// The name that logs show.
+    /// Name of the credential, for logs.
     pub name: String,
-    /// What it may do.
+    /// What a caller with it may do.
     pub role: Role,
-    /// In which projects; `None`: in all.
+    /// The projects that it is for; `None`: all.
     pub projects: Option<BTreeSet<String>>,
 }
 
 impl Grant {
-    /// Whether a project may be seen.
+    /// Whether it is for this project.
     pub fn allows(&self, project: &str) -> bool {
         self.projects.as_ref().is_none_or(|projects| projects.contains(project))
     }
@@ -126,99 +126,99 @@ impl Grant {
 /// A token that callers send in `X-Auth-Token`. Only its hash is kept.
 #[derive(Debug, Clone)]
 pub struct Token {
-    /// SHA-256 of the token.
+    /// SHA-256 of the token, which itself is not stored.
     pub sha256: [u8; 32],
-    /// After this it is no longer accepted.
+    /// When it expires; `None`: never.
     pub expires: Option<Timestamp>,
-    /// Whose it is.
+    /// What a caller with it may do, and where.
     pub grant: Grant,
 }
 
-/// A key pair with which callers sign.
+/// A key pair that callers sign requests with.
 #[derive(Debug, Clone)]
 pub struct AccessKey {
-    /// The public half.
+    /// The access key, sent with each request.
     pub access: String,
-    /// The secret half.
+    /// The secret key, never sent.
     pub secret: SecretString,
-    /// Whose it is.
+    /// What a caller with it may do, and where.
     pub grant: Grant,
 }
 
-/// `[daemon]`
+/// The table `[daemon]`: this daemon among those that share a database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DaemonSettings {
-    /// What the others call it; `None`: the name of its host.
+    /// Name among the daemons; `None`: the host name.
     pub name: Option<String>,
-    /// What its network reaches.
+    /// Labels of what its network reaches: it sweeps the instances whose `where` is one of these, and those without.
     pub labels: Vec<String>,
-    /// How long its tasks are its own after it was last heard of.
+    /// How long its tasks stay its own after its last heartbeat.
     pub lease: Duration,
 }
 
-/// Shortest lease: each renewal is a round trip to a database that others use too.
+/// Shortest valid lease: each renewal is a round trip to a database that others use too.
 const SHORTEST_LEASE: Duration = Duration::from_secs(2);
 
-/// `[store]`
+/// The table `[store]`: where the records are, and how long ended tasks are kept.
 #[derive(Debug, Clone)]
 pub struct StoreSettings {
-    /// Where the records are.
+    /// The file or database of the records.
     pub location: StoreLocation,
-    /// Ended tasks are kept for this long.
+    /// How long ended tasks are kept.
     pub keep_for: Duration,
-    /// At most this many ended tasks are kept.
+    /// How many ended tasks are kept.
     pub keep_tasks: u32,
 }
 
-/// One of `[[instances]]`.
+/// One instance of `[[instances]]`.
 #[derive(Debug, Clone)]
 pub struct Instance {
-    /// The id by which the API addresses it.
+    /// Id in the API and in the records.
     pub id: String,
-    /// The project that it belongs to.
+    /// Id of the project that it belongs to.
     pub project_id: String,
-    /// What people call it.
+    /// Name to show; the id if the file has none.
     pub name: String,
-    /// Where it is and how it is swept.
+    /// Its address and how it is swept.
     pub settings: Settings,
-    /// When a scheduled sweep may run; `None`: always.
+    /// When a scheduled sweep or a keep run may run; `None`: always.
     pub window: Option<Window>,
-    /// The bounds that it is kept to, until the API sets others; none: it is not kept.
+    /// The bounds to keep, unless the API has set others.
     pub keep: Bounds,
-    /// The automatic scan until the API sets another one.
+    /// The automatic scan, unless the API has set another one.
     pub auto_scan: AutoScan,
-    /// How large a backlog must be for a due scan to begin.
+    /// Smallest backlog for which a due scan begins; `None`: it always does.
     pub min_backlog: Option<BacklogSize>,
-    /// The label that a daemon needs to reach it; empty: each daemon does.
+    /// The label (`where`) that a daemon needs to sweep it; empty: none.
     pub place: String,
-    /// How long it may be without a complete sweep before somebody is told, where it is not as long as for the others.
+    /// How long it may be without a complete sweep before that is reported; `None`: as long as `[notify]` says.
     pub not_swept_for: Option<Duration>,
-    /// Where the file gives those of its settings that `scan` knows too.
+    /// Lines of its settings in the file.
     pub lines: Lines,
 }
 
-/// Where in the file settings stand, for problems that are found later than by reading it.
+/// File and line of each setting, for problems that are found after the file was read.
 pub type Lines = BTreeMap<&'static str, Origin>;
 
-/// Reads and checks a settings file. `look_further` finds what is wrong with the files that it names.
+/// Reads and checks a settings file. `check_files` checks the TLS files that the settings name.
 ///
 /// # Errors
-/// Every problem of it.
+/// Every problem of the settings and of those files.
 pub fn load(
     path: &Path,
-    look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>,
+    check_files: impl FnOnce(&ServeSettings) -> Vec<Problem>,
 ) -> Result<ServeSettings, Vec<Problem>> {
-    read(File::read(path)?, look_further)
+    read(File::read(path)?, check_files)
 }
 
-fn read(file: File, look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>) -> Result<ServeSettings, Vec<Problem>> {
+fn read(file: File, check_files: impl FnOnce(&ServeSettings) -> Vec<Problem>) -> Result<ServeSettings, Vec<Problem>> {
     let settings = file.root().and_then(|root| {
         let defaults = File::new(Path::new("serve.toml"), SERVE_TOML.to_owned());
         let defaults = defaults.root()?;
         Reader { file: &file, defaults: &defaults }.all(&root)
     });
     if let Some(settings) = &settings {
-        file.add_problems(look_further(settings));
+        file.add_problems(check_files(settings));
     }
     let problems = file.into_problems();
     match settings {
@@ -227,33 +227,33 @@ fn read(file: File, look_further: impl FnOnce(&ServeSettings) -> Vec<Problem>) -
     }
 }
 
-/// Settings of a sweep made again from their texts, for an instance that is known.
+/// The settings of an instance, with how it is swept made from these texts.
 ///
 /// # Errors
-/// Every problem; the keys are named.
+/// Every problem; the messages name the keys.
 pub fn with_texts(instance: &Settings, texts: &SweepTexts) -> Result<Settings, Vec<Problem>> {
     let mut raw = Raw::with_texts(texts);
-    // The daemon always has a state file.
+    // `assist-expiry` needs a state file, and the daemon always has its store.
     raw.set("state", "the daemon's".to_owned(), Origin::Default);
     let made = settings::resolve(&raw, None)?;
     Ok(Settings { scan: made.scan, sweep_texts: made.sweep_texts, ..instance.clone() })
 }
 
-/// Settings of a keep run of an instance.
+/// The settings of an instance for a keep run with these bounds.
 ///
 /// # Errors
 /// As [`with_texts`].
-pub fn kept(instance: &Settings, bounds: Bounds) -> Result<Settings, Vec<Problem>> {
+pub fn with_bounds(instance: &Settings, bounds: Bounds) -> Result<Settings, Vec<Problem>> {
     let mut texts = SweepTexts::clone(&instance.sweep_texts);
     texts.extend(settings::bound_texts(bounds));
     with_texts(instance, &texts)
 }
 
-/// What was met in the files so far, to find what is named twice.
+/// The ids and addresses of the instances read so far, to find duplicates.
 #[derive(Default)]
 struct Known {
     ids: BTreeSet<String>,
-    /// The instance at each address.
+    /// The id of the instance at each address.
     targets: BTreeMap<String, String>,
 }
 
@@ -320,7 +320,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// `[[instances]]` of one file, beside those of the files before it.
+    /// Reads `[[instances]]` of one file and adds them to those of the files before it.
     fn instances<'b>(&'b self, root: &Table<'b>, instances: &mut Vec<Arc<Instance>>, known: &mut Known)
     where
         'a: 'b,
@@ -334,10 +334,11 @@ impl<'a> Reader<'a> {
             }
             let other = known.targets.insert(instance.settings.target.to_string(), instance.id.clone());
             if let Some(other) = other {
-                let message = format!("url: the instance `{other}` is at the same address: two sweeps at once");
+                let message =
+                    format!("url: the instance `{other}` has the same address: it would be swept twice at once");
                 table.complain("url", message);
             }
-            // Most are swept alike: ten thousand copies of the same texts would be most of what a daemon holds.
+            // Most instances have the same texts, which are shared: ten thousand copies would be most of the daemon's memory.
             let texts = instances.last().map(|other: &Arc<Instance>| &other.settings.sweep_texts);
             if let Some(texts) = texts.filter(|texts| **texts == instance.settings.sweep_texts) {
                 instance.settings.sweep_texts = texts.clone();
@@ -371,7 +372,7 @@ impl<'a> Reader<'a> {
         let request_timeout = table.read("request-timeout", positive_duration);
         let (tokens, keys) = (table.list("tokens"), table.list("keys"));
         // An invalid credential still counts: a typo must not open the API to everybody.
-        let nobody = tokens.is_empty() && keys.is_empty();
+        let is_open = tokens.is_empty() && keys.is_empty();
         let tokens: Vec<_> = tokens.iter().filter_map(Self::token).collect();
         let keys: Vec<_> = keys.iter().filter_map(Self::access_key).collect();
         table.no_more();
@@ -393,7 +394,7 @@ impl<'a> Reader<'a> {
             tokens,
             keys,
         };
-        if nobody && !api.listen.ip().is_loopback() {
+        if is_open && !api.listen.ip().is_loopback() {
             let message = format!(
                 "listen: {} can be reached by others, and no credentials are configured: add [[api.tokens]] or \
                  [[api.keys]], or listen on 127.0.0.1",
@@ -443,7 +444,7 @@ impl<'a> Reader<'a> {
         let password = table.secret("password-env", "password-file", |_| Ok(()));
         let journal = table.read("journal", |text| some_text(text).map(PathBuf::from))?;
         if table.has("path") && table.has("url") {
-            table.complain("path", "path: is short for a url of sqlite, and both stand here");
+            table.complain("path", "path: is short for url = \"sqlite:FILE\"; give one of path and url");
         }
         let location = table.optional("url", |text| StoreLocation::parse(text, password.as_ref(), &journal));
         let keep_for = table.read("keep-for", |text| match text.strip_suffix('d').map(str::parse::<u64>) {
@@ -497,10 +498,10 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// The keys that `ttlsweep scan` knows too.
+    /// Reads the settings that `ttlsweep scan` has too.
     fn sweep(&self, table: &Table<'a>, password: Option<GivenPassword>) -> Option<(Settings, Lines)> {
         let mut raw = Raw::defaults();
-        // The daemon always has a state file; it is not the instance's to choose.
+        // `assist-expiry` needs a state file, and the daemon always has its store; an instance cannot choose one.
         raw.set("state", "the daemon's".to_owned(), Origin::Default);
         let mut lines = Lines::new();
         if !table.has("url") {
@@ -512,7 +513,7 @@ impl<'a> Reader<'a> {
             };
             match scalar_text(value) {
                 _ if BOUND_KEYS.contains(&known) => {
-                    self.file.problem(offset, format!("{known}: belongs into the table [instances.keep]"));
+                    self.file.problem(offset, format!("{known}: belongs in the table [instances.keep]"));
                 }
                 Some(text) => {
                     lines.insert(known, self.file.origin(offset));
@@ -542,7 +543,7 @@ impl<'a> Reader<'a> {
         let (enabled, interval_s, timeout_s, zone) = (enabled?, interval_s?, timeout_s?, zone?);
         let recurrence = match cron {
             Some(_) if table.has("first-scan-at") || table.has("interval") => {
-                table.complain("cron", "cron: goes without first-scan-at and interval");
+                table.complain("cron", "cron: takes the place of first-scan-at and interval; give one or the other");
                 return None;
             }
             Some(expression) => match CronRule::parse(&expression, zone) {
@@ -558,7 +559,7 @@ impl<'a> Reader<'a> {
             Recurrence::Every { first: None, .. } if enabled => {
                 table.complain("enabled", "enabled: needs first-scan-at and interval, or cron");
             }
-            // The contract's rule: a scan that takes longer than two intervals would never let the next one begin.
+            // The contract's rule for `timeout` and `interval`.
             Recurrence::Every { interval_s, .. } if timeout_s < 2 || timeout_s / 2 < *interval_s => {
                 table.complain("timeout", "timeout: must be at least twice the interval, and at least 2s");
             }

@@ -1,4 +1,4 @@
-//! Where the records are kept: one file of one process, or a database that several daemons share.
+//! Where the records are: an SQLite file of one process, or a PostgreSQL database that several daemons share.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,25 +7,25 @@ use std::str::FromStr;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-/// Where the records are kept.
+/// The file or database that holds the records.
 #[derive(Debug, Clone)]
 pub enum StoreLocation {
-    /// An SQLite file.
+    /// The path of an SQLite file.
     Sqlite(PathBuf),
-    /// A PostgreSQL database.
+    /// A PostgreSQL database, which daemons may share.
     Postgres {
-        /// Which one.
+        /// URL of the database, with its password if it was given.
         url: PostgresUrl,
-        /// The folder of the batch journals of this daemon.
+        /// Folder for the batch journals.
         journal: PathBuf,
     },
 }
 
 impl StoreLocation {
-    /// Reads `sqlite:PATH` or `postgres://...`.
+    /// Parses `sqlite:PATH` or `postgres://...`.
     ///
     /// # Errors
-    /// Why it is neither.
+    /// A sentence that says why the text is neither, without a password.
     pub fn parse(text: &str, password: Option<&SecretString>, journal: &Path) -> Result<Self, String> {
         if let Some(path) = text.strip_prefix("sqlite:") {
             let path = path.strip_prefix("//").unwrap_or(path);
@@ -38,7 +38,7 @@ impl StoreLocation {
         Ok(Self::Postgres { url, journal: journal.to_owned() })
     }
 
-    /// Whether both are the same place.
+    /// Whether both are the same file, or the same URL and journal folder.
     pub fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Sqlite(one), Self::Sqlite(other)) => one == other,
@@ -59,20 +59,21 @@ impl fmt::Display for StoreLocation {
     }
 }
 
-/// A `postgres://` URL. What libpq reads from it is read: `sslmode`, `sslrootcert`, `application_name` and others as parameters; what
-/// it lacks comes from the `PG...` variables and `~/.pgpass`. Shown without its password.
+/// A `postgres://` URL. It takes the parameters of libpq, such as `sslmode`, `sslrootcert` and `application_name`; what it lacks comes
+/// from the `PG...` variables and `~/.pgpass`. `Display` and `Debug` show it without its password.
 #[derive(Clone)]
 pub struct PostgresUrl(SecretString);
 
 impl PostgresUrl {
-    /// The URL with everything in it.
+    /// The whole URL, with its password.
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
     }
 
     fn with_password(self, password: Option<&SecretString>) -> Self {
         let (Some(password), Ok(mut url)) = (password, Url::parse(self.expose())) else { return self };
-        // Fails for URLs without a host, which name a socket's folder by a parameter: there it is a parameter too.
+        // Setting it fails for URLs without a host, which name the folder of a socket by a parameter: these take the password as a
+        // parameter too.
         if url.set_password(Some(password.expose_secret())).is_err() {
             url.query_pairs_mut().append_pair("password", password.expose_secret());
         }
@@ -96,7 +97,7 @@ impl FromStr for PostgresUrl {
     }
 }
 
-/// A text that may hold a password, as far as it may be shown.
+/// The part of an invalid URL that an error may show: an `@` means that a password may follow the first colon.
 fn hide(text: &str) -> &str {
     if text.contains('@') { text.split(':').next().unwrap_or_default() } else { text }
 }

@@ -1,4 +1,4 @@
-//! Reads tables of a settings file: each value with its line, every problem kept, unknown keys found.
+//! Reads the tables of a settings file: knows the line of each value, collects every problem, finds unknown keys.
 
 use std::cell::RefCell;
 use std::fmt::Display;
@@ -10,18 +10,18 @@ use toml::de::{DeTable, DeValue};
 use crate::settings::raw::{KEYS, Origin, Problem, scalar_text};
 use crate::settings::values::read_password;
 
-/// One file while it is read: collects what is wrong with it.
+/// One file while it is read, with the problems found so far.
 #[derive(Debug)]
 pub(super) struct File {
     path: PathBuf,
     text: String,
-    /// Where each line ends.
+    /// Offset of the end of each line, in bytes.
     ends: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
 }
 
 impl File {
-    /// Reads a file.
+    /// Reads the text of a file; it is not parsed yet.
     pub(super) fn read(path: &Path) -> Result<Self, Vec<Problem>> {
         let text = std::fs::read_to_string(path)
             .map_err(|e| vec![Problem { origin: None, message: format!("cannot read {}: {e}", path.display()) }])?;
@@ -37,7 +37,7 @@ impl File {
         &self.text
     }
 
-    /// The files that a pattern such as `instances.d/*.toml` names, as seen from this one's folder, in the order of their names.
+    /// The files that match a pattern such as `instances.d/*.toml`, relative to the folder of this file, sorted by name.
     pub(super) fn included(&self, pattern: &str) -> Result<Vec<PathBuf>, String> {
         let folder = self.path.parent().unwrap_or(Path::new(""));
         let pattern = folder.join(pattern);
@@ -59,14 +59,14 @@ impl File {
         self.problems.borrow_mut().extend(problems);
     }
 
-    /// Everything that was wrong, in the order of the lines.
+    /// All problems, in the order of their lines.
     pub(super) fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.into_inner();
         problems.sort_by(|a, b| a.origin.cmp(&b.origin));
         problems
     }
 
-    /// The whole file as a table; `None` with a problem where it is no TOML.
+    /// The file parsed as a table; `None` with a problem if it is not valid TOML.
     pub(super) fn root(&self) -> Option<DeTable<'_>> {
         match DeTable::parse(&self.text) {
             Ok(table) => Some(table.into_inner()),
@@ -78,13 +78,14 @@ impl File {
     }
 }
 
-/// One table of a file over the table with its defaults.
+/// One table of a file, with the table of its defaults.
 pub(super) struct Table<'a> {
     file: &'a File,
     name: String,
     offset: usize,
     own: Option<&'a DeTable<'a>>,
     defaults: Option<&'a DeTable<'a>>,
+    /// The keys that were read, to find the unknown ones.
     asked: RefCell<Vec<&'static str>>,
 }
 
@@ -109,17 +110,17 @@ impl<'a> Table<'a> {
         self.own.is_some_and(|own| own.contains_key(key))
     }
 
-    /// Where in the file a key stands, else where its table begins.
+    /// Offset of a key in the file, in bytes; of its table if the file does not have the key.
     pub(super) fn offset_of(&self, key: &str) -> usize {
         self.own.and_then(|own| own.get_key_value(key)).map_or(self.offset, |(key, _)| key.span().start)
     }
 
-    /// The same as people read it.
+    /// File and line of [`Self::offset_of`].
     pub(super) fn origin_of(&self, key: &str) -> Origin {
         self.file.origin(self.offset_of(key))
     }
 
-    /// Reads a value; `None` with a problem where it is wrong, or missing without a default.
+    /// Reads a value; `None` with a problem if it is invalid, or missing without a default.
     pub(super) fn read<T, E: Display>(&self, key: &'static str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
         self.asked.borrow_mut().push(key);
         let value = self.own.and_then(|own| own.get(key)).or_else(|| self.defaults.and_then(|d| d.get(key)));
@@ -151,7 +152,8 @@ impl<'a> Table<'a> {
         if scalar_text(value.get_ref()).is_some_and(|text| text.is_empty()) { None } else { self.read(key, parse) }
     }
 
-    /// A secret by the name of an environment variable or of a file, whose first line it is; never in the settings file itself.
+    /// Reads a secret from the environment variable that `env` names or from the first line of the file that `file` names. A settings
+    /// file never holds the secret itself.
     pub(super) fn secret(
         &self,
         env: &'static str,
@@ -171,7 +173,7 @@ impl<'a> Table<'a> {
         from_env.or(from_file)
     }
 
-    /// A table inside this one.
+    /// The table of this name inside this one.
     pub(super) fn sub(&self, key: &'static str, defaults: Option<&'a DeTable<'a>>) -> Table<'a> {
         self.asked.borrow_mut().push(key);
         let own = self.own.and_then(|own| own.get(key));
@@ -195,7 +197,7 @@ impl<'a> Table<'a> {
         };
         let tables = items.iter().filter_map(|item| match item.get_ref() {
             DeValue::Table(table) => {
-                // The parser gives an array's table no span of its own that is worth showing; its first key has one.
+                // The span that the parser gives a table of an array is not its first line; that of its first key is.
                 let offset = table.iter().map(|(key, _)| key.span().start).min().unwrap_or(item.span().start);
                 Some(Table::new(self.file, key, offset, Some(table), None))
             }
@@ -207,7 +209,7 @@ impl<'a> Table<'a> {
         tables.collect()
     }
 
-    /// Calls `take` for each key that nobody asked for; what it does not want is a problem.
+    /// Calls `take` for each key that was not read yet. Where it returns false the key is a problem.
     pub(super) fn rest(&self, mut take: impl FnMut(&str, &DeValue<'_>, usize) -> bool) {
         let Some(own) = self.own else { return };
         for (key, value) in own {
@@ -237,12 +239,12 @@ impl<'a> Table<'a> {
         }
     }
 
-    /// Every key must have been asked for.
+    /// Makes every key that was not read a problem.
     pub(super) fn no_more(&self) {
         self.rest(|_, _, _| false);
     }
 
-    /// Says that something is wrong at a key.
+    /// Records a problem at the line of a key.
     pub(super) fn complain(&self, key: &str, message: impl Into<String>) {
         self.file.problem(self.offset_of(key), message);
     }

@@ -1,4 +1,4 @@
-//! What a setting's text means by itself, and how a value is shown. Errors are sentences that show the right form.
+//! Parsers for the texts of single settings, and how their values are shown. Errors are sentences that show a valid form.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use crate::model::shard::DbIndex;
 use crate::model::target::Password;
 use crate::model::throttle::{Limit, Limits};
 
-/// Reads `off`, `auto`, or a value.
+/// Parses `off`, `auto`, or a value.
 pub(super) fn limit<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Limit<T>, String>
 where
     E: fmt::Display,
@@ -27,7 +27,7 @@ where
     }
 }
 
-/// Reads `off`, or a value.
+/// Parses `off` (`None`), or a value.
 pub(super) fn unless_off<T, E>(value: impl Fn(&str) -> Result<T, E>) -> impl Fn(&str) -> Result<Option<T>, String>
 where
     E: fmt::Display,
@@ -38,10 +38,10 @@ where
     }
 }
 
-/// Bytes with a unit of 1024: `65536`, `512KiB`, `64MiB`, `1GiB`.
+/// Parses a number of bytes, with a binary unit if any: `65536`, `512KiB`, `64MiB`, `1GiB`.
 ///
 /// # Errors
-/// A sentence that shows the right form.
+/// A sentence that shows a valid form.
 pub fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match &text[digits.len()..] {
@@ -70,7 +70,7 @@ pub(super) fn password_in(path: &str) -> Result<Option<Password>, String> {
     if path.is_empty() { Ok(None) } else { read_password(path).map(Some) }
 }
 
-/// Longer slices are a mistake, such as a wrong unit.
+/// Largest `max-slice`: a longer one is a mistake, such as a wrong unit.
 const LONGEST_SLICE: Duration = Duration::from_millis(100);
 
 pub(super) fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
@@ -84,12 +84,12 @@ pub(super) fn parse_dbs(text: &str) -> Result<Vec<DbIndex>, String> {
     Ok(dbs)
 }
 
-/// A duration with its unit: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
+/// Parses a duration with its unit: `75us`, `20ms`, `30s`, `6h`, `1h 30min`.
 ///
 /// # Errors
-/// A sentence that shows the right form.
+/// A sentence that shows a valid form.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    // Days are of 24 hours; months are of none.
+    // A day is 24 hours. Months and years have no fixed length and are refused.
     let span = text
         .parse::<jiff::Span>()
         .ok()
@@ -102,37 +102,37 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A duration that other clients may wait behind one batch.
+/// Parses `max-slice`, at most [`LONGEST_SLICE`].
 pub(super) fn slice(text: &str) -> Result<Duration, String> {
     if text.parse::<f64>().is_ok_and(|number| number > 0.0) {
         return Err(format!("`{text}` needs a unit, such as {text}us"));
     }
     match duration(text)? {
         long if long > LONGEST_SLICE => Err(format!(
-            "`{text}` is too long: all other clients wait for as long behind each batch; at most {}",
+            "`{text}` is too long: all other clients may wait that long behind each batch; at most {}",
             show_duration(LONGEST_SLICE)
         )),
         short => Ok(short),
     }
 }
 
-/// As [`duration`], above zero.
+/// Parses a duration above zero.
 ///
 /// # Errors
-/// A sentence that shows the right form.
+/// A sentence that shows a valid form.
 pub fn positive_duration(text: &str) -> Result<Duration, String> {
     let duration = duration(text)?;
     if duration.is_zero() { Err(format!("`{text}` must be above zero")) } else { Ok(duration) }
 }
 
-/// A duration as [`positive_duration`] reads it.
+/// A duration in the form that [`positive_duration`] parses.
 pub fn show_duration(duration: Duration) -> String {
     let signed = jiff::SignedDuration::try_from(duration).unwrap_or(jiff::SignedDuration::MAX);
-    // In letters that every terminal and every script has.
+    // ASCII only, for terminals and scripts.
     format!("{signed:#}").replace('µ', "u")
 }
 
-/// Each limit by the key of its setting, as a setting is written.
+/// The text of each limit, by the key of its setting.
 pub fn show_limits(limits: &Limits) -> BTreeMap<&'static str, String> {
     let span = |limit: Limit<Duration>| match limit {
         Limit::At(span) => show_duration(span),
@@ -163,12 +163,12 @@ pub(super) fn read_password(path: &str) -> Result<Password, String> {
     Ok(Password::from(line.to_vec()))
 }
 
-/// The password in an environment variable; `None` where that is not set.
+/// The password in an environment variable; `None` if the variable is not set.
 pub fn password_in_env(name: &str) -> Option<Password> {
     std::env::var_os(name).map(OsString::into_vec).map(Password::from)
 }
 
-/// SHA-256 in 64 hexadecimal digits.
+/// Parses a SHA-256 of 64 hexadecimal digits.
 pub(super) fn parse_sha256(text: &str) -> Result<[u8; 32], String> {
     let wrong = || "must be the SHA-256 of the token in 64 hexadecimal digits: printf %s TOKEN | sha256sum".to_owned();
     if text.len() != 64 || !text.is_ascii() {
@@ -200,10 +200,10 @@ pub(super) fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<
     }
 }
 
-/// A duration in whole seconds, so many at most.
+/// Parses a duration of whole seconds, at most `at_most` of them.
 ///
 /// # Errors
-/// A sentence that shows the right form.
+/// A sentence that shows a valid form.
 pub fn seconds(text: &str, at_most: u32) -> Result<u32, String> {
     let duration = positive_duration(text)?;
     match u32::try_from(duration.as_secs()) {
@@ -229,7 +229,7 @@ pub(super) fn weekday(text: &str) -> Result<Weekday, String> {
         "fri" => Ok(Weekday::Friday),
         "sat" => Ok(Weekday::Saturday),
         "sun" => Ok(Weekday::Sunday),
-        _ => Err(format!("`{text}` is none of mon, tue, wed, thu, fri, sat, sun")),
+        _ => Err(format!("`{text}` is not one of mon, tue, wed, thu, fri, sat, sun")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Moves records from one store to another: from the file of one daemon to a database that several share, or back.
+//! Copies records from one store to another: from the file of one daemon to a database that several share, or back.
 
 use std::sync::Arc;
 
@@ -8,27 +8,27 @@ use sqlx::{AnyConnection, Row};
 use crate::model::task::{Command, Task, TaskId, TaskState, transition};
 use crate::store::keeps;
 use crate::store::rows::{number, task_id, time};
-use crate::store::schedules::{self, Due};
+use crate::store::schedules::{self, DueOutcome};
 use crate::store::{Store, StoreError, TaskFilter};
 
-/// Tasks, or due times, that are read at once.
+/// Tasks, or due times, of one page.
 const AT_ONCE: u32 = 200;
 
-/// How much there is of everything; equal on both ends once all is copied.
+/// How many records a store holds, to compare both ends of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Amount {
-    /// Tasks.
+    /// Number of tasks, ended ones included.
     pub tasks: u64,
-    /// Keys that they freed.
+    /// Expired keys that these tasks reclaimed.
     pub keys: u64,
-    /// Automatic scans that the API set.
+    /// Number of automatic scans that the API set.
     pub auto_scans: u64,
-    /// Due times and what became of them.
+    /// Number of due times that were run or skipped.
     pub due_times: u64,
 }
 
 impl Store {
-    /// How much there is of everything.
+    /// How many records the store holds.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -47,12 +47,12 @@ impl Store {
         .await
     }
 
-    /// Copies everything but the last forecasts into another store, what is there already excepted: a copy that was cut goes on when it is begun again.
-    /// Nobody else may use either meanwhile. A task that was cut off with its process is copied with what its batch journal counts.
-    /// `copied` is told of each task.
+    /// Copies everything but forecasts into another store. Tasks that are there already are updated, so an interrupted copy can be run
+    /// again. No other process may use either store meanwhile. A task whose process was killed is copied as interrupted, with the counts
+    /// of its batch journal. Calls `copied` after each task.
     ///
     /// # Errors
-    /// [`StoreError`]; what was copied until then is whole.
+    /// [`StoreError`]; each record that was copied until then is complete.
     pub async fn copy_to(&self, other: &Self, mut copied: impl FnMut()) -> Result<(), StoreError> {
         let mut offset = 0;
         loop {
@@ -89,21 +89,21 @@ impl Store {
         let (schedules, kept, now) = (self.schedules().await?, self.keeps().await?, self.now());
         let mut offset = 0;
         loop {
-            let dues = self.run(async |conn| due_times(conn, offset).await).await?;
-            if dues.is_empty() {
+            let due_times = self.run(async |conn| due_times(conn, offset).await).await?;
+            if due_times.is_empty() {
                 break;
             }
             other
                 .transact(async |conn| {
-                    for (instance, at, outcome, task) in &dues {
-                        schedules::deal_with(&mut *conn, instance, Due { at: *at, outcome }, *task).await?;
+                    for (instance, at, outcome, task) in &due_times {
+                        schedules::record_due(&mut *conn, instance, DueOutcome { at: *at, outcome }, *task).await?;
                     }
                     Ok(())
                 })
                 .await?;
             offset += AT_ONCE;
         }
-        // After the due times, which move the marks.
+        // After the due times: recording one moves the due position.
         other
             .transact(async |conn| {
                 for (instance, project, config) in schedules.auto_scans() {
@@ -112,13 +112,13 @@ impl Store {
                 for (instance, project, bounds) in kept.iter() {
                     keeps::set(&mut *conn, instance, project, bounds, now).await?;
                 }
-                schedules::set_marks(conn, &schedules.marks().collect::<Vec<_>>()).await
+                schedules::set_due_positions(conn, &schedules.positions().collect::<Vec<_>>()).await
             })
             .await
     }
 }
 
-/// Of which instance, when, what became of it, and what it caused.
+/// A row of `due_times`: instance, due time, outcome, task.
 type DueTime = (String, Timestamp, String, Option<TaskId>);
 
 async fn due_times(conn: &mut AnyConnection, offset: u32) -> Result<Vec<DueTime>, StoreError> {

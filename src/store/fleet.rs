@@ -1,9 +1,10 @@
-//! What several daemons on one PostgreSQL database need of it: who is there, who has which task, and what they tell each other.
+//! The operations for daemons that share a PostgreSQL database: which daemons there are, which of them owns which task, and how they
+//! send each other orders.
 //!
-//! A daemon has a row with a lease that it renews. Whoever finds a lease that has run out removes the row and frees the daemon's tasks,
-//! under a lock of that row: a daemon that renews late either comes before that and loses nothing, or finds its row gone and knows that
-//! all its tasks are others'. A task refers to its owner's row, so that a claim of a daemon that is gone fails. Whenever a task changes hands its fencing number is raised, and a write that names an older one changes
-//! nothing. All times are the database's.
+//! Each daemon has a row with a lease that it renews. A daemon that finds an expired lease removes the row and releases the tasks of that
+//! daemon, with the row locked. So a late renewal either comes before that and loses nothing, or finds the row gone, and its daemon knows
+//! that it owns no task any more. A task refers to the row of its owner, so a removed daemon cannot claim one. Each change of the owner
+//! raises the fencing number of the task, and a write with an older number changes nothing. All times are the database's.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,30 +16,30 @@ use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use uuid::Uuid;
 
 use crate::model::task::{Cause, Task, TaskId, TaskState};
-use crate::store::rows::{self, TASK_COLUMNS, marks, number, task_of, time};
+use crate::store::rows::{self, TASK_COLUMNS, number, placeholders, task_of, time};
 use crate::store::{Store, StoreError};
 
-/// The channel on which daemons wake each other.
+/// The channel of LISTEN and NOTIFY by which daemons wake each other.
 const CHANNEL: &str = "ttlsweep";
-/// Tasks wait for an owner.
+/// Payload: tasks may wait for an owner, or have ended.
 pub(super) const TASKS: &str = "tasks";
-/// An order was given or answered.
+/// Payload: an order was given or answered.
 const ORDERS: &str = "orders";
-/// The automatic scan of an instance was changed.
+/// Payload: the automatic scan or the bounds of an instance were changed.
 pub(super) const SCHEDULES: &str = "schedules";
-/// The database's time in milliseconds since 1970.
+/// SQL for the database's time in milliseconds since 1970.
 const NOW: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)";
-/// Held by whoever claims tasks where a cap over all daemons has to be kept. An arbitrary number.
+/// The advisory lock for claims under a bound over all daemons (`at-once-of-all`). An arbitrary number.
 const CLAIM_LOCK: i64 = 0x7474_6C73;
-/// Orders that nobody fetched the answer of are kept for this long.
+/// How long an order is kept whose sender did not fetch the answer.
 const ORDERS_KEPT: Duration = Duration::from_secs(600);
 
-/// Names one run of a daemon.
+/// The id of one run of a daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DaemonId(pub Uuid);
 
 impl DaemonId {
-    /// A fresh id.
+    /// A new random id, for the start of a daemon.
     pub fn generate() -> Self {
         Self(Uuid::new_v4())
     }
@@ -50,78 +51,78 @@ impl fmt::Display for DaemonId {
     }
 }
 
-/// A daemon as the others see it.
+/// What a daemon writes about itself when it joins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DaemonRecord {
-    /// Names this run of it.
+    /// Id of this run of the daemon.
     pub id: DaemonId,
-    /// What people call it.
+    /// Name of the daemon, by option, settings or host.
     pub name: String,
-    /// The version of its program.
+    /// Version of the program that it runs.
     pub version: String,
-    /// Where its API listens.
+    /// Address of its API, as it sees that itself.
     pub address: String,
-    /// What its network reaches.
+    /// Labels of what its network reaches.
     pub labels: Vec<String>,
-    /// A hash of its settings file.
+    /// Hash of its settings files.
     pub settings: String,
-    /// When it began.
+    /// When this run of it started.
     pub started_at: Timestamp,
 }
 
-/// A daemon of the fleet now.
+/// A daemon that has a row now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PresentDaemon {
-    /// What it says of itself.
+    /// What it wrote about itself.
     pub record: DaemonRecord,
     /// When it last renewed its lease.
     pub heartbeat_at: Timestamp,
-    /// Until when it has its lease.
+    /// When its lease expires unless it is renewed.
     pub lease_until: Timestamp,
-    /// Its tasks, with their instances.
+    /// The tasks that it owns, with the ids of their instances.
     pub tasks: Vec<(TaskId, String)>,
 }
 
-/// What the owner of a task is asked for.
+/// An order for a task, given by a daemon that does not own it and carried out by the owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GivenOrder {
-    /// Names the order.
+    /// Id by which the answer is found.
     pub id: Uuid,
-    /// Of which task.
+    /// The task that the order is for.
     pub task: TaskId,
-    /// What, as the tasks' own JSON.
+    /// The order, in JSON that only `tasks` reads and writes.
     pub what: String,
 }
 
-/// What is to be claimed.
+/// Which tasks to claim, and for whom.
 #[derive(Debug, Clone)]
 pub struct Claim {
-    /// For whom.
+    /// The daemon that becomes the owner.
     pub owner: DaemonId,
-    /// What its network reaches.
+    /// Labels of what its network reaches.
     pub labels: Vec<String>,
-    /// At most so many tasks.
+    /// Most tasks to claim with this call.
     pub most: usize,
-    /// Keep runs, or all other tasks.
+    /// True: keep runs only; false: all other tasks only.
     pub of_keeps: bool,
-    /// No more than this over all daemons.
+    /// Most running tasks over all daemons; `None`: no bound.
     pub most_of_all: Option<usize>,
-    /// Not these.
+    /// Tasks that are not claimed: this daemon runs them, or its settings lack their instance.
     pub but: Vec<TaskId>,
 }
 
-/// Why a daemon is woken.
+/// Why a daemon is woken by another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wake {
     /// Tasks may wait for an owner, or have ended.
     Tasks,
     /// An order was given or answered.
     Orders,
-    /// A schedule was changed.
+    /// An automatic scan or bounds were changed.
     Schedules,
 }
 
-/// The records as daemons share them.
+/// The operations for daemons that share a database.
 #[derive(Debug, Clone)]
 pub struct Fleet(pub(super) Store);
 
@@ -131,7 +132,7 @@ pub(super) async fn notify(conn: &mut AnyConnection, what: &str) -> Result<(), S
 }
 
 impl Fleet {
-    /// Says that a daemon is there, with a lease from now on. Hears the database's time.
+    /// Adds the row of a daemon, with a lease from now on, and sets the clock to the database's time.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -155,11 +156,11 @@ impl Fleet {
             Ok(())
         };
         self.0.run(insert).await?;
-        self.0.hear_time().await
+        self.0.sync_clock().await
     }
 
-    /// Renews a daemon's lease and says which settings it has. Hears the database's time. Returns false where the daemon is there no
-    /// more: its lease had run out, and its tasks were given away.
+    /// Renews the lease of a daemon, writes the hash of its settings, and sets the clock to the database's time. Returns false if the row
+    /// is gone: the lease had expired, and the tasks were released.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -181,7 +182,7 @@ impl Fleet {
         Ok(row.is_some())
     }
 
-    /// Removes the daemons whose lease has run out and frees their tasks. Returns which.
+    /// Removes the daemons whose lease has expired, and releases their tasks. Returns the ids of these daemons.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -192,7 +193,7 @@ impl Fleet {
                 let rows = sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut *conn).await?;
                 let gone: Vec<String> = rows.iter().map(|row| row.try_get("id")).collect::<Result<_, _>>()?;
                 for id in &gone {
-                    free(&mut *conn, id).await?;
+                    remove(&mut *conn, id).await?;
                 }
                 if !gone.is_empty() {
                     notify(conn, TASKS).await?;
@@ -202,26 +203,26 @@ impl Fleet {
             .await
     }
 
-    /// Takes a daemon out that ends, and frees what it still had.
+    /// Removes a daemon that stops, and releases the tasks that it still owns.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn leave(&self, id: DaemonId) -> Result<(), StoreError> {
         self.0
             .transact(async |conn| {
-                free(&mut *conn, &id.to_string()).await?;
+                remove(&mut *conn, &id.to_string()).await?;
                 notify(conn, TASKS).await
             })
             .await
     }
 
-    /// Takes tasks that have no owner, the oldest first, and those of others never. One that the owner has already, and is not told to
-    /// leave, was claimed by an answer that was lost on its way: it is given again.
+    /// Claims tasks that have no owner, the oldest first. It also returns tasks of this owner that are not in `but`: they were claimed
+    /// before, and the reply was lost.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn claim(&self, claim: &Claim) -> Result<Vec<Task>, StoreError> {
-        // The empty text in front stands for "anywhere", and for no task at all.
+        // The empty text in front matches tasks without a label, and no task id. So neither list is ever empty, which SQL would refuse.
         let places: Vec<_> = std::iter::once(String::new()).chain(claim.labels.iter().cloned()).collect();
         let but: Vec<_> = std::iter::once(String::new()).chain(claim.but.iter().map(TaskId::to_string)).collect();
         let behind_places = 3 + places.len();
@@ -232,8 +233,8 @@ impl Fleet {
             TaskState::Paused,
             if claim.of_keeps { "=" } else { "<>" },
             Cause::Keep,
-            marks(3..behind_places),
-            marks(behind_places..behind_places + but.len()),
+            placeholders(3..behind_places),
+            placeholders(behind_places..behind_places + but.len()),
         );
         let mut tasks = self
             .0
@@ -257,7 +258,7 @@ impl Fleet {
         Ok(tasks)
     }
 
-    /// How many tasks are swept over all daemons. Nobody claims one until the transaction ends.
+    /// The number of running tasks over all daemons, without keep runs. Locks out other claims until the transaction ends.
     async fn running(&self, conn: &mut AnyConnection) -> Result<usize, StoreError> {
         sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(CLAIM_LOCK).execute(&mut *conn).await?;
         let sql = "SELECT COUNT(*) AS tasks FROM tasks WHERE finished_at IS NULL AND owner IS NOT NULL AND state <> $1 AND cause <> $2";
@@ -265,7 +266,7 @@ impl Fleet {
         Ok(usize::try_from(number(&row, "tasks")?).unwrap_or(usize::MAX))
     }
 
-    /// The daemons that are there, the oldest first.
+    /// All daemons that have a row, the oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -287,7 +288,7 @@ impl Fleet {
             .await
     }
 
-    /// Asks the owner of a task for something.
+    /// Gives an order to the owner of a task.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -306,7 +307,7 @@ impl Fleet {
             .await
     }
 
-    /// The orders to the owner of tasks that it has not answered, the oldest first.
+    /// The orders to an owner of tasks that are not answered yet, the oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -320,7 +321,7 @@ impl Fleet {
         orders.into_iter().collect()
     }
 
-    /// Answers an order, in the tasks' own JSON.
+    /// Answers an order, in JSON that only `tasks` reads and writes.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -334,7 +335,7 @@ impl Fleet {
             .await
     }
 
-    /// The answer to an order, if it came.
+    /// The answer to an order; `None`: there is none yet.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -346,7 +347,7 @@ impl Fleet {
         self.0.run(query).await
     }
 
-    /// Takes an order back, and others that nobody waits for any more. Returns whether it was not answered.
+    /// Takes an order back, and removes old ones whose sender is gone. Returns true if the order was not answered before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -363,7 +364,7 @@ impl Fleet {
             .await
     }
 
-    /// Listens for what other daemons have done. What happens while the connection is lost is missed: look again now and then.
+    /// Listens for wake-ups by other daemons. Those sent while the connection is lost are missed, so callers must also poll.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -375,22 +376,22 @@ impl Fleet {
     }
 }
 
-/// Hears what other daemons have done.
+/// A connection that receives the wake-ups by other daemons.
 #[derive(Debug)]
 pub struct Ears(PgListener);
 
 impl Ears {
-    /// Waits for the next thing that was done.
+    /// Waits for the next wake-up.
     ///
     /// # Errors
-    /// [`StoreError::Sql`] where the connection was lost.
+    /// [`StoreError::Sql`] if the connection is lost.
     pub async fn next(&mut self) -> Result<Wake, StoreError> {
         loop {
             match self.0.recv().await?.payload() {
                 TASKS => return Ok(Wake::Tasks),
                 ORDERS => return Ok(Wake::Orders),
                 SCHEDULES => return Ok(Wake::Schedules),
-                // Of another version.
+                // The payload is one of another version of the program.
                 _ => {}
             }
         }
@@ -398,8 +399,8 @@ impl Ears {
 }
 
 impl Store {
-    /// Hears the database's time.
-    pub(super) async fn hear_time(&self) -> Result<(), StoreError> {
+    /// Sets the clock to the database's time.
+    pub(super) async fn sync_clock(&self) -> Result<(), StoreError> {
         let sql = format!("SELECT {NOW} AS at");
         let row = self.run(async |conn| Ok(sqlx::query(AssertSqlSafe(sql)).fetch_one(conn).await?)).await?;
         self.clock.set(time(row.try_get("at")?)?);
@@ -407,8 +408,8 @@ impl Store {
     }
 }
 
-/// Frees the tasks of a daemon and removes it.
-async fn free(conn: &mut AnyConnection, id: &str) -> Result<(), StoreError> {
+/// Releases the tasks of a daemon and removes its row.
+async fn remove(conn: &mut AnyConnection, id: &str) -> Result<(), StoreError> {
     sqlx::query("UPDATE tasks SET owner = NULL, fence = fence + 1 WHERE owner = $1")
         .bind(id)
         .execute(&mut *conn)
@@ -419,7 +420,7 @@ async fn free(conn: &mut AnyConnection, id: &str) -> Result<(), StoreError> {
 
 fn daemon_of(row: &AnyRow) -> Result<PresentDaemon, StoreError> {
     let id: String = row.try_get("id")?;
-    let id = id.parse().map(DaemonId).map_err(|_| StoreError::Damaged(format!("`{id}` is no daemon's id")))?;
+    let id = id.parse().map(DaemonId).map_err(|_| StoreError::Damaged(format!("`{id}` is not the id of a daemon")))?;
     let labels: String = row.try_get("labels")?;
     Ok(PresentDaemon {
         record: DaemonRecord {
@@ -439,7 +440,7 @@ fn daemon_of(row: &AnyRow) -> Result<PresentDaemon, StoreError> {
 
 fn order_of(row: &AnyRow) -> Result<GivenOrder, StoreError> {
     let id: String = row.try_get("id")?;
-    let id = id.parse().map_err(|_| StoreError::Damaged(format!("`{id}` is no order's id")))?;
+    let id = id.parse().map_err(|_| StoreError::Damaged(format!("`{id}` is not the id of an order")))?;
     Ok(GivenOrder { id, task: rows::task_id(row.try_get("task_id")?)?, what: row.try_get("what")? })
 }
 

@@ -1,4 +1,4 @@
-//! The last forecast of each instance, as the API gives it.
+//! The last forecast of each instance, as the JSON of the API.
 
 use std::collections::BTreeSet;
 
@@ -38,7 +38,7 @@ pub(super) async fn get(
     Ok(row.map(|row| row.try_get("forecast")).transpose()?)
 }
 
-/// The instances whose last forecast was made after an instant.
+/// The ids of the instances whose last forecast was made after an instant.
 pub(super) async fn made_after(conn: &mut AnyConnection, after: Timestamp) -> Result<BTreeSet<String>, StoreError> {
     let query = sqlx::query("SELECT instance_id FROM forecasts WHERE made_at > $1");
     let rows = query.bind(after.as_millisecond()).fetch_all(conn).await?;

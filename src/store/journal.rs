@@ -1,10 +1,10 @@
-//! What each batch freed, written down as soon as it is counted.
+//! The batch journal: the counts of a pass, written after each batch.
 //!
-//! A checkpoint each second would lose the count of the last second when the process is killed. A database commit for
+//! With a checkpoint each second alone, a killed process would lose the counts of the last second. A database commit for
 //! each batch would cost as much as the batch. So each pass has a file of 64 bytes that is overwritten in place after
-//! each batch: one `pwrite` into the page cache, about a microsecond, which outlives the process (though not a power
-//! cut; then the checkpoint stands). What remains uncounted after a kill are the batches that were under
-//! way; the line says how many those may be.
+//! each batch: one `pwrite` into the page cache, about a microsecond. It survives the process, though not a power cut:
+//! then the checkpoint counts. After a kill only the batches that were under way are not counted, and the line holds
+//! their number.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -19,15 +19,15 @@ use crate::model::shard::{DbIndex, ScanPosition, ShardId};
 use crate::model::task::TaskId;
 use crate::store::file;
 
-/// Length of a line in bytes: eight little-endian numbers of 64 bits.
+/// Length of the line in bytes: eight little-endian 64-bit numbers.
 const LINE: usize = 64;
 /// The cursor that stands for "finished": SCAN cannot answer it, since no table has 2^64 buckets.
 const FINISHED: u64 = u64::MAX;
 
-/// The file with the name of the shard ends like this, where the others end with their DB.
+/// Suffix of the file that holds the name of the shard. The journals of its passes end with the number of their DB instead.
 const NAME: &str = "name";
 
-/// What is written after each batch.
+/// The line of a pass: position and counts after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JournalLine {
     position: ScanPosition,
@@ -40,7 +40,7 @@ pub struct JournalLine {
 }
 
 impl JournalLine {
-    /// The part of the figures that a kill must not lose.
+    /// The counts that must survive a kill.
     pub fn of(figures: &PassFigures) -> Self {
         Self {
             position: figures.position,
@@ -53,8 +53,8 @@ impl JournalLine {
         }
     }
 
-    /// Puts these counts into the figures of an older checkpoint. Returns whether they fit it: a line is written before a checkpoint
-    /// is, so one that is older than the checkpoint is not its line, and changes nothing.
+    /// Replaces the counts of an older checkpoint by those of this line. Returns false and changes nothing if the line is older than the
+    /// checkpoint: a line is written before the checkpoint that covers it, so an older one does not belong to it.
     pub fn bring_forward(&self, figures: &mut PassFigures) -> bool {
         let fits = self.batches >= figures.batches;
         if fits {
@@ -97,35 +97,35 @@ impl JournalLine {
     }
 }
 
-/// Tells a whole line from a torn or foreign one; an attacker who can write the file needs no collision.
+/// Detects torn and foreign lines. It is not cryptographic: an attacker who can write the file can compute it anyway.
 fn checksum(fields: &[u64]) -> u64 {
     fields
         .iter()
         .fold(0x9E37_79B9_7F4A_7C15, |sum, field| (sum ^ field).rotate_left(23).wrapping_mul(0xFF51_AFD7_ED55_8CCD))
 }
 
-/// The directory of all journals of one store.
+/// The folder of all batch journals of one store.
 #[derive(Debug, Clone)]
 pub struct JournalDir(PathBuf);
 
 impl JournalDir {
-    /// The directory beside the state file: its name with `.tally` behind.
+    /// The folder beside the state file: the file's name with `.tally` appended.
     pub fn beside(state: &Path) -> Self {
         Self(file::beside(state, ".tally"))
     }
 
-    /// A directory of its own, for records that are in no file.
+    /// The folder at this path, for records that are not in a file.
     pub fn at(path: &Path) -> Self {
         Self(path.to_owned())
     }
 
-    /// Where it is.
+    /// The path of the folder.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
     fn prefix(task: TaskId, shard: &ShardId) -> String {
-        // An address may hold slashes and colons; a hash of it does not.
+        // The name of a shard may contain slashes and colons; a hash of it is a valid file name.
         let hash = Sha256::digest(shard.0.as_bytes());
         let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         format!("{task}-{short}-")
@@ -134,10 +134,10 @@ impl JournalDir {
     /// Opens the batch journal of one pass for writing.
     ///
     /// # Errors
-    /// Of the file system.
+    /// Any error of the file system.
     pub fn open(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Journal> {
         match self.open_once(task, shard, db) {
-            // Another task ended just then, and took the empty folder away.
+            // Another task has ended meanwhile and removed the empty folder.
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.open_once(task, shard, db),
             opened => opened,
         }
@@ -146,7 +146,7 @@ impl JournalDir {
     fn open_once(&self, task: TaskId, shard: &ShardId, db: DbIndex) -> io::Result<Journal> {
         std::fs::create_dir_all(&self.0)?;
         let prefix = Self::prefix(task, shard);
-        // The records may not have heard of the shard when the process is killed, and a hash does not tell its name.
+        // The process may be killed before the first checkpoint names the shard, and its name cannot be got from the hash.
         let name = self.0.join(format!("{prefix}{NAME}"));
         if std::fs::read(&name).ok().as_deref() != Some(shard.0.as_bytes()) {
             std::fs::write(&name, &shard.0)?;
@@ -155,7 +155,7 @@ impl JournalDir {
         Ok(Journal(OpenOptions::new().write(true).create(true).truncate(false).open(path)?))
     }
 
-    /// The shards of a task that have a batch journal. A name that is not whole is left out.
+    /// The shards of a task that have a batch journal. One whose name file is damaged is left out.
     pub fn shards(&self, task: TaskId) -> Vec<ShardId> {
         let Ok(entries) = std::fs::read_dir(&self.0) else { return Vec::new() };
         let shards = entries.flatten().filter_map(|entry| {
@@ -167,7 +167,7 @@ impl JournalDir {
         shards.collect()
     }
 
-    /// What each pass of a shard wrote last; `None` where that is not whole. A pass that has written nothing yet is left out.
+    /// The line of each pass of a shard, by DB; `None`: it is damaged. A pass that has written nothing yet is left out.
     pub fn read(&self, task: TaskId, shard: &ShardId) -> BTreeMap<DbIndex, Option<JournalLine>> {
         let prefix = Self::prefix(task, shard);
         let Ok(entries) = std::fs::read_dir(&self.0) else { return BTreeMap::new() };
@@ -179,7 +179,7 @@ impl JournalDir {
         lines.collect()
     }
 
-    /// Forgets a task's journals: its checkpoint holds everything now. What cannot be removed does no harm.
+    /// Removes the journals of a task whose last checkpoint holds everything. Errors are ignored: a file that stays does no harm.
     pub fn forget(&self, task: TaskId) {
         let Ok(entries) = std::fs::read_dir(&self.0) else { return };
         let prefix = task.to_string();
@@ -188,7 +188,7 @@ impl JournalDir {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
-        // Succeeds only where it was the last.
+        // Fails, as intended, while journals of other tasks are in the folder.
         let _ = std::fs::remove_dir(&self.0);
     }
 }
@@ -201,7 +201,7 @@ impl Journal {
     /// Overwrites the line.
     ///
     /// # Errors
-    /// Of the file system; the line before is then still there, or none is whole.
+    /// Any error of the file system; the old line is then intact, or the file is damaged.
     pub fn write(&self, figures: &PassFigures) -> io::Result<()> {
         self.0.write_all_at(&JournalLine::of(figures).to_bytes(), 0)
     }

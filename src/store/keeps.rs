@@ -1,4 +1,4 @@
-//! Bounds that the API set for instances.
+//! The bounds that the API set for instances.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -38,18 +38,18 @@ pub(super) async fn forget(conn: &mut AnyConnection, instance_id: &str) -> Resul
     Ok(())
 }
 
-/// The bounds that the API set, for all instances.
+/// The bounds that the API set, by instance.
 #[derive(Debug, Clone, Default)]
 pub struct Keeps(BTreeMap<String, (String, Bounds)>);
 
 impl Keeps {
-    /// Those of an instance of a project. Without any bound it is not kept.
+    /// The bounds that the API set for an instance of a project. If all are off, the instance is not kept.
     pub fn get(&self, instance_id: &str, project_id: &str) -> Option<Bounds> {
         let (project, bounds) = self.0.get(instance_id)?;
         (project == project_id).then_some(*bounds)
     }
 
-    /// All of them: instance, project, bounds.
+    /// All bounds, each with the ids of its instance and project.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &str, Bounds)> {
         self.0.iter().map(|(instance, (project, bounds))| (instance.as_str(), project.as_str(), *bounds))
     }

@@ -1,4 +1,4 @@
-//! Lists of tasks: the contract's history, our own list with its filters, and what has been kept long enough.
+//! Lists of tasks for the API, and the removal of tasks that are no longer kept.
 
 use std::collections::BTreeMap;
 
@@ -9,38 +9,38 @@ use sqlx::{Any, AnyConnection, AssertSqlSafe, Connection, Row};
 
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::store::StoreError;
-use crate::store::rows::{TASK_COLUMNS, marks, number, task_id, task_of, time};
+use crate::store::rows::{TASK_COLUMNS, number, placeholders, task_id, task_of, time};
 
-/// Ended tasks that one round of [`prune`] removes at most, so that no writer waits long behind it.
+/// Most tasks that one call of [`prune`] removes, so that other writers do not wait long.
 const PRUNE_AT_ONCE: u32 = 500;
 
-/// Which tasks somebody wants to see. Empty lists and `None` let everything through.
+/// Which tasks to list. `None` and an empty list of states match every task.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TaskFilter {
-    /// Of these projects; `None`: of all.
+    /// Only tasks of these projects; an empty list matches none.
     pub projects: Option<Vec<String>>,
-    /// Of this instance.
+    /// Only tasks of this instance.
     pub instance_id: Option<String>,
-    /// In one of these states.
+    /// Only tasks in one of these states.
     pub states: Vec<TaskState>,
-    /// Asked for by this.
+    /// Only tasks with this cause.
     pub cause: Option<Cause>,
-    /// Older than this task.
+    /// Only tasks older than this one.
     pub before: Option<TaskId>,
 }
 
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct TaskPage {
-    /// The tasks, newest first.
+    /// The tasks of this page, newest first.
     pub tasks: Vec<Task>,
     /// How many tasks match, on all pages.
     pub count: u64,
-    /// The sum of their `num`.
+    /// Expired keys that the matching tasks reclaimed, on all pages.
     pub total: u64,
 }
 
-/// The condition of a statement, with the values of its placeholders in their order.
+/// The WHERE condition of a statement, with the values of its placeholders in their order.
 #[derive(Default)]
 struct Condition {
     sql: String,
@@ -66,13 +66,13 @@ impl Condition {
     fn one_of<'a>(&mut self, column: &str, values: impl Iterator<Item = &'a str>) {
         let from = self.values.len() + 1;
         self.values.extend(values.map(str::to_owned));
-        let marks = marks(from..self.values.len() + 1);
-        // An empty list lets nothing through; PostgreSQL has no way to write one.
-        let within = if marks.is_empty() { "NULL" } else { &marks };
+        let placeholders = placeholders(from..self.values.len() + 1);
+        // An empty list matches nothing. PostgreSQL has no syntax for one; `IN (NULL)` means the same.
+        let within = if placeholders.is_empty() { "NULL" } else { &placeholders };
         self.sql.push_str(&format!(" AND {column} IN ({within})"));
     }
 
-    /// As [`Self::one_of`], where no value at all lets everything through.
+    /// As [`Self::one_of`], but no values at all match everything.
     fn one_of_any<'a>(&mut self, column: &str, values: impl IntoIterator<Item = &'a str>) {
         let mut values = values.into_iter().peekable();
         if values.peek().is_some() {
@@ -112,7 +112,7 @@ pub(super) async fn page(
     })
 }
 
-/// When each instance was last swept completely.
+/// When the last successful task of each instance ended.
 pub(super) async fn last_successes(conn: &mut AnyConnection) -> Result<BTreeMap<String, Timestamp>, StoreError> {
     let query =
         sqlx::query("SELECT instance_id, MAX(finished_at) AS at FROM tasks WHERE state = $1 GROUP BY instance_id");
@@ -121,11 +121,10 @@ pub(super) async fn last_successes(conn: &mut AnyConnection) -> Result<BTreeMap<
     rows.iter().map(of_row).collect()
 }
 
-/// Removes ended tasks: those that ended before `before`, and the oldest beyond `keep`. Returns which.
+/// Removes ended tasks: those that ended before `before`, and the oldest beyond the `keep` newest. Returns their ids.
 ///
-/// The newest ended task of each instance and the newest that succeeded stay, whatever their age and number: they are the answer
-/// to "when did it run last, and how did that end" and "when did it last succeed", and a busy instance must not take them away
-/// from a quiet one.
+/// The newest ended task of each instance and its newest that succeeded always stay: they tell when it ran last, how that ended, and
+/// when it last succeeded. The many tasks of a busy instance must not displace them.
 pub(super) async fn prune(conn: &mut AnyConnection, before: Timestamp, keep: u32) -> Result<Vec<TaskId>, StoreError> {
     let rows = sqlx::query(
         "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks AS one WHERE finished_at IS NOT NULL AND (finished_at < $1 \

@@ -1,9 +1,10 @@
-//! Records that outlive the process: tasks with their checkpoints, in one SQLite file or in a PostgreSQL database that several daemons
-//! share.
+//! Records that outlive the process: tasks with their checkpoints, schedules and bounds, in one SQLite file or in a PostgreSQL database
+//! that several daemons share.
 //!
-//! Callers see no SQL and no difference between the two but [`Store::fleet`], which only shared records have. Statements are written
-//! once, in what both databases take. `tasks` alone changes the state of a task here; the scheduler keeps its due times, and lists are read from everywhere. A checkpoint is one transaction, so a reader never sees half of one, whatever killed the
-//! writer. What the last second before a kill freed is in the [`journal`].
+//! Callers see no SQL, and no difference between the two but [`Store::fleet`], which only a shared database has. Each statement is written
+//! once, in SQL that both databases take. Only `tasks` changes the state of a task; the scheduler writes due positions; every module may
+//! read. A checkpoint is one transaction, so a reader never sees half of one, even if the writer is killed. What was reclaimed since the
+//! last checkpoint is in the [`journal`].
 
 mod copy;
 mod file;
@@ -26,8 +27,8 @@ pub use keeps::Keeps;
 pub use lists::{TaskFilter, TaskPage};
 pub use open::Clock;
 use open::SHARED_WITHIN;
-pub use overview::{Glance, Standing};
-pub use schedules::{Due, Mark, Schedules};
+pub use overview::{LastSeen, Standing};
+pub use schedules::{DueOutcome, DuePosition, ScheduleState};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -47,57 +48,57 @@ use crate::model::task::{Task, TaskId, TaskState};
 use crate::settings::store::PostgresUrl;
 use crate::store::journal::JournalDir;
 
-/// Trouble with the records.
+/// An error of the records.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The file cannot be opened or is no store.
+    /// The file cannot be opened.
     #[error("cannot open the state file {path}: {source}")]
     Open {
-        /// Which file.
+        /// Path of the state file.
         path: PathBuf,
-        /// Why.
+        /// Error of the file system, of SQLite or of a migration.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The file is another program's, or no database at all.
+    /// The file belongs to another program, or is no database.
     #[error("cannot open the state file {path}: {why}")]
     NotOurs {
-        /// Which file.
+        /// Path of the file, which was not changed.
         path: PathBuf,
-        /// What it is.
+        /// What was found at the path.
         why: Foreign,
     },
-    /// Another process has it open: both would take up the same unfinished tasks, and count into the same records.
+    /// Another process uses the file: both would resume the same unfinished tasks, and count into the same records.
     #[error(
-        "another ttlsweep uses the records in {0}: wait for its end, or name another file (--state FILE, or [store] path of a \
+        "another ttlsweep uses the records in {0}: wait for its end, or name another file (--state FILE, or [store] path for a \
          daemon)"
     )]
     InUse(PathBuf),
-    /// The database of several daemons cannot be used.
+    /// The shared database cannot be opened.
     #[error("cannot open the records in {url}: {source}")]
     Connect {
-        /// Which one, without a password.
+        /// URL of the database, without a password.
         url: String,
-        /// Why.
+        /// Error of the connection or of a migration.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A statement failed: a full disk, a file that was taken away, a database that is away.
+    /// A statement failed: the disk is full, the file was removed, the database cannot be reached.
     #[error("cannot read or write the records: {0}")]
     Sql(#[from] sqlx::Error),
-    /// The database did not answer in time.
+    /// The shared database did not answer in time.
     #[error("the records did not answer within {0:?}")]
     Silent(Duration),
-    /// Another owner has the task by now: what was to be written is void.
+    /// Another daemon owns the task by now: nothing was written.
     #[error("the task {0} was taken over by another daemon")]
     Fenced(TaskId),
-    /// Another daemon has dealt with this due time.
-    #[error("another daemon has dealt with this due time")]
-    DealtWith,
+    /// The due time was recorded before.
+    #[error("another daemon has handled this due time")]
+    AlreadyHandled,
     /// The instance has a task that has not ended.
     #[error("the instance {0} has a task that has not ended")]
     Unfinished(String),
-    /// A record holds what we never wrote.
+    /// A record holds a value that this program never writes.
     #[error("a record is damaged: {0}")]
     Damaged(String),
     /// The batch journal cannot be written.
@@ -106,12 +107,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// What to do about it.
+    /// What the user can do about the error.
     pub fn hint(&self) -> Option<&'static str> {
         file::hint(self)
     }
 
-    /// The failure that an operator reads.
+    /// The error as the failure of a task, with its hint.
     pub fn to_failure(&self) -> Failure {
         let failure = Failure::new(FailureKind::Store, self.to_string());
         match self.hint() {
@@ -121,30 +122,31 @@ impl StoreError {
     }
 }
 
-/// What is stored of one shard.
+/// A shard as it was stored.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StoredShard {
-    /// The shard as its task showed it last.
+    /// The shard as of its last checkpoint, brought forward by the batch journal.
     pub view: ShardView,
-    /// The process was killed in the middle of these passes, and the batch journal does not tell what they had counted then.
+    /// The DBs in whose pass the process was killed and whose batch journal is missing or damaged: what they reclaimed since the
+    /// checkpoint is not counted.
     pub uncounted: Vec<DbIndex>,
 }
 
-/// The records of one file, of one database, or of this process only. Cloning is cheap.
+/// The records in a file, in a shared database, or in memory. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: AnyPool,
     clock: Clock,
     journals: Option<JournalDir>,
-    /// The database that other daemons use too.
+    /// URL of the shared database; `None`: only this process uses the records.
     shared: Option<Arc<PostgresUrl>>,
-    /// Keeps other processes away for as long as this is held.
+    /// The lock file, which keeps other processes out while it is open.
     _lock: Option<Arc<File>>,
 }
 
 impl Store {
-    /// Does something with one connection. One on which something failed is not used again: what could not be written could perhaps not
-    /// be rolled back either, and the next transaction would be one inside that one, whose commit writes nothing.
+    /// Runs `work` with one connection. A connection on which a statement failed is not used again: its transaction may still be open,
+    /// and the next one would then be nested in it, with a commit that writes nothing.
     async fn run<T>(
         &self,
         work: impl AsyncFnOnce(&mut AnyConnection) -> Result<T, StoreError>,
@@ -157,14 +159,14 @@ impl Store {
                 done.unwrap_or(Err(StoreError::Silent(SHARED_WITHIN)))
             }
         };
-        // Records in memory have no journal, and are in their one connection.
+        // Records in memory (which have no journal) live in their only connection: it must stay open.
         if self.journals.is_some() && matches!(done, Err(StoreError::Sql(_) | StoreError::Silent(_))) {
             conn.close_on_drop();
         }
         done
     }
 
-    /// As [`Self::run`], in one transaction: all of it is written, or nothing.
+    /// Runs `work` as [`Self::run`] does, in one transaction: everything is written, or nothing.
     async fn transact<T>(
         &self,
         work: impl AsyncFnOnce(&mut AnyConnection) -> Result<T, StoreError>,
@@ -178,38 +180,37 @@ impl Store {
         .await
     }
 
-    /// Where per-batch counts go, if the records outlive the process.
+    /// The folder of the batch journals; `None` for records in memory.
     pub fn journals(&self) -> Option<&JournalDir> {
         self.journals.as_ref()
     }
 
-    /// What daemons that share the records need of them; `None` where there is one process only.
+    /// The operations for daemons that share a database; `None` if only this process uses the records.
     pub fn fleet(&self) -> Option<Fleet> {
         self.shared.is_some().then(|| Fleet(self.clone()))
     }
 
-    /// The time that decides what is due: the database's, where several daemons share it.
+    /// The current time: the database's where daemons share one, so that all of them agree on what is due.
     pub fn now(&self) -> Timestamp {
         self.clock.now()
     }
 
-    /// The clock of [`Self::now`].
+    /// The clock behind [`Self::now`], for modules without the store.
     pub fn clock(&self) -> Clock {
         self.clock.clone()
     }
 
-    /// Adds a task. Where a schedule caused it, its due time is marked as dealt with in the same transaction: both or neither, so
-    /// that a crash neither loses nor doubles it.
+    /// Adds a task. The due time of a scheduled one is recorded in the same transaction, so that a crash neither loses nor repeats it.
     ///
     /// # Errors
-    /// [`StoreError::DealtWith`], [`StoreError::Unfinished`] where the records are shared and another daemon was quicker;
-    /// [`StoreError::Sql`]. There is no task then.
-    pub async fn insert(&self, task: &Task, due: Option<Due<'_>>) -> Result<(), StoreError> {
+    /// With a shared database [`StoreError::AlreadyHandled`] and [`StoreError::Unfinished`], if another daemon was first;
+    /// [`StoreError::Sql`]. No task is added then.
+    pub async fn insert(&self, task: &Task, due: Option<DueOutcome<'_>>) -> Result<(), StoreError> {
         self.transact(async |conn| {
             if let Some(due) = due
-                && !schedules::deal_with(&mut *conn, &task.instance_id, due, Some(task.id)).await?
+                && !schedules::record_due(&mut *conn, &task.instance_id, due, Some(task.id)).await?
             {
-                return Err(StoreError::DealtWith);
+                return Err(StoreError::AlreadyHandled);
             }
             if !rows::insert_task(&mut *conn, task).await? {
                 return Err(StoreError::Unfinished(task.instance_id.clone()));
@@ -222,42 +223,46 @@ impl Store {
         .await
     }
 
-    /// What the records hold of the schedules of all instances.
+    /// The automatic scans that the API set, and the due positions of all instances.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn schedules(&self) -> Result<Schedules, StoreError> {
+    pub async fn schedules(&self) -> Result<ScheduleState, StoreError> {
         self.run(schedules::all).await
     }
 
-    /// The marks that lie after an instant, by instance: what other daemons have dealt with since.
+    /// The due positions after an instant, by instance: other daemons may have moved them.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn marks_after(&self, after: Timestamp) -> Result<Vec<(String, Mark)>, StoreError> {
-        self.run(async |conn| schedules::marks_after(conn, after).await).await
+    pub async fn due_positions_after(&self, after: Timestamp) -> Result<Vec<(String, DuePosition)>, StoreError> {
+        self.run(async |conn| schedules::due_positions_after(conn, after).await).await
     }
 
-    /// Sets the marks of the due times of instances, also back.
+    /// Sets the due positions of instances, also to an earlier instant.
     ///
     /// # Errors
     /// [`StoreError::Sql`]; then none of them was set.
-    pub async fn set_marks(&self, marks: &[(&str, &Mark)]) -> Result<(), StoreError> {
-        if marks.is_empty() {
+    pub async fn set_due_positions(&self, positions: &[(&str, &DuePosition)]) -> Result<(), StoreError> {
+        if positions.is_empty() {
             return Ok(());
         }
-        self.transact(async |conn| schedules::set_marks(conn, marks).await).await
+        self.transact(async |conn| schedules::set_due_positions(conn, positions).await).await
     }
 
-    /// Records that due times are skipped. Returns those that nobody had dealt with yet.
+    /// Records due times as skipped. Returns those that were not recorded before.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn skip<'a>(&self, instance_id: &str, dues: &[Due<'a>]) -> Result<Vec<Due<'a>>, StoreError> {
+    pub async fn skip<'a>(
+        &self,
+        instance_id: &str,
+        outcomes: &[DueOutcome<'a>],
+    ) -> Result<Vec<DueOutcome<'a>>, StoreError> {
         self.transact(async |conn| {
             let mut new = Vec::new();
-            for due in dues {
-                if schedules::deal_with(&mut *conn, instance_id, *due, None).await? {
+            for due in outcomes {
+                if schedules::record_due(&mut *conn, instance_id, *due, None).await? {
                     new.push(*due);
                 }
             }
@@ -266,16 +271,16 @@ impl Store {
         .await
     }
 
-    /// Forgets the marks of all other instances: one that comes back begins anew. Of shared records nothing is forgotten: another
-    /// daemon may know more instances.
+    /// Removes the due positions of all other instances; one that comes back later counts its due times from then on. With a shared
+    /// database nothing is removed: another daemon may have more instances in its settings.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
-    pub async fn forget_marks_but(&self, instance_ids: &[&str]) -> Result<(), StoreError> {
+    pub async fn forget_due_positions_except(&self, instance_ids: &[&str]) -> Result<(), StoreError> {
         if self.shared.is_some() {
             return Ok(());
         }
-        self.run(async |conn| schedules::forget_marks_but(conn, instance_ids).await).await
+        self.run(async |conn| schedules::forget_due_positions_except(conn, instance_ids).await).await
     }
 
     /// The automatic scan that the API set for an instance of a project.
@@ -286,7 +291,7 @@ impl Store {
         self.run(async |conn| schedules::auto_scan(conn, instance_id, project_id).await).await
     }
 
-    /// Sets the automatic scan of an instance, or forgets it. Due times before `now` are none of it.
+    /// Sets the automatic scan of an instance, or removes it (`None`). Its due times count from `now` on.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
@@ -302,7 +307,8 @@ impl Store {
                 Some(config) => schedules::set_auto_scan(&mut *conn, instance_id, project_id, config).await?,
                 None => schedules::forget_auto_scan(&mut *conn, instance_id).await?,
             }
-            schedules::set_marks(&mut *conn, &[(instance_id, &Mark { handled: now, schedule: None })]).await?;
+            schedules::set_due_positions(&mut *conn, &[(instance_id, &DuePosition { handled: now, schedule: None })])
+                .await?;
             if self.shared.is_some() {
                 fleet::notify(conn, fleet::SCHEDULES).await?;
             }
@@ -311,7 +317,7 @@ impl Store {
         .await
     }
 
-    /// The bounds that the API set.
+    /// The bounds that the API set, of all instances.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -319,7 +325,7 @@ impl Store {
         self.run(keeps::all).await
     }
 
-    /// Sets the bounds that an instance is kept to, or forgets what was set. Without any bound it is not kept.
+    /// Sets the bounds of an instance, or removes what was set (`None`). Bounds that are all off mean that it is not kept.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
@@ -343,7 +349,7 @@ impl Store {
         .await
     }
 
-    /// The last forecast of an instance, in JSON.
+    /// The last forecast of an instance, as the JSON of the API.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -351,7 +357,7 @@ impl Store {
         self.run(async |conn| forecasts::get(conn, instance_id, project_id).await).await
     }
 
-    /// Keeps a forecast as the last one of its instance.
+    /// Replaces the last forecast of an instance.
     ///
     /// # Errors
     /// [`StoreError::Sql`].
@@ -360,7 +366,7 @@ impl Store {
         self.run(async |conn| forecasts::set(conn, instance_id, project_id, forecast, now).await).await
     }
 
-    /// The instances whose last forecast was made after an instant.
+    /// The ids of the instances whose last forecast was made after an instant.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -368,7 +374,7 @@ impl Store {
         self.run(async |conn| forecasts::made_after(conn, after).await).await
     }
 
-    /// One page of the tasks that match, newest first, with how many there are and what they freed.
+    /// One page of the tasks that match, newest first, with their number and the keys that they reclaimed, on all pages.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -376,7 +382,7 @@ impl Store {
         self.run(async |conn| lists::page(conn, filter, offset, limit).await).await
     }
 
-    /// When each instance was last swept completely.
+    /// When the last successful task of each instance ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -384,8 +390,8 @@ impl Store {
         self.run(lists::last_successes).await
     }
 
-    /// Removes some of the ended tasks that are kept no longer: ended before `before`, or beyond the `keep` newest. The
-    /// newest one of each instance always stays. Returns how many went; more than none means that there may be others.
+    /// Removes some of the ended tasks that are no longer kept: those that ended before `before`, and those beyond the `keep`
+    /// newest. The newest one of each instance always stays. Returns how many were removed; unless 0, there may be more.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -397,7 +403,7 @@ impl Store {
         Ok(gone.len())
     }
 
-    /// Whether records can be read now.
+    /// Checks that the records can be read now.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -417,7 +423,7 @@ impl Store {
         self.run(async |conn| rows::update_task(conn, task).await).await
     }
 
-    /// One task.
+    /// The task with this id.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -442,10 +448,10 @@ impl Store {
         self.run(async |conn| rows::in_states(conn, &words).await).await
     }
 
-    /// Writes the task with the figures and positions of these shards, in one transaction.
+    /// Writes the task with the positions and counts of these shards, in one transaction.
     ///
     /// # Errors
-    /// [`StoreError::Fenced`], [`StoreError::Sql`]; then nothing of it was written.
+    /// [`StoreError::Fenced`], [`StoreError::Sql`]; nothing is written then.
     pub async fn checkpoint(
         &self,
         task: &Task,
@@ -468,8 +474,8 @@ impl Store {
         .await
     }
 
-    /// The shards of a task as its last checkpoint left them, brought forward by the batch journal where that is newer. Where the
-    /// record still says running, its process was killed: the batches that were under way then are lost replies.
+    /// The shards of a task as of its last checkpoint, brought forward by the batch journal where that is newer. If the record still says
+    /// running, the process was killed: the batches that were under way then are counted as lost replies.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -478,7 +484,7 @@ impl Store {
         let stored = stored.into_iter().map(|(shard, view)| (shard, StoredShard { view, uncounted: Vec::new() }));
         let mut shards: BTreeMap<ShardId, StoredShard> = stored.collect();
         if let Some(journals) = &self.journals {
-            // A process that was killed before its first checkpoint has counted all the same.
+            // A process that was killed before its first checkpoint has only the journal.
             for shard in journals.shards(id) {
                 shards.entry(shard).or_default();
             }
@@ -505,8 +511,7 @@ impl Store {
         Ok(shards)
     }
 
-    /// The shards of each of these tasks as its last checkpoint left them, without what a batch journal holds; a task without any is
-    /// left out.
+    /// The shards of each of these tasks as of its last checkpoint, without the batch journal. A task without shards is left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -520,7 +525,7 @@ impl Store {
         self.run(async |conn| rows::shards(conn, ids).await).await
     }
 
-    /// How each of these instances stands by its records; one without a task is left out.
+    /// The newest task and the last success of each of these instances. One without a task is left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -528,7 +533,7 @@ impl Store {
         self.run(async |conn| overview::standings(conn, instances).await).await
     }
 
-    /// These tasks, as far as there are records of them.
+    /// The tasks with these ids. One without a record is left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -536,15 +541,15 @@ impl Store {
         self.run(async |conn| overview::tasks(conn, ids).await).await
     }
 
-    /// Memory and backlog of each of these tasks, as its shards were seen last; a task without a shard is left out.
+    /// Memory and backlog of each of these tasks, as last seen. A task without shards is left out.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn glances(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
-        self.run(async |conn| overview::glances(conn, ids).await).await
+    pub async fn last_seen(&self, ids: &[TaskId]) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
+        self.run(async |conn| overview::last_seen(conn, ids).await).await
     }
 
-    /// Closes the database. A store that was dropped instead is still whole.
+    /// Closes the connections. Dropping the store instead damages nothing.
     pub async fn close(&self) {
         self.pool.close().await;
     }

@@ -1,4 +1,4 @@
-//! Opening the records, wherever they are, and the clock that goes with them.
+//! Opens the records, in a file, a shared database or memory, and provides their clock.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
@@ -16,41 +16,41 @@ use crate::store::file::{self, Found, SQLITE};
 use crate::store::journal::JournalDir;
 use crate::store::{Store, StoreError};
 
-/// How the schema of a shared database came about.
+/// The migrations of the PostgreSQL schema.
 static POSTGRES: Migrator = sqlx::migrate!("src/store/migrations/postgres");
 
-/// Connections to a file at once: one writes, others read.
+/// Most connections to an SQLite file: one writes, others read.
 const FILE_CONNECTIONS: u32 = 4;
-/// Connections of a daemon to a shared database at once.
+/// Most connections of one daemon to a shared database.
 const SHARED_CONNECTIONS: u32 = 8;
-/// Bound on each use of a shared database: a quarter of the shortest lease in use, so that a lease can be tried again in time.
+/// Timeout of each use of a shared database. Short against the default lease of 15 s, so that a renewal can be tried again in time.
 pub(super) const SHARED_WITHIN: Duration = Duration::from_secs(4);
-/// What may stand in the path of a URL as it is.
+/// The characters that are escaped in the path of a URL.
 const PATH: AsciiSet = NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_').remove(b'~');
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// The machine's own clock, or the database's as it was last heard, carried on by the monotonic clock.
+/// The machine's clock, or the database's time as last read, advanced by the machine's monotonic clock.
 #[derive(Debug, Clone, Default)]
 pub struct Clock(Arc<Mutex<Option<(Timestamp, Instant)>>>);
 
 impl Clock {
-    /// The time now.
+    /// The current time by this clock.
     pub fn now(&self) -> Timestamp {
-        let heard = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((then, at)) = heard else { return Timestamp::now() };
+        let last_read = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((then, at)) = last_read else { return Timestamp::now() };
         let since = SignedDuration::try_from(at.elapsed()).unwrap_or(SignedDuration::MAX);
         then.checked_add(since).unwrap_or(Timestamp::MAX)
     }
 
-    /// Takes over the database's time, heard just now.
+    /// Takes over the database's time, which was read just now.
     pub(super) fn set(&self, now: Timestamp) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, Instant::now()));
     }
 }
 
 impl Store {
-    /// Opens the records, makes them where there are none, and brings their schema up to date.
+    /// Opens the records, creates them if there are none, and migrates their schema.
     ///
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::InUse`], [`StoreError::NotOurs`]; [`StoreError::Connect`] for a shared database.
@@ -61,20 +61,20 @@ impl Store {
         }
     }
 
-    /// Opens a file of this process only.
+    /// Opens an SQLite file and locks it for this process.
     ///
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::InUse`], [`StoreError::NotOurs`].
     pub async fn open_file(path: &Path) -> Result<Self, StoreError> {
         let failed = |source: Cause| StoreError::Open { path: path.to_owned(), source };
-        let found = file::look(path).await?;
+        let found = file::identify(path).await?;
         let lock = Arc::new(lock(path).await?);
         if found == Found::Unmarked {
             file::mark(path).await.map_err(|e| failed(Box::new(e)))?;
         }
         file::write_ahead(path).await.map_err(|e| failed(Box::new(e)))?;
         let options = AnyPoolOptions::new().max_connections(FILE_CONNECTIONS).after_connect(|conn, _| {
-            // With WAL this is safe against a killed process; a power cut may lose the last checkpoints, never the file.
+            // With WAL a killed process loses nothing; a power cut may lose the last checkpoints, but cannot damage the file.
             Box::pin(async move { conn.execute("PRAGMA synchronous = NORMAL").await.map(drop) })
         });
         let url = file_url(path).map_err(|e| failed(Box::new(e)))?;
@@ -85,12 +85,12 @@ impl Store {
         Ok(Self { pool, clock, journals, shared: None, _lock: Some(lock) })
     }
 
-    /// Records that end with the process.
+    /// Opens records in memory, which end with the process.
     ///
     /// # Errors
-    /// [`StoreError::Sql`] where SQLite itself fails.
+    /// [`StoreError::Sql`].
     pub async fn in_memory() -> Result<Self, StoreError> {
-        // One connection that is never closed: each further one would see an empty database of its own.
+        // One connection that is never closed: each connection has a memory database of its own.
         let options = AnyPoolOptions::new().max_connections(1).idle_timeout(None).max_lifetime(None);
         let pool = connect(options, "sqlite::memory:").await?;
         SQLITE.run(&pool).await.map_err(|e| sqlx::Error::Configuration(Box::new(e)))?;
@@ -100,7 +100,7 @@ impl Store {
 
     async fn open_shared(url: &PostgresUrl, journal: &Path) -> Result<Self, StoreError> {
         let failed = |source: Cause| StoreError::Connect { url: url.to_string(), source };
-        // A daemon whose machine is gone must not keep rows locked until the network finds out.
+        // The open transaction of a daemon whose machine is lost must not lock rows until TCP notices.
         let options = AnyPoolOptions::new()
             .max_connections(SHARED_CONNECTIONS)
             .acquire_timeout(SHARED_WITHIN)
@@ -108,7 +108,7 @@ impl Store {
                 Box::pin(async move { conn.execute("SET idle_in_transaction_session_timeout = '10s'").await.map(drop) })
             });
         let pool = connect(options, url.expose()).await.map_err(|e| failed(Box::new(e)))?;
-        // Daemons that start together wait for each other here: the migrator holds a lock in the database.
+        // Daemons that start together wait for each other here: the migrator takes a lock in the database.
         POSTGRES.run(&pool).await.map_err(|e| failed(Box::new(e)))?;
         let store = Self {
             pool,
@@ -117,7 +117,7 @@ impl Store {
             shared: Some(Arc::new(url.clone())),
             _lock: None,
         };
-        store.hear_time().await?;
+        store.sync_clock().await?;
         Ok(store)
     }
 }
@@ -127,16 +127,16 @@ async fn connect(options: AnyPoolOptions, url: &str) -> Result<AnyPool, sqlx::Er
     options.connect(url).await
 }
 
-/// The file as SQLite's driver takes it. It exists by now.
+/// The URL of an existing file for SQLite's driver.
 fn file_url(path: &Path) -> std::io::Result<String> {
     let path = std::fs::canonicalize(path)?;
     let text = path.to_str().ok_or_else(|| std::io::Error::other("its path is not UTF-8"))?;
     Ok(format!("sqlite:{}", utf8_percent_encode(text, &PATH)))
 }
 
-/// Who has just ended may leave the lock for a moment to a child that it was making: it is given that long.
+/// How long to wait for the lock: a process that has just ended may have left it for a moment to a child that it was forking.
 const LOCK_WITHIN: Duration = Duration::from_secs(1);
-/// How often the lock is tried meanwhile.
+/// Time between two attempts to lock.
 const LOCK_EVERY: Duration = Duration::from_millis(20);
 
 async fn lock(store: &Path) -> Result<File, StoreError> {
@@ -148,9 +148,9 @@ async fn lock(store: &Path) -> Result<File, StoreError> {
             Ok(()) => break,
             Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_WITHIN => tokio::time::sleep(LOCK_EVERY).await,
             Err(TryLockError::WouldBlock) => return Err(StoreError::InUse(store.to_owned())),
-            // Some network file systems know no locks. There it is up to the operator to run one process only.
+            // Some network file systems have no locks. There the operator must make sure that only one process runs.
             Err(TryLockError::Error(error)) => {
-                tracing::warn!(path = %path.display(), %error, "the records cannot be locked");
+                tracing::warn!(path = %path.display(), %error, "cannot lock the records");
                 break;
             }
         }

@@ -1,4 +1,4 @@
-//! Many instances at a glance, in a number of statements that does not grow with them: how each stands, and what its newest task saw.
+//! The newest task of many instances, and what it saw, in a number of statements that does not grow with the instances.
 
 use std::collections::BTreeMap;
 
@@ -6,29 +6,29 @@ use jiff::Timestamp;
 use sqlx::{AnyConnection, AssertSqlSafe, Row};
 
 use crate::model::task::{Task, TaskId, TaskState};
-use crate::store::rows::{TASK_COLUMNS, marks, number, task_id, task_of, time, word};
+use crate::store::rows::{TASK_COLUMNS, number, placeholders, task_id, task_of, time, word};
 use crate::store::{StoreError, report};
 
-/// Values of one statement. Both databases take many more, and a fleet of a thousand instances needs one statement.
+/// Most values of one statement. Both databases take many more; this one is enough for a thousand instances.
 pub(super) const AT_ONCE: usize = 1_000;
 
-/// How an instance stands by its records.
+/// The newest task of an instance, and when one last succeeded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Standing {
-    /// Its newest task.
+    /// Id of the newest task.
     pub latest: TaskId,
-    /// The project that the instance had then.
+    /// The project that the instance belonged to then.
     pub project_id: String,
-    /// That task's state.
+    /// State of the newest task.
     pub state: TaskState,
-    /// Expired keys that it freed.
+    /// Expired keys that the newest task reclaimed.
     pub reclaimed: u64,
-    /// When a task of the instance succeeded last.
+    /// When a task of the instance last succeeded.
     pub last_success: Option<Timestamp>,
 }
 
-/// How each of these instances stands; one without a task is left out. Two look-ups in the index of each instance, however many tasks
-/// there are: a state that is not compared as it stands keeps SQLite from the index by state, which holds nearly all of them.
+/// The standing of each of these instances; one without a task is left out. It takes two index look-ups per instance, however many tasks
+/// there are. COALESCE keeps SQLite from the index by state, which would make it read nearly all succeeded tasks.
 pub(super) async fn standings(
     conn: &mut AnyConnection,
     instances: &[&str],
@@ -64,11 +64,11 @@ pub(super) async fn standings(
     Ok(standings)
 }
 
-/// These tasks, as far as there are records of them.
+/// The tasks with these ids; one without a record is left out.
 pub(super) async fn tasks(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Task>, StoreError> {
     let mut tasks = BTreeMap::new();
     for some in ids.chunks(AT_ONCE) {
-        let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id IN ({})", marks(1..some.len() + 1));
+        let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE id IN ({})", placeholders(1..some.len() + 1));
         let mut query = sqlx::query(AssertSqlSafe(sql));
         for id in some {
             query = query.bind(id.to_string());
@@ -81,33 +81,36 @@ pub(super) async fn tasks(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BT
     Ok(tasks)
 }
 
-/// What the shards of a task tell at a glance, summed up.
+/// Memory and backlog as the newest checkpoint of a task has them: sums over its shards.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Glance {
-    /// `used_memory` of all masters together, in bytes, as each was seen last.
+pub struct LastSeen {
+    /// `used_memory` in bytes of all masters together, as last seen; `None`: unknown.
     pub used_memory: Option<u64>,
-    /// Expired keys in memory, as a keep run estimates them.
+    /// Expired keys in memory as a keep run estimates them; `None` for a sweep.
     pub backlog: Option<u64>,
 }
 
-/// These tasks at a glance. One without a shard is left out.
-pub(super) async fn glances(conn: &mut AnyConnection, ids: &[TaskId]) -> Result<BTreeMap<TaskId, Glance>, StoreError> {
-    let mut glances: BTreeMap<TaskId, Glance> = BTreeMap::new();
+/// Memory and backlog of each of these tasks; one without shards is left out.
+pub(super) async fn last_seen(
+    conn: &mut AnyConnection,
+    ids: &[TaskId],
+) -> Result<BTreeMap<TaskId, LastSeen>, StoreError> {
+    let mut last_seen: BTreeMap<TaskId, LastSeen> = BTreeMap::new();
     for some in ids.chunks(AT_ONCE) {
-        let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", marks(1..some.len() + 1));
+        let sql = format!("SELECT task_id, report FROM shards WHERE task_id IN ({})", placeholders(1..some.len() + 1));
         let mut query = sqlx::query(AssertSqlSafe(sql));
         for id in some {
             query = query.bind(id.to_string());
         }
         for row in query.fetch_all(&mut *conn).await? {
             let text: Option<String> = row.try_get("report")?;
-            let shard = text.as_deref().map(report::glance).unwrap_or_default();
-            let sum = glances.entry(task_id(row.try_get("task_id")?)?).or_default();
+            let shard = text.as_deref().map(report::last_seen).unwrap_or_default();
+            let sum = last_seen.entry(task_id(row.try_get("task_id")?)?).or_default();
             let add =
                 |sum: &mut Option<u64>, part: Option<u64>| *sum = part.map(|part| sum.unwrap_or(0) + part).or(*sum);
             add(&mut sum.used_memory, shard.used_memory);
             add(&mut sum.backlog, shard.backlog);
         }
     }
-    Ok(glances)
+    Ok(last_seen)
 }

@@ -1,7 +1,7 @@
-//! The report of a shard as it is stored: everything that its view shows beside the columns of its passes.
+//! The stored report of a shard: everything that its view shows and that has no column of its own.
 //!
-//! A checkpoint needs the columns, people need the rest. It is one JSON text with a version in it. A text of another version
-//! is not read: the checkpoint counts, and the view lacks what it lacks.
+//! A checkpoint needs only the columns; the report is for people. It is one JSON text with a version. A text of another
+//! version is ignored: the task can still be resumed from the columns, and its view lacks what the report would have shown.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::model::progress::{Memory, PassFigures, ServerFacts, ShardView, TTL_BO
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 use crate::model::slots::{CursorSpace, SlotSet};
 
-/// The version of the text. To be raised where a field changes its meaning; a new field needs `#[serde(default)]` only.
+/// The version of the text. Raise it when a field changes its meaning; a new field only needs `#[serde(default)]`.
 const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,7 +33,7 @@ struct Report {
     settling: Duration,
     finished: bool,
     failure: Option<StoredFailure>,
-    /// Why it held when this was written, and the facts beside it: for those who follow a task that another daemon has.
+    /// Why the shard was held when this was written, with details, for readers on other daemons than the task's owner.
     #[serde(default)]
     hold: Option<String>,
     #[serde(default)]
@@ -52,7 +52,7 @@ struct Server {
     addr: NodeAddr,
 }
 
-/// An address in a file of ours.
+/// The stored form of an address.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "NodeAddr", rename_all = "snake_case")]
 pub(super) enum StoredAddr {
@@ -89,7 +89,7 @@ struct StoredFailure {
     hint: Option<String>,
 }
 
-/// The figures of a pass that have no column.
+/// What is stored of a pass and has no column.
 #[derive(Debug, Serialize, Deserialize)]
 struct Pass {
     waited: Duration,
@@ -99,7 +99,7 @@ struct Pass {
     server_us_per_scan: Option<f64>,
     #[serde(default)]
     server_expired: Option<u64>,
-    /// The slots that its cursors go through; `None`: one table.
+    /// The ranges of slots that the cursors go through; `None`: the DB is one table.
     slots: Option<Vec<(u16, u16)>>,
     #[serde(with = "StoredTtl")]
     ttl: TtlHistogram,
@@ -113,7 +113,7 @@ struct StoredTtl {
     never: u64,
 }
 
-/// The text of a shard's report.
+/// The report of a shard as JSON.
 pub(super) fn to_json(view: &ShardView) -> String {
     let report = Report {
         version: VERSION,
@@ -143,17 +143,17 @@ pub(super) fn to_json(view: &ShardView) -> String {
     serde_json::to_string(&report).unwrap_or_default()
 }
 
-/// What a stored text tells of a master at a glance.
+/// Memory and backlog of one shard as its newest checkpoint has them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Glance {
-    /// `used_memory` in bytes: after the sweep, else before it.
+pub(super) struct LastSeen {
+    /// `used_memory` in bytes after the sweep, else before it.
     pub(super) used_memory: Option<u64>,
-    /// Expired keys in memory, as a keep run estimates them.
+    /// Expired keys in memory as a keep run estimates them.
     pub(super) backlog: Option<u64>,
 }
 
-/// What can be read of a text at a glance; of another version: nothing.
-pub(super) fn glance(json: &str) -> Glance {
+/// Reads memory and backlog from a stored report, without the rest of it. A text of another version gives nothing.
+pub(super) fn last_seen(json: &str) -> LastSeen {
     #[derive(Deserialize)]
     struct Seen {
         version: u32,
@@ -165,15 +165,15 @@ pub(super) fn glance(json: &str) -> Glance {
         keep: Option<KeepFigures>,
     }
     match serde_json::from_str::<Seen>(json) {
-        Ok(seen) if seen.version == VERSION => Glance {
+        Ok(seen) if seen.version == VERSION => LastSeen {
             used_memory: seen.memory_after.used.or(seen.memory_before.used),
             backlog: seen.keep.and_then(|keep| keep.backlog),
         },
-        _ => Glance::default(),
+        _ => LastSeen::default(),
     }
 }
 
-/// Completes a view, whose passes hold what their columns hold, by a stored text. One that cannot be read changes nothing.
+/// Completes a view, whose passes have the values of their columns, by a stored report. A text that cannot be read changes nothing.
 pub(super) fn complete(view: &mut ShardView, json: &str) {
     #[derive(Deserialize)]
     struct Version {
@@ -186,7 +186,7 @@ pub(super) fn complete(view: &mut ShardView, json: &str) {
     let report: Report = match serde_json::from_str(json) {
         Ok(report) => report,
         Err(error) => {
-            tracing::warn!(%error, "the stored report of a shard cannot be read; its checkpoint is");
+            tracing::warn!(%error, "cannot read the stored report of a shard; its checkpoint is used without it");
             return;
         }
     };

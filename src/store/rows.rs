@@ -1,4 +1,4 @@
-//! Rows and their statements. Model types know nothing of SQL; this file is the only place where the two meet.
+//! The rows of tasks, shards and passes, and their statements. Model types know nothing of SQL: they are converted here.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -20,9 +20,9 @@ use crate::store::{StoreError, report};
 pub(super) const TASK_COLUMNS: &str = "id, instance_id, project_id, target, sweep, respect_window, cause, state, created_at, \
                             started_at, finished_at, num, spent_us, failure_kind, failure_message, failure_hint, note, owner, fence, place";
 
-/// Adds a task. Returns false where the instance has an unfinished one, as far as the database itself sees to that.
+/// Adds a task. Returns false if the instance has an unfinished one; only the index of PostgreSQL checks this.
 pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result<bool, StoreError> {
-    let sql = format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({}) ON CONFLICT DO NOTHING", marks(1..21));
+    let sql = format!("INSERT INTO tasks ({TASK_COLUMNS}) VALUES ({}) ON CONFLICT DO NOTHING", placeholders(1..21));
     let added = sqlx::query(AssertSqlSafe(sql))
         .bind(task.id.to_string())
         .bind(&task.instance_id)
@@ -49,12 +49,11 @@ pub(super) async fn insert_task(conn: &mut AnyConnection, task: &Task) -> Result
     Ok(added.rows_affected() > 0)
 }
 
-/// Writes what may change of a task, if it still has the fencing number that the caller knows.
+/// Writes the columns of a task that may change, if it still has the fencing number that the caller knows.
 ///
 /// # Errors
-/// [`StoreError::Fenced`] where another owner has it by now; nothing was written.
+/// [`StoreError::Fenced`] if another daemon owns the task by now; nothing is written then.
 pub(super) async fn update_task(conn: &mut AnyConnection, task: &Task) -> Result<(), StoreError> {
-    // A task that has ended has no owner.
     let written = sqlx::query(
         "UPDATE tasks SET sweep = $1, state = $2, started_at = $3, finished_at = $4, num = $5, spent_us = $6, \
          failure_kind = $7, failure_message = $8, failure_hint = $9, note = $10, owner = $11 \
@@ -70,6 +69,7 @@ pub(super) async fn update_task(conn: &mut AnyConnection, task: &Task) -> Result
     .bind(task.failure.as_ref().map(|f| plain(&f.message)))
     .bind(task.failure.as_ref().and_then(|f| f.hint.as_deref()).map(plain))
     .bind(task.note.as_deref().map(plain))
+    // A task that has ended has no owner any more.
     .bind(task.owner.as_ref().filter(|_| !task.state.is_final()))
     .bind(task.id.to_string())
     .bind(signed(task.fence))
@@ -95,7 +95,8 @@ pub(super) async fn latest(conn: &mut AnyConnection, instance_id: &str) -> Resul
 }
 
 pub(super) async fn in_states(conn: &mut AnyConnection, words: &[&str]) -> Result<Vec<Task>, StoreError> {
-    let sql = format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", marks(1..words.len() + 1));
+    let sql =
+        format!("SELECT {TASK_COLUMNS} FROM tasks WHERE state IN ({}) ORDER BY id", placeholders(1..words.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for word in words {
         query = query.bind(*word);
@@ -138,7 +139,7 @@ pub(super) async fn upsert_pass(
          lost_replies = excluded.lost_replies, restarts = excluded.restarts, active_us = excluded.active_us, \
          rested_us = excluded.rested_us, slice_p50_us = excluded.slice_p50_us, \
          slice_p99_us = excluded.slice_p99_us, slice_max_us = excluded.slice_max_us, process = excluded.process",
-        marks(1..19)
+        placeholders(1..19)
     )))
     .bind(id.to_string())
     .bind(&shard.0)
@@ -176,7 +177,7 @@ pub(super) async fn upsert_pass(
     Ok(())
 }
 
-/// The shards of each of these tasks; one without any is left out.
+/// The shards of each of these tasks, with passes, holds and reports. A task without shards is left out.
 pub(super) async fn shards(
     conn: &mut AnyConnection,
     ids: &[TaskId],
@@ -200,9 +201,9 @@ pub(super) async fn shards(
     Ok(tasks)
 }
 
-/// The rows of a table that belong to these tasks.
+/// All rows of these tasks in a table.
 async fn of_tasks(conn: &mut AnyConnection, table: &str, ids: &[TaskId]) -> Result<Vec<AnyRow>, StoreError> {
-    let sql = format!("SELECT * FROM {table} WHERE task_id IN ({})", marks(1..ids.len() + 1));
+    let sql = format!("SELECT * FROM {table} WHERE task_id IN ({})", placeholders(1..ids.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for id in ids {
         query = query.bind(id.to_string());
@@ -210,7 +211,7 @@ async fn of_tasks(conn: &mut AnyConnection, table: &str, ids: &[TaskId]) -> Resu
     Ok(query.fetch_all(conn).await?)
 }
 
-/// The shard that a row is about.
+/// The shard that a row belongs to, added if it is the first row of it.
 fn shard_in<'a>(
     tasks: &'a mut BTreeMap<TaskId, BTreeMap<ShardId, ShardView>>,
     row: &AnyRow,
@@ -275,12 +276,12 @@ pub(super) fn task_of(row: &AnyRow) -> Result<Task, StoreError> {
     })
 }
 
-/// Placeholders of these numbers, the first of which is 1, as both databases write them.
-pub(super) fn marks(numbers: Range<usize>) -> String {
+/// Placeholders with these numbers, such as `$1, $2`; the first placeholder of a statement is 1. Both databases take this form.
+pub(super) fn placeholders(numbers: Range<usize>) -> String {
     numbers.map(|number| format!("${number}")).collect::<Vec<_>>().join(", ")
 }
 
-/// Text of others, such as a server's error, without the one character that PostgreSQL takes in no text.
+/// A text from outside, such as a server's error, without NUL, which PostgreSQL refuses in text.
 fn plain(text: &str) -> String {
     text.replace('\0', "")
 }

@@ -1,4 +1,5 @@
-//! Configurations of the automatic scan, and which due times were dealt with.
+//! The automatic scans that the API set, and which due times were handled. The table `dues` holds the due position of each instance,
+//! `due_times` what became of each due time.
 
 use std::collections::BTreeMap;
 
@@ -11,8 +12,9 @@ use sqlx::{AnyConnection, AssertSqlSafe, Row};
 use crate::model::schedule::{AutoScan, CronRule, Recurrence};
 use crate::model::task::TaskId;
 use crate::store::StoreError;
-use crate::store::rows::{self, marks, number, time};
+use crate::store::rows::{number, placeholders, time};
 
+/// The automatic scan that the API set for an instance. A row without a project is from before projects were stored.
 pub(super) async fn auto_scan(
     conn: &mut AnyConnection,
     instance_id: &str,
@@ -82,66 +84,66 @@ fn auto_scan_of(row: &AnyRow) -> Result<AutoScan, StoreError> {
     })
 }
 
-/// Marks that one statement sets.
-const MARKS_AT_ONCE: usize = 500;
+/// Due positions that one statement sets.
+const POSITIONS_AT_ONCE: usize = 500;
 
-/// What is known of the due times of an instance.
+/// How far the due times of an instance were handled.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
-    /// Due times up to this instant were dealt with, or are nobody's to keep.
+pub struct DuePosition {
+    /// Due times up to this instant were run or skipped, or lie before the schedule was put in force.
     pub handled: Timestamp,
-    /// The schedule that it was set for, in words; `None`: whichever is in force.
+    /// The schedule that this counts for, as text; `None`: whichever is in force.
     pub schedule: Option<String>,
 }
 
 /// What became of a due time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Due<'a> {
-    /// When.
+pub struct DueOutcome<'a> {
+    /// The due time that was handled.
     pub at: Timestamp,
-    /// `run`, or why it was skipped.
+    /// `run`, or why it was skipped: `still_running` or `missed`.
     pub outcome: &'a str,
 }
 
-/// What the records hold of the schedules of all instances.
+/// The automatic scans and due positions of all instances, as the store holds them.
 #[derive(Debug, Clone, Default)]
-pub struct Schedules {
+pub struct ScheduleState {
     auto_scans: BTreeMap<String, (String, AutoScan)>,
-    marks: BTreeMap<String, Mark>,
+    positions: BTreeMap<String, DuePosition>,
 }
 
-impl Schedules {
+impl ScheduleState {
     /// The automatic scan that the API set for an instance of a project.
     pub fn auto_scan(&self, instance_id: &str, project_id: &str) -> Option<&AutoScan> {
         let (project, config) = self.auto_scans.get(instance_id)?;
         (project == project_id || project.is_empty()).then_some(config)
     }
 
-    /// Takes over a mark that was set since these were read.
-    pub fn set_mark(&mut self, instance_id: &str, mark: Mark) {
-        self.marks.insert(instance_id.to_owned(), mark);
+    /// Replaces the due position of an instance. The store is not written.
+    pub fn set_position(&mut self, instance_id: &str, position: DuePosition) {
+        self.positions.insert(instance_id.to_owned(), position);
     }
 
-    /// All automatic scans that the API set: instance, project, scan.
+    /// The automatic scans that the API set, each with the ids of its instance and project.
     pub(super) fn auto_scans(&self) -> impl Iterator<Item = (&str, &str, &AutoScan)> {
         self.auto_scans.iter().map(|(instance, (project, config))| (instance.as_str(), project.as_str(), config))
     }
 
-    /// All marks, by instance.
-    pub(super) fn marks(&self) -> impl Iterator<Item = (&str, &Mark)> {
-        self.marks.iter().map(|(instance, mark)| (instance.as_str(), mark))
+    /// The due positions, each with the id of its instance.
+    pub(super) fn positions(&self) -> impl Iterator<Item = (&str, &DuePosition)> {
+        self.positions.iter().map(|(instance, position)| (instance.as_str(), position))
     }
 
-    /// The mark of an instance; `None` for one that was never looked at.
-    pub fn mark(&self, instance_id: &str) -> Option<&Mark> {
-        self.marks.get(instance_id)
+    /// The due position of an instance; `None` if its schedule was never evaluated.
+    pub fn position(&self, instance_id: &str) -> Option<&DuePosition> {
+        self.positions.get(instance_id)
     }
 }
 
-/// The schedules of all instances, in two statements.
-pub(super) async fn all(conn: &mut AnyConnection) -> Result<Schedules, StoreError> {
-    let mut schedules = Schedules::default();
-    // Row by row: there may be ten thousand of them.
+/// Reads the schedule state of all instances, in two statements.
+pub(super) async fn all(conn: &mut AnyConnection) -> Result<ScheduleState, StoreError> {
+    let mut schedules = ScheduleState::default();
+    // Row by row, to hold one row at a time: there may be ten thousand instances.
     let mut rows = sqlx::query("SELECT * FROM auto_scans").fetch(&mut *conn);
     while let Some(row) = rows.try_next().await? {
         let entry = (row.try_get("project_id")?, auto_scan_of(&row)?);
@@ -150,59 +152,67 @@ pub(super) async fn all(conn: &mut AnyConnection) -> Result<Schedules, StoreErro
     drop(rows);
     let mut rows = sqlx::query("SELECT instance_id, handled, schedule FROM dues").fetch(conn);
     while let Some(row) = rows.try_next().await? {
-        let (instance_id, mark) = mark_in(&row)?;
-        schedules.marks.insert(instance_id, mark);
+        let (instance_id, position) = position_in(&row)?;
+        schedules.positions.insert(instance_id, position);
     }
     Ok(schedules)
 }
 
-/// The marks that lie after an instant.
-pub(super) async fn marks_after(conn: &mut AnyConnection, after: Timestamp) -> Result<Vec<(String, Mark)>, StoreError> {
+/// The due positions after an instant, by instance.
+pub(super) async fn due_positions_after(
+    conn: &mut AnyConnection,
+    after: Timestamp,
+) -> Result<Vec<(String, DuePosition)>, StoreError> {
     let query = sqlx::query("SELECT instance_id, handled, schedule FROM dues WHERE handled > $1");
-    query.bind(mark_of(after)).fetch_all(conn).await?.iter().map(mark_in).collect()
+    query.bind(ceil_millis(after)).fetch_all(conn).await?.iter().map(position_in).collect()
 }
 
-fn mark_in(row: &AnyRow) -> Result<(String, Mark), StoreError> {
-    let mark = Mark { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? };
-    Ok((row.try_get("instance_id")?, mark))
+fn position_in(row: &AnyRow) -> Result<(String, DuePosition), StoreError> {
+    let position = DuePosition { handled: time(row.try_get("handled")?)?, schedule: row.try_get("schedule")? };
+    Ok((row.try_get("instance_id")?, position))
 }
 
-/// Sets marks, wherever they were.
-pub(super) async fn set_marks(conn: &mut AnyConnection, marks: &[(&str, &Mark)]) -> Result<(), StoreError> {
-    for some in marks.chunks(MARKS_AT_ONCE) {
-        let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", rows::marks(3 * row + 1..3 * row + 4))).collect();
+/// Sets due positions, also to an earlier instant.
+pub(super) async fn set_due_positions(
+    conn: &mut AnyConnection,
+    positions: &[(&str, &DuePosition)],
+) -> Result<(), StoreError> {
+    for some in positions.chunks(POSITIONS_AT_ONCE) {
+        let rows: Vec<_> = (0..some.len()).map(|row| format!("({})", placeholders(3 * row + 1..3 * row + 4))).collect();
         let sql = format!(
             "INSERT INTO dues (instance_id, handled, schedule) VALUES {} ON CONFLICT (instance_id) DO UPDATE SET \
              handled = excluded.handled, schedule = excluded.schedule",
             rows.join(", ")
         );
         let mut query = sqlx::query(AssertSqlSafe(sql));
-        for (instance_id, mark) in some {
-            query = query.bind((*instance_id).to_owned()).bind(mark_of(mark.handled)).bind(mark.schedule.clone());
+        for (instance_id, position) in some {
+            query = query.bind((*instance_id).to_owned()).bind(ceil_millis(position.handled));
+            query = query.bind(position.schedule.clone());
         }
         query.execute(&mut *conn).await?;
     }
     Ok(())
 }
 
-/// Records what became of a due time and moves the mark forward, within its schedule. Returns whether nobody had dealt with it yet.
-pub(super) async fn deal_with(
+/// Records what became of a due time, and moves the due position forward to it. Returns false, and changes nothing, if the due time was
+/// recorded before.
+pub(super) async fn record_due(
     conn: &mut AnyConnection,
     instance_id: &str,
-    due: Due<'_>,
+    due: DueOutcome<'_>,
     task: Option<TaskId>,
 ) -> Result<bool, StoreError> {
     let added = sqlx::query(
         "INSERT INTO due_times (instance_id, due, outcome, task_id) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
     )
     .bind(instance_id)
-    .bind(mark_of(due.at))
+    .bind(ceil_millis(due.at))
     .bind(due.outcome)
     .bind(task.map(|id| id.to_string()))
     .execute(&mut *conn)
     .await?;
     if added.rows_affected() == 0 {
-        // Whoever did has moved the mark with it.
+        // The transaction that recorded it has moved the due position too.
         return Ok(false);
     }
     sqlx::query(
@@ -210,15 +220,18 @@ pub(super) async fn deal_with(
          handled = CASE WHEN dues.handled < excluded.handled THEN excluded.handled ELSE dues.handled END",
     )
     .bind(instance_id)
-    .bind(mark_of(due.at))
+    .bind(ceil_millis(due.at))
     .execute(conn)
     .await?;
     Ok(true)
 }
 
-/// Forgets the marks of all other instances.
-pub(super) async fn forget_marks_but(conn: &mut AnyConnection, instance_ids: &[&str]) -> Result<(), StoreError> {
-    let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", marks(1..instance_ids.len() + 1));
+/// Removes the due positions of all other instances.
+pub(super) async fn forget_due_positions_except(
+    conn: &mut AnyConnection,
+    instance_ids: &[&str],
+) -> Result<(), StoreError> {
+    let sql = format!("DELETE FROM dues WHERE instance_id NOT IN ({})", placeholders(1..instance_ids.len() + 1));
     let mut query = sqlx::query(AssertSqlSafe(sql));
     for id in instance_ids {
         query = query.bind(*id);
@@ -232,8 +245,8 @@ pub(super) async fn forget_auto_scan(conn: &mut AnyConnection, instance_id: &str
     Ok(())
 }
 
-/// An instant in whole milliseconds, and never before the time itself: a due time that seems to lie after its own mark would be due
-/// again and again.
-fn mark_of(handled: Timestamp) -> i64 {
-    handled.as_millisecond() + i64::from(handled.subsec_nanosecond() % 1_000_000 > 0)
+/// An instant in milliseconds since 1970, rounded up: rounded down, a due time would lie after its own due position and be due again
+/// and again.
+fn ceil_millis(at: Timestamp) -> i64 {
+    at.as_millisecond() + i64::from(at.subsec_nanosecond() % 1_000_000 > 0)
 }

@@ -1,7 +1,7 @@
-//! What has to be put back: the value that a setting of a server had before we changed it, kept beside the state file.
+//! Undo notes: the value that a setting of a server had before we changed it, in a file beside the state file.
 //!
-//! Written before the change and removed after it was undone, so that whatever happens in between, a later sweep finds it.
-//! It is locked for as long as its process means to undo it: one that nobody holds was left behind.
+//! A note is written before the change and removed after the value was restored, so that after a crash in between a later
+//! sweep finds it. Its process keeps it locked until then: an unlocked note was left behind.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Write};
@@ -15,45 +15,45 @@ use crate::model::shard::NodeAddr;
 use crate::store::journal::JournalDir;
 use crate::store::report::StoredAddr;
 
-/// What has to be put back, and where.
+/// The value to restore, and where.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Undo {
-    /// The instance: its URL without credentials. Nobody but a sweep of it may log in to `addr`.
+    /// URL of the instance, without credentials. Only a sweep of this instance has the credentials for `addr`.
     pub target: String,
-    /// The server.
+    /// Address of the server whose setting was changed.
     #[serde(with = "StoredAddr")]
     pub addr: NodeAddr,
-    /// The setting.
+    /// Name of the server's setting.
     pub parameter: String,
-    /// The value that it had.
+    /// Value of the setting before the change.
     pub value: String,
 }
 
-/// The note about it, which is ours for as long as this is not dropped.
+/// An undo note that this process has locked. Dropping it unlocks the note and leaves the file.
 #[derive(Debug)]
 pub struct UndoNote {
-    /// What it says.
+    /// The content of the note.
     pub undo: Undo,
     file: PathBuf,
     _lock: File,
 }
 
 impl Undo {
-    /// Notes it, so that it outlives a crash and a power cut.
+    /// Writes and locks the note. It survives a crash and a power cut.
     ///
     /// # Errors
-    /// Of the file system, and `WouldBlock` where another sweep has changed the same setting of the same server. Nothing is
-    /// noted then.
+    /// Any error of the file system, and `WouldBlock` if another sweep has changed the same setting of the same server. No note is
+    /// written then.
     pub fn note(self, dir: &JournalDir) -> io::Result<UndoNote> {
         let hash = Sha256::digest(self.addr.to_string().as_bytes());
         let short: String = hash.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let file = dir.path().join(format!("undo-{short}-{}", self.parameter));
-        if File::open(&file).is_ok_and(|there| !is_free(&there)) {
-            return Err(io::Error::new(io::ErrorKind::WouldBlock, "another sweep has changed it and will put it back"));
+        if File::open(&file).is_ok_and(|there| !try_lock(&there)) {
+            return Err(io::Error::new(io::ErrorKind::WouldBlock, "another sweep has changed it and will restore it"));
         }
         std::fs::create_dir_all(dir.path())?;
         let mut new = tempfile::NamedTempFile::new_in(dir.path())?;
-        is_free(new.as_file());
+        try_lock(new.as_file());
         serde_json::to_writer(&mut new, &self)?;
         new.flush()?;
         new.as_file().sync_all()?;
@@ -64,9 +64,9 @@ impl Undo {
 }
 
 impl UndoNote {
-    /// The notes in `dir` that were left behind by whoever wrote them, as far as `ours` says yes.
+    /// Locks and returns the notes in `dir` that their processes left behind and for which `ours` is true.
     pub fn left(dir: &JournalDir, ours: impl Fn(&Undo) -> bool) -> Vec<Self> {
-        // No directory: nothing was left.
+        // Without the folder there are no notes.
         let Ok(entries) = std::fs::read_dir(dir.path()) else { return Vec::new() };
         let files = entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"undo-"));
         files.filter_map(|entry| Self::take(&entry.path(), &ours)).collect()
@@ -74,30 +74,30 @@ impl UndoNote {
 
     fn take(path: &Path, ours: impl Fn(&Undo) -> bool) -> Option<Self> {
         let file = File::open(path).ok()?;
-        // A torn one is none: it was never relied upon.
+        // A torn note is ignored: the setting is changed only after the note was written completely.
         let undo: Undo = serde_json::from_reader(&file).ok()?;
-        // One without a name was done before we had the lock.
-        let is_left = ours(&undo) && is_free(&file) && file.metadata().is_ok_and(|data| data.nlink() > 0);
+        // No link: the note was removed between the open and the lock.
+        let is_left = ours(&undo) && try_lock(&file) && file.metadata().is_ok_and(|data| data.nlink() > 0);
         is_left.then(|| Self { undo, file: path.to_owned(), _lock: file })
     }
 
-    /// The file.
+    /// The path of the note.
     pub fn path(&self) -> &Path {
         &self.file
     }
 
-    /// It was put back.
+    /// Removes the note: the value was restored.
     pub fn done(self) {
         let _ = std::fs::remove_file(&self.file);
         if let Some(dir) = self.file.parent() {
-            // Succeeds only where it was the last file.
+            // Fails, as intended, while other files are in the folder.
             let _ = std::fs::remove_dir(dir);
         }
     }
 }
 
-/// Takes the lock of a note. Some network file systems know no locks: there every note counts as free.
-fn is_free(note: &File) -> bool {
+/// Tries to lock a note. Where the file system has no locks, every note counts as unlocked.
+fn try_lock(note: &File) -> bool {
     !matches!(note.try_lock(), Err(TryLockError::WouldBlock))
 }
 

@@ -20,7 +20,7 @@ use crate::model::task::{Cause, Command, Task, TaskId, TaskState, transition};
 use crate::model::throttle::Reason;
 use crate::settings::Settings;
 use crate::settings::serve::{self, Instance, ServeSettings};
-use crate::store::{Due, StoreError, StoredShard};
+use crate::store::{DueOutcome, StoreError, StoredShard};
 use crate::tasks::admission::Admission;
 use crate::tasks::recorder::{Order, OrderRequest};
 use crate::tasks::{TaskError, TaskService, TaskSpec, TaskView, new_task};
@@ -134,14 +134,14 @@ impl TaskService {
     }
 
     async fn insert(&self, task: &Task, due: Option<Timestamp>) -> Result<(), TaskError> {
-        let due = due.map(|at| Due { at, outcome: "run" });
+        let due = due.map(|at| DueOutcome { at, outcome: "run" });
         match self.store.insert(task, due).await {
             Ok(()) => Ok(()),
             Err(StoreError::Unfinished(instance)) => {
                 let other = self.store.latest(&instance).await?;
                 Err(Busy(other.map_or(task.id, |other| other.id)).into())
             }
-            Err(error @ StoreError::DealtWith) => Err(error.into()),
+            Err(error @ StoreError::AlreadyHandled) => Err(error.into()),
             Err(error) => {
                 self.metrics.store_failed();
                 Err(error.into())
@@ -176,7 +176,7 @@ impl TaskService {
     /// Reports a task that failed to whoever wants to know.
     fn tell(&self, task: &Task) {
         if let (TaskState::Failed, Some(notifier)) = (task.state, &self.notifier) {
-            notifier.tell(Event::task_failed(task, self.store.now()));
+            notifier.notify(Event::task_failed(task, self.store.now()));
         }
     }
 

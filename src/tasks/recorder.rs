@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::Outcome;
 use crate::engine::control::{Control, StopReason};
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{CounterSums, Metrics};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{ScanEvent, ScanEventKind, Snapshot};
 use crate::model::shard::ShardId;
@@ -119,7 +119,7 @@ pub(super) struct Recorder {
     store_failed: bool,
     /// Another daemon has the task by now.
     is_lost: bool,
-    totals: Totals,
+    totals: CounterSums,
     trace: TaskTrace,
 }
 
@@ -137,7 +137,7 @@ impl Recorder {
     ) -> Self {
         let snapshot = view.borrow().snapshot.clone();
         // What an earlier process counted is not counted again.
-        let totals = Totals::of(&snapshot);
+        let totals = CounterSums::of(&snapshot);
         Self {
             trace: TaskTrace::new(&task),
             store,
@@ -434,7 +434,7 @@ impl Recorder {
     /// Brings the task's count and the metrics up to date with the shards. Every event is summed up before it is written or shown.
     fn sum_up(&mut self) {
         self.task.num = self.snapshot.reclaimed();
-        let totals = Totals::of(&self.snapshot);
+        let totals = CounterSums::of(&self.snapshot);
         self.metrics.progressed(&self.task.instance_id, &self.totals, &totals, &self.snapshot);
         self.totals = totals;
     }

@@ -279,7 +279,7 @@ async fn a_terminal_shows_a_bar_and_a_pipe_shows_lines() {
     running.says("db0").await;
     let run = running.end().await.expect(0);
     assert!(run.stderr.contains("keys/s") && run.stderr.contains("ETA"), "{}", run.stderr);
-    assert!(run.stdout.contains("done: 6,000 expired keys freed"), "{}", run.stdout);
+    assert!(run.stdout.contains("done: 6,000 expired keys reclaimed"), "{}", run.stdout);
 }
 
 #[tokio::test]

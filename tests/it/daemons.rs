@@ -462,10 +462,10 @@ async fn one_of_several_daemons_tells_what_is_not_swept_and_another_does_once_th
     let id = hook.wait_for(1).await[0].json()["id"].clone();
     // A reload makes the daemon check at once.
     let reload = async |daemon: &Daemon| {
-        let before = daemon.log().matches("settings read again").count();
+        let before = daemon.log().matches("settings reloaded").count();
         daemon.signal("HUP");
         probe("it reads its settings again", PATIENCE, async || {
-            daemon.log().matches("settings read again").count() > before
+            daemon.log().matches("settings reloaded").count() > before
         })
         .await;
     };

@@ -40,7 +40,7 @@ impl Demo {
             if let Some((_, rest)) = line.split_once(" pid ") {
                 pid = rest.split(',').next().and_then(|pid| pid.parse().ok());
             }
-            if line.contains("freed per second") {
+            if line.contains("reclaimed per second") {
                 break;
             }
         }

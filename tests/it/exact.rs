@@ -274,7 +274,7 @@ async fn memory_that_stays_with_the_process_is_told_and_what_helps() {
         written.expect("the keys are written");
     }
     let swept = run(["scan", &server.url()]).await.expect(0);
-    assert!(swept.stdout.contains("30,000 expired keys freed"), "{swept:#?}");
+    assert!(swept.stdout.contains("30,000 expired keys reclaimed"), "{swept:#?}");
     assert!(swept.stdout.contains("resident memory: ") && swept.stdout.contains("MEMORY PURGE"), "{swept:#?}");
     assert_eq!(server.dbsize(0).await, 30_000);
 }

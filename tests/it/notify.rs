@@ -110,7 +110,7 @@ async fn a_webhook_that_refuses_is_not_asked_again_and_its_address_stays_secret(
     assert!(text["text"].as_str().expect("a text").contains("the sweep of gone failed"), "{text}");
     assert_eq!(text.as_object().expect("an object").len(), 1);
     let log = daemon.log();
-    assert!(log.contains("the webhook is not told: it answered 404"), "{log}");
+    assert!(log.contains("notification given up: the webhook answered 404"), "{log}");
     assert!(!log.contains("geheim"), "{log}");
 }
 
@@ -129,7 +129,7 @@ async fn a_webhook_that_never_answers_slows_neither_sweeps_nor_the_end() {
     assert_eq!(daemon.stop().await, Some(0));
     // The daemon waits 3 s for the webhook, whose own limit is 10 s.
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
-    assert!(daemon.log().contains("the webhook was not told before the daemon stopped"), "{}", daemon.log());
+    assert!(daemon.log().contains("notifications were not delivered before the daemon stopped"), "{}", daemon.log());
 }
 
 #[tokio::test]

@@ -222,7 +222,7 @@ async fn an_instance_shows_what_its_sweeps_brought_and_what_held_them() {
     let outlook = browser.texts(".forecast-db").await.concat();
     assert!(outlook.contains("DB 0 3,000 keys") && outlook.contains("With a TTL3,000"), "{outlook}");
 
-    browser.press("Look now").await;
+    browser.press("Check now").await;
     browser.until_text(".verdict", "").await;
     browser.until("document.querySelector('.findings')").await;
     assert!(!browser.texts(".verdict").await.concat().is_empty());
@@ -298,7 +298,7 @@ async fn a_schedule_is_edited_and_what_is_refused_stands_at_its_field() {
     browser.until_text("dl", "off").await;
     assert_eq!(daemon.get(&path).await.ok()["enable_auto_scan"], false);
     browser.press("Edit…").await;
-    browser.press("Back to the settings file").await;
+    browser.press("Reset to the settings file").await;
     browser.until_text("dl", "30 3 * * *").await;
     browser.assert_no_errors(&[400, 404]).await;
 }
@@ -330,7 +330,7 @@ async fn an_instance_is_kept_to_bounds_that_are_set_and_shown_there() {
     browser.run("location.hash = '#/instances/cache';").await;
     browser.ready("instance").await;
     browser.press("Bounds…").await;
-    browser.press("Back to the settings file").await;
+    browser.press("Reset to the settings file").await;
     browser.until("!document.querySelector('.tiles').textContent.includes('Bound')").await;
     browser.until("document.querySelector('section.running').hidden").await;
     browser.assert_no_errors(&[400, 404]).await;
@@ -348,7 +348,7 @@ async fn a_reader_may_only_read_and_a_wrong_token_is_refused() {
     browser.assert_accessible("the login").await;
     browser.picture("login").await;
     browser.fill("#token", "guess").await;
-    browser.press("Show").await;
+    browser.press("Log in").await;
     browser.until_text("#login-error", "Invalid token").await;
     browser.fill("#token", "figures").await;
     browser.keys(Key::Enter).await;
@@ -357,7 +357,7 @@ async fn a_reader_may_only_read_and_a_wrong_token_is_refused() {
     assert!(browser.texts("table.instances button.small").await.is_empty(), "no order");
     browser.click(".name").await;
     browser.ready("instance").await;
-    for word in ["Sweep…", "Edit…", "Look now"] {
+    for word in ["Sweep…", "Edit…", "Check now"] {
         assert!(!browser.texts("button").await.iter().any(|text| text == word), "{word}");
     }
     browser.assert_accessible("an instance that was never swept").await;

@@ -15,7 +15,7 @@ use ttlsweep::model::shard::{DbIndex, ScanPosition, ShardId};
 use ttlsweep::model::task::{Cause, Task, TaskId, TaskState};
 use ttlsweep::model::throttle::Reason;
 use ttlsweep::settings::store::StoreLocation;
-use ttlsweep::store::{Claim, DaemonId, DaemonRecord, Due, Fleet, Mark, Store, StoreError, TaskFilter};
+use ttlsweep::store::{Claim, DaemonId, DaemonRecord, DueOutcome, DuePosition, Fleet, Store, StoreError, TaskFilter};
 
 use crate::support::clients::output;
 use crate::support::postgres::Postgres;
@@ -160,18 +160,22 @@ async fn lists_filter_count_and_sum_the_same() {
 async fn a_due_time_is_dealt_with_once() {
     for (store, ..) in stores().await {
         let at = Timestamp::from_second(1_800_000_000).unwrap();
-        let due = Due { at, outcome: "run" };
+        let due = DueOutcome { at, outcome: "run" };
         let first = ended(&task(&store, "a"), TaskState::Succeeded);
         store.insert(&first, Some(due)).await.unwrap();
         let again = ended(&task(&store, "a"), TaskState::Succeeded);
-        assert!(matches!(store.insert(&again, Some(due)).await, Err(StoreError::DealtWith)));
+        assert!(matches!(store.insert(&again, Some(due)).await, Err(StoreError::AlreadyHandled)));
         assert_eq!(store.task(again.id).await.unwrap(), None, "both or neither");
-        assert_eq!(store.skip("a", &[Due { at, outcome: "missed" }]).await.unwrap(), []);
-        let earlier = Due { at: at - SignedDuration::from_secs(5), outcome: "missed" };
+        assert_eq!(store.skip("a", &[DueOutcome { at, outcome: "missed" }]).await.unwrap(), []);
+        let earlier = DueOutcome { at: at - SignedDuration::from_secs(5), outcome: "missed" };
         assert_eq!(store.skip("a", &[earlier, earlier]).await.unwrap(), [earlier]);
         let schedules = store.schedules().await.unwrap();
-        assert_eq!(schedules.mark("a"), Some(&Mark { handled: at, schedule: None }), "the mark never goes back");
-        assert_eq!(schedules.mark("b"), None);
+        assert_eq!(
+            schedules.position("a"),
+            Some(&DuePosition { handled: at, schedule: None }),
+            "the position never goes back"
+        );
+        assert_eq!(schedules.position("b"), None);
     }
 }
 
@@ -373,7 +377,10 @@ async fn records_are_copied_whole_and_a_copy_that_was_cut_goes_on() {
     for number in 0..250_i64 {
         let one = task(&source, &format!("i{number}"));
         let one = if number == 0 { one } else { Task { num: 7, ..ended(&one, TaskState::Succeeded) } };
-        source.insert(&one, Some(Due { at: at + SignedDuration::from_secs(number), outcome: "run" })).await.unwrap();
+        source
+            .insert(&one, Some(DueOutcome { at: at + SignedDuration::from_secs(number), outcome: "run" }))
+            .await
+            .unwrap();
         source.checkpoint(&one, [(&shard, &view)].into_iter()).await.unwrap();
         tasks.push(one);
     }

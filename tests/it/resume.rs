@@ -199,7 +199,7 @@ async fn a_second_signal_cuts_even_where_the_server_hangs() {
     probe("the pass is under way", PATIENCE, async || server.expired_keys().await > 300).await;
     server.sigstop();
     running.signal("INT");
-    running.says("once more to cut").await;
+    running.says("a second signal stops at once").await;
     running.signal("INT");
     probe("it is cut", PATIENCE, async || !running.is_running()).await;
     server.sigcont();
@@ -250,10 +250,10 @@ async fn a_state_file_that_cannot_be_used_is_said_before_anything_is_swept() {
     let (dir, state) = state_file();
     std::fs::write(&state, "this is no database, and long enough to be read as one".repeat(100)).unwrap();
     for (path, hint) in [
-        (state.to_str().unwrap(), "nothing in it was changed"),
-        (dir.path().to_str().unwrap(), "nothing in it was changed"),
-        ("/dev/null", "nothing in it was changed"),
-        ("/proc/no/such/place.db", "make its folder first"),
+        (state.to_str().unwrap(), "it was not changed"),
+        (dir.path().to_str().unwrap(), "it was not changed"),
+        ("/dev/null", "it was not changed"),
+        ("/proc/no/such/place.db", "create its folder first"),
     ] {
         let run = run(["scan", &server.url(), "--state", path]).await.expect(1);
         assert!(run.stderr.contains(&format!("cannot open the state file {path}: ")), "{}", run.stderr);
@@ -333,7 +333,7 @@ async fn a_damaged_state_file_is_said_with_what_to_do() {
     std::fs::write(&state, bytes).unwrap();
     let run = scan(&server.url(), &["--state", path]).await.expect(1);
     assert!(
-        run.stderr.contains("malformed") && run.stderr.contains("move it away with what lies beside it"),
+        run.stderr.contains("malformed") && run.stderr.contains("move it away with the files beside it"),
         "{}",
         run.stderr
     );

@@ -1,4 +1,4 @@
-// Calls of the API with the credentials that the person gave, and the one stream of all unfinished tasks.
+// Calls the API with the token that the user entered, and reads the one stream of all unfinished tasks.
 
 let token = sessionStorage.getItem("token") || "";
 export const hasToken = () => token !== "";
@@ -16,7 +16,7 @@ export class ApiError extends Error {
   }
 }
 
-// What happens where credentials are missing or refused.
+// The handler for missing or refused credentials.
 let onRefused = () => {};
 export const whenRefused = (act) => { onRefused = act; };
 
@@ -36,7 +36,7 @@ export const instancePath = (id) => `api/v1/instances/${encodeURIComponent(id)}`
 export const contractPath = (instance, call) =>
   `v2/${encodeURIComponent(instance.project_id)}/instances/${encodeURIComponent(instance.id)}/${call}`;
 
-// Every unfinished task by its id, as the stream tells of it; one that has ended is told of once, and goes.
+// All unfinished tasks by id, as the stream last sent them. A task that ends is passed on once and removed.
 export const tasks = new Map();
 const listeners = new Set();
 export function listen(act) {
@@ -44,7 +44,7 @@ export function listen(act) {
   return () => listeners.delete(act);
 }
 
-// Keys and progress per second, smoothed over some events.
+// Keys and progress per second, smoothed over several events.
 function measure(before, task) {
   const now = performance.now() / 1000;
   task.at = now;
@@ -72,11 +72,11 @@ function take(changed, isFirst) {
 
 const AGAIN_MS = [500, 1000, 2000, 5000, 10000];
 let reading;
-// Counts the streams that were begun; the last one goes on, unless it was stopped.
+// Counts the streams that were started. A stream that is not the last one ends; so does every one after a stop.
 let turn = 0;
 let isOn = false;
 
-// EventSource sends no headers, so the stream is read by hand. A tab that nobody sees leaves its connection to the others.
+// EventSource cannot send a token, so the stream is read by fetch. A hidden tab closes its stream, to free the connection.
 async function read(show, own) {
   const goesOn = () => isOn && own === turn;
   for (let failures = 0; goesOn();) {

@@ -1,12 +1,12 @@
-// Charts as SVG, drawn by hand: one column for each sweep, four figures one above the other.
+// SVG charts. The chart of sweeps has a column for each sweep and four panels below each other.
 
 import { bytes, h, number, say, short, shortWhen, span, svg, when } from "./dom.js";
 
 const LEFT = 52, RIGHT = 6, GAP = 34, FOOT = 20;
-// How many reasons of holds have a colour of their own.
+// Number of reasons for holds with a colour of their own.
 const COLOURS = 5;
 
-// The next of 1, 2, 5, 10, ... that is at least this.
+// Rounds up to 1, 2, 5 or 10 times a power of ten; with base 1024 to a power of two.
 function roundUp(value, base = 10) {
   if (value <= 0) return 1;
   const power = base ** Math.floor(Math.log(value) / Math.log(base));
@@ -16,7 +16,7 @@ function roundUp(value, base = 10) {
 
 const sum = (held) => Object.values(held).reduce((all, n) => all + n, 0);
 
-// The reasons that held longest, over all sweeps.
+// The reasons for holds, by their total time over all sweeps, longest first.
 function reasonsOf(sweeps) {
   const all = {};
   for (const sweep of sweeps) for (const [reason, held] of Object.entries(sweep.held_s)) all[reason] = (all[reason] || 0) + held;
@@ -59,7 +59,7 @@ export function sweepChart({ open }) {
     const height = panels.reduce((all, panel) => all + panel.height + GAP, FOOT);
     const band = (width - LEFT - RIGHT) / Math.max(sweeps.length, 24);
     const gap = Math.min(3, band * 0.25);
-    // The newest sweep stands at the right edge.
+    // The newest sweep is at the right edge.
     const x = (n) => width - RIGHT - (sweeps.length - n) * band;
     columns = sweeps.map((sweep, n) => svg("g", { class: `column s-${sweep.state}` },
       svg("rect", { class: "back", x: x(n), y: 0, width: band, height: height - FOOT })));
@@ -119,17 +119,17 @@ export function sweepChart({ open }) {
   watcher.observe(drawing);
   return {
     box,
-    // `newest`: sweeps, the newest first.
+    // Draws these sweeps, which come newest first.
     show(newest) { sweeps = [...newest].reverse(); draw(); },
     end: () => watcher.disconnect(),
   };
 }
 
-// What expires when: one bar for each part of the time ahead, with its error. `peaks`: spans that stand out.
+// The histogram of a forecast: a bar for each bin, with its error. Bins inside one of `peaks` are highlighted.
 export function forecastChart(what) {
   const drawing = h("div", { class: "drawing" });
   let drawn = 0;
-  // It goes with the element.
+  // The observer ends with its element.
   new ResizeObserver(() => {
     const width = Math.max(280, drawing.clientWidth);
     if (Math.abs(width - drawn) < 1) return;

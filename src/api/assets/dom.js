@@ -1,4 +1,4 @@
-// Elements, and how figures and times read. Text goes in as text only: what an instance is called is not markup.
+// Creates elements, and formats numbers and times. Text is inserted as text, never as markup: names come from the settings.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -18,14 +18,14 @@ function build(element, attributes, children) {
 export const h = (tag, attributes, ...children) => build(document.createElement(tag), attributes, children);
 export const svg = (tag, attributes, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
-// Sets the text of an element only where it differs: what a reader has selected stays selected.
+// Sets the text of an element only if it differs, so that a selection in it stays.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 export const ZONE = Intl.DateTimeFormat().resolvedOptions().timeZone || "UTC";
 
-// The reader's zone with its offset at this moment, as `Europe/Berlin, UTC+1`.
+// The browser's time zone with its offset at this time, such as `Europe/Berlin, UTC+1`.
 export function zoneName(at = new Date()) {
   const minutes = -at.getTimezoneOffset();
   const sign = minutes < 0 ? "−" : "+", hours = Math.floor(Math.abs(minutes) / 60), rest = Math.abs(minutes) % 60;
@@ -36,7 +36,7 @@ export function zoneName(at = new Date()) {
 const two = (n) => String(n).padStart(2, "0");
 const day = (d) => `${d.getFullYear()}-${two(d.getMonth() + 1)}-${two(d.getDate())}`;
 
-// In the reader's zone, the same in each language: `2026-11-27 17:04`.
+// A time in the browser's zone, in the same form for every language: `2026-11-27 17:04`.
 export function when(text, seconds = false) {
   const d = new Date(text);
   return `${day(d)} ${two(d.getHours())}:${two(d.getMinutes())}${seconds ? ":" + two(d.getSeconds()) : ""}`;
@@ -77,7 +77,7 @@ export function span(seconds) {
   return Math.round(seconds / 86400) + " d";
 }
 
-// Seconds as settings are written: the largest unit that divides them.
+// Seconds in the largest unit that divides them, as in settings.
 export function exactly(seconds) {
   for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "min"]]) {
     if (seconds >= size && seconds % size === 0) return `${number(seconds / size)} ${unit}`;
@@ -93,7 +93,7 @@ export function ago(text) {
 
 const relative = new Set();
 
-// A time as how long ago or ahead it is, which goes on, with the whole of it as its title.
+// A time relative to now, which is updated, with the absolute time as its title.
 export function time(text, { absolute = false, seconds = false } = {}) {
   if (!text) return h("span", { class: "soft" }, "–");
   const title = `${when(text, true)} ${zoneName(new Date(text))}`;
@@ -132,7 +132,7 @@ export function announce(text, isBad = false) {
   hiding = setTimeout(() => { said.className = "toast"; }, isBad ? 8000 : 3500);
 }
 
-// Does something soon, and only once however often that is asked for: at the earliest time that was, and never twice within `least` ms.
+// Delays an action and merges requests for it: it runs once, at the earliest requested time, and not twice within `least` ms.
 export function later(act, least = 1000) {
   let timer, due = Infinity, last = -Infinity;
   return {
@@ -143,12 +143,12 @@ export function later(act, least = 1000) {
       due = at;
       timer = setTimeout(() => { due = Infinity; last = performance.now(); act(); }, Math.min(at - performance.now(), 2 ** 31 - 1));
     },
-    // What was waited for is here, or nobody wants it any more.
+    // Cancels the pending action.
     stop() { clearTimeout(timer); due = Infinity; last = performance.now(); },
   };
 }
 
-// How long until the first of these times, in ms, where one is ahead.
+// Milliseconds until the first of these times that lies ahead; undefined if none does.
 export function untilNext(times) {
   const ahead = times.filter(Boolean).map((at) => new Date(at) - Date.now());
   return ahead.length ? Math.max(3000, Math.min(...ahead) + 1000) : undefined;

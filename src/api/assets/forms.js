@@ -1,18 +1,18 @@
-// What an operator asks for: a sweep, other limits for one that runs, another schedule. What the API refuses is said at its field.
+// Dialogs for operators: a sweep, limits of a running one, schedule, bounds, forecast. An error of the API is shown at its field.
 
 import { ask, contractPath, instancePath, post } from "./api.js";
 import { ZONE, announce, exactly, h, when, zoneName } from "./dom.js";
 
-// The load limits that a form offers; the API has more.
+// The limits on load that the forms offer; the API has more.
 const LIMITS = [
-  { name: "min_intensity", label: "Least intensity", hint: "How far it gives way to other clients", kind: "number" },
+  { name: "min_intensity", label: "Least intensity", hint: "Smallest share of the master's time while other clients keep it busy", kind: "number" },
   { name: "max_latency", label: "Hold above latency", hint: "Such as 20ms; auto, off" },
-  { name: "max_cpu", label: "Hold above CPU share", hint: "Others' share of the main thread, such as 0.7; off" },
+  { name: "max_cpu", label: "Hold above CPU share", hint: "Other clients' share of the main thread, such as 0.7; off" },
   { name: "max_ops", label: "Hold above commands/s", hint: "Of other clients; off" },
   { name: "max_replica_lag", label: "Hold above replica lag", hint: "Such as 16MiB; auto, off" },
 ];
 const PACE = [
-  { name: "intensity", label: "Intensity", hint: "Share of the master's time, above 0 up to 1", kind: "number" },
+  { name: "intensity", label: "Intensity", hint: "Largest share of the master's time, above 0 and up to 1", kind: "number" },
   { name: "max_keys_per_sec", label: "Ceiling, keys/s", hint: "On each master; 0: none", kind: "number" },
 ];
 
@@ -45,7 +45,7 @@ function parse(field, text) {
   return text.trim();
 }
 
-// A dialog with these fields. `act` gets what was filled in by name, without what was left empty, and may throw what the API answered.
+// A dialog with these fields. `act` gets the values by name, without the empty ones, and may throw an error of the API.
 function dialog({ title, about, fields, more = [], submit, act, second }) {
   const inputs = new Map();
   const make = (field) => {
@@ -136,15 +136,15 @@ export async function sweepDialog(shown) {
   }
   const usual = (field) => ({ ...field, placeholder: instance.settings[kebab(field.name)] });
   const fields = [...PACE.map(usual),
-    { name: "timeout_s", label: "Time allowed", hint: "Such as 30min, 2h", kind: "duration", placeholder: instance.settings.timeout },
-    { name: "db", label: "DBs", hint: "Such as 0, 3; empty: each with keys that expire", kind: "list", placeholder: instance.settings.db || "all" },
-    { name: "touch", label: "Touch", kind: "select", hint: "Whether each key is asked for, beside SCAN",
+    { name: "timeout_s", label: "Timeout", hint: "Such as 30min, 2h", kind: "duration", placeholder: instance.settings.timeout },
+    { name: "db", label: "DBs", hint: "Such as 0, 3; empty: each DB with keys that expire", kind: "list", placeholder: instance.settings.db || "all" },
+    { name: "touch", label: "Touch", kind: "select", hint: "Command to send for each key that SCAN returned",
       options: [["", `as set (${instance.settings.touch || "auto"})`], ["auto", "auto"], ["none", "none"], ["exists", "exists"], ["ttl", "ttl"]] }];
   if (instance.window) fields.push({ name: "respect_window", label: "Only while the window is open", kind: "check" });
   dialog({
-    title: `Sweep ${instance.name}`, about: `${instance.target}. What is left empty is as the instance's settings say.`,
+    title: `Sweep ${instance.name}`, about: `${instance.target}. Empty fields have the values of the instance's settings.`,
     fields, more: LIMITS.map(usual), submit: "Sweep now",
-    act: { done: "The sweep is on record.", work: (filled) => {
+    act: { done: "The sweep is created.", work: (filled) => {
       const body = { instance_id: instance.id };
       const limits = {};
       for (const [name, value] of Object.entries(filled)) {
@@ -160,8 +160,8 @@ export function tuneDialog(task) {
   const now = (field) => ({ ...field, value: task.settings[kebab(field.name)] });
   const fields = PACE.map(now), more = LIMITS.map(now);
   dialog({
-    title: "Tune the sweep", about: "In force with its next batch.", fields, more, submit: "Tune",
-    act: { done: "Other limits are in force.", work: (filled) => {
+    title: "Tune the sweep", about: "The limits apply from the next batch on.", fields, more, submit: "Tune",
+    act: { done: "The new limits are in force.", work: (filled) => {
       const body = {}, limits = {};
       for (const field of [...fields, ...more]) {
         const value = filled[field.name];
@@ -174,7 +174,7 @@ export function tuneDialog(task) {
   });
 }
 
-// Which field the contract's codes are about.
+// The field that each of the contract's error codes is about.
 const CODES = { "DCS.4819": "first_scan_at", "DCS.4820": "interval", "DCS.4821": "timeout", "DCS.4822": "scan_keys_count" };
 
 export function scheduleDialog(instance, changed) {
@@ -182,14 +182,14 @@ export function scheduleDialog(instance, changed) {
   const first = instance.upcoming[0] || (schedule.first_scan_at && new Date(schedule.first_scan_at) > new Date() ? schedule.first_scan_at : "");
   const inputs = dialog({
     title: "Automatic scan",
-    about: schedule.cron ? `The settings file says cron ${schedule.cron} (${schedule.zone}). What is set here takes its place.` : undefined,
+    about: schedule.cron ? `The settings file has cron ${schedule.cron} (${schedule.zone}). A schedule set here overrides it.` : undefined,
     submit: "Save",
     fields: [
       { name: "enable_auto_scan", label: "Scan automatically", kind: "check", value: schedule.enabled, onchange: follow },
-      { name: "first_scan_at", label: "First time", kind: "moment", hint: `In your zone: ${zoneName()}`, value: first ? when(first, true).replace(" ", "T") : "" },
+      { name: "first_scan_at", label: "First due time", kind: "moment", hint: `In your time zone: ${zoneName()}`, value: first ? when(first, true).replace(" ", "T") : "" },
       { name: "interval", label: "Every", kind: "duration", hint: "Such as 30min, 6h, 1d; 0: once", value: schedule.interval_s === undefined ? "1 d" : exactly(schedule.interval_s) },
-      { name: "timeout", label: "Time allowed", kind: "duration", hint: "At least twice the interval", value: exactly(schedule.timeout_s) },
-      { name: "scan_keys_count", label: "COUNT to begin with", kind: "number", hint: "10 to 1000", value: String(schedule.count) },
+      { name: "timeout", label: "Timeout", kind: "duration", hint: "At least twice the interval", value: exactly(schedule.timeout_s) },
+      { name: "scan_keys_count", label: "COUNT of the first SCAN", kind: "number", hint: "10 to 1000", value: String(schedule.count) },
     ],
     act: { done: "The schedule is in force.", work: async (filled) => {
       const body = { enable_auto_scan: filled.enable_auto_scan };
@@ -206,7 +206,7 @@ export function scheduleDialog(instance, changed) {
       changed();
     } },
     second: schedule.source === "api" && {
-      text: "Back to the settings file", done: "The settings file's schedule is in force.",
+      text: "Reset to the settings file", done: "The settings file's schedule is in force.",
       act: async () => { await ask(`${instancePath(instance.id)}/auto-scan`, { method: "DELETE" }); changed(); },
     },
   });
@@ -217,34 +217,34 @@ export function scheduleDialog(instance, changed) {
   follow();
 }
 
-// The bounds that an instance is kept to.
+// The dialog for the bounds of an instance.
 export function keepDialog(instance, changed) {
   const path = `${instancePath(instance.id)}/keep`;
   const now = (name) => (instance.keep && instance.keep[name] !== "off" ? instance.keep[name] : undefined);
   dialog({
-    title: "Keep it clean", about: "It is swept on and on, no faster than these bounds need. Without any it is not kept.", submit: "Save",
+    title: "Bounds", about: "The instance is swept all the time, no faster than these bounds need. Without a bound it is not kept.", submit: "Save",
     fields: [
-      { name: "max_backlog", label: "Backlog at most", hint: "Of a master: 5% of the keys with a TTL, 100000 keys, or 64MiB", value: now("max_backlog"), placeholder: "no bound" },
-      { name: "max_delay", label: "Delay at most", hint: "From a key's expiry until it is freed, such as 2s", value: now("max_delay"), placeholder: "no bound" },
+      { name: "max_backlog", label: "Backlog at most", hint: "On each master: 5% of the keys with a TTL, 100000 keys, or 64MiB", value: now("max_backlog"), placeholder: "no bound" },
+      { name: "max_delay", label: "Delay at most", hint: "Time from a key's expiry until it is reclaimed, such as 2s", value: now("max_delay"), placeholder: "no bound" },
     ],
     act: { done: "The bounds are in force.", work: async (filled) => {
       await ask(path, { method: "PUT", body: { max_backlog: filled.max_backlog || "off", max_delay: filled.max_delay || "off" } });
       changed();
     } },
     second: instance.keep_source === "api" && {
-      text: "Back to the settings file", done: "The settings file's bounds are in force.",
+      text: "Reset to the settings file", done: "The settings file's bounds are in force.",
       act: async () => { await ask(path, { method: "DELETE" }); changed(); },
     },
   });
 }
 
-// A sample of the keys of an instance: what will expire when.
+// The dialog to make a forecast of an instance.
 export function forecastDialog(instance, show) {
   dialog({
-    title: "Forecast", about: "A random sample of the keys and their TTLs is taken from a replica of each master.", submit: "Sample now",
+    title: "Forecast", about: "Takes a random sample of the keys and their TTLs on a replica of each master.", submit: "Sample now",
     fields: [
-      { name: "on_master", label: "Look on the masters themselves", kind: "check", hint: "Where there are no replicas: in a twentieth of a master's time. Expired keys that are met there are freed." },
-      { name: "by_prefix", label: "Group keys by the first parts of their names", kind: "check", hint: "Names are read and shown once; nothing of them is kept." },
+      { name: "on_master", label: "Sample on the masters themselves", kind: "check", hint: "If there are no replicas: takes a twentieth of a master's time, and frees the expired keys that it meets." },
+      { name: "by_prefix", label: "Group keys by the first parts of their names", kind: "check", hint: "Parts of names are shown once and are not stored." },
     ],
     act: { done: "The forecast is made.", work: async (filled) => {
       const zone = ZONE === "UTC" ? {} : { zone: ZONE };

@@ -1,4 +1,4 @@
-// One instance: what runs, what its sweeps brought and what held them, when it is due, and a look at it.
+// One instance: the running task, the history of its sweeps, its schedule and bounds, forecast and check.
 
 import { ask, instancePath, isOperator, listen, post, tasks } from "./api.js";
 import { forecastChart, sweepChart } from "./chart.js";
@@ -7,7 +7,7 @@ import { forecastDialog, keepDialog, scheduleDialog, sweepDialog, tuneDialog } f
 
 const CHARTED = 60;
 const PAGE = 20;
-// A task that runs is asked for its shards this often, and only while it changes.
+// Shortest time between two requests for the shards of a running task, in ms; there are none while it does not change.
 const SHARDS_MS = 2000;
 
 const pairs = (list) => h("dl", {}, list.filter((pair) => pair && pair[1] !== undefined).map(([name, value]) =>
@@ -16,15 +16,15 @@ const card = (title, ...parts) => h("section", { class: "card" }, h("h2", {}, ti
 const headings = (names) => h("thead", {}, h("tr", {}, names.map((name) =>
   h("th", { scope: "col", class: name.startsWith("#") ? "n" : undefined }, name.replace("#", "")))));
 
-// How well a master is kept to its bounds, in words.
+// How well the bounds of a master are kept, in words.
 function kept(figures) {
   return [`${number(figures.laps)} laps`,
     figures.backlog === null ? "" : `about ${number(figures.backlog)} expired keys${figures.max_backlog === null ? "" : ` of at most ${number(figures.max_backlog)}`}`,
-    figures.delay_s === null ? "" : `freed up to ${span(figures.delay_s)} late`, `${short(figures.inflow_per_s)} keys/s expire`,
+    figures.delay_s === null ? "" : `reclaimed at most ${span(figures.delay_s)} after expiry`, `${short(figures.inflow_per_s)} keys/s expire`,
     figures.missed_s > 0 ? `missed for ${span(figures.missed_s)}` : "never missed"].filter(Boolean).join(" · ");
 }
 
-// The shards of a task with their DBs: figures, warnings, why it ended early.
+// The shards of a task with their DBs, warnings and failures.
 function shardsTable(shards) {
   const held = (dbs) => {
     const all = {};
@@ -80,7 +80,7 @@ export function instanceView(main, id) {
   const state = h("span");
   const where = h("p", { class: "soft where" });
   const acts = h("div", { class: "row-acts" });
-  const running = h("section", { class: "card running", hidden: true, "aria-label": "The sweep that runs" });
+  const running = h("section", { class: "card running", hidden: true, "aria-label": "The running sweep" });
   const tiles = h("div", { class: "tiles" });
   const chart = sweepChart({ open: (sweep) => reveal(sweep.id) });
   const charted = card("Sweeps over time", chart.box);
@@ -89,17 +89,17 @@ export function instanceView(main, id) {
   const check = h("section", { class: "card", hidden: true });
   const rows = h("tbody");
   const pager = h("nav", { class: "pager", "aria-label": "Pages of sweeps" });
-  const none = h("p", { class: "empty", hidden: true }, "It was never swept.");
+  const none = h("p", { class: "empty", hidden: true }, "This instance was never swept.");
   const sweeps = h("section", { class: "panel" }, h("h2", { class: "panel-title" }, "Sweeps"),
     h("table", { class: "sweeps" }, h("caption", { class: "hidden" }, "Sweeps, newest first"),
-      headings(["When", "State", "Asked for by", "#Took", "#Reclaimed", "#Memory freed", "#Held", "Why"]), rows), none, pager);
+      headings(["When", "State", "Cause", "#Took", "#Reclaimed", "#Memory freed", "#Held", "Why"]), rows), none, pager);
   main.replaceChildren(
     h("nav", { class: "crumbs", "aria-label": "Path" }, h("a", { href: "#/" }, "Instances"), h("span", { "aria-hidden": "true" }, "/")),
     h("div", { class: "head" }, title, state, acts), where, running, tiles,
     h("div", { class: "columns" }, charted, schedule), forecast, check, sweeps);
 
   const failed = (error) => { if (error.status !== 401) announce(error.message, true); };
-  const order = (what, done) => async () => {
+  const command = (what, done) => async () => {
     try {
       await post(`api/v1/tasks/${newest().id}/${what}`);
       announce(done);
@@ -115,16 +115,16 @@ export function instanceView(main, id) {
     if (!isOperator() || key === acted) return;
     acted = key;
     const button = (text, act, name = "") => h("button", { class: name, onclick: act }, text);
-    // A keep run gives way to whoever asks for a sweep, and ends with its bounds.
+    // A keep run ends for a sweep that is created here, and when its bounds are removed: it has no Cancel.
     acts.replaceChildren(...(isActive(task) ? [
       isKept ? button("Sweep…", () => sweepDialog(instance)) : "",
-      task.state === "paused" ? button("Resume", order("resume", "It goes on."), "primary") : button("Pause", order("pause", "It is paused.")),
+      task.state === "paused" ? button("Resume", command("resume", "The task is resumed."), "primary") : button("Pause", command("pause", "The task is paused.")),
       button("Tune…", async () => { try { tuneDialog(await ask(`api/v1/tasks/${newest().id}`)); } catch (error) { failed(error); } }),
-      isKept ? "" : button("Cancel", order("cancel", "It is cancelled."), "danger"),
+      isKept ? "" : button("Cancel", command("cancel", "The task is cancelled."), "danger"),
     ] : [button("Sweep…", () => sweepDialog(instance), "primary")]));
   }
 
-  // What the stream tells of the newest task, a few times a second.
+  // Shows the newest task, as the stream sent it, a few times a second.
   let bar, figures, facts, shardsBox;
   function showLive() {
     const task = newest();
@@ -146,7 +146,7 @@ export function instanceView(main, id) {
     bar.parentElement.classList.toggle("is-held", task.holds?.length > 0);
     const left = pace && pace.progress > 0 ? (1 - progress) / pace.progress : undefined;
     const isKept = task.cause === "keep";
-    say(figures, [isKept ? `lap ${(100 * progress).toFixed(0)} %` : `${(100 * progress).toFixed(1)} %`, `${number(task.scanned || 0)} keys looked at`, `${number(task.reclaimed)} reclaimed`,
+    say(figures, [isKept ? `lap ${(100 * progress).toFixed(0)} %` : `${(100 * progress).toFixed(1)} %`, `${number(task.scanned || 0)} keys scanned`, `${number(task.reclaimed)} reclaimed`,
       pace && pace.keys >= 1 ? `${short(pace.keys)} keys/s` : "", !isKept && left !== undefined && left < 1e6 ? `about ${span(left)} left` : "",
       task.started_at ? `begun ${ago(task.started_at)}` : ""].filter(Boolean).join(" · "));
     say(facts, [...new Set((task.holds || []).map((hold) => hold.sentence))].join("; "));
@@ -163,7 +163,7 @@ export function instanceView(main, id) {
   }
 
   let keptNow = [];
-  // The bounds, and whether they are kept by all masters at this moment.
+  // The bounds, and whether all masters keep them now.
   function boundTile() {
     const { max_backlog: backlog, max_delay: delay } = instance.keep;
     const bounds = [backlog && backlog !== "off" ? `backlog at most ${backlog}` : "", delay && delay !== "off" ? `delay at most ${delay}` : ""];
@@ -182,7 +182,7 @@ export function instanceView(main, id) {
     tiles.replaceChildren(
       tile("Last success", instance.last_success_at ? time(instance.last_success_at) : "never", instance.last_success_at ? when(instance.last_success_at) : ""),
       tile("Reclaimed by the newest", task ? number(task.reclaimed) : "–", "keys"),
-      tile("Memory", bytes(instance.used_memory), "used, as seen last"),
+      tile("Memory", bytes(instance.used_memory), "used, as last seen"),
       tile("Next due", instance.next_scan_at ? time(instance.next_scan_at) : "not scheduled", instance.next_scan_at ? when(instance.next_scan_at) : ""),
       tile("Window", instance.window_open === undefined ? "always open" : instance.window_open ? "open" : "closed", change ? `until ${when(change)}` : ""),
       instance.keep ? boundTile() : "");
@@ -198,7 +198,7 @@ export function instanceView(main, id) {
       pairs([
         ["Automatic scan", plan.enabled ? h("span", {}, often) : "off"],
         ["Set", by],
-        ["Time allowed", plan.enabled ? exactly(plan.timeout_s) : undefined],
+        ["Timeout", plan.enabled ? exactly(plan.timeout_s) : undefined],
         ["COUNT", plan.enabled ? number(plan.count) : undefined],
         ["Window", window ? `${window.days.length === 7 ? "each day" : window.days.join(" ")} ${window.start}–${window.end}, ${window.zone}` : "none"],
         ["Intensity", settings.intensity], ["Ceiling", settings["max-keys-per-sec"] && settings["max-keys-per-sec"] !== "0" ? `${number(Number(settings["max-keys-per-sec"]))} keys/s` : "none"],
@@ -208,22 +208,22 @@ export function instanceView(main, id) {
       instance.keep ? pairs([["Backlog at most", instance.keep.max_backlog === "off" ? "no bound" : instance.keep.max_backlog],
         ["Delay at most", instance.keep.max_delay === "off" ? "no bound" : instance.keep.max_delay],
         ["Set", instance.keep_source === "api" ? "set by the API" : "by the settings file"]])
-        : h("p", { class: "soft" }, "It is not kept to a bound."),
+        : h("p", { class: "soft" }, "No bound is set."),
       h("h3", {}, "Due"),
       instance.upcoming.length ? h("ol", { class: "due" }, instance.upcoming.map((at) => h("li", {}, time(at, { absolute: true }), h("span", { class: "soft" }, ago(at)))))
-        : h("p", { class: "soft" }, "It is swept when somebody asks."));
+        : h("p", { class: "soft" }, "Swept on request only."));
   }
 
-  // Somebody asked for: a look that touches nothing.
+  // The check, which runs on request and changes nothing.
   function showCheck() {
     if (!isOperator() || !check.hidden) return;
     check.hidden = false;
-    const found = h("div", { "aria-live": "polite" }, h("p", { class: "soft" }, "A look touches nothing: backlog, rights, and what a sweep would meet."));
-    const button = h("button", { class: "small", onclick: look }, "Look now");
+    const found = h("div", { "aria-live": "polite" }, h("p", { class: "soft" }, "Inspects the servers without changing anything: backlog, rights, and what a sweep would meet."));
+    const button = h("button", { class: "small", onclick: inspect }, "Check now");
     check.append(h("div", { class: "card-head" }, h("h2", {}, "Check"), button), found);
-    async function look() {
+    async function inspect() {
       button.disabled = true;
-      say(button, "Looking…");
+      say(button, "Checking…");
       try {
         const answer = await post(`${instancePath(id)}/check`);
         const shards = answer.shards || [answer];
@@ -241,12 +241,12 @@ export function instanceView(main, id) {
         found.replaceChildren(h("p", { class: "bad" }, error.message, error.hint ? ` ${error.hint}` : ""));
       } finally {
         button.disabled = false;
-        say(button, "Look again");
+        say(button, "Check again");
       }
     }
   }
 
-  // The last forecast, or that there is none and how to get one.
+  // Shows the last forecast, or for an operator how to make one.
   async function showForecast(made) {
     let answer = made;
     try {
@@ -259,7 +259,7 @@ export function instanceView(main, id) {
     forecast.hidden = false;
     forecast.replaceChildren(h("div", { class: "card-head" }, h("h2", {}, "Forecast"),
       isOperator() ? h("button", { class: "small", onclick: () => forecastDialog(instance, showForecast) }, "Sample…") : ""),
-    answer ? h("div", {}, outlooks(answer)) : h("p", { class: "soft" }, "What will expire when: nothing was sampled yet."));
+    answer ? h("div", {}, outlooks(answer)) : h("p", { class: "soft" }, "There is no forecast yet of which keys expire when."));
   }
 
   const about = (figure) => `${number(figure.keys)}${figure.keys_error ? ` ± ${number(figure.keys_error)}` : ""}`;
@@ -267,7 +267,7 @@ export function instanceView(main, id) {
 
   function outlook(part, name, peaks) {
     return h("div", { class: "forecast-db" },
-      h("p", {}, h("b", {}, name), h("span", { class: "soft" }, ` ${number(part.keys)} keys, ${number(part.looked_at)} looked at`)),
+      h("p", {}, h("b", {}, name), h("span", { class: "soft" }, ` ${number(part.keys)} keys, ${number(part.looked_at)} sampled`)),
       h("div", { class: "facts" }, fact("With a TTL", about(part.with_ttl)), fact("Without", about(part.without_ttl)),
         fact("Expired in memory", about(part.expired)), part.within.map((bound) => fact(`Within ${exactly(bound.within_s)}`, about(bound))),
         fact("Later", about(part.later))),
@@ -278,7 +278,7 @@ export function instanceView(main, id) {
     const sources = answer.sources.map((source) => source.addr).join(", ");
     const parts = answer.dbs.length === 1 ? [outlook(answer.dbs[0], `DB ${answer.dbs[0].db}`, answer.peaks)]
       : [outlook(answer.total, "All DBs", answer.peaks), h("details", {}, h("summary", {}, "Each DB"), answer.dbs.map((db) => outlook(db, `DB ${db.db}`, answer.peaks)))];
-    return [h("p", { class: "soft" }, `As sampled ${when(answer.at)} on ${sources}; the truth is within the errors in 19 of 20 cases.`),
+    return [h("p", { class: "soft" }, `Sampled ${when(answer.at)} on ${sources}. The errors (±) are 95 % confidence intervals.`),
       answer.peaks.length ? h("ul", { class: "peaks" }, answer.peaks.map((peak) =>
         h("li", {}, h("i", { "aria-hidden": "true" }), `${when(peak.from)} to ${when(peak.to)}: ${about(peak)} keys expire`))) : "",
       parts,
@@ -290,7 +290,7 @@ export function instanceView(main, id) {
     const button = h("button", { class: "fold", "aria-expanded": String(Boolean(mark)), onclick: () => toggle(sweep.id) },
       h("span", { class: "triangle", "aria-hidden": "true" }), time(sweep.created_at, { absolute: true }));
     const row = h("tr", { "data-task": sweep.id },
-      h("td", { "data-label": "When" }, button), h("td", { "data-label": "State" }, badge(sweep.state)), h("td", { "data-label": "Asked for by" }, sweep.cause),
+      h("td", { "data-label": "When" }, button), h("td", { "data-label": "State" }, badge(sweep.state)), h("td", { "data-label": "Cause" }, sweep.cause),
       h("td", { "data-label": "Took", class: "n" }, span(took(sweep))),
       h("td", { "data-label": "Reclaimed", class: "n" }, number(sweep.reclaimed)), h("td", { "data-label": "Memory freed", class: "n" }, bytes(sweep.freed_bytes)),
       h("td", { "data-label": "Held", class: "n" }, sweep.totals.held_s > 0 ? span(sweep.totals.held_s) : "–"),
@@ -313,7 +313,7 @@ export function instanceView(main, id) {
       const place = listed.findIndex((sweep) => sweep.id === task);
       const got = await ask(`${instancePath(id)}/history?offset=${page * PAGE + place}&limit=1`);
       const whole = got.sweeps.find((sweep) => sweep.id === task);
-      // A newer one has come meanwhile.
+      // A newer sweep has moved the places.
       if (!whole) { await loadRows(); return; }
       opened.set(task, whole);
       showRows();
@@ -375,7 +375,7 @@ export function instanceView(main, id) {
   }
 
   const states = new Map();
-  const deaf = listen((changed, { isFirst: isAnew, ended }) => {
+  const unlisten = listen((changed, { isFirst: isAnew, ended }) => {
     const own = changed.filter((task) => task.instance_id === id);
     const isNews = own.some((task) => states.get(task.id) !== task.state) || (isAnew && ended.some((task) => task.instance_id === id));
     own.forEach((task) => states.set(task.id, task.state));
@@ -383,5 +383,5 @@ export function instanceView(main, id) {
     else if (own.length && instance) showLive();
   });
   refresh();
-  return { refresh, end() { isOver = true; deaf(); chart.end(); again.stop(); } };
+  return { refresh, end() { isOver = true; unlisten(); chart.end(); again.stop(); } };
 }

@@ -1,4 +1,4 @@
-// All instances: which there are, how each stands, and what runs now.
+// The list of all instances, with the newest task of each.
 
 import { ask, isOperator, listen, tasks } from "./api.js";
 import { STATES, announce, badge, bytes, h, isActive, later, number, say, short, time, untilNext, when } from "./dom.js";
@@ -17,17 +17,17 @@ const COLUMNS = [
 ];
 
 function read(query) {
-  const wish = new URLSearchParams(query);
-  const page = Math.max(1, Number.parseInt(wish.get("page"), 10) || 1);
+  const filter = new URLSearchParams(query);
+  const page = Math.max(1, Number.parseInt(filter.get("page"), 10) || 1);
   return {
-    search: wish.get("search") || "", state: wish.get("state") || "", project: wish.get("project") || "",
-    sort: wish.get("sort") || "name", order: wish.get("order") || "asc", page,
+    search: filter.get("search") || "", state: filter.get("state") || "", project: filter.get("project") || "",
+    sort: filter.get("sort") || "name", order: filter.get("order") || "asc", page,
   };
 }
 
-function link(wish) {
+function link(filter) {
   const query = new URLSearchParams();
-  for (const [name, value] of Object.entries(wish)) {
+  for (const [name, value] of Object.entries(filter)) {
     const usual = { sort: "name", order: "asc", page: 1 }[name] ?? "";
     if (value !== usual) query.set(name, value);
   }
@@ -35,11 +35,11 @@ function link(wish) {
   return text ? `#/?${text}` : "#/";
 }
 
-function path(wish) {
-  const query = new URLSearchParams({ sort: wish.sort, order: wish.order, limit: PAGE, offset: (wish.page - 1) * PAGE });
-  if (wish.search) query.set("search", wish.search);
-  if (wish.state) query.set("state", wish.state);
-  if (wish.project) query.set("project_id", wish.project);
+function path(filter) {
+  const query = new URLSearchParams({ sort: filter.sort, order: filter.order, limit: PAGE, offset: (filter.page - 1) * PAGE });
+  if (filter.search) query.set("search", filter.search);
+  if (filter.state) query.set("state", filter.state);
+  if (filter.project) query.set("project_id", filter.project);
   return `api/v1/instances?${query}`;
 }
 
@@ -53,7 +53,7 @@ class Row {
 
   show(instance) {
     this.instance = instance;
-    const [name, , success, , backlog, memory, due, gate] = this.cells;
+    const [name, , success, , backlog, memory, due, windowCell] = this.cells;
     name.replaceChildren(
       h("a", { class: "name", href: `#/instances/${encodeURIComponent(instance.id)}` }, instance.name),
       h("span", { class: "sub" }, instance.target));
@@ -62,12 +62,12 @@ class Row {
     say(memory, bytes(instance.used_memory));
     due.replaceChildren(time(instance.next_scan_at));
     const change = instance.window_changes_at;
-    gate.replaceChildren(instance.window_open === undefined ? h("span", { class: "soft" }, "always")
+    windowCell.replaceChildren(instance.window_open === undefined ? h("span", { class: "soft" }, "always")
       : h("span", { title: change ? `until ${when(change)}` : undefined }, instance.window_open ? "open" : "closed"));
     this.live(tasks.get(instance.latest?.id) || instance.latest);
   }
 
-  // What the stream tells of the newest task.
+  // Shows the newest task, as the stream sent it.
   live(task) {
     const [, state, , reclaimed] = this.cells;
     this.task = task;
@@ -94,7 +94,7 @@ class Row {
 
   acts() {
     if (!isOperator()) return;
-    // A keep run gives way to whoever asks for a sweep.
+    // A keep run ends for a sweep that the API creates.
     const busy = isActive(this.task) && this.task.cause !== "keep";
     const sweep = () => sweepDialog(this.instance);
     this.act.replaceChildren(busy ? "" : h("button", { class: "small", onclick: sweep, "aria-label": `Sweep ${this.instance.name}` }, "Sweep…"));
@@ -102,22 +102,22 @@ class Row {
 }
 
 export function listView(main, query) {
-  let wish = read(query);
+  let filter = read(query);
   const rows = new Map();
   let answer;
   let asked = 0;
   const again = later(() => refresh());
 
   const go = (change) => {
-    const next = link({ ...wish, page: 1, ...change });
+    const next = link({ ...filter, page: 1, ...change });
     if (next !== location.hash) history.replaceState(null, "", next);
-    wish = read(next.split("?")[1] || "");
+    filter = read(next.split("?")[1] || "");
     refresh();
   };
 
   const chips = h("div", { class: "chips", role: "group", "aria-label": "Filter by state" });
   const search = h("input", { type: "search", id: "search", placeholder: "Name, id or address", "aria-label": "Search instances",
-    value: wish.search, autocomplete: "off", spellcheck: "false" });
+    value: filter.search, autocomplete: "off", spellcheck: "false" });
   let typing;
   search.addEventListener("input", () => {
     clearTimeout(typing);
@@ -133,7 +133,7 @@ export function listView(main, query) {
     const head = h("th", { scope: "col", class: column.isNumber ? "n" : undefined });
     if (!column.sort) { head.append(column.name); return head; }
     head.append(h("button", { class: "sort", onclick: () => {
-      const turned = wish.sort === column.sort ? (wish.order === "asc" ? "desc" : "asc")
+      const turned = filter.sort === column.sort ? (filter.order === "asc" ? "desc" : "asc")
         : column.isNumber ? "desc" : "asc";
       go({ sort: column.sort, order: turned });
     } }, column.name, h("span", { class: "arrow", "aria-hidden": "true" })));
@@ -152,26 +152,26 @@ export function listView(main, query) {
   function showChips() {
     const all = Object.values(answer.counts).reduce((sum, n) => sum + n, 0);
     const chip = (state, count) => h("button", {
-      class: `chip s-${state || "all"}`, "aria-pressed": String(wish.state === state),
-      onclick: () => go({ state: wish.state === state ? "" : state }),
+      class: `chip s-${state || "all"}`, "aria-pressed": String(filter.state === state),
+      onclick: () => go({ state: filter.state === state ? "" : state }),
     }, state ? h("i", { "aria-hidden": "true" }) : "", state || "all", h("b", {}, number(count)));
     const focused = chips.contains(document.activeElement) ? [...chips.children].indexOf(document.activeElement) : -1;
-    chips.replaceChildren(chip("", all), ...STATES.filter((state) => answer.counts[state] || wish.state === state)
+    chips.replaceChildren(chip("", all), ...STATES.filter((state) => answer.counts[state] || filter.state === state)
       .map((state) => chip(state, answer.counts[state] || 0)));
     if (focused >= 0) chips.children[Math.min(focused, chips.children.length - 1)].focus();
   }
 
   function show() {
     showChips();
-    order.value = `${wish.sort} ${wish.order}`;
+    order.value = `${filter.sort} ${filter.order}`;
     project.hidden = answer.projects.length < 2;
     if (project.options.length !== answer.projects.length + 1) {
       project.replaceChildren(h("option", { value: "" }, "All projects"), ...answer.projects.map((id) => h("option", { value: id }, id)));
     }
-    project.value = wish.project;
+    project.value = filter.project;
     COLUMNS.forEach((column, place) => {
       if (!column.sort) return;
-      const direction = wish.sort === column.sort ? wish.order : "";
+      const direction = filter.sort === column.sort ? filter.order : "";
       if (direction) heads[place].setAttribute("aria-sort", direction === "asc" ? "ascending" : "descending");
       else heads[place].removeAttribute("aria-sort");
       say(heads[place].querySelector(".arrow"), direction === "asc" ? "↑" : direction === "desc" ? "↓" : "");
@@ -184,16 +184,16 @@ export function listView(main, query) {
       return rows.get(instance.id).element;
     });
     for (const id of rows.keys()) if (!present.has(id)) rows.delete(id);
-    // Rows that stay where they are keep the focus.
+    // Replaces the rows only if their order changes: rows that stay keep the focus.
     if (wanted.length !== body.children.length || wanted.some((row, place) => body.children[place] !== row)) body.replaceChildren(...wanted);
     empty.hidden = answer.total > 0;
-    empty.textContent = wish.search || wish.state || wish.project ? "No instance fits." : "The settings name no instance yet.";
+    empty.textContent = filter.search || filter.state || filter.project ? "No instance matches." : "The settings have no instance yet.";
     const pages = Math.max(1, Math.ceil(answer.total / PAGE));
-    const first = (wish.page - 1) * PAGE;
+    const first = (filter.page - 1) * PAGE;
     pager.replaceChildren(
-      h("button", { class: "small", disabled: wish.page <= 1, onclick: () => go({ page: wish.page - 1 }), "aria-label": "Previous page" }, "‹"),
+      h("button", { class: "small", disabled: filter.page <= 1, onclick: () => go({ page: filter.page - 1 }), "aria-label": "Previous page" }, "‹"),
       h("span", {}, answer.total ? `${number(first + 1)}–${number(Math.min(first + PAGE, answer.total))} of ${number(answer.total)}` : "0"),
-      h("button", { class: "small", disabled: wish.page >= pages, onclick: () => go({ page: wish.page + 1 }), "aria-label": "Next page" }, "›"));
+      h("button", { class: "small", disabled: filter.page >= pages, onclick: () => go({ page: filter.page + 1 }), "aria-label": "Next page" }, "›"));
     main.dataset.ready = "list";
   }
 
@@ -201,12 +201,12 @@ export function listView(main, query) {
     again.stop();
     const own = ++asked;
     try {
-      const got = await ask(path(wish));
+      const got = await ask(path(filter));
       if (own !== asked) return;
       if (got.total > 0 && got.instances.length === 0) { go({ page: 1 }); return; }
       answer = got;
       show();
-      // Nothing is asked for until something is due, or a window opens or closes.
+      // The list is loaded again when a scan is due, or a window opens or closes.
       const next = untilNext(answer.instances.flatMap((one) => [one.next_scan_at, one.window_changes_at]));
       if (next) again.soon(next);
     } catch (error) {
@@ -214,13 +214,13 @@ export function listView(main, query) {
     }
   }
 
-  const deaf = listen((changed, { isFirst, ended }) => {
+  const unlisten = listen((changed, { isFirst, ended }) => {
     let isStale = isFirst && (changed.length > 0 || ended.length > 0) && answer !== undefined;
     for (const task of changed) {
       const row = rows.get(task.instance_id);
       const isNewer = row && (!row.task || task.id >= row.task.id);
       if (isNewer) row.live(task);
-      // The counts by state have changed, and perhaps who is on this page.
+      // A new state changes the counts, and perhaps which instances are on this page.
       if (!states.has(task.id) || states.get(task.id) !== task.state) isStale = true;
       states.set(task.id, task.state);
     }
@@ -228,5 +228,5 @@ export function listView(main, query) {
   });
   const states = new Map();
   refresh();
-  return { refresh, end() { deaf(); again.stop(); clearTimeout(typing); asked += 1; }, search };
+  return { refresh, end() { unlisten(); again.stop(); clearTimeout(typing); asked += 1; }, search };
 }

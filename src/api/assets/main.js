@@ -1,4 +1,4 @@
-// Which view is shown, who looks, and whether what is shown is of this moment.
+// Chooses the view by the address, logs in, and shows whether the stream of events is connected.
 
 import { ask, hasToken, setCaller, setToken, startStream, stopStream, whenRefused } from "./api.js";
 import { h, say, zoneName } from "./dom.js";
@@ -11,7 +11,7 @@ const live = document.getElementById("live");
 let view;
 let isKnown = false;
 
-const WORDS = { on: "live", again: "connecting again", off: "not connected" };
+const WORDS = { on: "live", again: "reconnecting", off: "not connected" };
 function showLive(state) {
   live.dataset.live = state;
   say(live, WORDS[state]);
@@ -44,9 +44,9 @@ function logIn(error) {
     event.preventDefault();
     setToken(token.value.trim());
     begin();
-  } }, h("h1", {}, "Who is looking?"), h("label", { for: "token" }, "Token"), token,
+  } }, h("h1", {}, "Log in"), h("label", { for: "token" }, "Token"), token,
   h("p", { id: "login-error", class: "wrong", role: "alert" }, hasToken() ? error.message : ""),
-  h("button", { class: "primary" }, "Show"));
+  h("button", { class: "primary" }, "Log in"));
   setToken("");
   main.replaceChildren(form);
   main.dataset.ready = "login";
@@ -74,7 +74,7 @@ document.getElementById("zone").title = "The time zone of all times on this page
 window.addEventListener("hashchange", () => {
   if (location.hash === "#main" || !isKnown) return;
   route();
-  // Whoever reads with a screen reader or the keyboard begins at the top of the new view.
+  // Moves the focus to the title of the new view, for screen readers and the keyboard.
   const title = main.querySelector("h1");
   if (title) title.focus({ preventScroll: true });
 });

@@ -1,4 +1,4 @@
-// The newest sweeps of all instances, and the daemons that share the records.
+// The newest sweeps of all instances, and the daemons that share a database.
 
 import { ask, listen } from "./api.js";
 import { announce, badge, h, later, number, span, time, took, when } from "./dom.js";
@@ -14,7 +14,7 @@ export function sweepsView(main) {
   main.replaceChildren(
     h("div", { class: "head" }, h("h1", { tabindex: "-1" }, "Sweeps"), sum),
     h("div", { class: "panel" }, h("table", {}, h("caption", { class: "hidden" }, "Sweeps, newest first"), h("thead", {}, h("tr", {},
-      ["Instance", "State", "Asked for by", "Created", "Took", "Reclaimed", "Why"].map((name) =>
+      ["Instance", "State", "Cause", "Created", "Took", "Reclaimed", "Why"].map((name) =>
         h("th", { scope: "col", class: ["Took", "Reclaimed"].includes(name) ? "n" : undefined }, name)))), body)),
     h("nav", { class: "pager", "aria-label": "Pages" }, more));
 
@@ -23,7 +23,7 @@ export function sweepsView(main) {
     return h("tr", {},
       h("td", { "data-label": "Instance" }, h("a", { class: "name", href: `#/instances/${id}` }, names[task.instance_id] || task.instance_id)),
       h("td", { "data-label": "State" }, badge(task.state)),
-      h("td", { "data-label": "Asked for by" }, task.cause),
+      h("td", { "data-label": "Cause" }, task.cause),
       h("td", { "data-label": "Created" }, time(task.created_at, { absolute: true })),
       h("td", { "data-label": "Took", class: "n" }, span(took(task))),
       h("td", { "data-label": "Reclaimed", class: "n" }, number(task.reclaimed)),
@@ -37,7 +37,7 @@ export function sweepsView(main) {
       if (before) body.append(...made); else body.replaceChildren(...made);
       if (got.tasks.length) last = got.tasks[got.tasks.length - 1].id;
       more.hidden = got.tasks.length < PAGE;
-      if (!before) sum.textContent = `${number(got.count)} on record, ${number(got.reclaimed)} keys reclaimed by them`;
+      if (!before) sum.textContent = `${number(got.count)} sweeps, ${number(got.reclaimed)} keys reclaimed`;
       main.dataset.ready = "sweeps";
     } catch (error) {
       if (error.status !== 401) announce(error.message, true);
@@ -45,14 +45,14 @@ export function sweepsView(main) {
   }
 
   const states = new Map();
-  const deaf = listen((changed) => {
+  const unlisten = listen((changed) => {
     const isNews = changed.some((task) => states.get(task.id) !== task.state);
     changed.forEach((task) => states.set(task.id, task.state));
-    // Whoever reads further down is not disturbed.
+    // No reload while older sweeps are shown: the rows would move under the reader.
     if (isNews && body.children.length <= PAGE) again.soon(500);
   });
   load();
-  return { refresh: () => load(), end() { deaf(); again.stop(); } };
+  return { refresh: () => load(), end() { unlisten(); again.stop(); } };
 }
 
 export function daemonsView(main) {
@@ -67,11 +67,11 @@ export function daemonsView(main) {
       const { daemons } = await ask("api/v1/daemons");
       body.replaceChildren(...daemons.map((daemon) => h("tr", {},
         h("td", { "data-label": "Name" }, h("b", {}, daemon.name), h("span", { class: "sub" },
-          (daemon.answers || daemons.length === 1 ? "answers here" : daemon.address) + (daemon.labels.length ? ` · ${daemon.labels.join(", ")}` : ""))),
+          (daemon.answers || daemons.length === 1 ? "this daemon" : daemon.address) + (daemon.labels.length ? ` · ${daemon.labels.join(", ")}` : ""))),
         h("td", { "data-label": "Version" }, daemon.version),
         h("td", { "data-label": "Since" }, h("span", { title: when(daemon.started_at, true) }, when(daemon.started_at))),
         h("td", { "data-label": "Heartbeat", class: daemon.heartbeat_age_s > 10 ? "bad" : undefined }, time(daemon.heartbeat_at)),
-        h("td", { "data-label": "Settings", class: daemon.same_settings ? undefined : "bad" }, daemon.same_settings ? "the same" : "others"),
+        h("td", { "data-label": "Settings", class: daemon.same_settings ? undefined : "bad" }, daemon.same_settings ? "same as here" : "different"),
         h("td", { "data-label": "Sweeps", class: "n" }, number(daemon.tasks.length)))));
       main.dataset.ready = "daemons";
     } catch (error) {
@@ -79,7 +79,7 @@ export function daemonsView(main) {
     }
   }
   refresh();
-  // A heartbeat is no event of a task.
+  // Reloads every 10 s: the stream of tasks does not report heartbeats.
   const timer = setInterval(() => { if (!document.hidden) refresh(); }, 10000);
   return { refresh, end() { clearInterval(timer); } };
 }

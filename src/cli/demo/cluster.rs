@@ -1,4 +1,4 @@
-//! Three private servers that are the masters of a cluster.
+//! Three private servers that form a cluster of three masters.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,16 +11,15 @@ use crate::model::slots::{SLOTS, slot_of};
 use crate::node::conn::Conn;
 use crate::node::error::NodeError;
 
-/// How many masters.
 const MASTERS: u16 = 3;
-/// How many slots of each get keys.
+/// Hash tags for each master: its keys lie in at most this many slots.
 const TAGS: usize = 64;
-/// Three nodes on one machine agree within a few seconds.
+/// Longest time until the nodes agree that they are a cluster. On one machine this takes a few seconds.
 const AGREE_WITHIN: Duration = Duration::from_secs(30);
-/// How often they are asked.
+/// Time between two CLUSTER INFO to the same node.
 const AGREE_TICK: Duration = Duration::from_millis(50);
 
-/// Starts them and waits until they are a cluster. All have the same password.
+/// Starts the servers, all with the same password, and waits until each says that the cluster is complete.
 ///
 /// # Errors
 /// A server that does not start, or nodes that do not agree.
@@ -36,7 +35,7 @@ pub(super) async fn start(program: &Path) -> anyhow::Result<Vec<DemoServer>> {
         let mut add = redis::cmd("CLUSTER");
         add.arg("ADDSLOTS").arg((0..SLOTS).filter(|&slot| master_of(slot) == place).collect::<Vec<_>>());
         conn.call::<()>("CLUSTER ADDSLOTS", &add).await?;
-        // With epochs of their own they do not have to settle who is right.
+        // Different epochs from the start: equal ones would collide, and the nodes would have to resolve that first.
         let epoch = redis::cmd("CLUSTER").arg("SET-CONFIG-EPOCH").arg(place + 1).to_owned();
         conn.call::<()>("CLUSTER SET-CONFIG-EPOCH", &epoch).await?;
         conns.push(conn);
@@ -58,7 +57,7 @@ pub(super) async fn start(program: &Path) -> anyhow::Result<Vec<DemoServer>> {
     Ok(servers)
 }
 
-/// Tags whose slots belong to one master.
+/// Hash tags whose slots belong to the master at this place, 0 to 2.
 pub(super) fn tags(place: usize) -> Vec<String> {
     let all = (0_u32..).map(|number| number.to_string());
     all.filter(|tag| master_of(slot_of(tag.as_bytes())) == place).take(TAGS).collect()

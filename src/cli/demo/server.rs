@@ -1,14 +1,14 @@
-//! The demo's private server: a child process in a folder of its own, gone on every way out.
+//! The demo's private server: a child process in a temporary folder. Both are removed however the demo ends.
 //!
-//! - It listens on loopback only, with a random password, so that no other user of this machine can use it; that
+//! - It listens on loopback only, with a random password, so that no other user of this machine can use it. The
 //!   password also proves that the server that answers is ours and not one that took the port first.
-//! - It keeps nothing on disk but its log.
+//! - It writes nothing to disk but its log.
 //! - Normal end, error, signal and panic: the handle's `Drop` kills it and removes the folder.
-//! - `kill -9` of the demo, a closed terminal, or a second Ctrl-C: a shell waits on a pipe that only the demo holds.
-//!   When the pipe closes without a word, it kills the server and removes the folder. Only a `kill -9` within the
-//!   moment between the two starts leaves the server behind.
-//! - Both run in process groups of their own: the Ctrl-C that a terminal sends to the demo does not reach them, so that
-//!   the sweep can end its batch.
+//! - `kill -9` of the demo, a closed terminal, or a second Ctrl-C: a watchdog shell reads from a pipe that only the demo
+//!   holds. If the pipe closes before a word was written to it, the watchdog kills the server and removes the folder.
+//!   Only a `kill -9` between the start of the server and that of the watchdog leaves the server behind.
+//! - Server and watchdog run in process groups of their own: the Ctrl-C that a terminal sends to the demo does not reach
+//!   them, so that the sweep can end its batch.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -26,20 +26,21 @@ use crate::model::shard::NodeAddr;
 use crate::model::target::Credentials;
 use crate::node::conn::{Conn, ConnOptions};
 
-/// Names that a server goes by, in the order in which they are looked for.
+/// Names of server programs, in the order in which the PATH is searched for them.
 const BINARIES: [&str; 2] = ["redis-server", "valkey-server"];
-/// A port that was free may be taken a moment later.
+/// Starts to try, each on another port: a port that was free may be taken before the server binds it.
 const START_TRIES: u32 = 5;
-/// A server without data is up within a fraction of a second.
+/// Longest time until a server answers. Without data it takes a fraction of a second.
 const START_WITHIN: Duration = Duration::from_secs(20);
-/// How often it is asked whether it is up.
+/// Time between two attempts to connect to a server that starts.
 const START_TICK: Duration = Duration::from_millis(20);
-/// How much of its log an error shows, in lines.
+/// Lines of the server's log that an error shows, from its end.
 const LOG_LINES: usize = 5;
-/// Waits for a word on stdin. Without one the demo has died: the server goes, and its folder.
+/// The watchdog: reads a word from stdin. If the pipe closes without one the demo has died, so it kills the server ($1) and removes
+/// the folder ($2).
 const WATCHDOG: &str = r#"read -r word && exit 0; kill -9 "$1"; rm -rf "$2""#;
 
-/// The server on the PATH.
+/// Finds a server program on the PATH.
 pub fn find() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
@@ -51,13 +52,13 @@ fn free_port() -> io::Result<u16> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
-/// A free port below another free one that is 10,000 higher, where a cluster node listens for the others.
+/// A free port for which the port 10,000 above is free too: there a cluster node listens for the other nodes.
 fn port_with_bus() -> io::Result<u16> {
     const BUS: u16 = 10_000;
     const TRIES: u32 = 1_000;
     for _ in 0..TRIES {
         let port = free_port()?;
-        // Ports that systems hand out lie high: the bus may as well lie there, and the server's port below.
+        // The ports that systems hand out are high, often too high for one 10,000 above: then this one is tried as the bus port.
         for port in [port, port.saturating_sub(BUS)] {
             let both = port.checked_add(BUS).map(|bus| [port, bus]).filter(|_| port > 1024);
             if both.is_some_and(|both| both.iter().all(|&p| TcpListener::bind((Ipv4Addr::LOCALHOST, p)).is_ok())) {
@@ -68,52 +69,52 @@ fn port_with_bus() -> io::Result<u16> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, "no pair of free ports for a cluster node"))
 }
 
-/// A running private server.
+/// A running private server. Dropping it kills the server and removes its folder.
 #[derive(Debug)]
 pub struct DemoServer {
     child: Child,
     watchdog: Option<Child>,
     port: u16,
     password: String,
-    // The last field: the server is killed (see Drop) before its folder goes.
+    // Must be the last field: the folder is removed after the server was killed (see Drop).
     dir: TempDir,
 }
 
-/// Why it does not run.
+/// Why a private server could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum CannotStart {
     /// The program could not be run.
     #[error("cannot run {program}")]
     Spawn {
-        /// What was to be run.
+        /// The server program, or `sh` for the watchdog.
         program: PathBuf,
-        /// Why not.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
-    /// No folder, no port, no log file.
+    /// The folder, a port or the log file could not be had.
     #[error("cannot prepare a private server")]
     Prepare(#[from] io::Error),
-    /// It ended at once.
-    #[error("{program} ended instead of starting; its last words:\n{log}")]
+    /// The server exited before it answered.
+    #[error("{program} exited while starting; the end of its log:\n{log}")]
     Ended {
-        /// What was run.
+        /// Path of the server program.
         program: PathBuf,
-        /// The end of its log.
+        /// The last lines of its log.
         log: String,
     },
-    /// It runs and does not answer.
-    #[error("{program} did not answer within {}s; its last words:\n{log}", START_WITHIN.as_secs())]
+    /// The server runs and does not answer.
+    #[error("{program} did not answer within {}s; the end of its log:\n{log}", START_WITHIN.as_secs())]
     Silent {
-        /// What was run.
+        /// Path of the server program.
         program: PathBuf,
-        /// The end of its log.
+        /// The last lines of its log.
         log: String,
     },
 }
 
 impl DemoServer {
-    /// Starts one and waits until it answers. Dropping the future ends the server too.
+    /// Starts a server with a random password and waits until it answers. Dropping the future kills the server too.
     ///
     /// # Errors
     /// [`CannotStart`].
@@ -121,7 +122,7 @@ impl DemoServer {
         Self::start_as(program, &Uuid::new_v4().to_string(), false).await
     }
 
-    /// Starts one with this password, as a node of a cluster where wanted.
+    /// Starts a server with this password, as a cluster node if `cluster`. Dropping the future kills the server too.
     ///
     /// # Errors
     /// [`CannotStart`].
@@ -146,7 +147,7 @@ impl DemoServer {
         let port = if cluster { port_with_bus()? } else { free_port()? };
         let password = password.to_owned();
         let mode = if cluster { "cluster-enabled yes\ncluster-node-timeout 5000\n" } else { "" };
-        // In a file of a folder that only this user can enter: arguments can be read by everybody.
+        // The password goes into a file in a folder that only this user can enter: arguments can be read by every user.
         let config = dir.path().join("demo.conf");
         std::fs::write(
             &config,
@@ -165,7 +166,7 @@ impl DemoServer {
             .process_group(0)
             .spawn()
             .map_err(|source| failed(program, source))?;
-        // From here on the child has an owner, whatever fails next.
+        // From here on the handle owns the child and kills it, whatever fails next.
         let mut server = Self { child, watchdog: None, port, password, dir };
         let watchdog = Command::new("sh")
             .args(["-c", WATCHDOG, "ttlsweep-demo-watchdog", &server.pid().to_string()])
@@ -184,46 +185,46 @@ impl DemoServer {
         let deadline = Instant::now() + START_WITHIN;
         loop {
             if self.child.try_wait()?.is_some() {
-                return Err(CannotStart::Ended { program: program.to_owned(), log: self.last_words() });
+                return Err(CannotStart::Ended { program: program.to_owned(), log: self.log_end() });
             }
-            // Refused: not up yet, or another server has the port and ours is about to end.
+            // An error means that the server is not up yet, or that another one has the port and ours is about to exit.
             if Conn::open(&self.addr(), &self.conn_options()).await.is_ok() {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                return Err(CannotStart::Silent { program: program.to_owned(), log: self.last_words() });
+                return Err(CannotStart::Silent { program: program.to_owned(), log: self.log_end() });
             }
             sleep(START_TICK).await;
         }
     }
 
-    /// Its process id.
+    /// The process id of the server.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Its port.
+    /// The TCP port on loopback.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where it listens.
+    /// The address to connect to.
     pub fn addr(&self) -> NodeAddr {
         NodeAddr::Tcp { host: Ipv4Addr::LOCALHOST.to_string(), port: self.port }
     }
 
-    /// Its password.
+    /// The password of the default user.
     pub fn password(&self) -> &str {
         &self.password
     }
 
-    /// How to connect to it.
+    /// Options for a connection, with the password.
     pub fn conn_options(&self) -> ConnOptions {
         let credentials = Credentials { user: None, password: Some(self.password.clone().into_bytes().into()) };
         ConnOptions::plain(credentials, Duration::from_secs(5), Duration::from_secs(30))
     }
 
-    fn last_words(&self) -> String {
+    fn log_end(&self) -> String {
         let log = std::fs::read(self.dir.path().join("log")).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
@@ -233,9 +234,9 @@ impl DemoServer {
 
 impl Drop for DemoServer {
     fn drop(&mut self) {
-        // Each fails only where the process has ended already, which is as good.
+        // Errors are ignored: these calls fail only if the process has ended already.
         let _ = self.child.kill();
-        // Dismissed while the killed child still owns its process id, so that the watchdog can never kill another's.
+        // The watchdog ends before the killed child is reaped: until then the process id is the child's, and no other process can get it.
         if let Some(mut watchdog) = self.watchdog.take() {
             if let Some(mut word) = watchdog.stdin.take() {
                 let _ = word.write_all(b"done\n");

@@ -1,4 +1,4 @@
-{{/* The name of everything: the release's, with the chart's where it is not in it. */}}
+{{/* The name of all objects: the name of the release, followed by that of the chart unless it is contained. */}}
 {{- define "ttlsweep.fullname" -}}
 {{- if contains "ttlsweep" .Release.Name -}}
 {{- .Release.Name | trunc 40 | trimSuffix "-" -}}
@@ -7,7 +7,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What tells the pods of this release from others. A scan's are not the daemon's. */}}
+{{/* The labels that select the pods of this release; those of scans and of the daemon differ. */}}
 {{- define "ttlsweep.selector" -}}
 app.kubernetes.io/name: ttlsweep
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -28,13 +28,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
-{{/* What the pods of the daemon and of the scans have in common. */}}
+{{/* The part of the pod spec that the daemon and the scans share. */}}
 {{- define "ttlsweep.pod" -}}
 serviceAccountName: {{ include "ttlsweep.fullname" . }}
-# It asks nothing of Kubernetes.
+# The program does not call the Kubernetes API.
 automountServiceAccountToken: false
 enableServiceLinks: false
-# A server that is frozen just then is given up after response-timeout, 30 s.
+# For a server that does not answer just then the program waits for response-timeout, 30 s.
 terminationGracePeriodSeconds: 60
 securityContext:
   runAsNonRoot: true
@@ -71,7 +71,7 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* The settings file of the daemon. */}}
+{{/* The text of the daemon's settings file. */}}
 {{- define "ttlsweep.settings" -}}
 [api]
 listen = "0.0.0.0:8080"
