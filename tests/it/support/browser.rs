@@ -158,6 +158,7 @@ impl Browser {
 
     /// Clicks where a person would, who scrolls an element out from under the header that stays on top.
     pub async fn click(&self, css: &str) {
+        let scroll = format!("document.querySelector({})?.scrollIntoView({{block: 'center'}});", json!(css));
         let mut last = String::new();
         let scrolled = async || {
             let element = self.element(css).await;
@@ -171,6 +172,7 @@ impl Browser {
                 last = error.to_string();
                 false
             }
+            false
         })
         .await;
     }
