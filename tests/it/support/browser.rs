@@ -156,16 +156,23 @@ impl Browser {
         self.driver().find(By::Css(css)).await.unwrap_or_else(|error| panic!("{css}: {error}"))
     }
 
-    /// Clicks where a person would.
+    /// Clicks where a person would, who scrolls an element out from under the header that stays on top.
     pub async fn click(&self, css: &str) {
+        let scroll = format!("document.querySelector({})?.scrollIntoView({{block: 'center'}});", json!(css));
         let mut last = String::new();
+        let scrolled = async || {
+            let element = self.element(css).await;
+            element.scroll_into_view().await?;
+            element.click().await
+        };
         // A view may be redrawn between finding the element and the click.
-        probe(&format!("{css} is clicked"), PATIENCE, async || match self.element(css).await.click().await {
+        probe(&format!("{css} is clicked"), PATIENCE, async || match scrolled().await {
             Ok(()) => true,
             Err(error) => {
                 last = error.to_string();
                 false
             }
+            false
         })
         .await;
     }
