@@ -158,7 +158,6 @@ impl Browser {
 
     /// Clicks where a person would, who scrolls an element out from under the header that stays on top.
     pub async fn click(&self, css: &str) {
-        let scroll = format!("document.querySelector({})?.scrollIntoView({{block: 'center'}});", json!(css));
         let mut last = String::new();
         let scrolled = async || {
             let element = self.element(css).await;
@@ -172,7 +171,6 @@ impl Browser {
                 last = error.to_string();
                 false
             }
-            false
         })
         .await;
     }
