@@ -86,6 +86,7 @@ pub struct ServerArgs {
 }
 
 /// The options that say how to sweep. Every field's default is in `default.toml`.
+// The help below repeats the defaults, and no test compares the two.
 #[derive(Debug, Args)]
 pub struct SweepArgs {
     /// DBs to sweep, such as 0,3 [default: each DB that holds keys with a TTL]

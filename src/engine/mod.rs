@@ -31,12 +31,20 @@
 //!
 //! # One turn of the batch loop
 //!
-//! 1. Wait until nothing holds the sweep. With no batch under way: control, foreground, throttle, permit. Before each batch: rest,
-//!    ceiling.
-//! 2. Send the next batch of each free worker's segment, up to the depth.
-//! 3. Receive the oldest reply. The worker's next batch is sent as soon as the cursor has arrived.
-//! 4. Judge the reply: [`verdict`](policy::verdict) is pure, and its table of tests lists all rules.
-//! 5. Apply the verdict: advance the segment, send a follow-up, go back, begin again, or end.
+//! `turn` in `sweep/batch_loop.rs` is one turn. The functions without a file are there too.
+//!
+//! 1. Wait until nothing holds the sweep (`must_stand_still`, `stand_still` in `sweep/hold.rs`). With no batch under way: control,
+//!    foreground, throttle, permit. Before each batch: rest, ceiling (`Pacer::may_send`).
+//! 2. Send the next batch of each free worker's segment, up to the depth: `send`, which asks `claim` for the worker and `compose` for the
+//!    batch, and [`Conn::send_scan`](crate::node::conn::Conn::send_scan).
+//! 3. Receive the oldest reply: `receive`, and [`Conn::receive_scan`](crate::node::conn::Conn::receive_scan). The worker's next batch is
+//!    sent as soon as the cursor has arrived, so `receive` sends batches too.
+//! 4. Judge the reply: `take`, `judge`. [`verdict`](policy::verdict) is pure, and its table of tests lists all rules.
+//! 5. Count the reply, whatever its verdict: `count`, `count_scan`. The number of reclaimed keys is `Reply::reclaimed`.
+//! 6. Carry the verdict out: send a follow-up about the same range (`take`), or advance the segment, go back, begin again, or end
+//!    (`apply`).
+//! 7. Make the count safe and known: `advance` writes the batch journal (`write_journal` in `sweep/pass.rs`). At most each 100 ms `report`
+//!    sends the figures to `tasks::recorder`, which writes a checkpoint each second.
 //!
 //! # The map
 //!

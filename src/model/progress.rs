@@ -126,7 +126,8 @@ pub struct PassCounters {
     /// Of those, SCANs without names in the answer. The number of keys that they scanned is estimated, by the share of
     /// the table that they walked.
     pub nameless: u64,
-    /// Batches whose reply was lost with the connection. What such a batch reclaimed is not in `reclaimed`.
+    /// Batches whose reply was lost with the connection; after a kill, also those that may have been under way. What such a batch
+    /// reclaimed is not in `reclaimed`.
     pub lost_replies: u64,
     /// How often the pass began again, because another server process answered or names had to be read.
     pub restarts: u64,

@@ -1,6 +1,6 @@
 //! Settings: texts ([`raw`]) are parsed into valid values ([`Settings`]) once, before anything else uses them.
 //!
-//! The defaults are in `default.toml` and nowhere else. All problems are reported together.
+//! The defaults are read from `default.toml` only; the help in `cli/args.rs` repeats them. All problems are reported together.
 
 pub mod notify;
 pub mod raw;

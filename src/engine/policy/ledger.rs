@@ -15,7 +15,7 @@ pub enum Doing {
     /// Batches or other requests are under way. [`Ledger::worked`] tells how much of this time the server worked on batches; the rest
     /// is waiting.
     Exchanging,
-    /// The sweep rests for the intensity or the ceiling.
+    /// The sweep rests for the intensity or the ceiling, or to measure the foreground or the flow of expiry.
     Resting,
     /// The sweep holds.
     Holding(Reason),

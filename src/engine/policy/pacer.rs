@@ -49,7 +49,7 @@ const UNUSUAL: u32 = 4;
 /// The longest rest that may be owed: a wait of seconds is seldom the work of one batch, and no observation is read during a rest.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
-/// The longest slice that the histogram can hold, in microseconds: ten minutes.
+/// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
 const MAX_SLICE_US: u64 = 600_000_000;
 
 /// Tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.

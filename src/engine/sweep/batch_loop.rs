@@ -1,5 +1,5 @@
-//! One turn of the loop: wait until nothing holds it, send, receive, judge, apply. [`verdict::judge`] decides what a reply means; only
-//! `apply` and what it calls move the pass.
+//! One turn of the loop: wait until nothing holds it, send, receive, judge, count, apply. The head of [`crate::engine`] names the function
+//! of each step. [`verdict::judge`] decides what a reply means; only `apply` and what it calls move the pass.
 
 use std::time::Duration;
 

@@ -1,6 +1,21 @@
-//! Everything that makes the loop stand still, in one place and one order: control, foreground, throttle, permit, each with no batch
-//! under way; then rest and ceiling, which the pacer asks for before each batch. Every wait ends at once when a stop is requested. Each
-//! hold is reported with its reason when it begins and when it ends.
+//! What makes the batch loop stand still, in this order: control, foreground, throttle, permit, each with no batch under way; then rest
+//! and ceiling, which the pacer asks for before each batch. Every wait ends at once when a stop is requested. Each hold is reported with
+//! its reason when it begins and when it ends.
+//!
+//! Control, throttle and permit hold. Foreground, rest and ceiling only rest. Not every hold begins here:
+//!
+//! | reason | decided by |
+//! |---|---|
+//! | `Paused`, `OutsideWindow`, `Queued` | `tasks::admission`, through [`crate::engine::control`]; `obey` carries it out |
+//! | `StoreUnreachable` | [`ControlState::holds`]; `obey` carries it out |
+//! | `Loading`, `Failover`, `DeletionBlocked` | [`throttle::impossible`], whatever the limits |
+//! | `Unreadable`, `Fork`, `FullSync`, and each limit of `model::throttle::LIMITS` | [`throttle::decide`] |
+//! | `Parallel` | `take_permit` |
+//! | `DeletionBlocked`, by the arithmetic of hidden keys | `suspect` in `batch_loop` |
+//! | `Reconnecting`, `NoMaster`, `Loading`, `Busy` | `reason_of` in `retry`, after an error |
+//! | `SlotsMoving` | `engine::rounds`, between two sweeps of a shard |
+//!
+//! While `expire_effort` raises the effort of active expiry, before the first batch, it asks [`throttle::decide`] as well.
 
 use std::time::Duration;
 

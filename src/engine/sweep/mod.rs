@@ -6,7 +6,7 @@
 //! | `session` | what is known of one server process; replaced with it |
 //! | `retry` | connects to the master, and reconnects |
 //! | `pass` | the sweep of one DB: begins, goes back, ends |
-//! | `batch_loop` | one turn: wait, send, receive, judge, apply |
+//! | `batch_loop` | one turn: wait, send, receive, judge, count, apply |
 //! | `keep` | the pace that keeps a bound |
 //! | `laps` | lap after lap at that pace |
 //! | `pipeline` | the workers and their connections |
