@@ -49,6 +49,13 @@ const UNUSUAL: u32 = 4;
 /// The longest rest that may be owed: a wait of seconds is seldom the work of one batch, and no observation is read during a rest.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
+/// The server's part of a wait is no less than this.
+const LEAST_SHARE: f64 = 0.05;
+
+/// Until `cmdstat_scan` is read again, a key is taken to cost no less than this share of what it said. On a network that wavers by
+/// more than a slice, waits say little, and a COUNT that follows them would make slices of many times `max_slice`.
+const CHEAPER_AT_MOST: f64 = 0.8;
+
 /// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
 const MAX_SLICE_US: u64 = 600_000_000;
 
@@ -123,6 +130,14 @@ struct Group {
     batches: u32,
 }
 
+/// What was seen since the last `cmdstat_scan`.
+#[derive(Debug, Default)]
+struct SinceStat {
+    batches: u64,
+    keys: u64,
+    slices: Duration,
+}
+
 /// The pacer of one shard.
 #[derive(Debug)]
 pub struct Pacer {
@@ -139,8 +154,10 @@ pub struct Pacer {
     costs: Vec<f64>,
     /// The median of `costs` when COUNT was last adjusted.
     cost_us: Option<f64>,
-    /// Server time by `cmdstat_scan` divided by server time by waits, in (0, 1].
-    correction: f64,
+    /// What a wait takes on the average beside the server's time by `cmdstat_scan`: the way of the reply, beyond the floor.
+    overhead: Duration,
+    /// Microseconds per key by the last `cmdstat_scan`, if the SCANs were those of this sweep.
+    server_us_per_key: Option<f64>,
     /// When all rest that is owed will be paid.
     rested_at: Instant,
     /// Whether rest is being paid now.
@@ -152,8 +169,7 @@ pub struct Pacer {
     unpaid: u64,
     slices: Histogram<u64>,
     last_stat: Option<CommandStat>,
-    /// Batches and their slices since `last_stat`.
-    since_stat: (u64, Duration),
+    since_stat: SinceStat,
     /// About the median of the waits.
     usual: Option<Duration>,
     server_us_per_scan: Option<f64>,
@@ -171,7 +187,8 @@ impl Pacer {
             group: Group::default(),
             costs: Vec::with_capacity(STEER_EVERY),
             cost_us: None,
-            correction: 1.0,
+            overhead: Duration::ZERO,
+            server_us_per_key: None,
             rested_at: Instant::now(),
             resting: false,
             spaced_at: Instant::now(),
@@ -180,7 +197,7 @@ impl Pacer {
             // Two digits keep the histogram below 20 kB, and a slice is measured no better than to a per cent.
             slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
             last_stat: None,
-            since_stat: (0, Duration::ZERO),
+            since_stat: SinceStat::default(),
             usual: None,
             server_us_per_scan: None,
         }
@@ -227,10 +244,11 @@ impl Pacer {
     pub fn worked(&mut self, keys: u64, wait: Wait) -> Duration {
         let slice = self.slice_of(wait);
         let usual = self.usual.get_or_insert(slice);
-        self.since_stat.0 += 1;
-        self.since_stat.1 += slice.min(*usual * UNUSUAL);
+        self.since_stat.batches += 1;
+        self.since_stat.keys += keys;
+        self.since_stat.slices += slice.min(*usual * UNUSUAL);
         *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
-        let held = slice.mul_f64(self.correction);
+        let held = self.held(slice);
         if wait.waited_for || self.group.batches >= GROUP_MOST {
             self.close_group();
         }
@@ -251,7 +269,8 @@ impl Pacer {
     /// Adds the reply to a request that does not show the cost of a key: a touch, which `cmdstat_scan` does not include, or the second
     /// SCAN of a range. Returns how long it held the server.
     pub fn worked_beside(&mut self, wait: Wait) -> Duration {
-        let held = self.slice_of(wait).mul_f64(self.correction);
+        let slice = self.slice_of(wait);
+        let held = self.held(slice);
         self.slices.saturating_record(micros(held));
         self.owe(held);
         held
@@ -262,6 +281,11 @@ impl Pacer {
         // it has arrived.
         self.floor = self.floor.min(wait.since_sent);
         wait.own.min(wait.since_sent - self.floor)
+    }
+
+    /// The server's part of a slice.
+    fn held(&self, slice: Duration) -> Duration {
+        slice.saturating_sub(self.overhead).max(slice.mul_f64(LEAST_SHARE))
     }
 
     fn owe(&mut self, held: Duration) {
@@ -290,7 +314,8 @@ impl Pacer {
 
     fn steer(&mut self) {
         self.costs.sort_by(f64::total_cmp);
-        let median = self.costs[self.costs.len() / 2].max(0.01);
+        let cheapest = self.server_us_per_key.map_or(0.01, |us| us * CHEAPER_AT_MOST);
+        let median = self.costs[self.costs.len() / 2].max(cheapest);
         self.costs.clear();
         self.cost_us = Some(median);
         if self.max_slice.is_zero() {
@@ -318,7 +343,7 @@ impl Pacer {
             return;
         }
         let last = self.last_stat.replace(stat);
-        let (batches, slices) = std::mem::take(&mut self.since_stat);
+        let SinceStat { batches, keys, slices } = std::mem::take(&mut self.since_stat);
         let Some(last) = last else { return };
         let (calls, usec) = (stat.calls.saturating_sub(last.calls), stat.usec.saturating_sub(last.usec));
         if calls == 0 {
@@ -329,9 +354,10 @@ impl Pacer {
         // If other clients sent SCANs as well, the mean is not that of this sweep.
         let ours = batches > 0 && calls <= batches + batches / 5 + 2;
         if ours && !slices.is_zero() {
-            let by_round_trip = slices.as_secs_f64() * 1e6 / batches as f64;
-            self.correction = (mean / by_round_trip).clamp(0.05, 1.0);
+            let by_wait = slices.as_secs_f64() * 1e6 / batches as f64;
+            self.overhead = Duration::from_nanos(((by_wait - mean).max(0.0) * 1e3) as u64);
         }
+        self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
     }
 
     /// Checks that the next batch may be sent now. `spaced`: batches keep the distance of a slice.
@@ -573,6 +599,29 @@ mod tests {
         pacer.observe(CommandStat { calls: 10, usec: 500 });
         assert_eq!(pacer.server_us_per_scan(), Some(50.0));
         assert_eq!(alone(&mut pacer, 100, 120 * US), 50 * US);
+    }
+
+    #[test]
+    fn on_a_network_that_wavers_by_more_than_a_slice_count_stays_where_the_servers_clock_wants_it() {
+        fastrand::seed(7);
+        let mut pacer = pacer(100, 1.0, None);
+        let (mut calls, mut usec, mut counts) = (0, 0.0, Vec::new());
+        for batch in 0..20_000_u32 {
+            let keys = pacer.count();
+            // 1 us a key; the way takes 60 us more on the average, and often far less.
+            let (held, way) = (f64::from(keys), -60.0 * fastrand::f64().max(1e-9).ln());
+            let waited = 20 * US + US.mul_f64(held + way);
+            alone(&mut pacer, u64::from(keys), waited);
+            (calls, usec) = (calls + 1, usec + held);
+            if batch % 1_000 == 0 {
+                pacer.observe(CommandStat { calls, usec: usec as u64 });
+            }
+            if batch > 2_000 {
+                counts.push(pacer.count());
+            }
+        }
+        let (low, high) = (counts.iter().min(), counts.iter().max());
+        assert!(low >= Some(&30) && high <= Some(&95), "{low:?} to {high:?} where 75 take the slice");
     }
 
     #[test]
