@@ -208,10 +208,12 @@ const fn give_up(key: &'static str, measure: Measure, unit: Unit, says: &'static
 
 const MIB: f64 = 1_048_576.0;
 
+const LIMIT_COUNT: usize = 9;
+
 /// Every limit on load. Where the load is above several, the first row gives the reason. The settings, the API and the
 /// throttle read this table.
 #[rustfmt::skip]
-pub const LIMITS: [LimitRow; 9] = [
+pub const LIMITS: [LimitRow; LIMIT_COUNT] = [
     hold("max-latency", Measure::Latency, Unit::Milliseconds, Auto::Times(5.0, 0.005), Reason::Latency, "PING takes"),
     hold("max-replica-lag", Measure::ReplicaLag, Unit::Bytes, Auto::More(16.0 * MIB), Reason::ReplicaLag, "behind by"),
     hold("max-replica-silence", Measure::ReplicaSilence, Unit::Seconds, Auto::More(10.0), Reason::ReplicaSilent, "silent for"),
@@ -238,14 +240,14 @@ pub enum Limit {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// In the order of [`LIMITS`].
-    limits: [Limit; LIMITS.len()],
+    limits: [Limit; LIMIT_COUNT],
     /// Hold while a child process saves or rewrites, and while a replica receives the whole data set.
     pub hold_during_fork: bool,
 }
 
 impl Limits {
     /// No limit at all.
-    pub const NONE: Self = Self { limits: [Limit::Off; LIMITS.len()], hold_during_fork: false };
+    pub const NONE: Self = Self { limits: [Limit::Off; LIMIT_COUNT], hold_during_fork: false };
 
     /// Each limit with its row.
     pub fn iter(&self) -> impl Iterator<Item = (&'static LimitRow, Limit)> {
