@@ -124,8 +124,10 @@ pub struct Later {
 /// Replies that came together.
 #[derive(Debug, Default)]
 struct Group {
-    /// How long they held the server, together.
+    /// Server time, by the correction.
     held: Duration,
+    /// What the replies took beyond the floor.
+    waits: Duration,
     keys: u64,
     batches: u32,
 }
@@ -154,6 +156,8 @@ pub struct Pacer {
     costs: Vec<f64>,
     /// The median of `costs` when COUNT was last adjusted.
     cost_us: Option<f64>,
+    /// Server time by `cmdstat_scan` divided by server time by waits, in (0, 1]: right for the sum of many.
+    correction: f64,
     /// What a wait takes on the average beside the server's time by `cmdstat_scan`: the way of the reply, beyond the floor.
     overhead: Duration,
     /// Microseconds per key by the last `cmdstat_scan`, if the SCANs were those of this sweep.
@@ -187,6 +191,7 @@ impl Pacer {
             group: Group::default(),
             costs: Vec::with_capacity(STEER_EVERY),
             cost_us: None,
+            correction: 1.0,
             overhead: Duration::ZERO,
             server_us_per_key: None,
             rested_at: Instant::now(),
@@ -248,11 +253,12 @@ impl Pacer {
         self.since_stat.keys += keys;
         self.since_stat.slices += slice.min(*usual * UNUSUAL);
         *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
-        let held = self.held(slice);
+        let held = slice.mul_f64(self.correction);
         if wait.waited_for || self.group.batches >= GROUP_MOST {
             self.close_group();
         }
         self.group.held += held;
+        self.group.waits += slice;
         self.group.keys += keys.max(1);
         self.group.batches += 1;
         self.owe(held);
@@ -269,8 +275,7 @@ impl Pacer {
     /// Adds the reply to a request that does not show the cost of a key: a touch, which `cmdstat_scan` does not include, or the second
     /// SCAN of a range. Returns how long it held the server.
     pub fn worked_beside(&mut self, wait: Wait) -> Duration {
-        let slice = self.slice_of(wait);
-        let held = self.held(slice);
+        let held = self.slice_of(wait).mul_f64(self.correction);
         self.slices.saturating_record(micros(held));
         self.owe(held);
         held
@@ -281,11 +286,6 @@ impl Pacer {
         // it has arrived.
         self.floor = self.floor.min(wait.since_sent);
         wait.own.min(wait.since_sent - self.floor)
-    }
-
-    /// The server's part of a slice.
-    fn held(&self, slice: Duration) -> Duration {
-        slice.saturating_sub(self.overhead).max(slice.mul_f64(LEAST_SHARE))
     }
 
     fn owe(&mut self, held: Duration) {
@@ -301,12 +301,13 @@ impl Pacer {
     /// Ends a group. A server writes its replies when it has finished everything that had arrived, so that one of several batches seems
     /// to take the time of all and the others none: each counts as the mean of its group.
     fn close_group(&mut self) {
-        let Group { held, keys, batches } = std::mem::take(&mut self.group);
+        let Group { held, waits, keys, batches } = std::mem::take(&mut self.group);
         if batches == 0 {
             return;
         }
         self.slices.saturating_record_n(micros(held / batches), u64::from(batches));
-        self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
+        let served = waits.saturating_sub(self.overhead * batches).max(waits.mul_f64(LEAST_SHARE));
+        self.costs.push(served.as_secs_f64() * 1e6 / keys as f64);
         if self.costs.len() >= STEER_EVERY {
             self.steer();
         }
@@ -355,6 +356,7 @@ impl Pacer {
         let ours = batches > 0 && calls <= batches + batches / 5 + 2;
         if ours && !slices.is_zero() {
             let by_wait = slices.as_secs_f64() * 1e6 / batches as f64;
+            self.correction = (mean / by_wait).clamp(LEAST_SHARE, 1.0);
             self.overhead = Duration::from_nanos(((by_wait - mean).max(0.0) * 1e3) as u64);
         }
         self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
