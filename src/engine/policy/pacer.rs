@@ -49,12 +49,12 @@ const UNUSUAL: u32 = 4;
 /// The longest rest that may be owed: a wait of seconds is seldom the work of one batch, and no observation is read during a rest.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
 
-/// The server's part of a wait is no less than this.
+/// The least share of a wait that is the server's.
 const LEAST_SHARE: f64 = 0.05;
 
-/// Until `cmdstat_scan` is read again, a key is taken to cost no less than this share of what it said. On a network that wavers by
-/// more than a slice, waits say little, and a COUNT that follows them would make slices of many times `max_slice`.
-const CHEAPER_AT_MOST: f64 = 0.8;
+/// Where the server's own time is known, waits adjust COUNT only if a key seems to cost more than so many times that: on a network
+/// that wavers by more than a slice they say little, and the server's time is read again in a quarter of a second.
+const DEARER: f64 = 3.0;
 
 /// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
 const MAX_SLICE_US: u64 = 600_000_000;
@@ -124,10 +124,8 @@ pub struct Later {
 /// Replies that came together.
 #[derive(Debug, Default)]
 struct Group {
-    /// Server time, by the correction.
+    /// How long they held the server, together.
     held: Duration,
-    /// What the replies took beyond the floor.
-    waits: Duration,
     keys: u64,
     batches: u32,
 }
@@ -154,12 +152,10 @@ pub struct Pacer {
     group: Group,
     /// Microseconds per key of the last groups.
     costs: Vec<f64>,
-    /// The median of `costs` when COUNT was last adjusted.
+    /// What a key was taken to cost when COUNT was last adjusted.
     cost_us: Option<f64>,
     /// Server time by `cmdstat_scan` divided by server time by waits, in (0, 1]: right for the sum of many.
     correction: f64,
-    /// What a wait takes on the average beside the server's time by `cmdstat_scan`: the way of the reply, beyond the floor.
-    overhead: Duration,
     /// Microseconds per key by the last `cmdstat_scan`, if the SCANs were those of this sweep.
     server_us_per_key: Option<f64>,
     /// When all rest that is owed will be paid.
@@ -192,7 +188,6 @@ impl Pacer {
             costs: Vec::with_capacity(STEER_EVERY),
             cost_us: None,
             correction: 1.0,
-            overhead: Duration::ZERO,
             server_us_per_key: None,
             rested_at: Instant::now(),
             resting: false,
@@ -258,7 +253,6 @@ impl Pacer {
             self.close_group();
         }
         self.group.held += held;
-        self.group.waits += slice;
         self.group.keys += keys.max(1);
         self.group.batches += 1;
         self.owe(held);
@@ -301,13 +295,12 @@ impl Pacer {
     /// Ends a group. A server writes its replies when it has finished everything that had arrived, so that one of several batches seems
     /// to take the time of all and the others none: each counts as the mean of its group.
     fn close_group(&mut self) {
-        let Group { held, waits, keys, batches } = std::mem::take(&mut self.group);
+        let Group { held, keys, batches } = std::mem::take(&mut self.group);
         if batches == 0 {
             return;
         }
         self.slices.saturating_record_n(micros(held / batches), u64::from(batches));
-        let served = waits.saturating_sub(self.overhead * batches).max(waits.mul_f64(LEAST_SHARE));
-        self.costs.push(served.as_secs_f64() * 1e6 / keys as f64);
+        self.costs.push(held.as_secs_f64() * 1e6 / keys as f64);
         if self.costs.len() >= STEER_EVERY {
             self.steer();
         }
@@ -315,14 +308,14 @@ impl Pacer {
 
     fn steer(&mut self) {
         self.costs.sort_by(f64::total_cmp);
-        let cheapest = self.server_us_per_key.map_or(0.01, |us| us * CHEAPER_AT_MOST);
-        let median = self.costs[self.costs.len() / 2].max(cheapest);
+        let by_waits = self.costs[self.costs.len() / 2].max(0.03);
+        let cost = self.server_us_per_key.map_or(by_waits, |by_server| by_server.max(by_waits / DEARER));
         self.costs.clear();
-        self.cost_us = Some(median);
+        self.cost_us = Some(cost);
         if self.max_slice.is_zero() {
             return;
         }
-        let wanted = self.max_slice.as_secs_f64() * 1e6 / median;
+        let wanted = self.max_slice.as_secs_f64() * 1e6 / cost;
         // At most doubled or halved: the cost per key of a small batch says little about that of a large one.
         let bounded = wanted.clamp(f64::from(self.count) / 2.0, f64::from(self.count) * 2.0);
         // No change below a tenth: a steady COUNT is easier to read in a slow log.
@@ -357,7 +350,6 @@ impl Pacer {
         if ours && !slices.is_zero() {
             let by_wait = slices.as_secs_f64() * 1e6 / batches as f64;
             self.correction = (mean / by_wait).clamp(LEAST_SHARE, 1.0);
-            self.overhead = Duration::from_nanos(((by_wait - mean).max(0.0) * 1e3) as u64);
         }
         self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
     }
@@ -623,7 +615,7 @@ mod tests {
             }
         }
         let (low, high) = (counts.iter().min(), counts.iter().max());
-        assert!(low >= Some(&30) && high <= Some(&95), "{low:?} to {high:?} where 75 take the slice");
+        assert!(low >= Some(&60) && high <= Some(&90), "{low:?} to {high:?} where 75 take the slice");
     }
 
     #[test]
