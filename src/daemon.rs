@@ -6,7 +6,7 @@
 mod files;
 mod forecasts;
 
-pub use files::load;
+pub(crate) use files::load;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ const OWN_FILES: u64 = 256;
 
 /// What distinguishes this daemon from others with the same settings file.
 #[derive(Debug, Default)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// Overrides `[daemon] name`.
     pub name: Option<String>,
     /// Override `[daemon] labels`, unless empty.
@@ -50,7 +50,7 @@ pub struct Identity {
 ///
 /// # Errors
 /// If the daemon cannot start. Once it runs, errors are logged.
-pub async fn run(
+pub(crate) async fn run(
     path: PathBuf,
     settings: ServeSettings,
     identity: Identity,

@@ -36,7 +36,7 @@ const HAS_LASTED: SignedDuration = SignedDuration::from_mins(5);
 
 /// The keeper and what it needs.
 #[derive(Debug)]
-pub struct Keeper {
+pub(crate) struct Keeper {
     /// Starts and ends tasks, and gives access to the store.
     pub service: TaskService,
     /// The settings in force; a change starts a round at once.
@@ -69,7 +69,7 @@ struct Known {
 
 impl Keeper {
     /// Starts and ends keep runs until `stop`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut known: BTreeMap<String, Known> = BTreeMap::new();
         let mut missed = BTreeMap::new();
         let mut set: Option<(Keeps, Instant)> = None;

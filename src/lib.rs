@@ -34,22 +34,25 @@
 //! | [`cli`] | parses the arguments, calls the library, prints the result |
 
 #![forbid(unsafe_code)]
+// What is `pub` is used by the program, the tests or the benches; Cargo.toml allows it for these, which nobody imports.
+#![warn(unreachable_pub)]
+#![allow(rustdoc::private_intra_doc_links, reason = "`make docs` builds them with private items, for maintainers")]
 
-pub mod api;
-pub mod check;
+mod api;
+mod check;
 pub mod cli;
-pub mod daemon;
+mod daemon;
 pub mod engine;
-pub mod forecast;
-pub mod keeper;
+mod forecast;
+mod keeper;
 pub mod metrics;
 pub mod model;
 pub mod node;
-pub mod notify;
-pub mod overdue;
-pub mod scheduler;
+mod notify;
+mod overdue;
+mod scheduler;
 pub mod settings;
-pub mod shutdown;
+mod shutdown;
 pub mod store;
-pub mod tasks;
-pub mod telemetry;
+mod tasks;
+mod telemetry;

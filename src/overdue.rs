@@ -18,7 +18,7 @@ const CHECK_EVERY: Duration = Duration::from_secs(60);
 
 /// The check and what it needs.
 #[derive(Debug)]
-pub struct Overdue {
+pub(crate) struct Overdue {
     /// Gives access to the records and their clock.
     pub service: TaskService,
     /// The settings in force; a change starts a check at once.
@@ -46,7 +46,7 @@ impl Known {
 
 impl Overdue {
     /// Checks the instances until `stop`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut known = BTreeMap::new();
         loop {
             let settings = self.settings.borrow_and_update().clone();

@@ -32,7 +32,7 @@ const MISSED_AT_MOST: usize = 100;
 
 /// The scheduler and what it needs.
 #[derive(Debug)]
-pub struct Scheduler {
+pub(crate) struct Scheduler {
     /// Starts tasks, and gives access to the store.
     pub service: TaskService,
     /// The settings in force; a change starts a round at once.
@@ -58,7 +58,7 @@ struct Evaluation {
 
 impl Scheduler {
     /// Starts due scans until `stop`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         // The due time that waits, for each busy instance.
         let mut waiting: BTreeMap<String, Timestamp> = BTreeMap::new();
         // The schedule state as it was last read, with the due positions that were set since, and when it was read.

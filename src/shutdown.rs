@@ -8,7 +8,7 @@ const INTERRUPTED: i32 = 130;
 
 /// The signal handlers of the daemon. A signal that arrives before [`Self::obey`] runs is kept for it.
 #[derive(Debug)]
-pub struct Signals {
+pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
@@ -19,7 +19,7 @@ impl Signals {
     ///
     /// # Errors
     /// If a handler cannot be installed.
-    pub fn listen() -> std::io::Result<Self> {
+    pub(crate) fn listen() -> std::io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
@@ -28,7 +28,7 @@ impl Signals {
     }
 
     /// Handles signals until the process ends: cancels `stop` or calls `on_hangup`.
-    pub async fn obey(mut self, stop: CancellationToken, on_hangup: impl Fn() + Send) {
+    pub(crate) async fn obey(mut self, stop: CancellationToken, on_hangup: impl Fn() + Send) {
         loop {
             tokio::select! {
                 _ = self.interrupt.recv() => {}

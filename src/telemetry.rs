@@ -14,11 +14,11 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing_subscriber::EnvFilter;
 
 /// The environment variable with a filter that overrides the level, such as `debug` or `ttlsweep::engine=trace`.
-pub const FILTER: &str = "TTLSWEEP_LOG";
+pub(crate) const FILTER: &str = "TTLSWEEP_LOG";
 
 /// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum LogFormat {
+pub(crate) enum LogFormat {
     /// Lines of text, for people
     #[default]
     Text,
@@ -27,7 +27,7 @@ pub enum LogFormat {
 }
 
 /// Starts the log. `verbose`: 0 logs nothing, 1 the level info, 2 and more the level debug.
-pub fn init(verbose: u8, format: LogFormat) {
+pub(crate) fn init(verbose: u8, format: LogFormat) {
     let level = match verbose {
         0 => "off",
         1 => "ttlsweep=info",
@@ -66,11 +66,11 @@ const LAST_SPANS: Duration = Duration::from_secs(3);
 
 /// The exporter of spans. Dropping it sends the spans that still wait.
 #[derive(Debug)]
-pub struct Traces(Option<SdkTracerProvider>);
+pub(crate) struct Traces(Option<SdkTracerProvider>);
 
 /// Starts to send spans, if the environment names a receiver. They wait in a bounded queue of another thread and never block the
 /// sweep; spans that the receiver does not take are lost. A TLS provider must be installed and [`init`] called before.
-pub fn trace() -> Traces {
+pub(crate) fn trace() -> Traces {
     let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     if !RECEIVERS.into_iter().any(set) || std::env::var("OTEL_SDK_DISABLED").is_ok_and(|value| value == "true") {
         return Traces(None);

@@ -22,18 +22,18 @@ use crate::api::{App, AppState};
 use crate::settings::serve::{AccessKey, ApiSettings, Grant, Role};
 
 /// Longest request body, in bytes.
-pub const MAX_BODY: usize = 64 << 10;
+pub(crate) const MAX_BODY: usize = 64 << 10;
 
 /// The rights of the caller, an argument of handlers. [`require`] sets it.
 #[derive(Debug, Clone)]
-pub struct Caller(pub Arc<Grant>);
+pub(crate) struct Caller(pub Arc<Grant>);
 
 impl Caller {
     /// Checks that the caller may see a project.
     ///
     /// # Errors
     /// `DCS.1004` if not.
-    pub fn project(&self, project: &str) -> Result<(), ApiError> {
+    pub(crate) fn project(&self, project: &str) -> Result<(), ApiError> {
         if self.0.allows(project) { Ok(()) } else { Err(ApiError::wrong_project()) }
     }
 }
@@ -48,7 +48,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 
 /// The caller, by its credentials.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct CallerDto {
+pub(crate) struct CallerDto {
     /// Name of the credentials in the settings.
     pub name: String,
     /// What the caller may do: `reader` or `operator`.
@@ -66,7 +66,7 @@ pub struct CallerDto {
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn show_caller(caller: Caller) -> Json<CallerDto> {
+pub(crate) async fn show_caller(caller: Caller) -> Json<CallerDto> {
     let grant = &caller.0;
     let projects = grant.projects.as_ref().map(|projects| projects.iter().cloned().collect());
     Json(CallerDto { name: grant.name.clone(), role: grant.role.as_str(), projects })
@@ -74,7 +74,7 @@ pub async fn show_caller(caller: Caller) -> Json<CallerDto> {
 
 /// Lets an authorized request through with its [`Caller`], and answers others with the error. Requests that change something need the
 /// role of an operator.
-pub async fn require(State(app): State<App>, request: Request, next: Next) -> Response {
+pub(crate) async fn require(State(app): State<App>, request: Request, next: Next) -> Response {
     match authorize(&app, request).await {
         Ok(request) => next.run(request).await,
         Err(error) => error.into_response(),

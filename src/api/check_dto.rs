@@ -14,7 +14,7 @@ use crate::settings::{ScanSettings, Settings};
 
 /// What was found about one server, and what it means for a sweep.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct CheckOutput {
+pub(crate) struct CheckOutput {
     /// URL of the instance, without credentials.
     pub target: String,
     /// Product and version of the server.
@@ -55,7 +55,7 @@ pub struct CheckOutput {
 /// The result of a check of an instance.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-pub enum Checked {
+pub(crate) enum Checked {
     /// One server, or the master behind sentinels.
     One(Box<CheckOutput>),
     /// A cluster, with the result of each master.
@@ -64,7 +64,7 @@ pub enum Checked {
 
 /// The result of a check of a cluster.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ClusterOutput {
+pub(crate) struct ClusterOutput {
     /// URL of the instance, without credentials.
     pub target: String,
     /// The masters, in the order of their slots.
@@ -80,7 +80,7 @@ pub struct ClusterOutput {
 
 /// One master of a cluster.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ShardOutput {
+pub(crate) struct ShardOutput {
     /// Name of the shard: its ranges of slots.
     pub shard: String,
     /// The result of its check, or why there is none.
@@ -91,7 +91,7 @@ pub struct ShardOutput {
 /// The result of a check of one master, or why there is none.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-pub enum ShardSeen {
+pub(crate) enum ShardSeen {
     /// The result of the check.
     Looked(Box<CheckOutput>),
     /// The master could not be inspected.
@@ -103,7 +103,7 @@ pub enum ShardSeen {
 
 impl Checked {
     /// Converts the result of a check. `order` is the command that would sweep the instance, for the verdict.
-    pub fn new(look: &InstanceCheck, settings: &Settings, order: &str) -> Self {
+    pub(crate) fn new(look: &InstanceCheck, settings: &Settings, order: &str) -> Self {
         let of = |target: String, seen: &MasterCheck| {
             Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
         };
@@ -124,7 +124,7 @@ impl Checked {
     }
 
     /// Adds the report for people.
-    pub fn with_report(mut self, text: String) -> Self {
+    pub(crate) fn with_report(mut self, text: String) -> Self {
         match &mut self {
             Self::One(output) => output.report = Some(text),
             Self::Cluster(output) => output.report = Some(text),
@@ -135,7 +135,7 @@ impl Checked {
 
 /// A DB with its keys.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct DbDto {
+pub(crate) struct DbDto {
     /// Number of the DB, from 0.
     pub db: u32,
     /// How many keys the DB holds, and how many have expired.
@@ -145,7 +145,7 @@ pub struct DbDto {
 
 /// Numbers of keys of one DB, or sums over several.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct BacklogDto {
+pub(crate) struct BacklogDto {
     /// All keys, expired ones included.
     pub keys: u64,
     /// Keys with a TTL, expired ones included.
@@ -176,7 +176,7 @@ impl From<&DbBacklog> for BacklogDto {
 /// Settings and state of the server's own expiry.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names are those of the server's configuration")]
-pub struct ExpiryDto {
+pub(crate) struct ExpiryDto {
     pub lazyfree_lazy_expire: Option<bool>,
     pub active_expire_effort: Option<u32>,
     pub hz: Option<u32>,
@@ -188,7 +188,7 @@ pub struct ExpiryDto {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = CheckMemory)]
 #[allow(missing_docs, reason = "the names are those of INFO")]
-pub struct MemoryDto {
+pub(crate) struct MemoryDto {
     pub used_memory: Option<u64>,
     pub used_memory_dataset: Option<u64>,
     pub maxmemory: Option<u64>,
@@ -198,7 +198,7 @@ pub struct MemoryDto {
 
 /// A replica of the server.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ReplicaDto {
+pub(crate) struct ReplicaDto {
     /// Address of the replica, as the master lists it.
     pub addr: String,
     /// `online`, or the stage of its synchronisation.
@@ -211,7 +211,7 @@ pub struct ReplicaDto {
 
 /// What could hold a sweep now.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct BusyDto {
+pub(crate) struct BusyDto {
     /// Whether a child process writes an RDB file.
     pub bgsave: Option<bool>,
     /// Whether a child process rewrites the AOF.
@@ -226,7 +226,7 @@ pub struct BusyDto {
 
 /// The forecast of a sweep.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct SweepDto {
+pub(crate) struct SweepDto {
     /// Whether a sweep could run.
     pub can_run: bool,
     /// Shortest time that it would take, in seconds.
@@ -241,7 +241,7 @@ pub struct SweepDto {
 
 /// A finding of a check.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct FindingDto {
+pub(crate) struct FindingDto {
     /// `error` (a sweep cannot run), `warning` or `note`.
     pub severity: &'static str,
     /// Name of the kind of finding; it does not change between versions.
@@ -265,7 +265,13 @@ impl From<&Finding> for FindingDto {
 
 impl CheckOutput {
     /// Converts the result of a check of one server; `sentence` is the verdict.
-    pub fn new(target: String, facts: &Facts, verdict: &Verdict, settings: &ScanSettings, sentence: String) -> Self {
+    pub(crate) fn new(
+        target: String,
+        facts: &Facts,
+        verdict: &Verdict,
+        settings: &ScanSettings,
+        sentence: String,
+    ) -> Self {
         let (role, master) = match &facts.role {
             ServerRole::Master => ("master", None),
             ServerRole::Replica { master } => ("replica", master.clone()),

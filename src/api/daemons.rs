@@ -14,7 +14,7 @@ use crate::api::error::{ApiError, ErrorBody};
 
 /// A daemon of those that share a database.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct DaemonDto {
+pub(crate) struct DaemonDto {
     /// Id of this run of the daemon.
     pub id: String,
     /// Name of the daemon: `--name`, `[daemon] name` or its host name.
@@ -45,7 +45,7 @@ pub struct DaemonDto {
 
 /// A task of a daemon.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct DaemonTaskDto {
+pub(crate) struct DaemonTaskDto {
     /// Id of the unfinished task.
     pub task_id: String,
     /// Id of the instance that it sweeps.
@@ -54,7 +54,7 @@ pub struct DaemonTaskDto {
 
 /// The daemons that share a database.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct DaemonList {
+pub(crate) struct DaemonList {
     /// The daemons, the oldest first.
     pub daemons: Vec<DaemonDto>,
 }
@@ -67,7 +67,7 @@ pub struct DaemonList {
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn list_daemons(State(app): State<App>, caller: Caller) -> Result<Json<DaemonList>, ApiError> {
+pub(crate) async fn list_daemons(State(app): State<App>, caller: Caller) -> Result<Json<DaemonList>, ApiError> {
     let (own, daemons) = app.service.daemons().await?;
     let now = app.service.store().now();
     let settings = app.settings.borrow().clone();

@@ -28,7 +28,7 @@ const PAGE: (u32, u32, u32) = (0, 10, 1000);
 
 /// A scan task, as the contract describes it.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TaskRecord {
+pub(crate) struct TaskRecord {
     /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance, as the settings have it.
@@ -67,7 +67,7 @@ impl From<&Task> for TaskRecord {
 
 /// One page of an instance's scans, newest first.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct History {
+pub(crate) struct History {
     /// The scans of this page.
     pub records: Vec<HistoryRecord>,
     /// Id of the instance, as the settings have it.
@@ -80,7 +80,7 @@ pub struct History {
 
 /// The automatic scan of an instance.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct AutoScanConfig {
+pub(crate) struct AutoScanConfig {
     /// Id of the instance, as the settings have it.
     pub instance_id: String,
     /// Whether the automatic scan is switched on.
@@ -124,7 +124,7 @@ impl AutoScanConfig {
 #[derive(Debug, ToSchema)]
 #[schema(as = UpdateAutoScanConfig)]
 #[allow(dead_code, reason = "the schema of a body that is read by hand, for the contract's error codes")]
-pub struct UpdateConfig {
+pub(crate) struct UpdateConfig {
     /// Whether to switch the automatic scan on. False leaves all other fields unchanged.
     pub enable_auto_scan: bool,
     /// The first due time in UTC, later than now.
@@ -174,7 +174,7 @@ fn count_schema() -> Object {
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn create(
+pub(crate) async fn create(
     State(app): State<App>,
     caller: Caller,
     PathParams((project, id)): PathParams<(String, String)>,
@@ -203,7 +203,7 @@ pub async fn create(
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn scan(
+pub(crate) async fn scan(
     state: State<App>,
     caller: Caller,
     at: PathParams<(String, String)>,
@@ -227,7 +227,7 @@ pub async fn scan(
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn history(
+pub(crate) async fn history(
     State(app): State<App>,
     caller: Caller,
     PathParams((project, id)): PathParams<(String, String)>,
@@ -251,7 +251,7 @@ pub async fn history(
 #[derive(Debug, ToSchema)]
 #[schema(rename_all = "lowercase")]
 #[allow(dead_code, reason = "the schema of a parameter that is read by hand, for the contract's error codes")]
-pub enum ContractStatus {
+pub(crate) enum ContractStatus {
     /// The scan has not begun.
     Waiting,
     /// The scan is running, paused or interrupted.
@@ -298,7 +298,7 @@ fn page_of(query: &str) -> Result<(u32, u32, Vec<TaskState>), ApiError> {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn show_config(
+pub(crate) async fn show_config(
     State(app): State<App>,
     caller: Caller,
     PathParams((project, id)): PathParams<(String, String)>,
@@ -320,7 +320,7 @@ pub async fn show_config(
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn update_config(
+pub(crate) async fn update_config(
     State(app): State<App>,
     caller: Caller,
     PathParams((project, id)): PathParams<(String, String)>,

@@ -17,18 +17,18 @@ use crate::model::task::{Cause, Task};
 use crate::settings::{ScanSettings, show_duration, show_limits};
 
 /// Formats a time as the contract does: UTC with milliseconds.
-pub fn time(at: Timestamp) -> String {
+pub(crate) fn time(at: Timestamp) -> String {
     format!("{at:.3}")
 }
 
 /// Limits a number to the contract's signed 32-bit integers.
-pub fn clamp(number: u64) -> i32 {
+pub(crate) fn clamp(number: u64) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
 /// A scan in the contract's history.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct HistoryRecord {
+pub(crate) struct HistoryRecord {
     /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance, as the settings have it.
@@ -69,7 +69,7 @@ impl From<&Task> for HistoryRecord {
 
 /// What `ttlsweep scan --json` prints: the history record, and the report beside it.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ScanOutput {
+pub(crate) struct ScanOutput {
     /// The fields of the contract's record.
     #[serde(flatten)]
     pub record: HistoryRecord,
@@ -79,7 +79,7 @@ pub struct ScanOutput {
 
 /// The report of a task.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Report {
+pub(crate) struct Report {
     /// `waiting`, `running`, `paused`, `interrupted`, `succeeded`, `failed` or `cancelled`.
     pub state: &'static str,
     /// URL of the instance, without credentials.
@@ -101,7 +101,7 @@ pub struct Report {
 /// The settings of one sweep.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names are those of the settings")]
-pub struct SettingsDto {
+pub(crate) struct SettingsDto {
     pub db: Vec<u32>,
     pub count: u32,
     pub max_slice: String,
@@ -145,7 +145,7 @@ impl From<&ScanSettings> for SettingsDto {
 
 /// Sums over all shards and DBs of a task.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Totals {
+pub(crate) struct Totals {
     /// Keys that SCAN visited; a few are visited twice.
     pub scanned: u64,
     /// Expired keys reclaimed, also above 32 bits.
@@ -171,7 +171,7 @@ pub struct Totals {
 
 /// A shard of a task.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ShardDto {
+pub(crate) struct ShardDto {
     /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub shard: String,
     /// Its master; `null` until it was reached.
@@ -203,7 +203,7 @@ pub struct ShardDto {
 
 /// How well the bounds of a keep run are kept on a master. Numbers of keys are estimates from the laps before.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct KeepDto {
+pub(crate) struct KeepDto {
     /// Complete walks over all DBs.
     pub laps: u64,
     /// Expired keys in memory; `null` during the first lap.
@@ -239,7 +239,7 @@ impl From<&KeepFigures> for KeepDto {
 
 /// Product, version and address of a server.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ServerDto {
+pub(crate) struct ServerDto {
     /// Name of the product, such as `Redis` or `Valkey`.
     pub product: String,
     /// Version of the product, such as `7.0.15`.
@@ -256,7 +256,7 @@ impl From<&ServerFacts> for ServerDto {
 
 /// An amount of memory in bytes, before and after the sweep.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct MemoryDto {
+pub(crate) struct MemoryDto {
     /// The value when the sweep began.
     pub before: Option<u64>,
     /// The value after the sweep, once background frees were done.
@@ -265,7 +265,7 @@ pub struct MemoryDto {
 
 /// The pass over one DB of one shard.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct PassDto {
+pub(crate) struct PassDto {
     /// Number of the DB, from 0.
     pub db: u32,
     /// Whether the whole DB was walked.
@@ -314,7 +314,7 @@ pub struct PassDto {
 /// Quantiles of the slices in microseconds, scaled to the mean of `cmdstat_scan` where that was read.
 #[derive(Debug, Serialize, ToSchema)]
 #[allow(missing_docs, reason = "the names of quantiles")]
-pub struct SliceDto {
+pub(crate) struct SliceDto {
     pub p50: u64,
     pub p99: u64,
     pub max: u64,
@@ -322,7 +322,7 @@ pub struct SliceDto {
 
 /// Histogram of the remaining TTLs of live keys.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TtlDto {
+pub(crate) struct TtlDto {
     /// Number of keys that expire within this many seconds, and not within the bound before.
     pub within_s: BTreeMap<u64, u64>,
     /// Keys that expire after the last bound.
@@ -333,7 +333,7 @@ pub struct TtlDto {
 
 /// Why a shard is held.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct HoldDto {
+pub(crate) struct HoldDto {
     /// Name of the shard; empty: the whole task, which has not begun.
     pub shard: String,
     /// The reason as a word, such as `latency`.
@@ -344,7 +344,7 @@ pub struct HoldDto {
 
 /// Why a task or a shard failed.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct FailureDto {
+pub(crate) struct FailureDto {
     /// The kind of failure as a word, such as `cannot_connect`.
     pub kind: &'static str,
     /// The contract's error code, if it has one for this.
@@ -358,7 +358,7 @@ pub struct FailureDto {
 }
 
 /// The contract's error code for a failure: `DCS.4818` for a server that cannot be swept; it has none for others.
-pub fn contract_code(kind: FailureKind) -> Option<&'static str> {
+pub(crate) fn contract_code(kind: FailureKind) -> Option<&'static str> {
     matches!(kind, FailureKind::Unsupported | FailureKind::NotAMaster).then_some("DCS.4818")
 }
 
@@ -418,7 +418,7 @@ impl From<&TtlHistogram> for TtlDto {
 
 impl ShardDto {
     /// Converts the view of a shard.
-    pub fn new(shard: String, view: &ShardView) -> Self {
+    pub(crate) fn new(shard: String, view: &ShardView) -> Self {
         Self {
             shard,
             server: view.server.as_ref().map(ServerDto::from),
@@ -444,7 +444,7 @@ pub(super) fn held_by_reason(snapshot: &Snapshot) -> BTreeMap<&'static str, f64>
 
 impl Totals {
     /// Sums over the passes of a task.
-    pub fn new(task: &Task, snapshot: &Snapshot) -> Self {
+    pub(crate) fn new(task: &Task, snapshot: &Snapshot) -> Self {
         let sum = |field: fn(&PassCounters) -> u64| snapshot.counters().map(field).sum();
         let time = |field: fn(&PassCounters) -> Duration| seconds(snapshot.counters().map(field).sum());
         let elapsed = task.started_at.zip(task.finished_at).map(|(start, end)| end.duration_since(start));
@@ -465,7 +465,7 @@ impl Totals {
 
 impl Report {
     /// Makes the report of a task.
-    pub fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
+    pub(crate) fn new(task: &Task, snapshot: &Snapshot, settings: &ScanSettings) -> Self {
         Self {
             state: task.state.as_str(),
             target: task.target.clone(),

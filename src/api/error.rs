@@ -12,7 +12,7 @@ use crate::tasks::TaskError;
 
 /// The body of every error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
-pub struct ErrorBody {
+pub(crate) struct ErrorBody {
     /// Error code, as the contract defines it.
     #[schema(example = "DCS.3022")]
     pub error_code: String,
@@ -26,7 +26,7 @@ pub struct ErrorBody {
 
 /// An error with its HTTP status.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ApiError {
+pub(crate) struct ApiError {
     /// HTTP status of the response.
     pub status: StatusCode,
     /// Error code of the body.
@@ -40,7 +40,7 @@ pub struct ApiError {
 macro_rules! errors {
     ($($(#[$doc:meta])* $name:ident = $status:ident, $code:literal, $message:literal;)+) => {
         impl ApiError {
-            $($(#[$doc])* pub fn $name() -> Self {
+            $($(#[$doc])* pub(crate) fn $name() -> Self {
                 Self { status: StatusCode::$status, code: $code, message: $message.to_owned(), hint: None }
             })+
         }
@@ -96,7 +96,7 @@ errors! {
 
 impl ApiError {
     /// A parameter, field or body is invalid; `what` names it.
-    pub fn invalid(what: impl std::fmt::Display) -> Self {
+    pub(crate) fn invalid(what: impl std::fmt::Display) -> Self {
         let message = format!("Invalid {what} in the request.");
         Self { status: StatusCode::BAD_REQUEST, code: "DCS.4800", message, hint: None }
     }
@@ -108,12 +108,12 @@ impl ApiError {
     }
 
     /// The state of the task does not allow the command now.
-    pub fn conflict(message: impl Into<String>) -> Self {
+    pub(crate) fn conflict(message: impl Into<String>) -> Self {
         Self { status: StatusCode::CONFLICT, code: "DCS.4017", message: message.into(), hint: None }
     }
 
     /// The instance refused the connection, or cannot be inspected. The text of such a failure contains no secret.
-    pub fn of_instance(failure: Failure) -> Self {
+    pub(crate) fn of_instance(failure: Failure) -> Self {
         let status = match failure.kind {
             FailureKind::CannotConnect | FailureKind::NotAuthenticated | FailureKind::NotAllowed => {
                 StatusCode::BAD_GATEWAY

@@ -33,7 +33,7 @@ const LONGEST: Duration = Duration::from_hours(1);
 /// One event of the stream of a task.
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
-pub struct TaskEvent {
+pub(crate) struct TaskEvent {
     /// Name of the event: always `task`.
     event: String,
     /// The task's details, as `GET /api/v1/tasks/{task_id}` gives them, in JSON.
@@ -51,7 +51,7 @@ pub struct TaskEvent {
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn follow_task(
+pub(crate) async fn follow_task(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -66,7 +66,7 @@ pub async fn follow_task(
 /// One event of the stream of all tasks.
 #[derive(utoipa::ToSchema)]
 #[allow(dead_code, reason = "the schema of what the stream's own writer writes")]
-pub struct TasksEvent {
+pub(crate) struct TasksEvent {
     /// Name of the event: always `tasks`.
     event: String,
     /// A list of [`TaskProgress`] in JSON: at first all unfinished tasks, then those that have changed or ended.
@@ -82,7 +82,7 @@ pub struct TasksEvent {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn follow_all(
+pub(crate) async fn follow_all(
     State(app): State<App>,
     caller: Caller,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, ApiError> {

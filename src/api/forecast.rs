@@ -25,7 +25,7 @@ const ON_MASTER: u64 = 20_000;
 /// The body to make a forecast. Fields that are left out have the defaults of `ttlsweep forecast`.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct MakeForecast {
+pub(crate) struct MakeForecast {
     /// Sample on the masters themselves, in a twentieth of their time, if there are no replicas. This frees the expired keys
     /// that it meets.
     pub on_master: bool,
@@ -44,7 +44,7 @@ pub struct MakeForecast {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn get_forecast(
+pub(crate) async fn get_forecast(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -66,7 +66,7 @@ pub async fn get_forecast(
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn make_forecast(
+pub(crate) async fn make_forecast(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -85,7 +85,7 @@ pub async fn make_forecast(
 }
 
 /// Makes a forecast of an instance and stores it without any parts of key names: those are only in the returned one.
-pub async fn make(store: &Store, instance: &Instance, mut request: Request) -> Result<ForecastOutput, ApiError> {
+pub(crate) async fn make(store: &Store, instance: &Instance, mut request: Request) -> Result<ForecastOutput, ApiError> {
     request.dbs.clone_from(&instance.settings.scan.dbs);
     let (view, options) = crate::tasks::masters(&instance.settings).await.map_err(ApiError::of_instance)?;
     let target = instance.settings.target.to_string();

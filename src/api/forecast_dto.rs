@@ -13,7 +13,7 @@ use crate::model::progress::TTL_BOUNDS_S;
 
 /// An estimate of which keys expire when. An error is the half width of the 95 % confidence interval; 0 if all keys were read.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ForecastOutput {
+pub(crate) struct ForecastOutput {
     /// URL of the instance, without credentials.
     pub target: String,
     /// When the sample was taken.
@@ -37,7 +37,7 @@ pub struct ForecastOutput {
 
 /// Where the keys of a master were sampled.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct SourceDto {
+pub(crate) struct SourceDto {
     /// Address of the master whose keys were sampled.
     pub master: String,
     /// Address of the server that was sampled: a replica, or the master itself.
@@ -50,7 +50,7 @@ pub struct SourceDto {
 
 /// The estimate for one DB, or for all of them.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct OutlookDto {
+pub(crate) struct OutlookDto {
     /// Number of the DB; left out for all of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub db: Option<u32>,
@@ -74,7 +74,7 @@ pub struct OutlookDto {
 
 /// An estimated number of keys and the memory that they take.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
-pub struct Figure {
+pub(crate) struct Figure {
     /// Estimated number of keys.
     pub keys: u64,
     /// Error of `keys`: half of the confidence interval.
@@ -85,7 +85,7 @@ pub struct Figure {
 
 /// The keys that expire within a bound.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct WithinDto {
+pub(crate) struct WithinDto {
     /// The bound, in seconds from now.
     pub within_s: u64,
     /// How many keys, and their memory.
@@ -95,7 +95,7 @@ pub struct WithinDto {
 
 /// The keys that expire in one bin of the histogram.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct BinDto {
+pub(crate) struct BinDto {
     /// When the bin begins.
     pub from: String,
     /// When the bin ends.
@@ -107,7 +107,7 @@ pub struct BinDto {
 
 /// A span in which far more keys expire than before and after it.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct PeakDto {
+pub(crate) struct PeakDto {
     /// When the span begins.
     pub from: String,
     /// When the span ends.
@@ -121,7 +121,7 @@ pub struct PeakDto {
 
 /// The keys whose names begin with the same parts.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct PrefixDto {
+pub(crate) struct PrefixDto {
     /// The parts that the names begin with; bytes that are not printable ASCII are escaped. Empty: names of one part.
     pub prefix: String,
     /// Live keys of the group.
@@ -191,7 +191,7 @@ impl From<&Group> for PrefixDto {
 
 impl ForecastOutput {
     /// Converts a forecast; the report has local times of this zone.
-    pub fn new(forecast: &Forecast, zone: &TimeZone) -> Self {
+    pub(crate) fn new(forecast: &Forecast, zone: &TimeZone) -> Self {
         let peak = |peak: &crate::forecast::bins::Peak| {
             let (from, to) = times(forecast, &peak.bins);
             PeakDto {

@@ -18,7 +18,7 @@ const STORE_WITHIN: Duration = Duration::from_secs(2);
 
 /// The health of the daemon.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct Health {
+pub(crate) struct Health {
     /// Always `ok`; an unhealthy daemon answers with an error.
     pub status: &'static str,
     /// Version of the running program.
@@ -30,14 +30,14 @@ const OK: Health = Health { status: "ok", version: env!("CARGO_PKG_VERSION") };
 /// Whether the process answers. The records are not read, so that a slow disk does not get the daemon restarted.
 #[utoipa::path(get, path = "/healthz", tag = "health", operation_id = "healthz", security(()),
     responses((status = 200, body = Health)))]
-pub async fn healthz() -> Json<Health> {
+pub(crate) async fn healthz() -> Json<Health> {
     Json(OK)
 }
 
 /// Whether the daemon can do its work: the records can be read, it has its lease if daemons share them, and it is not stopping.
 #[utoipa::path(get, path = "/readyz", tag = "health", operation_id = "readyz", security(()),
     responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
-pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
+pub(crate) async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
     if app.stopping.is_cancelled() || !app.service.has_lease() {
         return Err(ApiError::unavailable());
     }
@@ -54,7 +54,7 @@ pub async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiError> {
         (status = 401, body = ErrorBody), (status = 403, body = ErrorBody), (status = 413, body = ErrorBody),
         (status = 503, body = ErrorBody),
     ))]
-pub async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap) -> Result<Response, ApiError> {
+pub(crate) async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap) -> Result<Response, ApiError> {
     // The metrics are of all projects.
     if caller.0.projects.is_some() {
         return Err(ApiError::forbidden());
@@ -70,7 +70,7 @@ pub async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap)
 }
 
 /// The OpenAPI description, generated from the code.
-pub async fn openapi() -> Json<utoipa::openapi::OpenApi> {
+pub(crate) async fn openapi() -> Json<utoipa::openapi::OpenApi> {
     Json(Description::openapi())
 }
 

@@ -37,7 +37,7 @@ const UPCOMING: usize = 5;
 /// The query of a list of instances.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ListInstances {
+pub(crate) struct ListInstances {
     /// Only instances whose name, id or address contains this text; case is ignored.
     pub search: Option<String>,
     /// Only instances of this project.
@@ -60,7 +60,7 @@ pub struct ListInstances {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of `TaskState`")]
-pub enum InstanceState {
+pub(crate) enum InstanceState {
     Waiting,
     Running,
     Paused,
@@ -91,7 +91,7 @@ impl InstanceState {
 /// The key that instances are sorted by. In ascending order unknown values come first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum SortBy {
+pub(crate) enum SortBy {
     /// Name of the instance; case is ignored.
     Name,
     /// When it was last swept completely.
@@ -108,7 +108,7 @@ pub enum SortBy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "plain words")]
-pub enum SortOrder {
+pub(crate) enum SortOrder {
     Asc,
     Desc,
 }
@@ -116,7 +116,7 @@ pub enum SortOrder {
 /// The query of a history of sweeps.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ListHistory {
+pub(crate) struct ListHistory {
     /// Number of the newest sweeps to skip.
     #[param(minimum = 0, maximum = 2_147_483_647)]
     pub offset: Option<u32>,
@@ -129,7 +129,7 @@ pub struct ListHistory {
 
 /// The sweeps of an instance, newest first.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct HistoryList {
+pub(crate) struct HistoryList {
     /// The sweeps of this page.
     pub sweeps: Vec<HistoryEntry>,
     /// Number of sweeps, over all pages.
@@ -146,7 +146,7 @@ pub struct HistoryList {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn list_instances(
+pub(crate) async fn list_instances(
     State(app): State<App>,
     caller: Caller,
     QueryParams(list): QueryParams<ListInstances>,
@@ -190,7 +190,7 @@ pub async fn list_instances(
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn get_instance(
+pub(crate) async fn get_instance(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -209,7 +209,7 @@ pub async fn get_instance(
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn list_history(
+pub(crate) async fn list_history(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -242,7 +242,7 @@ pub async fn list_history(
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn reset_auto_scan(
+pub(crate) async fn reset_auto_scan(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -263,7 +263,7 @@ pub async fn reset_auto_scan(
         (status = 500, body = ErrorBody), (status = 502, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn check_instance(
+pub(crate) async fn check_instance(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,

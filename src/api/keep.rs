@@ -19,7 +19,7 @@ use crate::settings;
 /// The bounds of an instance. A bound that is `off` or left out is none; without any bound the instance is not kept.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct KeepBounds {
+pub(crate) struct KeepBounds {
     /// Most expired keys in the memory of each master: a number of keys, bytes, or a share of its keys with a TTL.
     #[schema(pattern = "^(off|[0-9]{1,12}(KiB|MiB|GiB)?|[0-9]{1,2}%)$", example = "5%")]
     pub max_backlog: Option<String>,
@@ -45,7 +45,7 @@ impl From<Bounds> for KeepBounds {
         (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn set_keep(
+pub(crate) async fn set_keep(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -70,7 +70,7 @@ pub async fn set_keep(
         (status = 503, body = ErrorBody),
     )
 )]
-pub async fn reset_keep(
+pub(crate) async fn reset_keep(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,

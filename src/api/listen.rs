@@ -36,7 +36,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 
 /// Options for new connections. A reload of the settings replaces them.
 #[derive(Clone)]
-pub struct ListenOptions {
+pub(crate) struct ListenOptions {
     /// TLS with the certificate; `None`: plain HTTP.
     pub tls: Option<TlsAcceptor>,
     /// Longest time for the TLS handshake, and for receiving the header of a request.
@@ -44,7 +44,7 @@ pub struct ListenOptions {
 }
 
 /// Answers requests until `stop`, and finishes those that are under way then. `connections` is the most open connections.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     options: watch::Receiver<ListenOptions>,
     router: Router,
@@ -140,7 +140,7 @@ where
 
 /// Why the listener cannot use TLS.
 #[derive(Debug, thiserror::Error)]
-pub enum TlsListenError {
+pub(crate) enum TlsListenError {
     /// A file cannot be read, or does not contain what it should in PEM.
     #[error("{setting}: cannot read {what} from {path}: {source}; it must be a PEM file", path = path.display())]
     Pem {
@@ -165,7 +165,7 @@ pub enum TlsListenError {
 
 impl TlsListenError {
     /// The setting whose file is wrong.
-    pub fn setting(&self) -> &'static str {
+    pub(crate) fn setting(&self) -> &'static str {
         match self {
             Self::Pem { setting, .. } => setting,
             Self::Pair { .. } => "tls-key",
@@ -177,7 +177,7 @@ impl TlsListenError {
 ///
 /// # Errors
 /// Every problem of the two files.
-pub fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor, Vec<TlsListenError>> {
+pub(crate) fn tls(cert: &Path, key: &Path) -> Result<TlsAcceptor, Vec<TlsListenError>> {
     let failed = |setting, what, path: &Path| {
         let path = path.to_owned();
         move |source| TlsListenError::Pem { setting, what, path, source }

@@ -4,24 +4,24 @@
 //! They connect to an instance only to inspect it: for a check, for a forecast, and before a task is accepted, as the
 //! contract requires.
 
-pub mod auth;
-pub mod check_dto;
-pub mod daemons;
-pub mod dcs;
-pub mod dto;
-pub mod error;
-pub mod events;
-pub mod forecast;
-pub mod forecast_dto;
-pub mod health;
-pub mod instances;
-pub mod keep;
-pub mod listen;
-pub mod page;
-pub mod requests;
-pub mod signature;
-pub mod task_dto;
-pub mod tasks;
+pub(crate) mod auth;
+pub(crate) mod check_dto;
+pub(crate) mod daemons;
+pub(crate) mod dcs;
+pub(crate) mod dto;
+pub(crate) mod error;
+pub(crate) mod events;
+pub(crate) mod forecast;
+pub(crate) mod forecast_dto;
+pub(crate) mod health;
+pub(crate) mod instances;
+pub(crate) mod keep;
+pub(crate) mod listen;
+pub(crate) mod page;
+pub(crate) mod requests;
+pub(crate) mod signature;
+pub(crate) mod task_dto;
+pub(crate) mod tasks;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -57,10 +57,10 @@ const INSPECT_WITHIN: Duration = Duration::from_secs(2);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Reads the settings file again and puts it in force, or returns its problems.
-pub type Reload = Box<dyn Fn() -> Result<(), Vec<Problem>> + Send + Sync>;
+pub(crate) type Reload = Box<dyn Fn() -> Result<(), Vec<Problem>> + Send + Sync>;
 
 /// The state that all handlers share.
-pub struct AppState {
+pub(crate) struct AppState {
     /// Creates and commands tasks, and gives access to the records.
     pub service: TaskService,
     /// The settings in force; a reload replaces them.
@@ -78,10 +78,10 @@ pub struct AppState {
 }
 
 /// The state as an argument of handlers.
-pub type App = Arc<AppState>;
+pub(crate) type App = Arc<AppState>;
 
 /// All routes. Those of the tasks and instances need credentials; the page, health and the description do not.
-pub fn router(app: App) -> Router {
+pub(crate) fn router(app: App) -> Router {
     let guarded = Router::new()
         .route("/v2/{project_id}/instances/{instance_id}/scan-expire-keys-task", post(dcs::create))
         .route("/v2/{project_id}/instances/{instance_id}/auto-expire/scan", post(dcs::scan))
@@ -158,7 +158,7 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
         (status = 403, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloaded>, ApiError> {
+pub(crate) async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloaded>, ApiError> {
     // The settings concern all projects.
     if caller.0.projects.is_some() || caller.0.role < Role::Operator {
         return Err(ApiError::forbidden());
@@ -178,7 +178,7 @@ pub async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloa
 
 /// The result of a reload.
 #[derive(Debug, serde::Serialize, utoipa::ToSchema)]
-pub struct Reloaded {
+pub(crate) struct Reloaded {
     /// Number of instances in the settings now.
     pub instances: usize,
 }
@@ -221,7 +221,7 @@ impl AppState {
 }
 
 /// Path parameters. If they cannot be decoded the response is 404.
-pub struct PathParams<T>(pub T);
+pub(crate) struct PathParams<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for PathParams<T> {
     type Rejection = ApiError;
@@ -232,7 +232,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for PathPar
 }
 
 /// Query parameters. If they are invalid the response is `DCS.4800`.
-pub struct QueryParams<T>(pub T);
+pub(crate) struct QueryParams<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for QueryParams<T> {
     type Rejection = ApiError;
@@ -244,7 +244,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for QueryPa
 }
 
 /// The body as received; longer ones than `auth::MAX_BODY` are refused.
-pub struct RawBody(pub Bytes);
+pub(crate) struct RawBody(pub Bytes);
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {
     type Rejection = ApiError;
@@ -255,7 +255,7 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
 }
 
 /// The body as JSON of a known form. The Content-Type is ignored.
-pub struct JsonBody<T>(pub T);
+pub(crate) struct JsonBody<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     type Rejection = ApiError;

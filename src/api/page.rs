@@ -47,7 +47,7 @@ static TAGS: LazyLock<Vec<String>> = LazyLock::new(|| {
 });
 
 /// The document of the page. It contains no data: its scripts call the API with the credentials that the user enters.
-pub async fn page(headers: HeaderMap) -> Response {
+pub(crate) async fn page(headers: HeaderMap) -> Response {
     answer(0, &headers)
 }
 
@@ -55,7 +55,7 @@ pub async fn page(headers: HeaderMap) -> Response {
 ///
 /// # Errors
 /// 404 if no file has this name.
-pub async fn asset(PathParams(name): PathParams<String>, headers: HeaderMap) -> Result<Response, ApiError> {
+pub(crate) async fn asset(PathParams(name): PathParams<String>, headers: HeaderMap) -> Result<Response, ApiError> {
     let place = ASSETS.iter().skip(1).position(|asset| asset.name == name).ok_or_else(ApiError::no_url)?;
     Ok(answer(place + 1, &headers))
 }

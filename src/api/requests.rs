@@ -13,7 +13,7 @@ use crate::settings::raw::Problem;
 /// The body to create a task. Fields that are left out have the values of the instance's settings.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct CreateTask {
+pub(crate) struct CreateTask {
     /// Id of the instance to sweep.
     pub instance_id: String,
     /// Largest share of the master's time, above 0 and up to 1.
@@ -49,7 +49,7 @@ pub struct CreateTask {
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the words of the setting")]
-pub enum TouchWord {
+pub(crate) enum TouchWord {
     Auto,
     None,
     Exists,
@@ -70,7 +70,7 @@ impl TouchWord {
 /// The body to change the limits of an unfinished task.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub struct TuneTask {
+pub(crate) struct TuneTask {
     /// Largest share of the master's time, above 0 and up to 1.
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub intensity: Option<f64>,
@@ -89,7 +89,7 @@ pub struct TuneTask {
 #[schema(as = LimitWishes)]
 #[serde(deny_unknown_fields, default)]
 #[allow(missing_docs, reason = "the names are those of the settings")]
-pub struct LimitOverrides {
+pub(crate) struct LimitOverrides {
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub min_intensity: Option<f64>,
     pub throttle: Option<bool>,
@@ -153,7 +153,7 @@ pub(super) fn invalid_settings(problems: Vec<Problem>) -> ApiError {
 /// The number of a logical database.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[schema(value_type = u32, minimum = 0, maximum = 2_147_483_647)]
-pub struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
+pub(crate) struct DbNumber(#[serde(deserialize_with = "whole_number")] pub u32);
 
 /// Largest `timeout_s` of a request: a year, in seconds.
 pub(super) const LONGEST_S: u32 = 31_536_000;
@@ -178,7 +178,7 @@ fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::E
 /// The query of a list of tasks.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-pub struct ListTasks {
+pub(crate) struct ListTasks {
     /// Only tasks of this instance.
     pub instance_id: Option<String>,
     /// Only tasks in this state.

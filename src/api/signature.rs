@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 /// Name of the scheme: the first word of the Authorization header.
-pub const SCHEME: &str = "SDK-HMAC-SHA256";
+pub(crate) const SCHEME: &str = "SDK-HMAC-SHA256";
 /// Largest difference between the clocks of caller and server.
 const SKEW: Duration = Duration::from_secs(15 * 60);
 /// The characters to encode: all but `A-Za-z0-9-_.~`.
@@ -24,7 +24,7 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'
 
 /// The parsed Authorization header of a signed request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Signed {
+pub(crate) struct Signed {
     /// Access key of the caller.
     pub access: String,
     headers: Vec<String>,
@@ -33,7 +33,7 @@ pub struct Signed {
 
 impl Signed {
     /// Parses `SDK-HMAC-SHA256 Access=<AK>, SignedHeaders=<a;b>, Signature=<hex>`.
-    pub fn parse(authorization: &str) -> Option<Self> {
+    pub(crate) fn parse(authorization: &str) -> Option<Self> {
         let fields = authorization.trim().strip_prefix(SCHEME)?;
         let (mut access, mut headers, mut signature) = (None, None, None);
         for field in fields.split(',') {
@@ -49,7 +49,7 @@ impl Signed {
     }
 
     /// Whether the request with this body was signed with this secret, at most 15 minutes from `now`.
-    pub fn verify(&self, request: &Parts, body: &[u8], secret: &str, now: Timestamp) -> bool {
+    pub(crate) fn verify(&self, request: &Parts, body: &[u8], secret: &str, now: Timestamp) -> bool {
         let Some(date) = header(request, "x-sdk-date") else { return false };
         if !is_recent(&date, now) {
             return false;
@@ -120,7 +120,7 @@ fn encode(text: &str) -> String {
 }
 
 /// Encodes bytes as lower-case hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text

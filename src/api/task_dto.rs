@@ -15,7 +15,7 @@ use crate::tasks::TaskView;
 
 /// An instance with its newest task.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct InstanceDto {
+pub(crate) struct InstanceDto {
     /// Id of the instance, as the settings have it.
     pub id: String,
     /// Id of the project that it belongs to.
@@ -53,7 +53,7 @@ pub struct InstanceDto {
 
 /// A task as it is recorded.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TaskDto {
+pub(crate) struct TaskDto {
     /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance that it sweeps.
@@ -114,7 +114,7 @@ impl From<&Task> for TaskDto {
 
 /// A task with its progress in detail.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TaskDetails {
+pub(crate) struct TaskDetails {
     /// The fields of the task itself.
     #[serde(flatten)]
     pub task: TaskDto,
@@ -168,7 +168,7 @@ impl TaskView {
 
 /// A list of tasks, newest first.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TaskList {
+pub(crate) struct TaskList {
     /// The tasks of this page.
     pub tasks: Vec<TaskDto>,
     /// Number of matching tasks, over all pages.
@@ -181,7 +181,7 @@ pub struct TaskList {
 
 /// Instances that the caller may see.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct InstanceList {
+pub(crate) struct InstanceList {
     /// The instances of this page.
     pub instances: Vec<InstanceDto>,
     /// Number of matching instances, over all pages.
@@ -195,7 +195,7 @@ pub struct InstanceList {
 
 /// An instance with its schedule and settings.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct InstanceDetails {
+pub(crate) struct InstanceDetails {
     /// The fields of the instance itself.
     #[serde(flatten)]
     pub instance: InstanceDto,
@@ -214,7 +214,7 @@ pub struct InstanceDetails {
 
 /// An off-peak window, in which scheduled sweeps may run.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct WindowDto {
+pub(crate) struct WindowDto {
     /// Days on which it opens, `Mon` to `Sun`.
     pub days: Vec<String>,
     /// When it opens, in local time of the zone.
@@ -239,7 +239,7 @@ impl From<&Window> for WindowDto {
 
 /// An automatic scan, by an interval or by a cron expression.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct ScheduleDto {
+pub(crate) struct ScheduleDto {
     /// Whether it is switched on.
     pub enabled: bool,
     /// `api` or `file`: where it was set.
@@ -269,7 +269,7 @@ pub(super) fn source(by_api: bool) -> &'static str {
 
 impl ScheduleDto {
     /// Converts the automatic scan in force. `by_api`: the API has set it, and not the settings file.
-    pub fn new(auto_scan: &AutoScan, by_api: bool) -> Self {
+    pub(crate) fn new(auto_scan: &AutoScan, by_api: bool) -> Self {
         let (rule, every) = match &auto_scan.recurrence {
             Recurrence::Cron(rule) => (Some(rule), None),
             Recurrence::Every { first, interval_s } => (None, Some((*first, *interval_s))),
@@ -289,7 +289,7 @@ impl ScheduleDto {
 
 /// A sweep or keep run with its results.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct HistoryEntry {
+pub(crate) struct HistoryEntry {
     /// The fields of the task itself.
     #[serde(flatten)]
     pub task: TaskDto,
@@ -325,7 +325,7 @@ pub struct HistoryEntry {
 
 impl HistoryEntry {
     /// Converts the view of a task. `next` is the next task of the same instance.
-    pub fn new(view: &TaskView, next: Option<&TaskView>, with_shards: bool) -> Self {
+    pub(crate) fn new(view: &TaskView, next: Option<&TaskView>, with_shards: bool) -> Self {
         let snapshot = &view.snapshot;
         let evicted: Option<Vec<u64>> = snapshot.shards.values().map(|shard| shard.evicted()).collect();
         let freed = |shard: &crate::model::progress::ShardView| {
@@ -353,7 +353,7 @@ impl HistoryEntry {
 
 /// A task in the stream of all tasks.
 #[derive(Debug, Serialize, ToSchema)]
-pub struct TaskProgress {
+pub(crate) struct TaskProgress {
     /// Id of the task, a UUID.
     pub id: String,
     /// Id of the instance that it sweeps.

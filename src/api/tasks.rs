@@ -30,7 +30,7 @@ const MOST: u32 = 1000;
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn list_tasks(
+pub(crate) async fn list_tasks(
     State(app): State<App>,
     caller: Caller,
     QueryParams(list): QueryParams<ListTasks>,
@@ -66,7 +66,7 @@ pub async fn list_tasks(
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn create_task(
+pub(crate) async fn create_task(
     State(app): State<App>,
     caller: Caller,
     JsonBody(request): JsonBody<CreateTask>,
@@ -100,7 +100,7 @@ pub async fn create_task(
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn get_task(
+pub(crate) async fn get_task(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,
@@ -121,7 +121,7 @@ macro_rules! orders {
                 (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
             )
         )]
-        pub async fn $name(
+        pub(crate) async fn $name(
             State(app): State<App>,
             caller: Caller,
             PathParams(id): PathParams<String>,
@@ -150,7 +150,7 @@ orders! {
         (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
     )
 )]
-pub async fn tune_task(
+pub(crate) async fn tune_task(
     State(app): State<App>,
     caller: Caller,
     PathParams(id): PathParams<String>,

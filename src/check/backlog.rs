@@ -16,7 +16,7 @@ use crate::settings::ScanSettings;
 
 /// The count of one DB of the replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Counted {
+pub(crate) struct Counted {
     /// DBSIZE after the count, expired keys included.
     pub keys: u64,
     /// Expired keys among `keys`.
@@ -27,27 +27,16 @@ pub struct Counted {
 
 /// A count of expired keys on a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReplicaCount {
+pub(crate) struct ReplicaCount {
     /// The replica.
     pub replica: NodeAddr,
     /// The DBs that a sweep would walk.
     pub dbs: BTreeMap<DbIndex, Counted>,
 }
 
-impl ReplicaCount {
-    /// The sum of all DBs.
-    pub fn total(&self) -> Counted {
-        self.dbs.values().fold(Counted { keys: 0, expired: 0, moved: 0 }, |sum, db| Counted {
-            keys: sum.keys + db.keys,
-            expired: sum.expired + db.expired,
-            moved: sum.moved + db.moved,
-        })
-    }
-}
-
 /// Why nothing could be counted.
 #[derive(Debug, thiserror::Error)]
-pub enum NoCount {
+pub(crate) enum NoCount {
     /// The server that is checked is no master itself.
     #[error("{0} is no master, so it has no replica to count on")]
     NotAMaster(NodeAddr),
@@ -79,7 +68,7 @@ pub enum NoCount {
 ///
 /// # Errors
 /// [`NoCount`]. Only INFO is sent to a server that is not a replica in step with this master.
-pub async fn count(
+pub(crate) async fn count(
     addr: &NodeAddr,
     options: &ConnOptions,
     master: &Facts,
@@ -118,7 +107,7 @@ pub async fn count(
 ///
 /// # Errors
 /// Why it does not.
-pub fn in_step(addr: &NodeAddr, info: &Info, history: Option<&str>) -> Result<(), NoCount> {
+pub(crate) fn in_step(addr: &NodeAddr, info: &Info, history: Option<&str>) -> Result<(), NoCount> {
     let addr = addr.clone();
     if info.is_master() != Some(false) {
         return Err(NoCount::NotAReplica(addr));

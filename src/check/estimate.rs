@@ -14,7 +14,7 @@ use crate::settings::{COUNT_RANGE, ScanSettings, Touch};
 
 /// Server time per key in microseconds, as (least, most).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cost {
+pub(crate) struct Cost {
     /// For a live key.
     pub live_us: (f64, f64),
     /// For an expired key that SCAN frees.
@@ -22,11 +22,11 @@ pub struct Cost {
 }
 
 /// The measured costs.
-pub const COST: Cost = Cost { live_us: (0.8, 1.2), reclaimed_us: (1.2, 2.5) };
+pub(crate) const COST: Cost = Cost { live_us: (0.8, 1.2), reclaimed_us: (1.2, 2.5) };
 
 /// The time that a sweep takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
+pub(crate) struct Span {
     /// At least.
     pub least: Duration,
     /// At most.
@@ -34,7 +34,7 @@ pub struct Span {
 }
 
 /// How long a sweep over `live` and `expired` keys takes with these settings, with `round_trip` to the server.
-pub fn sweep_time(live: u64, expired: u64, settings: &ScanSettings, round_trip: Duration) -> Span {
+pub(crate) fn sweep_time(live: u64, expired: u64, settings: &ScanSettings, round_trip: Duration) -> Span {
     let one = |live_us: f64, reclaimed_us: f64| {
         let keys = (live + expired) as f64;
         let scan_us = live as f64 * live_us + expired as f64 * reclaimed_us;
@@ -69,7 +69,7 @@ const LEFT: f64 = 0.01;
 ///
 /// Active expiry samples random keys that have a TTL. While a share `s` of them has expired, it samples `1 / s` keys for each that
 /// it frees. So from `s` down to `s'` it samples `ln(s / s')` times as many keys as have a TTL. A sweep visits every key once.
-pub fn cures(size: DbKeys, expired: u64) -> Option<Cures> {
+pub(crate) fn cures(size: DbKeys, expired: u64) -> Option<Cures> {
     let share = expired as f64 / size.expires.max(1) as f64;
     let middle = |(least, most): (f64, f64)| f64::midpoint(least, most);
     let live = size.keys.saturating_sub(expired) as f64;

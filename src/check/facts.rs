@@ -13,7 +13,7 @@ use crate::settings::{ScanSettings, Touch};
 
 /// The role of a server, as far as a sweep depends on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ServerRole {
+pub(crate) enum ServerRole {
     /// It frees expired keys.
     Master,
     /// It hides expired keys and frees none by itself.
@@ -29,7 +29,7 @@ pub enum ServerRole {
 
 /// How the server frees expired keys by itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Expiry {
+pub(crate) struct Expiry {
     /// `lazyfree-lazy-expire`: whether the value of an expired key is freed in the background.
     pub lazyfree: Option<bool>,
     /// `active-expire-effort`, 1 to 10; also `None` before Redis 6.
@@ -40,7 +40,7 @@ pub struct Expiry {
 
 /// Memory and eviction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Memory {
+pub(crate) struct Memory {
     /// `used_memory` in bytes.
     pub used: Option<u64>,
     /// `used_memory_dataset` in bytes: without the server's own overhead.
@@ -55,7 +55,7 @@ pub struct Memory {
 
 /// What the server is busy with, as far as a sweep should know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Busy {
+pub(crate) struct Busy {
     /// A child process writes an RDB file or a full synchronisation.
     pub bgsave: Option<bool>,
     /// A child process rewrites the AOF.
@@ -71,7 +71,7 @@ pub struct Busy {
 /// A command that a sweep sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(missing_docs, reason = "each variant is the command of its name")]
-pub enum Right {
+pub(crate) enum Right {
     Scan,
     Dbsize,
     Info,
@@ -97,7 +97,7 @@ words!(
 
 impl Right {
     /// The command with valid arguments, for ACL DRYRUN.
-    pub fn example(self) -> &'static [&'static str] {
+    pub(crate) fn example(self) -> &'static [&'static str] {
         match self {
             Self::Scan => &["SCAN", "0"],
             Self::Dbsize => &["DBSIZE"],
@@ -111,14 +111,14 @@ impl Right {
     }
 
     /// The command as an ACL rule names it.
-    pub fn rule(self) -> String {
+    pub(crate) fn rule(self) -> String {
         let name = self.as_str().to_lowercase();
         // Quoted as in `acl::ACL_LINE`.
         if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 
     /// Whether a sweep with these settings fails without this right.
-    pub fn is_needed(self, settings: &ScanSettings) -> bool {
+    pub(crate) fn is_needed(self, settings: &ScanSettings) -> bool {
         match self {
             Self::Scan | Self::Dbsize | Self::Info | Self::Ping | Self::Select => true,
             Self::ClientSetname => false,
@@ -130,23 +130,23 @@ impl Right {
 
 /// The commands that this user may run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Rights(pub BTreeMap<Right, Access>);
+pub(crate) struct Rights(pub BTreeMap<Right, Access>);
 
 impl Rights {
     /// Whether this command may be run.
-    pub fn get(&self, right: Right) -> Access {
+    pub(crate) fn get(&self, right: Right) -> Access {
         self.0.get(&right).copied().unwrap_or_default()
     }
 
     /// Sets what the server answered.
-    pub fn set(&mut self, right: Right, access: Access) {
+    pub(crate) fn set(&mut self, right: Right, access: Access) {
         self.0.insert(right, access);
     }
 }
 
 /// Everything that was read of a server.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Facts {
+pub(crate) struct Facts {
     /// Where the server was reached.
     pub addr: NodeAddr,
     /// Product and version.
@@ -187,7 +187,13 @@ pub struct Facts {
 
 impl Facts {
     /// Facts from what was read.
-    pub fn new(addr: &NodeAddr, info: Info, expiry: Expiry, rights: Rights, round_trip: Option<Duration>) -> Self {
+    pub(crate) fn new(
+        addr: &NodeAddr,
+        info: Info,
+        expiry: Expiry,
+        rights: Rights,
+        round_trip: Option<Duration>,
+    ) -> Self {
         let progress::Memory { used, max, evicted, .. } = info.memory();
         Self {
             addr: addr.clone(),
@@ -229,12 +235,12 @@ impl Facts {
     }
 
     /// The sizes of all DBs together.
-    pub fn total(&self) -> DbKeys {
+    pub(crate) fn total(&self) -> DbKeys {
         sum(self.dbs.values())
     }
 
     /// The DBs that a sweep with these settings walks: those that are named, or else each that holds keys with a TTL.
-    pub fn swept(&self, settings: &ScanSettings) -> BTreeMap<DbIndex, DbKeys> {
+    pub(crate) fn swept(&self, settings: &ScanSettings) -> BTreeMap<DbIndex, DbKeys> {
         if settings.dbs.is_empty() {
             self.dbs.iter().filter(|(_, keys)| keys.expires > 0).map(|(db, keys)| (*db, *keys)).collect()
         } else {
@@ -243,19 +249,19 @@ impl Facts {
     }
 
     /// Whether a sweep with these settings is so slow that the flow of expiry decides whether it does harm.
-    pub fn has_to_know_the_flow(&self, settings: &ScanSettings) -> bool {
+    pub(crate) fn has_to_know_the_flow(&self, settings: &ScanSettings) -> bool {
         let keys = self.longest_pass(settings);
         let starves = profile::slow_scan_starves_expiry(self.redis_version);
         self.role == ServerRole::Master && expiry_guard::has_to_know_the_flow(starves, keys, settings)
     }
 
     /// Keys in the largest DB that would be swept.
-    pub fn longest_pass(&self, settings: &ScanSettings) -> u64 {
+    pub(crate) fn longest_pass(&self, settings: &ScanSettings) -> u64 {
         self.swept(settings).values().map(|db| db.keys).max().unwrap_or(0)
     }
 
     /// Expired keys in a DB of this size, by the sample of active expiry. A replica has no such sample, since it expires nothing.
-    pub fn expired_keys(&self, keys: DbKeys) -> Option<u64> {
+    pub(crate) fn expired_keys(&self, keys: DbKeys) -> Option<u64> {
         if matches!(self.role, ServerRole::Replica { .. }) {
             return None;
         }
@@ -263,7 +269,7 @@ impl Facts {
     }
 
     /// Bytes that this many keys hold if each has the mean size: the data set divided by the number of all keys.
-    pub fn bytes_of(&self, keys: u64) -> Option<u64> {
+    pub(crate) fn bytes_of(&self, keys: u64) -> Option<u64> {
         let all = self.total().keys;
         if all == 0 {
             return Some(0);
@@ -272,13 +278,13 @@ impl Facts {
     }
 
     /// How many bytes the replica is behind.
-    pub fn behind(&self, replica: &ReplicaLine) -> Option<u64> {
+    pub(crate) fn behind(&self, replica: &ReplicaLine) -> Option<u64> {
         self.replication_offset.map(|offset| offset.saturating_sub(replica.offset))
     }
 }
 
 /// The sizes of these DBs together.
-pub fn sum<'a>(dbs: impl IntoIterator<Item = &'a DbKeys>) -> DbKeys {
+pub(crate) fn sum<'a>(dbs: impl IntoIterator<Item = &'a DbKeys>) -> DbKeys {
     dbs.into_iter()
         .fold(DbKeys::default(), |sum, db| DbKeys { keys: sum.keys + db.keys, expires: sum.expires + db.expires })
 }

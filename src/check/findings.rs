@@ -18,7 +18,7 @@ use crate::settings::show_duration;
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Severity {
+pub(crate) enum Severity {
     /// A sweep cannot run here.
     Error,
     /// A sweep can run, but the operator should consider this first.
@@ -31,7 +31,7 @@ words!(Severity, "severity", Error = "error", Warning = "warning", Note = "note"
 
 /// One finding.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Finding {
+pub(crate) enum Finding {
     /// The server is a replica of this master, if INFO names one.
     Replica(Option<String>),
     /// The server is a sentinel and holds no keys.
@@ -111,7 +111,7 @@ pub enum Finding {
 
 /// Server time of two ways to free the backlog.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Cures {
+pub(crate) struct Cures {
     /// Active expiry at effort 10, until it stops.
     pub effort: Duration,
     /// A sweep.
@@ -121,7 +121,7 @@ pub struct Cures {
 impl Cures {
     /// Whether raising the effort costs less than half of a sweep. Half, since it leaves keys behind and holds the server for longer
     /// at a time.
-    pub fn effort_is_cheaper(&self) -> bool {
+    pub(crate) fn effort_is_cheaper(&self) -> bool {
         self.effort * 2 < self.sweep
     }
 }
@@ -135,7 +135,7 @@ fn rounded(time: Duration) -> Duration {
 
 impl Finding {
     /// A stable name for programs.
-    pub fn code(&self) -> &'static str {
+    pub(crate) fn code(&self) -> &'static str {
         match self {
             Self::Replica(_) => "replica",
             Self::Sentinel => "sentinel",
@@ -162,7 +162,7 @@ impl Finding {
     }
 
     /// How bad the finding is.
-    pub fn severity(&self) -> Severity {
+    pub(crate) fn severity(&self) -> Severity {
         match self {
             Self::Replica(_)
             | Self::Sentinel
@@ -189,7 +189,7 @@ impl Finding {
     }
 
     /// What was seen and why it matters.
-    pub fn message(&self) -> String {
+    pub(crate) fn message(&self) -> String {
         match self {
             Self::Replica(master) => {
                 let of = master.as_deref().map_or_else(String::new, |master| format!(" of {master}"));
@@ -281,7 +281,7 @@ impl Finding {
     }
 
     /// What the operator can do.
-    pub fn advice(&self) -> String {
+    pub(crate) fn advice(&self) -> String {
         match self {
             Self::Replica(Some(master)) => format!("check its master: ttlsweep check redis://{master}"),
             Self::Replica(None) => "check its master".to_owned(),

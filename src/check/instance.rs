@@ -17,7 +17,7 @@ use crate::settings::ScanSettings;
 
 /// The check of one master.
 #[derive(Debug)]
-pub struct MasterCheck {
+pub(crate) struct MasterCheck {
     /// What was read of the master.
     pub facts: Facts,
     /// What the facts mean for a sweep.
@@ -28,7 +28,7 @@ pub struct MasterCheck {
 
 /// The check of one shard of a cluster.
 #[derive(Debug)]
-pub struct ShardCheck {
+pub(crate) struct ShardCheck {
     /// The shard, by its slots.
     pub shard: String,
     /// The check of its master, or why it could not be checked.
@@ -37,7 +37,7 @@ pub struct ShardCheck {
 
 /// The check of an instance.
 #[derive(Debug)]
-pub enum InstanceCheck {
+pub(crate) enum InstanceCheck {
     /// A standalone server, or the master that sentinels name.
     One(Box<MasterCheck>),
     /// A cluster.
@@ -53,7 +53,7 @@ pub enum InstanceCheck {
 ///
 /// # Errors
 /// Why the only master cannot be checked. A failure of one master of a cluster is part of the result.
-pub async fn inspect(
+pub(crate) async fn inspect(
     view: &View,
     options: &ConnOptions,
     scan: &ScanSettings,
@@ -85,7 +85,7 @@ pub async fn inspect(
 
 impl InstanceCheck {
     /// Whether a sweep could run on every master.
-    pub fn can_sweep(&self) -> bool {
+    pub(crate) fn can_sweep(&self) -> bool {
         match self {
             Self::One(seen) => seen.verdict.can_sweep(),
             Self::Cluster { shards, .. } => {
@@ -95,7 +95,7 @@ impl InstanceCheck {
     }
 
     /// The verdict on the whole instance, as a sentence.
-    pub fn verdict(&self, command: &str) -> String {
+    pub(crate) fn verdict(&self, command: &str) -> String {
         match self {
             Self::One(seen) => seen.sentence.clone(),
             Self::Cluster { shards, .. } => overall(shards, command),
@@ -103,7 +103,7 @@ impl InstanceCheck {
     }
 
     /// The report for people.
-    pub fn text(&self, scan: &ScanSettings, command: &str) -> String {
+    pub(crate) fn text(&self, scan: &ScanSettings, command: &str) -> String {
         let of = |seen: &MasterCheck| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
         let (checks, findings) = match self {
             Self::One(seen) => return of(seen),

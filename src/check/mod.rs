@@ -9,13 +9,13 @@
 //! is no number: the server refuses it after its check of rights and before it visits a key. What a missing right or an old version
 //! hides is unknown, never an error.
 
-pub mod backlog;
-pub mod estimate;
-pub mod facts;
-pub mod findings;
-pub mod instance;
-pub mod report;
-pub mod verdict;
+pub(crate) mod backlog;
+pub(crate) mod estimate;
+pub(crate) mod facts;
+pub(crate) mod findings;
+pub(crate) mod instance;
+pub(crate) mod report;
+pub(crate) mod verdict;
 
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ const PINGS: u32 = 10;
 ///
 /// # Errors
 /// [`NodeError`]: the server is unreachable, refuses the login, does not speak RESP, or has no DB that the settings name.
-pub async fn inspect(
+pub(crate) async fn inspect(
     addr: &NodeAddr,
     options: &ConnOptions,
     settings: Option<&ScanSettings>,

@@ -12,7 +12,7 @@ use crate::node::commands::Access;
 use crate::settings::{ScanSettings, show_duration};
 
 /// The facts of one server and what they mean.
-pub fn text(
+pub(crate) fn text(
     facts: &Facts,
     counted: Option<&Result<ReplicaCount, NoCount>>,
     verdict: &Verdict,
@@ -33,7 +33,7 @@ pub fn text(
 }
 
 /// A finding with its advice.
-pub fn finding_text(finding: &Finding) -> String {
+pub(crate) fn finding_text(finding: &Finding) -> String {
     format!("{}: {}\n  hint: {}\n", finding.severity(), finding.message(), finding.advice())
 }
 
@@ -192,7 +192,7 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
 }
 
 /// The verdict as a sentence. `command`: the command that sweeps this server.
-pub fn sentence(facts: &Facts, verdict: &Verdict, command: &str) -> String {
+pub(crate) fn sentence(facts: &Facts, verdict: &Verdict, command: &str) -> String {
     if !verdict.can_sweep() {
         return "a sweep cannot run here; see the errors".to_owned();
     }

@@ -19,7 +19,7 @@ const BEHIND: (u64, u32) = (8 << 20, 10);
 
 /// What a check of one server found.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
+pub(crate) struct Verdict {
     /// The findings, the worst first.
     pub findings: Vec<Finding>,
     /// Each DB that holds keys or that the settings name.
@@ -34,7 +34,7 @@ pub struct Verdict {
 
 /// The backlog of one DB, or of several together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct DbBacklog {
+pub(crate) struct DbBacklog {
     /// Keys, and keys with a TTL, as the server counts them.
     pub size: DbKeys,
     /// Expired keys that are still in memory.
@@ -45,7 +45,7 @@ pub struct DbBacklog {
 
 /// A number of expired keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Expired {
+pub(crate) struct Expired {
     /// The number.
     pub keys: u64,
     /// Where the number comes from.
@@ -56,7 +56,7 @@ pub struct Expired {
 
 /// Where a number of expired keys comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Basis {
+pub(crate) enum Basis {
     /// The server's own sample, taken by active expiry.
     Estimated,
     /// A count on a replica.
@@ -67,18 +67,22 @@ words!(Basis, "way of knowing", Estimated = "estimated", Counted = "counted");
 
 impl Verdict {
     /// Whether a sweep could run at all.
-    pub fn can_sweep(&self) -> bool {
+    pub(crate) fn can_sweep(&self) -> bool {
         !self.has(Severity::Error)
     }
 
     /// Whether there is a finding of this severity.
-    pub fn has(&self, severity: Severity) -> bool {
+    pub(crate) fn has(&self, severity: Severity) -> bool {
         self.findings.iter().any(|finding| finding.severity() == severity)
     }
 }
 
 /// Assesses the facts. `counted`: the count on a replica, if one was asked for.
-pub fn assess(facts: &Facts, counted: Option<&Result<ReplicaCount, NoCount>>, settings: &ScanSettings) -> Verdict {
+pub(crate) fn assess(
+    facts: &Facts,
+    counted: Option<&Result<ReplicaCount, NoCount>>,
+    settings: &ScanSettings,
+) -> Verdict {
     let backlog = counted.and_then(|counted| counted.as_ref().ok());
     let chosen = facts.swept(settings);
     let sizes = facts.dbs.iter().chain(&chosen).map(|(db, size)| (*db, *size));

@@ -16,7 +16,7 @@ const URL_HELP: &str = "Server, any node of a cluster, or sentinels: redis://[us
 
 /// How to reach the server and log in to it. Every field's default is in `default.toml`.
 #[derive(Debug, Args)]
-pub struct ServerArgs {
+pub(super) struct ServerArgs {
     /// URL of the server; clap shows `URL_HELP` instead of this line.
     #[arg(value_name = "URL", env = "TTLSWEEP_URL", hide_env_values = true, help = URL_HELP)]
     pub url: Option<String>,
@@ -88,7 +88,7 @@ pub struct ServerArgs {
 /// The options that say how to sweep. Every field's default is in `default.toml`.
 // The help below repeats the defaults, and no test compares the two.
 #[derive(Debug, Args)]
-pub struct SweepArgs {
+pub(super) struct SweepArgs {
     /// DBs to sweep, such as 0,3 [default: each DB that holds keys with a TTL]
     #[arg(long, env = "TTLSWEEP_DB", value_name = "N", value_delimiter = ',')]
     pub db: Vec<String>,
@@ -197,7 +197,7 @@ pub struct SweepArgs {
 }
 
 /// The examples and exit codes below `scan --help`.
-pub fn scan_examples() -> String {
+pub(super) fn scan_examples() -> String {
     format!(
         "\
 Examples:
@@ -214,7 +214,7 @@ Examples:
 }
 
 /// The examples and exit codes below `keep --help`.
-pub fn keep_examples() -> String {
+pub(super) fn keep_examples() -> String {
     format!(
         "\
 Examples:
@@ -229,7 +229,7 @@ Examples:
 }
 
 /// The examples and exit codes below `forecast --help`.
-pub fn forecast_examples() -> String {
+pub(super) fn forecast_examples() -> String {
     format!(
         "\
 Examples:
@@ -244,7 +244,7 @@ Examples:
 }
 
 /// The examples and exit codes below `check --help`.
-pub fn check_examples() -> String {
+pub(super) fn check_examples() -> String {
     format!(
         "\
 Examples:
@@ -261,7 +261,7 @@ Examples:
 ///
 /// # Errors
 /// Misspelt variables of the environment, or every problem of the settings file, or flags that exclude each other.
-pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec<Problem>> {
+pub(super) fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec<Problem>> {
     let misspelt = misspelt();
     if !misspelt.is_empty() {
         return Err(misspelt);
@@ -300,9 +300,9 @@ pub fn layers(matches: &ArgMatches, config: Option<&PathBuf>) -> Result<Raw, Vec
 }
 
 /// Prefix of the program's environment variables.
-pub const PREFIX: &str = "TTLSWEEP_";
+pub(super) const PREFIX: &str = "TTLSWEEP_";
 /// The variable that lists, separated by commas, the variables whose values came from the command line: `cli::hide_password` sets it.
-pub const TYPED: &str = "TTLSWEEP_TYPED";
+pub(super) const TYPED: &str = "TTLSWEEP_TYPED";
 
 fn was_typed(variable: &str) -> bool {
     std::env::var(TYPED).is_ok_and(|typed| typed.split(',').any(|name| name == variable))

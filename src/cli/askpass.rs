@@ -14,7 +14,7 @@ use crate::model::target::Password;
 ///
 /// # Errors
 /// There is no terminal, or it is closed.
-pub fn ask(prompt: &str) -> io::Result<Option<Password>> {
+pub(super) fn ask(prompt: &str) -> io::Result<Option<Password>> {
     let mut terminal = File::options().read(true).write(true).open("/dev/tty")?;
     let before = tcgetattr(&terminal)?;
     let interrupt = before.special_codes[SpecialCodeIndex::VINTR];

@@ -23,7 +23,7 @@ const COLUMNS: [(&str, &str); 7] = [
 
 /// `ttlsweep autoscan`
 #[derive(Debug, Args)]
-pub struct AutoscanArgs {
+pub(super) struct AutoscanArgs {
     #[command(subcommand)]
     command: AutoscanCommand,
 
@@ -76,7 +76,7 @@ fn whole_seconds(text: &str) -> Result<u32, String> {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: AutoscanArgs) -> anyhow::Result<Exit> {
     let client = match Client::new(&args.client) {
         Ok(client) => client,
         Err(problem) => return Ok(scan::usage(&[problem])),

@@ -27,7 +27,7 @@ use crate::settings::raw::{KEYS, Origin, Problem};
 /// It takes the options of `scan`: write `check` in place of `scan` to see what that sweep would meet.
 #[derive(Debug, Args)]
 #[command(after_help = args::check_examples())]
-pub struct CheckArgs {
+pub(super) struct CheckArgs {
     /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -50,7 +50,7 @@ pub struct CheckArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let (settings, options) = match scan::load(&args.server, matches) {
         Ok(loaded) => loaded,
         Err(problems) => return Ok(scan::usage(&problems)),

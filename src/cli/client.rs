@@ -14,7 +14,7 @@ use crate::cli::output;
 use crate::settings::raw::{Origin, Problem};
 
 /// The environment variable with the token, where no `--token-file` is given.
-pub const TOKEN: &str = "TTLSWEEP_TOKEN";
+pub(super) const TOKEN: &str = "TTLSWEEP_TOKEN";
 
 /// Timeout of a request. Streams have none.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
@@ -24,7 +24,7 @@ const INVALID_REQUEST: [&str; 7] = ["DCS.4004", "DCS.4005", "DCS.4800", "DCS.481
 
 /// Where the daemon is and the credentials for it.
 #[derive(Debug, Args)]
-pub struct ClientArgs {
+pub(super) struct ClientArgs {
     /// URL of the daemon
     #[arg(long, env = "TTLSWEEP_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080", global = true)]
     pub server: String,
@@ -44,7 +44,7 @@ pub struct ClientArgs {
 
 /// Why a request to the daemon failed.
 #[derive(Debug, thiserror::Error)]
-pub enum ClientError {
+pub(super) enum ClientError {
     /// No connection, or no reply in time.
     #[error("cannot reach the daemon at {url}: {}", output::chain(.source))]
     Unreachable {
@@ -72,7 +72,7 @@ pub enum ClientError {
 
 impl ClientError {
     /// The exit code for this error.
-    pub fn exit(&self) -> Exit {
+    pub(super) fn exit(&self) -> Exit {
         match self {
             // 502: the daemon itself could not reach the instance.
             Self::Unreachable { .. } | Self::NotOurApi(_) => Exit::NoAccess,
@@ -103,7 +103,7 @@ impl ClientError {
 
 /// A client of one daemon.
 #[derive(Debug)]
-pub struct Client {
+pub(super) struct Client {
     http: reqwest::Client,
     server: String,
     token: Option<String>,
@@ -114,7 +114,7 @@ impl Client {
     ///
     /// # Errors
     /// The first argument that is invalid or names a file that cannot be read.
-    pub fn new(args: &ClientArgs) -> Result<Self, Problem> {
+    pub(super) fn new(args: &ClientArgs) -> Result<Self, Problem> {
         // An error means that it is installed already, which is fine: there is only this one provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let problem = |flag: &str, message: String| Problem { origin: Some(Origin::Flag(flag.to_owned())), message };
@@ -194,7 +194,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+    pub(super) async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
         let response = self.ask(method, path, body, Some(ANSWER_WITHIN)).await?;
         response.json().await.map_err(|e| ClientError::NotOurApi(e.without_url().to_string()))
     }
@@ -203,7 +203,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn get(&self, path: &str) -> Result<Value, ClientError> {
+    pub(super) async fn get(&self, path: &str) -> Result<Value, ClientError> {
         self.send(Method::GET, path, None).await
     }
 
@@ -211,7 +211,7 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn follow(&self, path: &str, mut each: impl FnMut(Value)) -> Result<(), ClientError> {
+    pub(super) async fn follow(&self, path: &str, mut each: impl FnMut(Value)) -> Result<(), ClientError> {
         let response = self.ask(Method::GET, path, None, None).await?;
         let mut chunks = response.bytes_stream();
         let mut unread: Vec<u8> = Vec::new();
@@ -231,7 +231,7 @@ impl Client {
 }
 
 /// The path with a query of the parameters that have a value.
-pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
+pub(super) fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str, Option<String>)>) -> String {
     let mut query = url::form_urlencoded::Serializer::new(String::new());
     for (name, value) in parameters {
         if let Some(value) = value {
@@ -245,7 +245,7 @@ pub fn with_query<'a>(path: &str, parameters: impl IntoIterator<Item = (&'a str,
 }
 
 /// Prints an error with its hint and returns its exit code.
-pub fn failed(error: &ClientError) -> Exit {
+pub(super) fn failed(error: &ClientError) -> Exit {
     output::note(&format!("error: {error}"));
     if let Some(hint) = error.hint() {
         output::note(&format!("  hint: {hint}"));
@@ -257,13 +257,13 @@ pub fn failed(error: &ClientError) -> Exit {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub fn print_json(value: &Value) -> anyhow::Result<()> {
+pub(super) fn print_json(value: &Value) -> anyhow::Result<()> {
     output::print(&format!("{}\n", serde_json::to_string_pretty(value)?))?;
     Ok(())
 }
 
 /// A value of an object, by its JSON pointer, as the text of a table cell; `-` if it is missing or null.
-pub fn cell(object: &Value, name: &str) -> String {
+pub(super) fn cell(object: &Value, name: &str) -> String {
     match object.pointer(name) {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Number(number)) => number.as_u64().map_or_else(|| number.to_string(), output::grouped),
@@ -273,7 +273,7 @@ pub fn cell(object: &Value, name: &str) -> String {
 }
 
 /// A table with a row for each object. A column is a heading and a JSON pointer.
-pub fn table(objects: &[Value], columns: &[(&str, &str)]) -> String {
+pub(super) fn table(objects: &[Value], columns: &[(&str, &str)]) -> String {
     let mut rows = vec![columns.iter().map(|(heading, _)| (*heading).to_owned()).collect::<Vec<_>>()];
     rows.extend(objects.iter().map(|object| columns.iter().map(|(_, name)| cell(object, name)).collect()));
     output::table(&rows)

@@ -19,7 +19,7 @@ const COLUMNS: [(&str, &str); 7] = [
 
 /// `ttlsweep daemons`
 #[derive(Debug, Args)]
-pub struct DaemonsArgs {
+pub(super) struct DaemonsArgs {
     #[command(flatten)]
     client: ClientArgs,
 }
@@ -28,7 +28,7 @@ pub struct DaemonsArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: DaemonsArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: DaemonsArgs) -> anyhow::Result<Exit> {
     let client = match Client::new(&args.client) {
         Ok(client) => client,
         Err(problem) => return Ok(scan::usage(&[problem])),

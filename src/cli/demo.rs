@@ -48,7 +48,7 @@ const NO_SERVER: &str = "error: the demo needs redis-server or valkey-server and
 
 /// `ttlsweep demo`
 #[derive(Debug, Args)]
-pub struct DemoArgs {
+pub(super) struct DemoArgs {
     /// Server program to run [default: redis-server or valkey-server on the PATH]
     #[arg(long, env = "TTLSWEEP_DEMO_SERVER", value_name = "PATH")]
     pub server: Option<PathBuf>,
@@ -91,7 +91,7 @@ impl Watched {
 ///
 /// # Errors
 /// A server that does not start, and a stdout that cannot be written.
-pub async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: DemoArgs) -> anyhow::Result<Exit> {
     let Some(program) = args.server.clone().or_else(server::find) else {
         note(NO_SERVER);
         return Ok(Exit::Failed);

@@ -20,7 +20,7 @@ use crate::settings::positive_duration;
 /// It reads the TTLs of a random sample of the keys on a replica. No value is read, and nothing is written.
 #[derive(Debug, Args)]
 #[command(after_help = args::forecast_examples())]
-pub struct ForecastArgs {
+pub(super) struct ForecastArgs {
     /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -75,7 +75,7 @@ pub struct ForecastArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let (settings, options) = match scan::load(&args.server, matches) {
         Ok(loaded) => loaded,
         Err(problems) => return Ok(scan::usage(&problems)),

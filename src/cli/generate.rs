@@ -15,7 +15,7 @@ Examples:
   ttlsweep completions bash >~/.local/share/bash-completion/completions/ttlsweep
   ttlsweep completions zsh >~/.zfunc/_ttlsweep
   ttlsweep completions fish >~/.config/fish/completions/ttlsweep.fish")]
-pub struct CompletionsArgs {
+pub(super) struct CompletionsArgs {
     /// Name of the shell
     shell: Shell,
 }
@@ -25,7 +25,7 @@ pub struct CompletionsArgs {
 #[command(after_help = "\
 Examples:
   ttlsweep man /usr/local/share/man/man1")]
-pub struct ManArgs {
+pub(super) struct ManArgs {
     /// Folder for the pages; it is created if missing
     #[arg(value_name = "DIR")]
     dir: PathBuf,
@@ -35,7 +35,7 @@ pub struct ManArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub fn completions(args: &CompletionsArgs) -> anyhow::Result<Exit> {
+pub(super) fn completions(args: &CompletionsArgs) -> anyhow::Result<Exit> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "ttlsweep", &mut script);
     output::print(&String::from_utf8_lossy(&script))?;
@@ -46,7 +46,7 @@ pub fn completions(args: &CompletionsArgs) -> anyhow::Result<Exit> {
 ///
 /// # Errors
 /// A folder that cannot be written.
-pub fn man(args: &ManArgs) -> anyhow::Result<Exit> {
+pub(super) fn man(args: &ManArgs) -> anyhow::Result<Exit> {
     use anyhow::Context;
     let written = || format!("cannot write man pages to {}", args.dir.display());
     std::fs::create_dir_all(&args.dir).with_context(written)?;

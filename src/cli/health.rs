@@ -19,7 +19,7 @@ token, and accepts any certificate: on its own machine the daemon is asked by an
 Examples:
   HEALTHCHECK CMD [\"ttlsweep\", \"health\"]
   ttlsweep health --ready --server https://127.0.0.1:8443")]
-pub struct HealthArgs {
+pub(super) struct HealthArgs {
     /// URL of the daemon
     #[arg(long, env = "TTLSWEEP_SERVER", value_name = "URL", default_value = "http://127.0.0.1:8080")]
     server: String,
@@ -33,7 +33,7 @@ pub struct HealthArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: &HealthArgs) -> anyhow::Result<Exit> {
     let path = if args.ready { "/readyz" } else { "/healthz" };
     let server = args.server.trim_end_matches('/');
     let scheme = if server.contains("://") { "" } else { "http://" };

@@ -34,7 +34,7 @@ const HISTORY: [(&str, &str); 8] = [
 
 /// `ttlsweep instance`
 #[derive(Debug, Args)]
-pub struct InstanceArgs {
+pub(super) struct InstanceArgs {
     #[command(subcommand)]
     command: InstanceCommand,
 
@@ -114,7 +114,7 @@ Examples:
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: InstanceArgs) -> anyhow::Result<Exit> {
     let client = match Client::new(&args.client) {
         Ok(client) => client,
         Err(problem) => return Ok(scan::usage(&[problem])),

@@ -17,7 +17,7 @@ use crate::tasks;
 #[command(after_help = args::keep_examples(), mut_arg("timeout", |timeout| timeout.hide(true)))]
 #[command(mut_arg("parallel", |parallel| parallel.hide(true)), mut_arg("allow_slow", |slow| slow.hide(true)))]
 #[command(mut_arg("state", |state| state.hide(true)), mut_arg("assist_expiry", |assist| assist.hide(true)))]
-pub struct KeepArgs {
+pub(super) struct KeepArgs {
     /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -56,7 +56,7 @@ pub struct KeepArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written. Everything else is printed here and becomes an exit code.
-pub async fn run(args: KeepArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: KeepArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let settings = match scan::load_with_bounds(&args.server, matches) {
         Ok(settings) => settings,
         Err(problems) => return Ok(scan::usage(&problems)),

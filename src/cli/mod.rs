@@ -1,28 +1,28 @@
 //! The command line: parses the arguments, calls the library, prints the result. One file per subcommand.
 
-pub mod args;
+mod args;
 mod askpass;
-pub mod autoscan;
-pub mod check;
-pub mod client;
-pub mod daemons;
-pub mod demo;
+mod autoscan;
+mod check;
+mod client;
+mod daemons;
+mod demo;
 pub mod exit;
-pub mod forecast;
-pub mod generate;
-pub mod health;
-pub mod instance;
-pub mod keep;
-pub mod output;
-pub mod priority;
-pub mod progress;
-pub mod scan;
-pub mod serve;
-pub mod settings;
+mod forecast;
+mod generate;
+mod health;
+mod instance;
+mod keep;
+mod output;
+mod priority;
+mod progress;
+mod scan;
+mod serve;
+mod settings;
 #[cfg(target_os = "linux")]
 mod starved;
-pub mod store;
-pub mod task;
+mod store;
+mod task;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-pub use crate::model::format::{bytes, counted, failure_text, grouped, span, table};
+pub(super) use crate::model::format::{bytes, counted, failure_text, grouped, span, table};
 use crate::model::progress::{ShardView, TTL_BOUNDS_S, TtlHistogram, held_by_reason};
 use crate::model::task::TaskState;
 use crate::tasks::TaskView;
@@ -13,7 +13,7 @@ use crate::tasks::TaskView;
 ///
 /// # Errors
 /// Any other error of stdout.
-pub fn print(text: &str) -> io::Result<()> {
+pub(super) fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -22,12 +22,12 @@ pub fn print(text: &str) -> io::Result<()> {
 }
 
 /// Writes a line to stderr. An error is ignored: there is no other place to report it.
-pub fn note(text: &str) {
+pub(super) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// An error with its causes, separated by colons. A cause whose text is already in the message is left out.
-pub fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut causes = vec![error.to_string()];
     let mut inner = error.source();
     while let Some(cause) = inner {
@@ -41,7 +41,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// The summary of a task that has ended or was interrupted, for a terminal.
-pub fn summary(view: &TaskView) -> String {
+pub(super) fn summary(view: &TaskView) -> String {
     let mut text = String::new();
     let task = &view.task;
     // The failure of the only shard is also the task's, which is printed at the end.

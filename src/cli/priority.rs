@@ -15,7 +15,7 @@ const LOW: i32 = 5;
 
 /// How this process competes for processors with others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Priority {
+pub(super) enum Priority {
     /// Run only on processors that are otherwise idle; on a machine that is never idle the sweep does not advance
     Idle,
     /// Leave other programs the larger share: a nice value of 5
@@ -28,7 +28,7 @@ impl Priority {
     /// Sets the priority of this thread and of those that it starts later. Where the system does not allow it or has no such thing,
     /// the sweep runs at normal priority.
     /// `quiet`: do not warn when `idle` gets no processor time.
-    pub fn apply(self, quiet: bool) {
+    pub(super) fn apply(self, quiet: bool) {
         #[cfg(target_os = "linux")]
         {
             use thread_priority::{

@@ -24,14 +24,14 @@ const ETA_FROM: (f64, Duration) = (0.02, Duration::from_secs(1));
 
 /// What is shown of one task, whether it runs in this process or in a daemon.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Rows {
+pub(super) struct Rows {
     /// The shards, in the order of their names.
     pub shards: Vec<ShardRow>,
 }
 
 /// What is shown of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct ShardRow {
+pub(super) struct ShardRow {
     /// Name of the shard: its address, its slots, or the name that sentinels give the master.
     pub name: String,
     /// Why it is held, in words; `None` while it is not.
@@ -46,7 +46,7 @@ pub struct ShardRow {
 
 /// What is shown of one pass.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct PassRow {
+pub(super) struct PassRow {
     /// The number of its DB.
     pub db: u32,
     /// Share of the cursor space that is done, 0 to 1.
@@ -89,7 +89,7 @@ impl From<&TaskView> for Rows {
 }
 
 /// How well the bounds of a shard are kept, in one line.
-pub fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
+pub(super) fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
     let Some(backlog) = figures.backlog else {
         return format!("first lap, to find out how many keys expire; {} reclaimed", grouped(reclaimed));
     };
@@ -106,7 +106,7 @@ pub fn keep_text(figures: &KeepFigures, reclaimed: u64) -> String {
 }
 
 /// Shows the progress of a task until the sender of its views is dropped.
-pub async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
+pub(super) async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     // A terminal that cannot move its cursor (TERM=dumb) gets lines, as a pipe does.
     let no_bars = ProgressDrawTarget::stderr().is_hidden();
     if no_bars { lines(view, rows).await } else { bars(view, rows).await }

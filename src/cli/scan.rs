@@ -28,7 +28,7 @@ use crate::tasks::{self, RunningTask, TaskService, TaskSpec, TaskView};
 /// `ttlsweep scan`
 #[derive(Debug, Args)]
 #[command(after_help = args::scan_examples())]
-pub struct ScanArgs {
+pub(super) struct ScanArgs {
     /// How to reach the server.
     #[command(flatten)]
     pub server: ServerArgs,
@@ -58,7 +58,7 @@ pub struct ScanArgs {
 
 /// Whether a sweep resumes from a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Resume {
+pub(super) enum Resume {
     /// Resume; without a checkpoint this is an error
     Always,
     /// Resume if there is a checkpoint, else start a new sweep
@@ -67,7 +67,7 @@ pub enum Resume {
 
 /// What a command that sweeps prints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Show {
+pub(super) enum Show {
     /// Progress, and the summary at the end.
     Text,
     /// Progress, and one JSON object at the end.
@@ -78,7 +78,7 @@ pub enum Show {
 
 impl Show {
     /// By the options `--json` and `--quiet`; clap refuses both together.
-    pub fn of(json: bool, quiet: bool) -> Self {
+    pub(super) fn of(json: bool, quiet: bool) -> Self {
         match (json, quiet) {
             (true, _) => Self::Json,
             (false, true) => Self::Quiet,
@@ -91,7 +91,7 @@ impl Show {
 ///
 /// # Errors
 /// A stdout that cannot be written. Everything else is printed here and becomes an exit code.
-pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let (settings, conn) = match load(&args.server, matches) {
         Ok(loaded) => loaded,
         Err(problems) => return Ok(usage(&problems)),
@@ -101,7 +101,7 @@ pub async fn run(args: ScanArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
 
 /// When a task from the command line ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Until {
+pub(super) enum Until {
     /// A sweep ends once every DB is swept.
     Done,
     /// A keep run ends by a signal, or after this time.
@@ -113,7 +113,7 @@ pub enum Until {
 ///
 /// # Errors
 /// Every problem of the settings, or of the files of TLS.
-pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, ConnOptions), Vec<Problem>> {
+pub(super) fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, ConnOptions), Vec<Problem>> {
     let settings = load_with_bounds(server, matches)?.without_bounds();
     let conn = tasks::conn_options(&settings).map_err(|problem| vec![problem])?;
     Ok((settings, conn))
@@ -123,7 +123,7 @@ pub fn load(server: &ServerArgs, matches: &ArgMatches) -> Result<(Settings, Conn
 ///
 /// # Errors
 /// Every problem of the settings.
-pub fn load_with_bounds(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
+pub(super) fn load_with_bounds(server: &ServerArgs, matches: &ArgMatches) -> Result<Settings, Vec<Problem>> {
     let raw = args::layers(matches, server.config.as_ref())?;
     settings::resolve(&raw, password(server.askpass)?)
 }
@@ -132,7 +132,7 @@ pub fn load_with_bounds(server: &ServerArgs, matches: &ArgMatches) -> Result<Set
 ///
 /// # Errors
 /// A terminal that cannot be read.
-pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
+pub(super) fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
     if ask {
         let typed = askpass::ask("password: ").map_err(|e| {
             vec![Problem { origin: None, message: format!("--askpass: the terminal cannot be read: {e}") }]
@@ -147,7 +147,7 @@ pub fn password(ask: bool) -> Result<Option<GivenPassword>, Vec<Problem>> {
 }
 
 /// Prints the problems of arguments or settings, one line each, and returns the exit code for them.
-pub fn usage(problems: &[Problem]) -> Exit {
+pub(super) fn usage(problems: &[Problem]) -> Exit {
     for problem in problems {
         output::note(&format!("error: {problem}"));
     }
@@ -155,7 +155,7 @@ pub fn usage(problems: &[Problem]) -> Exit {
 }
 
 /// The instance id in the records of a target that no settings file names: the same for the same address.
-pub fn instance_id(target: &Target) -> String {
+pub(super) fn instance_id(target: &Target) -> String {
     Uuid::new_v5(&Uuid::NAMESPACE_URL, target.to_string().as_bytes()).to_string()
 }
 
@@ -163,7 +163,7 @@ pub fn instance_id(target: &Target) -> String {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn sweep(
+pub(super) async fn sweep(
     settings: Settings,
     conn: ConnOptions,
     resume: Option<Resume>,

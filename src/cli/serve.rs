@@ -12,7 +12,7 @@ use crate::telemetry::LogFormat;
 
 /// `ttlsweep serve`
 #[derive(Debug, Args)]
-pub struct ServeArgs {
+pub(super) struct ServeArgs {
     /// Settings file (TOML); check it with `ttlsweep settings check FILE`
     #[arg(long, env = "TTLSWEEP_CONFIG", value_name = "FILE")]
     pub config: PathBuf,
@@ -34,7 +34,7 @@ pub struct ServeArgs {
 ///
 /// # Errors
 /// If it cannot start and the log is text; with JSON the error is logged here instead.
-pub async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     let json = args.log_format == LogFormat::Json;
     let identity = daemon::Identity { name: args.name, labels: args.labels };
     let settings = match daemon::load(&args.config) {

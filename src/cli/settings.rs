@@ -14,7 +14,7 @@ use crate::settings::{self, Settings};
 
 /// `ttlsweep settings`
 #[derive(Debug, Args)]
-pub struct SettingsArgs {
+pub(super) struct SettingsArgs {
     #[command(subcommand)]
     command: SettingsCommand,
 }
@@ -50,7 +50,7 @@ struct ShowArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
+pub(super) fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Exit> {
     let show = match args.command {
         SettingsCommand::Show(show) => show,
         SettingsCommand::Check(check) => return self::check(&check),

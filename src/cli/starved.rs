@@ -13,7 +13,7 @@ const LATE: Duration = Duration::from_millis(2);
 
 /// Watches the processor time of this process and prints one warning if it is starved or late: its PINGs then look slow as if the
 /// server were. Returns after the warning, or where the kernel tells no times.
-pub fn warn_once() {
+pub(super) fn warn_once() {
     let Some(mut last) = processor_time() else { return };
     loop {
         std::thread::sleep(SAMPLE_EVERY);

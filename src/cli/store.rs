@@ -14,7 +14,7 @@ use crate::store::{Amount, Store};
 
 /// `ttlsweep store`
 #[derive(Debug, Args)]
-pub struct StoreArgs {
+pub(super) struct StoreArgs {
     #[command(subcommand)]
     command: StoreCommand,
 }
@@ -57,7 +57,7 @@ struct CopyArgs {
 ///
 /// # Errors
 /// Records that cannot be read or written.
-pub async fn run(args: StoreArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: StoreArgs) -> anyhow::Result<Exit> {
     let StoreCommand::Copy(args) = args.command;
     let place = |text: &str| {
         StoreLocation::parse(text, None, &args.journal).map_err(|message| Problem { origin: None, message })

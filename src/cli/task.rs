@@ -35,7 +35,7 @@ const COLUMNS: [(&str, &str); 8] = [
 
 /// `ttlsweep task`
 #[derive(Debug, Args)]
-pub struct TaskArgs {
+pub(super) struct TaskArgs {
     #[command(subcommand)]
     command: TaskCommand,
 
@@ -171,7 +171,7 @@ impl CreateArgs {
 ///
 /// # Errors
 /// A stdout that cannot be written.
-pub async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: TaskArgs) -> anyhow::Result<Exit> {
     let client = match Client::new(&args.client) {
         Ok(client) => client,
         Err(problem) => return Ok(scan::usage(&[problem])),

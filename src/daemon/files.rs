@@ -12,7 +12,7 @@ use crate::settings::serve::{self, ApiSettings, Instance, ServeSettings};
 ///
 /// # Errors
 /// Every problem, with its line.
-pub fn load(path: &Path) -> Result<ServeSettings, Vec<Problem>> {
+pub(crate) fn load(path: &Path) -> Result<ServeSettings, Vec<Problem>> {
     serve::load(path, |settings| {
         let mut problems = of_api(&settings.api);
         problems.extend(settings.instances.iter().flat_map(|instance| of_instance(instance)));

@@ -44,21 +44,21 @@ impl ControlState {
 
 /// The sending end, held by the task.
 #[derive(Debug, Clone)]
-pub struct Control(watch::Sender<ControlState>);
+pub(crate) struct Control(watch::Sender<ControlState>);
 
 impl Control {
     /// A control that lets the sweep run with the given settings.
-    pub fn new(settings: &ScanSettings) -> Self {
+    pub(crate) fn new(settings: &ScanSettings) -> Self {
         Self(watch::Sender::new(ControlState { stop: None, hold: None, until: None, tuning: settings.tuning }))
     }
 
     /// A receiving end, for the engine.
-    pub fn watch(&self) -> watch::Receiver<ControlState> {
+    pub(crate) fn watch(&self) -> watch::Receiver<ControlState> {
         self.0.subscribe()
     }
 
     /// Tells the sweep to stop. The first reason stays.
-    pub fn stop(&self, reason: StopReason) {
+    pub(crate) fn stop(&self, reason: StopReason) {
         self.0.send_if_modified(|state| {
             let first = state.stop.is_none();
             state.stop = state.stop.or(Some(reason));
@@ -67,28 +67,23 @@ impl Control {
     }
 
     /// Holds the sweep for a reason, or lets it go on.
-    pub fn hold(&self, reason: Option<Reason>) {
+    pub(crate) fn hold(&self, reason: Option<Reason>) {
         self.0.send_if_modified(|state| std::mem::replace(&mut state.hold, reason) != reason);
     }
 
     /// Lets the sweep send batches until the lease ends.
-    pub fn lend(&self, until: Instant) {
+    pub(crate) fn lend(&self, until: Instant) {
         self.0.send_modify(|state| state.until = Some(until));
     }
 
     /// Changes the pace and the limits.
-    pub fn tune(&self, tuning: Tuning) {
+    pub(crate) fn tune(&self, tuning: Tuning) {
         self.0.send_modify(|state| state.tuning = tuning);
-    }
-
-    /// Waits until a stop is requested, and returns why.
-    pub async fn stopped(&self) -> StopReason {
-        stop_requested(&mut self.watch()).await
     }
 }
 
 /// Waits until a stop is requested. Never returns once every [`Control`] is gone without having requested one.
-pub async fn stop_requested(control: &mut watch::Receiver<ControlState>) -> StopReason {
+pub(crate) async fn stop_requested(control: &mut watch::Receiver<ControlState>) -> StopReason {
     let stop = match control.wait_for(|state| state.stop.is_some()).await {
         Ok(state) => state.stop,
         Err(_) => None,

@@ -61,11 +61,11 @@
 //! Called by `tasks`. The engine writes the batch journal beside the state file, since a count has to be safe before the next batch is
 //! sent. It writes no records and prints nothing.
 
-pub mod control;
-pub mod plan;
+pub(crate) mod control;
+pub(crate) mod plan;
 pub mod policy;
-pub mod rounds;
-pub mod sampler;
+pub(crate) mod rounds;
+pub(crate) mod sampler;
 mod shards;
 mod sweep;
 

@@ -31,7 +31,7 @@ use crate::node::topology::{InstanceKind, Master};
 use crate::store::StoredShard;
 
 /// How many more rounds there are because masters or slots moved during the sweep.
-pub const ROUNDS: u32 = 4;
+pub(crate) const ROUNDS: u32 = 4;
 /// Pause between two readings of the topology while it is unknown or moving.
 const READ_EVERY: Duration = Duration::from_millis(500);
 /// A keep run checks this often whether masters have joined.

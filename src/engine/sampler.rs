@@ -27,7 +27,7 @@ const TICKS_PER_INFO: u32 = 5;
 /// A master that waits for its turn is observed only after this many ticks: once a second.
 const TICKS_PER_SLOW_INFO: u32 = 4 * TICKS_PER_INFO;
 /// How often INFO is read.
-pub const INFO_EVERY: Duration = Duration::from_millis(50 * TICKS_PER_INFO as u64);
+pub(crate) const INFO_EVERY: Duration = Duration::from_millis(50 * TICKS_PER_INFO as u64);
 /// The latency is the mean of this many PINGs: 0.4 s. The mean and not the median, since one PING that waited for half a second says
 /// more than seven that did not.
 const PINGS: usize = 8;
@@ -36,7 +36,7 @@ const BLIND_AFTER: Duration = Duration::from_secs(3);
 
 /// A running sampler. It ends when this handle is dropped.
 #[derive(Debug)]
-pub struct Sampler {
+pub(crate) struct Sampler {
     seen: watch::Receiver<Observation>,
     slow: Arc<AtomicBool>,
     _stop: DropGuard,
@@ -45,7 +45,7 @@ pub struct Sampler {
 impl Sampler {
     /// Starts sampling. `first`: what was observed when the sweep connected, so that there is an observation from the first batch on.
     /// While the server is unreachable the last observation stays in place, and after `BLIND_AFTER` it is marked as blind.
-    pub fn start(addr: NodeAddr, options: ConnOptions, first: Observation) -> Self {
+    pub(crate) fn start(addr: NodeAddr, options: ConnOptions, first: Observation) -> Self {
         let (sender, seen) = watch::channel(first);
         let stop = CancellationToken::new();
         let token = stop.clone();
@@ -60,23 +60,23 @@ impl Sampler {
     }
 
     /// The newest observation, unless it was taken before.
-    pub fn take_new(&mut self) -> Option<Observation> {
+    pub(crate) fn take_new(&mut self) -> Option<Observation> {
         // An error would mean that the sampler has ended, which happens only when this handle is dropped.
         self.seen.has_changed().unwrap_or(false).then(|| self.seen.borrow_and_update().clone())
     }
 
     /// Observes once a second only, while the master waits for its turn, or at the full rate again.
-    pub fn slow_down(&self, slow: bool) {
+    pub(crate) fn slow_down(&self, slow: bool) {
         self.slow.store(slow, Ordering::Relaxed);
     }
 
     /// The mean round trip of the last `PINGS` PINGs.
-    pub fn latency(&self) -> Option<Duration> {
+    pub(crate) fn latency(&self) -> Option<Duration> {
         self.seen.borrow().latency
     }
 
     /// Waits for the next observation.
-    pub async fn next(&mut self) -> Observation {
+    pub(crate) async fn next(&mut self) -> Observation {
         if self.seen.changed().await.is_err() {
             std::future::pending::<()>().await;
         }

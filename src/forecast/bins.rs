@@ -16,7 +16,7 @@ const ROUND_S: [u64; 19] =
 
 /// How the time ahead is cut.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Bins {
+pub(crate) struct Bins {
     /// Now: times ahead are counted from here.
     pub at: Timestamp,
     /// Where the first part begins: at or before now, at a round time.
@@ -29,7 +29,7 @@ pub struct Bins {
 
 impl Bins {
     /// Parts that are round in a zone, from now to `ahead`.
-    pub fn new(at: Timestamp, ahead: Duration, zone: &TimeZone) -> Self {
+    pub(crate) fn new(at: Timestamp, ahead: Duration, zone: &TimeZone) -> Self {
         let ahead_s = ahead.as_secs().max(1);
         let step = ROUND_S.into_iter().find(|step| ahead_s.div_ceil(*step) <= MOST).unwrap_or(ahead_s.div_ceil(MOST));
         let step_ms = i64::try_from(step * 1000).unwrap_or(i64::MAX);
@@ -41,14 +41,14 @@ impl Bins {
     }
 
     /// The part in which a key with this TTL expires; `None`: behind the last one.
-    pub fn of(&self, ttl: Duration) -> Option<usize> {
+    pub(crate) fn of(&self, ttl: Duration) -> Option<usize> {
         let since = Duration::try_from(self.at.duration_since(self.begin)).unwrap_or_default() + ttl;
         let bin = usize::try_from(since.as_millis() / self.step.as_millis().max(1)).unwrap_or(usize::MAX);
         (bin < self.number).then_some(bin)
     }
 
     /// When a part begins; of the number of parts, when the last one ends.
-    pub fn begins(&self, bin: usize) -> Timestamp {
+    pub(crate) fn begins(&self, bin: usize) -> Timestamp {
         let since = self.step * u32::try_from(bin).unwrap_or(u32::MAX);
         self.begin.checked_add(jiff::SignedDuration::try_from(since).unwrap_or_default()).unwrap_or(Timestamp::MAX)
     }
@@ -56,7 +56,7 @@ impl Bins {
 
 /// A span in which far more keys expire than before and after it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Peak {
+pub(crate) struct Peak {
     /// Its parts.
     pub bins: Range<usize>,
     /// Keys that expire in it.
@@ -77,7 +77,7 @@ const LONGER: f64 = 1.15;
 const NAMED: usize = 5;
 
 /// The peaks, the largest first. A run has a neighbour on either side: what stands at the edge cannot be told from a decay.
-pub fn peaks(bins: &[Estimate], with_ttl: f64) -> Vec<Peak> {
+pub(crate) fn peaks(bins: &[Estimate], with_ttl: f64) -> Vec<Peak> {
     let sum = |range: Range<usize>| bins[range].iter().copied().sum::<Estimate>();
     let mut found: Vec<Peak> = Vec::new();
     for run in RUNS {

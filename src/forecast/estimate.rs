@@ -19,7 +19,7 @@ const UNSEEN: f64 = 3.0;
 
 /// A number of keys with its variance.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Estimate {
+pub(crate) struct Estimate {
     /// The number.
     pub keys: f64,
     /// Its variance; 0 where all keys were looked at.
@@ -28,7 +28,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// In 19 of 20 cases the truth is no further away than this.
-    pub fn error(&self) -> f64 {
+    pub(crate) fn error(&self) -> f64 {
         STANDARD_ERRORS * self.variance.sqrt()
     }
 }
@@ -52,20 +52,20 @@ impl std::iter::Sum for Estimate {
 
 /// The sum and the sum of squares over the pieces of what one class counts in each.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Sums {
+pub(crate) struct Sums {
     sum: f64,
     squares: f64,
 }
 
 impl Sums {
     /// Takes in what a piece holds.
-    pub fn add(&mut self, keys: u64) {
+    pub(crate) fn add(&mut self, keys: u64) {
         self.sum += keys as f64;
         self.squares += (keys as f64).powi(2);
     }
 
     /// The estimate, with so many pieces looked at of so many.
-    pub fn estimate(&self, (drawn, all): (f64, f64)) -> Estimate {
+    pub(crate) fn estimate(&self, (drawn, all): (f64, f64)) -> Estimate {
         if drawn < 1.0 {
             return Estimate::default();
         }
@@ -80,7 +80,7 @@ impl Sums {
 }
 
 /// What was counted in the pieces of one DB.
-pub struct Tally {
+pub(crate) struct Tally {
     bins: Bins,
     looked_at: u64,
     with_ttl: Sums,
@@ -92,7 +92,7 @@ pub struct Tally {
 
 impl Tally {
     /// Nothing yet.
-    pub fn new(bins: Bins) -> Self {
+    pub(crate) fn new(bins: Bins) -> Self {
         Self {
             bins,
             looked_at: 0,
@@ -105,7 +105,7 @@ impl Tally {
     }
 
     /// Takes a piece in.
-    pub fn add(&mut self, piece: &Piece) {
+    pub(crate) fn add(&mut self, piece: &Piece) {
         let (mut within, mut later) = ([0_u64; TTL_BOUNDS_S.len()], 0);
         let mut in_bins: BTreeMap<usize, u64> = BTreeMap::new();
         let ttls: Vec<_> = piece.iter().filter_map(|key| key.ttl).collect();
@@ -127,7 +127,7 @@ impl Tally {
     }
 
     /// What that says about the whole DB, with so many pieces looked at of so many.
-    pub fn outlook(&self, drawn: (f64, f64)) -> Outlook {
+    pub(crate) fn outlook(&self, drawn: (f64, f64)) -> Outlook {
         let mut bins = vec![Sums::default().estimate(drawn); self.bins.number];
         for (bin, sums) in &self.in_bins {
             bins[*bin] = sums.estimate(drawn);

@@ -7,11 +7,11 @@
 //! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, on replicas of a
 //! cluster READONLY, and where a cluster has a table for each slot CLUSTER COUNTKEYSINSLOT, which may be refused. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
 
-pub mod bins;
-pub mod estimate;
-pub mod prefixes;
-pub mod report;
-pub mod sample;
+pub(crate) mod bins;
+pub(crate) mod estimate;
+pub(crate) mod prefixes;
+pub(crate) mod report;
+pub(crate) mod sample;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -35,13 +35,13 @@ use crate::node::info::Info;
 use crate::node::topology::{InstanceKind, Master, View};
 
 /// Keys of each DB of each master that are looked at where nobody says how many.
-pub const SAMPLE_KEYS: u64 = 100_000;
+pub(crate) const SAMPLE_KEYS: u64 = 100_000;
 /// How far the histogram looks ahead where nobody says.
-pub const AHEAD: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
 /// Where the keys are looked at.
 #[derive(Debug, Clone)]
-pub enum Place {
+pub(crate) enum Place {
     /// On a replica of each master, one that the master lists as online.
     AnyReplica,
     /// On this one.
@@ -52,7 +52,7 @@ pub enum Place {
 
 /// What is asked for.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(crate) struct Request {
     /// Where.
     pub place: Place,
     /// Which DBs; empty: each that holds keys.
@@ -69,14 +69,14 @@ pub struct Request {
 
 impl Request {
     /// A forecast on any replica.
-    pub fn new(place: Place, zone: TimeZone) -> Self {
+    pub(crate) fn new(place: Place, zone: TimeZone) -> Self {
         Self { place, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
     }
 }
 
 /// Where a master's keys were looked at.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Source {
+pub(crate) struct Source {
     /// The master.
     pub master: NodeAddr,
     /// Who was asked: a replica, or the master itself.
@@ -91,7 +91,7 @@ pub struct Source {
 
 /// What is known of one DB, or of all of them together.
 #[derive(Debug, Clone, Default)]
-pub struct Outlook {
+pub(crate) struct Outlook {
     /// Keys by DBSIZE, expired ones included.
     pub keys: u64,
     /// Keys with a TTL by INFO, expired ones included.
@@ -114,12 +114,12 @@ pub struct Outlook {
 
 impl Outlook {
     /// Expired keys that are still in memory: those with a TTL less those that live.
-    pub fn expired(&self) -> Estimate {
+    pub(crate) fn expired(&self) -> Estimate {
         Estimate { keys: (self.expires as f64 - self.with_ttl.keys).max(0.0), variance: self.with_ttl.variance }
     }
 
     /// Bytes that so many keys take.
-    pub fn bytes(&self, keys: f64) -> Option<u64> {
+    pub(crate) fn bytes(&self, keys: f64) -> Option<u64> {
         self.bytes_per_key.map(|each| (each * keys) as u64)
     }
 
@@ -145,7 +145,7 @@ impl Outlook {
 
 /// What will expire when.
 #[derive(Debug, Clone)]
-pub struct Forecast {
+pub(crate) struct Forecast {
     /// Where the instance is, without any secret.
     pub target: String,
     /// When it was looked at. Times ahead are counted from then.
@@ -170,7 +170,12 @@ pub struct Forecast {
 ///
 /// # Errors
 /// Why one of them cannot be looked at: then there is no forecast.
-pub async fn make(target: String, view: &View, options: &ConnOptions, request: &Request) -> Result<Forecast, Failure> {
+pub(crate) async fn make(
+    target: String,
+    view: &View,
+    options: &ConnOptions,
+    request: &Request,
+) -> Result<Forecast, Failure> {
     if matches!(request.place, Place::Replica(..)) && view.masters.len() != 1 {
         let message = format!("the cluster has {} masters, each with replicas of its own", view.masters.len());
         return Err(

@@ -10,13 +10,13 @@ use crate::forecast::estimate::Estimate;
 use crate::forecast::sample::Piece;
 
 /// A key expires soon where that is within this.
-pub const SOON: Duration = Duration::from_secs(3600);
+pub(crate) const SOON: Duration = Duration::from_secs(3600);
 /// Longer beginnings are cut here.
 const LONGEST: usize = 64;
 
 /// How names are grouped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct By {
+pub(crate) struct By {
     /// What stands between two parts of a name.
     pub separator: Vec<u8>,
     /// How many parts count. The last part of a name never does.
@@ -33,7 +33,7 @@ impl Default for By {
 
 /// The keys whose names begin alike.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Group {
+pub(crate) struct Group {
     /// The beginning, with the separator behind it, as text; empty: names of one part.
     pub prefix: String,
     /// Live keys.
@@ -47,19 +47,19 @@ pub struct Group {
 }
 
 /// Groups while they are counted.
-pub struct Groups {
+pub(crate) struct Groups {
     by: By,
     all: HashMap<Vec<u8>, Group>,
 }
 
 impl Groups {
     /// None yet.
-    pub fn new(by: By) -> Self {
+    pub(crate) fn new(by: By) -> Self {
         Self { by, all: HashMap::new() }
     }
 
     /// Takes in a piece of so many drawn, of so many.
-    pub fn add(&mut self, piece: &Piece, drawn: (f64, f64)) {
+    pub(crate) fn add(&mut self, piece: &Piece, drawn: (f64, f64)) {
         let mut counts: HashMap<&[u8], [u64; 4]> = HashMap::new();
         for key in piece {
             let count = counts.entry(beginning(&key.name, &self.by)).or_default();
@@ -87,7 +87,7 @@ impl Groups {
     }
 
     /// Those of most keys.
-    pub fn largest(self) -> Vec<Group> {
+    pub(crate) fn largest(self) -> Vec<Group> {
         let mut groups: Vec<_> = self.all.into_values().collect();
         groups.sort_by(|one, other| {
             other.keys.keys.total_cmp(&one.keys.keys).then_with(|| one.prefix.cmp(&other.prefix))

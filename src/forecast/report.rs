@@ -21,7 +21,7 @@ slots, the errors are too small (grant '+cluster|countkeysinslot')\n";
 const WITHIN: [&str; 6] = ["1 minute", "10 minutes", "1 hour", "6 hours", "1 day", "7 days"];
 
 /// Everything, in a zone's time.
-pub fn text(forecast: &Forecast, zone: &TimeZone) -> String {
+pub(crate) fn text(forecast: &Forecast, zone: &TimeZone) -> String {
     let mut text = String::new();
     let at = forecast.at.to_zoned(zone.clone());
     let _ = writeln!(text, "{} at {}", forecast.target, at.strftime("%Y-%m-%d %H:%M:%S %Z"));
@@ -125,12 +125,12 @@ fn picture(forecast: &Forecast, zone: &TimeZone) -> String {
 }
 
 /// From when to when.
-pub fn times(forecast: &Forecast, bins: &Range<usize>) -> (Timestamp, Timestamp) {
+pub(crate) fn times(forecast: &Forecast, bins: &Range<usize>) -> (Timestamp, Timestamp) {
     (forecast.bins.begins(bins.start), forecast.bins.begins(bins.end))
 }
 
 /// `4,100,000 keys (about 390 MiB) expire between 02:00 and 02:10`.
-pub fn peak_text(forecast: &Forecast, peak: &Peak, zone: &TimeZone) -> String {
+pub(crate) fn peak_text(forecast: &Forecast, peak: &Peak, zone: &TimeZone) -> String {
     let (from, to) = times(forecast, &peak.bins);
     let (from, to) = (from.to_zoned(zone.clone()), to.to_zoned(zone.clone()));
     let today = from.date() == forecast.at.to_zoned(zone.clone()).date();

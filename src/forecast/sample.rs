@@ -21,7 +21,7 @@ const LEAST_PIECES: u64 = 30;
 
 /// How much of a server's time is taken.
 #[derive(Debug, Clone, Copy)]
-pub struct Pace {
+pub(crate) struct Pace {
     /// Commands in one write, which the server runs back to back.
     commands: usize,
     /// Of the time, how much is spent waiting for it.
@@ -30,9 +30,9 @@ pub struct Pace {
 
 impl Pace {
     /// Nobody waits for a replica, or few do.
-    pub const REPLICA: Self = Self { commands: 100, share: 0.5 };
+    pub(crate) const REPLICA: Self = Self { commands: 100, share: 0.5 };
     /// Everybody waits for a master.
-    pub const MASTER: Self = Self { commands: 10, share: 0.05 };
+    pub(crate) const MASTER: Self = Self { commands: 10, share: 0.05 };
 
     /// Leaves the server alone for as long as what has begun then makes necessary.
     async fn rest(self, begun: Instant) {
@@ -42,7 +42,7 @@ impl Pace {
 
 /// The hash tables of a DB, and how they are cut into pieces.
 #[derive(Debug, Clone)]
-pub struct Tables {
+pub(crate) struct Tables {
     keys: u64,
     tables: Vec<Table>,
     pieces: u64,
@@ -59,16 +59,16 @@ struct Table {
 }
 
 /// A piece, by its number.
-pub type PieceNumber = u64;
+pub(crate) type PieceNumber = u64;
 
 impl Tables {
     /// One table with so many keys.
-    pub fn one(keys: u64) -> Self {
+    pub(crate) fn one(keys: u64) -> Self {
         Self::new(keys, [(None, keys)])
     }
 
     /// A table for each of these slots, with so many keys. `keys` are those of all slots together.
-    pub fn by_slot(keys: u64, sizes: impl IntoIterator<Item = (u16, u64)>) -> Self {
+    pub(crate) fn by_slot(keys: u64, sizes: impl IntoIterator<Item = (u16, u64)>) -> Self {
         Self::new(keys, sizes.into_iter().map(|(slot, keys)| (Some(slot), keys)))
     }
 
@@ -84,12 +84,12 @@ impl Tables {
     }
 
     /// How many pieces there are.
-    pub fn pieces(&self) -> u64 {
+    pub(crate) fn pieces(&self) -> u64 {
         self.pieces
     }
 
     /// Draws pieces that hold about so many keys, none twice; all of them where that would be the half.
-    pub fn draw(&self, keys: u64) -> Vec<PieceNumber> {
+    pub(crate) fn draw(&self, keys: u64) -> Vec<PieceNumber> {
         let all = self.pieces();
         let wanted = (keys as f64 * all as f64 / self.keys.max(1) as f64).ceil() as u64;
         let wanted = wanted.max(LEAST_PIECES);
@@ -121,7 +121,11 @@ fn bits_of(keys: u64) -> u32 {
 ///
 /// # Errors
 /// [`NodeError`] of the connection.
-pub async fn slot_sizes(conn: &mut Conn, slots: &SlotSet, pace: Pace) -> Result<Option<Vec<(u16, u64)>>, NodeError> {
+pub(crate) async fn slot_sizes(
+    conn: &mut Conn,
+    slots: &SlotSet,
+    pace: Pace,
+) -> Result<Option<Vec<(u16, u64)>>, NodeError> {
     let slots: Vec<u16> = slots.ranges().cloned().flatten().collect();
     let mut sizes = Vec::with_capacity(slots.len());
     for some in slots.chunks(pace.commands) {
@@ -174,7 +178,7 @@ impl Range {
 
 /// A key that lives.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Key {
+pub(crate) struct Key {
     /// Its name, which may be any bytes.
     pub name: Vec<u8>,
     /// How long it lives from the beginning of the forecast on; `None`: for ever.
@@ -182,7 +186,7 @@ pub struct Key {
 }
 
 /// The keys of one piece.
-pub type Piece = Vec<Key>;
+pub(crate) type Piece = Vec<Key>;
 
 /// A walk of one piece.
 struct Walker {
@@ -192,7 +196,7 @@ struct Walker {
 }
 
 /// Walks pieces, many at a time.
-pub struct Walk {
+pub(crate) struct Walk {
     to_come: std::vec::IntoIter<Range>,
     walkers: Vec<Walker>,
     /// Pieces that are done, and that nobody has taken yet.
@@ -204,7 +208,7 @@ pub struct Walk {
 
 impl Walk {
     /// A walk of these pieces. TTLs are counted from `from`.
-    pub fn new(tables: &Tables, pieces: Vec<PieceNumber>, pace: Pace, from: Instant) -> Self {
+    pub(crate) fn new(tables: &Tables, pieces: Vec<PieceNumber>, pace: Pace, from: Instant) -> Self {
         let ranges: Vec<_> = pieces.into_iter().map(|number| tables.range(number)).collect();
         Self { to_come: ranges.into_iter(), walkers: Vec::new(), done: Vec::new(), pace, from }
     }
@@ -213,7 +217,7 @@ impl Walk {
     ///
     /// # Errors
     /// [`NodeError`].
-    pub async fn next(&mut self, conn: &mut Conn) -> Result<Option<Piece>, NodeError> {
+    pub(crate) async fn next(&mut self, conn: &mut Conn) -> Result<Option<Piece>, NodeError> {
         loop {
             if let Some(piece) = self.done.pop() {
                 return Ok(Some(piece));

@@ -13,6 +13,7 @@ pub struct UnknownWord {
 /// Implements `ALL`, `as_str`, `Display` and `FromStr` for an enum by the word of each value.
 macro_rules! words {
     ($type:ty, $what:literal, $($variant:ident = $word:literal),+ $(,)?) => {
+        #[allow(unreachable_pub, dead_code, reason = "some of these enums are public, and not each one is listed")]
         impl $type {
             /// Every value, in the order of declaration.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];

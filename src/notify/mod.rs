@@ -36,14 +36,14 @@ const LAST_CHANCE: Duration = Duration::from_secs(3);
 
 /// Accepts events. Cloning is cheap.
 #[derive(Debug, Clone)]
-pub struct Notifier {
+pub(crate) struct Notifier {
     queue: mpsc::Sender<Event>,
     metrics: Metrics,
 }
 
 impl Notifier {
     /// Queues an event. Never waits; if the queue is full, the event is logged, counted and dropped.
-    pub fn notify(&self, event: Event) {
+    pub(crate) fn notify(&self, event: Event) {
         if let Err(error) = self.queue.try_send(event) {
             let (mpsc::error::TrySendError::Full(event) | mpsc::error::TrySendError::Closed(event)) = error;
             tracing::error!(event = %event.kind(), instance = event.instance_id, "a notification is dropped: too many events wait");
@@ -54,14 +54,14 @@ impl Notifier {
 
 /// The receiving end of the queue, which sends the events.
 #[derive(Debug)]
-pub struct Delivery {
+pub(crate) struct Delivery {
     queue: mpsc::Receiver<Event>,
     settings: watch::Receiver<Arc<ServeSettings>>,
     metrics: Metrics,
 }
 
 /// Creates the queue. Events are sent as the settings in force say.
-pub fn channel(settings: watch::Receiver<Arc<ServeSettings>>, metrics: Metrics) -> (Notifier, Delivery) {
+pub(crate) fn channel(settings: watch::Receiver<Arc<ServeSettings>>, metrics: Metrics) -> (Notifier, Delivery) {
     let (sender, queue) = mpsc::channel(QUEUE);
     (Notifier { queue: sender, metrics: metrics.clone() }, Delivery { queue, settings, metrics })
 }
@@ -102,7 +102,7 @@ impl Refusal {
 
 impl Delivery {
     /// Sends events until `stop`, and then what still waits, for at most `LAST_CHANCE`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let work = async {
             while let Some(event) = self.next(&stop).await {
                 self.deliver(&event, &stop).await;

@@ -27,7 +27,7 @@ pub(super) async fn is_over(clock: &Clock, mut view: watch::Receiver<Arc<TaskVie
 }
 
 /// The first full hour after an instant.
-pub fn next_hour(now: Timestamp) -> Timestamp {
+pub(crate) fn next_hour(now: Timestamp) -> Timestamp {
     let hours = TimestampRound::new().smallest(Unit::Hour).mode(RoundMode::Trunc);
     let begun = now.round(hours).unwrap_or(now);
     begun.checked_add(jiff::SignedDuration::from_hours(1)).unwrap_or(now)

@@ -52,7 +52,7 @@ const COMPARE_EVERY: Duration = Duration::from_secs(30);
 
 /// How a daemon joins others that share its records.
 #[derive(Debug, Clone)]
-pub struct Membership {
+pub(crate) struct Membership {
     /// How it presents itself; its id is new each time that it joins.
     pub record: DaemonRecord,
     /// How long its tasks remain its own after a renewal.
@@ -95,7 +95,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn join(
+    pub(crate) async fn join(
         &mut self,
         membership: Membership,
         settings: watch::Receiver<Arc<ServeSettings>>,
@@ -120,7 +120,7 @@ impl TaskService {
     }
 
     /// Whether the lease holds, so that no other daemon may have the tasks of this one.
-    pub fn has_lease(&self) -> bool {
+    pub(crate) fn has_lease(&self) -> bool {
         self.member.as_ref().is_none_or(|member| Instant::now() < member.until())
     }
 
@@ -128,7 +128,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn daemons(&self) -> Result<(Option<DaemonId>, Vec<PresentDaemon>), TaskError> {
+    pub(crate) async fn daemons(&self) -> Result<(Option<DaemonId>, Vec<PresentDaemon>), TaskError> {
         if let Some(member) = &self.member {
             return Ok((Some(member.presence().id), member.fleet.daemons().await?));
         }

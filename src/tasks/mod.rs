@@ -46,10 +46,10 @@ use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
-pub use keep::next_hour;
-pub use member::Membership;
-pub use queue::Busy;
-pub use recorder::Order;
+pub(crate) use keep::next_hour;
+pub(crate) use member::Membership;
+pub(crate) use queue::Busy;
+pub(crate) use recorder::Order;
 
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
 /// that for long holds the sweep rather than filling the memory.
@@ -59,7 +59,7 @@ const ORDER_BUFFER: usize = 16;
 
 /// Why something cannot be done with a task.
 #[derive(Debug, thiserror::Error)]
-pub enum TaskError {
+pub(crate) enum TaskError {
     /// The records cannot be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -88,7 +88,7 @@ pub enum TaskError {
 
 impl TaskError {
     /// The failure that an operator reads.
-    pub fn to_failure(&self) -> Failure {
+    pub(crate) fn to_failure(&self) -> Failure {
         match self {
             Self::Store(error) => error.to_failure(),
             other => Failure::new(FailureKind::Store, other.to_string()),
@@ -98,7 +98,7 @@ impl TaskError {
 
 /// What a task is to do: everything that is known before it is recorded.
 #[derive(Debug, Clone)]
-pub struct TaskSpec {
+pub(crate) struct TaskSpec {
     /// The instance.
     pub instance_id: String,
     /// The project of the instance; empty for a sweep from the command line.
@@ -123,7 +123,7 @@ pub struct TaskSpec {
 
 impl TaskSpec {
     /// A sweep with these settings, at any time.
-    pub fn new(instance_id: String, settings: &Settings, conn: ConnOptions, cause: Cause) -> Self {
+    pub(crate) fn new(instance_id: String, settings: &Settings, conn: ConnOptions, cause: Cause) -> Self {
         Self {
             instance_id,
             project_id: String::new(),
@@ -142,7 +142,7 @@ impl TaskSpec {
     ///
     /// # Errors
     /// [`TaskError::Settings`] where a certificate or key of the instance cannot be used.
-    pub fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Result<Self, TaskError> {
+    pub(crate) fn of(instance: &Instance, settings: &Settings, cause: Cause) -> Result<Self, TaskError> {
         let conn = conn_options_of_file(settings).map_err(TaskError::Settings)?;
         let spec = Self::new(instance.id.clone(), settings, conn, cause);
         Ok(Self { project_id: instance.project_id.clone(), place: instance.place.clone(), ..spec })
@@ -153,7 +153,7 @@ impl TaskSpec {
 ///
 /// # Errors
 /// A certificate or key file that cannot be used.
-pub fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
+pub(crate) fn conn_options(settings: &Settings) -> Result<ConnOptions, Problem> {
     let tls = settings.tls.as_ref().map(Tls::load).transpose();
     Ok(ConnOptions {
         credentials: settings.credentials.clone(),
@@ -176,14 +176,14 @@ fn conn_options_of_file(settings: &Settings) -> Result<ConnOptions, Problem> {
 
 /// New limits for a task that has not ended, by the keys of [`TUNE_KEYS`]. Settings of other keys stay.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Tune(SweepTexts);
+pub(crate) struct Tune(SweepTexts);
 
 impl Tune {
     /// Checks the limits of a request.
     ///
     /// # Errors
     /// Every problem; the keys are named.
-    pub fn new(texts: SweepTexts) -> Result<Self, Vec<Problem>> {
+    pub(crate) fn new(texts: SweepTexts) -> Result<Self, Vec<Problem>> {
         let unknown = texts.keys().find(|key| !TUNE_KEYS.contains(&key.as_str()));
         if let Some(key) = unknown {
             let message = format!("`{key}` cannot be changed while a task runs; these can: {}", TUNE_KEYS.join(", "));
@@ -212,7 +212,7 @@ impl fmt::Display for Tune {
 
 /// A task as it is now.
 #[derive(Debug, Clone)]
-pub struct TaskView {
+pub(crate) struct TaskView {
     /// The record.
     pub task: Task,
     /// What it has done so far.
@@ -221,7 +221,7 @@ pub struct TaskView {
 
 /// A task that was started.
 #[derive(Debug)]
-pub struct RunningTask {
+pub(crate) struct RunningTask {
     /// Stops the task or changes its limits.
     pub control: Control,
     /// The latest view. A slow reader misses views; it never holds the sweep.
@@ -231,7 +231,7 @@ pub struct RunningTask {
 
 impl RunningTask {
     /// Waits until the task has ended and its record is written. Returns the last view.
-    pub async fn ended(self) -> Arc<TaskView> {
+    pub(crate) async fn ended(self) -> Arc<TaskView> {
         if let Err(panic) = self.ended.await {
             tracing::error!(%panic, "the recorder broke");
         }
@@ -241,7 +241,7 @@ impl RunningTask {
 
 /// Creates, starts and finds tasks. A clone is the same service.
 #[derive(Debug, Clone)]
-pub struct TaskService {
+pub(crate) struct TaskService {
     store: Store,
     metrics: Metrics,
     queue: Arc<Queue>,
@@ -254,23 +254,23 @@ pub struct TaskService {
 
 impl TaskService {
     /// A service on these records that lets one task sweep at a time.
-    pub fn new(store: Store) -> Self {
+    pub(crate) fn new(store: Store) -> Self {
         Self::with_slots(store, Metrics::default(), 1)
     }
 
     /// A service on these records that lets `slots` queued tasks sweep at the same time.
-    pub fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
+    pub(crate) fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
         Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None, notifier: None }
     }
 
     /// The same service, which reports failed tasks to this notifier.
     #[must_use]
-    pub fn telling(self, notifier: Notifier) -> Self {
+    pub(crate) fn telling(self, notifier: Notifier) -> Self {
         Self { notifier: Some(notifier), ..self }
     }
 
     /// The records.
-    pub fn store(&self) -> &Store {
+    pub(crate) fn store(&self) -> &Store {
         &self.store
     }
 
@@ -279,7 +279,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn show_successes(&self) -> Result<(), StoreError> {
+    pub(crate) async fn show_successes(&self) -> Result<(), StoreError> {
         for (instance, at) in self.store.last_successes().await? {
             self.metrics.succeeded(&instance, at);
         }
@@ -290,7 +290,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
+    pub(crate) async fn auto_scan(&self, instance: &Instance) -> Result<AutoScan, TaskError> {
         let set = self.store.auto_scan(&instance.id, &instance.project_id).await?;
         Ok(set.unwrap_or_else(|| instance.auto_scan.clone()))
     }
@@ -299,7 +299,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
-    pub async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
+    pub(crate) async fn create(&self, spec: &TaskSpec) -> Result<Task, TaskError> {
         let task = new_task(spec, self.store.now());
         // Which shards it has is known once its masters were asked; the first checkpoint names them.
         self.store.insert(&task, None).await?;
@@ -311,7 +311,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn resumable(&self, instance_id: &str) -> Result<Option<Task>, TaskError> {
+    pub(crate) async fn resumable(&self, instance_id: &str) -> Result<Option<Task>, TaskError> {
         let Some(mut task) = self.store.latest(instance_id).await? else { return Ok(None) };
         match task.state {
             // Its process was killed: it wrote no end.
@@ -326,7 +326,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError`]; then nothing was started.
-    pub async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
+    pub(crate) async fn start(&self, mut task: Task, spec: TaskSpec) -> Result<RunningTask, TaskError> {
         task.apply(Command::Start, self.store.now())?;
         // A sweep from the command line gets its whole time budget again.
         task.spent = Duration::ZERO;
@@ -499,7 +499,7 @@ fn new_task(spec: &TaskSpec, now: Timestamp) -> Task {
 ///
 /// # Errors
 /// Why they cannot be found.
-pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure> {
+pub(crate) async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure> {
     let conn =
         conn_options_of_file(settings).map_err(|problem| Failure::new(FailureKind::CannotConnect, problem.message))?;
     let topology = Topology::new(settings.target.clone(), conn.clone(), settings.scan.follow);
@@ -510,7 +510,7 @@ pub async fn masters(settings: &Settings) -> Result<(View, ConnOptions), Failure
 ///
 /// # Errors
 /// Why it cannot be swept.
-pub async fn may_be_swept(settings: &Settings) -> Result<(), Failure> {
+pub(crate) async fn may_be_swept(settings: &Settings) -> Result<(), Failure> {
     let (view, options) = masters(settings).await?;
     for master in view.masters {
         let mut conn = Conn::open(&master.addr, &options).await.map_err(NodeError::into_failure)?;

@@ -36,7 +36,7 @@ const RECHECK_ENDED: Duration = Duration::from_millis(1);
 /// The instance has a task that has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the task {0} of this instance has not ended")]
-pub struct Busy(pub TaskId);
+pub(crate) struct Busy(pub TaskId);
 
 /// The active tasks of this process, and the slots that they share.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
-    pub async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
+    pub(crate) async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
         let is_keep = spec.cause == Cause::Keep;
         for _ in 0..GIVE_WAY_AT_MOST {
             let (service, spec) = (self.clone(), spec.clone());
@@ -156,7 +156,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`]; then there is no task.
-    pub async fn submit_failed(
+    pub(crate) async fn submit_failed(
         &self,
         instance: &Instance,
         settings: &Settings,
@@ -187,7 +187,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn is_busy(&self, instance_id: &str) -> Result<bool, TaskError> {
+    pub(crate) async fn is_busy(&self, instance_id: &str) -> Result<bool, TaskError> {
         let here = {
             let active = self.queue.active();
             active.values().find(|task| task.instance_id == instance_id).map(|task| task.view.borrow().task.clone())
@@ -200,7 +200,7 @@ impl TaskService {
     }
 
     /// The active task of an instance in this process.
-    pub fn active_task_of(&self, instance_id: &str) -> Option<TaskId> {
+    pub(crate) fn active_task_of(&self, instance_id: &str) -> Option<TaskId> {
         let active = self.queue.active();
         active.iter().find(|(_, task)| task.instance_id == instance_id).map(|(id, _)| *id)
     }
@@ -210,7 +210,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError`] where records cannot be read or written.
-    pub async fn recover(&self, settings: &ServeSettings) -> Result<(), TaskError> {
+    pub(crate) async fn recover(&self, settings: &ServeSettings) -> Result<(), TaskError> {
         if self.member.is_some() {
             return Ok(());
         }
@@ -317,7 +317,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn find(&self, id: TaskId) -> Result<Option<Arc<TaskView>>, TaskError> {
+    pub(crate) async fn find(&self, id: TaskId) -> Result<Option<Arc<TaskView>>, TaskError> {
         if let Some(view) = self.watch(id) {
             return Ok(Some(view.borrow().clone()));
         }
@@ -349,7 +349,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn views(&self, tasks: Vec<Task>) -> Result<Vec<Arc<TaskView>>, TaskError> {
+    pub(crate) async fn views(&self, tasks: Vec<Task>) -> Result<Vec<Arc<TaskView>>, TaskError> {
         let here = self.active_views();
         let away: Vec<_> = tasks.iter().map(|task| task.id).filter(|id| !here.contains_key(id)).collect();
         let mut shards = self.store.shards_of(&away).await?;
@@ -364,12 +364,12 @@ impl TaskService {
     }
 
     /// The views of all active tasks of this process, as they change. Each ends with its task.
-    pub fn active_views(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
+    pub(crate) fn active_views(&self) -> BTreeMap<TaskId, watch::Receiver<Arc<TaskView>>> {
         self.queue.active().iter().map(|(id, task)| (*id, task.view.clone())).collect()
     }
 
     /// Changes whenever a task becomes active in this process.
-    pub fn arrivals(&self) -> watch::Receiver<()> {
+    pub(crate) fn arrivals(&self) -> watch::Receiver<()> {
         self.queue.arrived.subscribe()
     }
 
@@ -377,7 +377,7 @@ impl TaskService {
     ///
     /// # Errors
     /// [`TaskError::Store`].
-    pub async fn elsewhere(&self) -> Result<Vec<Arc<TaskView>>, TaskError> {
+    pub(crate) async fn elsewhere(&self) -> Result<Vec<Arc<TaskView>>, TaskError> {
         if self.member.is_none() {
             return Ok(Vec::new());
         }
@@ -388,12 +388,12 @@ impl TaskService {
     }
 
     /// The view of an active task of this process, as it changes.
-    pub fn watch(&self, id: TaskId) -> Option<watch::Receiver<Arc<TaskView>>> {
+    pub(crate) fn watch(&self, id: TaskId) -> Option<watch::Receiver<Arc<TaskView>>> {
         self.queue.active().get(&id).map(|task| task.view.clone())
     }
 
     /// The view of a task, as it changes, whichever daemon has the task. It ends with the task.
-    pub fn follow(&self, view: Arc<TaskView>) -> watch::Receiver<Arc<TaskView>> {
+    pub(crate) fn follow(&self, view: Arc<TaskView>) -> watch::Receiver<Arc<TaskView>> {
         if let Some(views) = self.watch(view.task.id) {
             return views;
         }
@@ -423,7 +423,7 @@ impl TaskService {
     /// [`TaskError::Ended`] for a task that is not active; [`TaskError::Transition`] where its state does not take the order;
     /// [`TaskError::Store`] where the order could not be recorded, and was not carried out; [`TaskError::OwnerSilent`] and
     /// [`TaskError::OwnerFailed`] where another daemon has the task.
-    pub async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
+    pub(crate) async fn order(&self, id: TaskId, order: Order) -> Result<Arc<TaskView>, TaskError> {
         match (self.order_here(id, order.clone()).await, &self.member) {
             // This process does not have it, or no longer.
             (Err(TaskError::Ended | TaskError::Store(StoreError::Fenced(_))), Some(member)) => {
@@ -450,7 +450,7 @@ impl TaskService {
     }
 
     /// Sets how many tasks may sweep at the same time. Those that sweep already go on.
-    pub fn set_slots(&self, slots: usize) {
+    pub(crate) fn set_slots(&self, slots: usize) {
         let before = self.queue.slots_wanted.swap(slots, Ordering::SeqCst);
         if slots > before {
             self.queue.slots.add_permits(slots - before);
@@ -500,7 +500,7 @@ impl TaskService {
     }
 
     /// Tells every task to end after its batch, with a checkpoint, and waits until all have ended.
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         {
             let _nobody_submits = self.queue.submitting.lock().await;
             self.queue.closing.cancel();

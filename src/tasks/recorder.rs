@@ -44,7 +44,7 @@ const WRITE_AGAIN: Duration = Duration::from_secs(1);
 /// What a person can ask of a task that has not ended. Passed between daemons as JSON.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub(crate) enum Order {
     /// Hold until it is resumed.
     Pause,
     /// Go on after a pause.

@@ -201,7 +201,7 @@ expires = "2020-01-01T00:00:00Z"
 
 fn hash(token: &str) -> String {
     use sha2::{Digest, Sha256};
-    ttlsweep::api::signature::hex(&Sha256::digest(token.as_bytes()))
+    crate::support::hex(&Sha256::digest(token.as_bytes()))
 }
 
 fn with_tokens(instance: &str) -> String {

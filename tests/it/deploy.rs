@@ -425,7 +425,7 @@ fn the_settings_files_that_are_shipped_are_valid() {
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     }
     use sha2::{Digest, Sha256};
-    let known = ttlsweep::api::signature::hex(&Sha256::digest(b"try-me"));
+    let known = crate::support::hex(&Sha256::digest(b"try-me"));
     assert!(read("deploy/compose/ttlsweep.toml").contains(&known), "the token of docker-compose.yml");
     assert!(read("docker-compose.yml").contains("X-Auth-Token: try-me"));
 }

@@ -24,7 +24,7 @@ const KEY_NAMES: &str = "customer-4711:";
 
 /// The settings, with more lines for the first instance.
 fn settings(server: &Server, refused: &Server, wrong: &str, more: &str) -> String {
-    let sha256 = ttlsweep::api::signature::hex(&Sha256::digest(TOKEN));
+    let sha256 = crate::support::hex(&Sha256::digest(TOKEN));
     let api = format!(
         "[api]\nlisten = \"127.0.0.1:0\"\n\
          [[api.tokens]]\nname = \"ops\"\nrole = \"operator\"\nprojects = [\"*\"]\nsha256 = \"{sha256}\"\n\

@@ -41,7 +41,7 @@ const LOG_LINES: usize = 5;
 const WATCHDOG: &str = r#"read -r word && exit 0; kill -9 "$1"; rm -rf "$2""#;
 
 /// Finds a server program on the PATH.
-pub fn find() -> Option<PathBuf> {
+pub(super) fn find() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
     let mut candidates = BINARIES.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
@@ -71,7 +71,7 @@ fn port_with_bus() -> io::Result<u16> {
 
 /// A running private server. Dropping it kills the server and removes its folder.
 #[derive(Debug)]
-pub struct DemoServer {
+pub(super) struct DemoServer {
     child: Child,
     watchdog: Option<Child>,
     port: u16,
@@ -82,7 +82,7 @@ pub struct DemoServer {
 
 /// Why a private server could not be started.
 #[derive(Debug, thiserror::Error)]
-pub enum CannotStart {
+pub(super) enum CannotStart {
     /// The program could not be run.
     #[error("cannot run {program}")]
     Spawn {
@@ -118,7 +118,7 @@ impl DemoServer {
     ///
     /// # Errors
     /// [`CannotStart`].
-    pub async fn start(program: &Path) -> Result<Self, CannotStart> {
+    pub(super) async fn start(program: &Path) -> Result<Self, CannotStart> {
         Self::start_as(program, &Uuid::new_v4().to_string(), false).await
     }
 
@@ -126,7 +126,7 @@ impl DemoServer {
     ///
     /// # Errors
     /// [`CannotStart`].
-    pub async fn start_as(program: &Path, password: &str, cluster: bool) -> Result<Self, CannotStart> {
+    pub(super) async fn start_as(program: &Path, password: &str, cluster: bool) -> Result<Self, CannotStart> {
         let mut tries = 1;
         loop {
             let mut server = Self::launch(program, password, cluster)?;
@@ -199,27 +199,27 @@ impl DemoServer {
     }
 
     /// The process id of the server.
-    pub fn pid(&self) -> u32 {
+    pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The TCP port on loopback.
-    pub fn port(&self) -> u16 {
+    pub(super) fn port(&self) -> u16 {
         self.port
     }
 
     /// The address to connect to.
-    pub fn addr(&self) -> NodeAddr {
+    pub(super) fn addr(&self) -> NodeAddr {
         NodeAddr::Tcp { host: Ipv4Addr::LOCALHOST.to_string(), port: self.port }
     }
 
     /// The password of the default user.
-    pub fn password(&self) -> &str {
+    pub(super) fn password(&self) -> &str {
         &self.password
     }
 
     /// Options for a connection, with the password.
-    pub fn conn_options(&self) -> ConnOptions {
+    pub(super) fn conn_options(&self) -> ConnOptions {
         let credentials = Credentials { user: None, password: Some(self.password.clone().into_bytes().into()) };
         ConnOptions::plain(credentials, Duration::from_secs(5), Duration::from_secs(30))
     }

@@ -9,7 +9,7 @@ use crate::node::conn::Reply;
 /// in the end (Brent's method). Cursors without a circle and without an end are detected by the keys: SCAN returns a key a few times at
 /// most, so it cannot return many times as many keys as the DB holds.
 #[derive(Debug, Clone, Copy)]
-pub struct CursorLoop {
+pub(crate) struct CursorLoop {
     mark: Option<ScanPosition>,
     batches: u64,
     until_next_mark: u64,
@@ -31,12 +31,12 @@ impl CursorLoop {
     const SEEN_AT_MOST: (u64, u64) = (10, 1_000_000);
 
     /// Positions may come again from now on, since a part is walked again on purpose. The keys that were returned still count.
-    pub fn walks_again(&mut self) {
+    pub(crate) fn walks_again(&mut self) {
         (self.mark, self.met) = (None, 0);
     }
 
     /// Adds a batch. Returns why the cursors lead nowhere, if they are known to.
-    pub fn add(&mut self, reply: &Reply) -> Option<String> {
+    pub(crate) fn add(&mut self, reply: &Reply) -> Option<String> {
         let next = reply.to;
         self.seen += reply.returned;
         self.keys = self.keys.max(reply.before.keys);

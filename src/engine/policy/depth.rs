@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 /// Most batches under way, and so most connections to one master: beyond 2 ms of round trip a sweep slows down with the distance.
-pub const MOST: usize = 32;
+pub(crate) const MOST: usize = 32;
 /// The depth grows while replies wait for less than this: slices, and a part of the round trip.
 const GROW_BELOW: (f64, f64) = (0.25, 1.0 / 16.0);
 /// The depth shrinks while replies wait for more than this.
@@ -29,7 +29,7 @@ const PAIR_FROM: f64 = 0.5;
 
 /// The depth of one pass.
 #[derive(Debug, Clone)]
-pub struct Depth {
+pub(crate) struct Depth {
     now: usize,
     most: usize,
     took: Vec<Duration>,
@@ -49,7 +49,7 @@ pub struct Depth {
 
 impl Depth {
     /// Of a pass that begins at an intensity and can use `most` workers at most.
-    pub fn new(most: usize, intensity: f64) -> Self {
+    pub(crate) fn new(most: usize, intensity: f64) -> Self {
         let most = most.clamp(1, MOST);
         let now = if intensity >= PAIR_FROM { most.min(2) } else { 1 };
         Self {
@@ -67,24 +67,24 @@ impl Depth {
     }
 
     /// How many batches may be under way.
-    pub fn now(&self) -> usize {
+    pub(crate) fn now(&self) -> usize {
         self.now
     }
 
     /// No more workers are to be had than this.
-    pub fn limit(&mut self, most: usize) {
+    pub(crate) fn limit(&mut self, most: usize) {
         self.most = most.clamp(1, MOST);
         self.now = self.now.min(self.most);
     }
 
     /// A batch had to wait for rest or ceiling.
-    pub fn was_paced(&mut self) {
+    pub(crate) fn was_paced(&mut self) {
         self.paced = true;
     }
 
     /// Takes in what a reply took since it was sent, where a batch holds the server for `slice` and the way there and back takes
     /// `floor` at least.
-    pub fn answered(&mut self, took: Duration, floor: Duration, slice: Duration, intensity: f64) {
+    pub(crate) fn answered(&mut self, took: Duration, floor: Duration, slice: Duration, intensity: f64) {
         self.took.push(took);
         if self.took.len() < WINDOW.max(2 * self.now) {
             return;

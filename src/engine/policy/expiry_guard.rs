@@ -27,7 +27,7 @@ const LEAST_FLOW: f64 = 100.0;
 /// The most server time for a key, in microseconds, from which the rests follow.
 const SLOW_KEY_US: f64 = 2.5;
 /// How long the flow is watched before a slow sweep: keys expire in bursts, and the mean has to span several.
-pub const WATCH_FOR: Duration = Duration::from_secs(4);
+pub(crate) const WATCH_FOR: Duration = Duration::from_secs(4);
 
 /// Active expiry has collapsed once it frees less than this share of the flow before.
 const COLLAPSED: f64 = 0.25;
@@ -42,13 +42,13 @@ const LONGEST_BETWEEN: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Keys that expired each second between two readings of `expired_keys` that are [`WATCH_FOR`] apart.
-pub fn flow(before: Option<u64>, after: Option<u64>) -> Option<f64> {
+pub(crate) fn flow(before: Option<u64>, after: Option<u64>) -> Option<f64> {
     let expired = after?.saturating_sub(before?);
     Some(expired as f64 / WATCH_FOR.as_secs_f64())
 }
 
 /// The most keys a second that a sweep can read with these limits; `None`: nothing limits it.
-pub fn fastest(tuning: &Tuning) -> Option<f64> {
+pub(crate) fn fastest(tuning: &Tuning) -> Option<f64> {
     let ceiling = tuning.max_keys_per_sec.map(f64::from);
     let rested = (tuning.intensity < 1.0).then_some(tuning.intensity * 1e6 / SLOW_KEY_US);
     match (ceiling, rested) {
@@ -59,13 +59,13 @@ pub fn fastest(tuning: &Tuning) -> Option<f64> {
 
 /// Whether a pass over `keys` may be so slow that the flow of expiry has to be known first.
 /// `starves`: [`slow_scan_starves_expiry`](super::profile::slow_scan_starves_expiry).
-pub fn has_to_know_the_flow(starves: bool, keys: u64, settings: &ScanSettings) -> bool {
+pub(crate) fn has_to_know_the_flow(starves: bool, keys: u64, settings: &ScanSettings) -> bool {
     let pass = fastest(&settings.tuning).map(|per_sec| keys as f64 / per_sec);
     starves && pass.is_some_and(|seconds| seconds > SHORT_PASS.as_secs_f64())
 }
 
 /// The failure of a sweep that would do harm: a slow pass over `keys` while `expire_per_sec` keys expire each second. `None`: no harm.
-pub fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettings) -> Option<Failure> {
+pub(crate) fn harm(starves: bool, keys: u64, expire_per_sec: f64, settings: &ScanSettings) -> Option<Failure> {
     if !has_to_know_the_flow(starves, keys, settings) || expire_per_sec < LEAST_FLOW {
         return None;
     }
@@ -99,7 +99,7 @@ struct Sample {
 
 /// What the guard advises.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Advice {
+pub(crate) enum Advice {
     /// No harm is seen.
     Fine,
     /// Take the most that is allowed, whatever other clients need.
@@ -110,7 +110,7 @@ pub enum Advice {
 
 /// Watches active expiry during a pass.
 #[derive(Debug)]
-pub struct ExpiryGuard {
+pub(crate) struct ExpiryGuard {
     /// Whether a slow SCAN can stop active expiry on this version.
     guards: bool,
     /// The most keys that the server expired each second, before the sweep or during it: the flow may begin after the sweep.
@@ -129,7 +129,7 @@ pub struct ExpiryGuard {
 impl ExpiryGuard {
     /// A guard of a pass over `keys` on a server on which `expire_per_sec` keys expired before.
     /// `starves`: a slow SCAN can stop the active expiry of this version.
-    pub fn new(starves: bool, keys: u64, expire_per_sec: Option<f64>) -> Self {
+    pub(crate) fn new(starves: bool, keys: u64, expire_per_sec: Option<f64>) -> Self {
         Self {
             guards: starves,
             most: expire_per_sec.unwrap_or(0.0),
@@ -142,7 +142,7 @@ impl ExpiryGuard {
     }
 
     /// Advises at a time since the pass began, from an observation, the counters of the pass and DBSIZE.
-    pub fn advise(&mut self, at: Duration, seen: &Observation, counters: &PassCounters, keys: u64) -> Advice {
+    pub(crate) fn advise(&mut self, at: Duration, seen: &Observation, counters: &PassCounters, keys: u64) -> Advice {
         let Some(expired) = seen.expired_by_server.or(seen.expired_keys).filter(|_| self.guards) else {
             return Advice::Fine;
         };

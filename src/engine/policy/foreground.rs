@@ -8,16 +8,16 @@ use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
 /// How often the sweep pauses to measure the load of other clients: with [`MEASURE_FOR`], a fiftieth of its time.
-pub const MEASURE_EVERY: Duration = Duration::from_secs(1);
+pub(crate) const MEASURE_EVERY: Duration = Duration::from_secs(1);
 /// How long it pauses for that.
-pub const MEASURE_FOR: Duration = Duration::from_millis(20);
+pub(crate) const MEASURE_FOR: Duration = Duration::from_millis(20);
 /// The weight of a new measurement against those before: larger where the load has risen, so that the sweep gives way
 /// at once and comes back slowly.
 const WEIGHT: (f64, f64) = (0.7, 0.3);
 
 /// The load of other clients, by measurements for which the sweep pauses.
 #[derive(Debug, Default)]
-pub struct Foreground {
+pub(crate) struct Foreground {
     /// Share of the main thread's time that they take, from 0 to 1, smoothed; `None`: unknown.
     pub cpu: Option<f64>,
     /// Their commands per second, smoothed; `None`: unknown.
@@ -27,14 +27,14 @@ pub struct Foreground {
 
 impl Foreground {
     /// Whether it is time to measure again. Never where no limit and no intensity depends on it.
-    pub fn measurement_is_due(&self, tuning: &Tuning) -> bool {
+    pub(crate) fn measurement_is_due(&self, tuning: &Tuning) -> bool {
         let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
         let wanted = tuning.min_intensity < tuning.intensity || is_limited;
         wanted && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
     }
 
     /// Adds a measurement.
-    pub fn learn(&mut self, cpu: Option<f64>, ops: Option<u64>) {
+    pub(crate) fn learn(&mut self, cpu: Option<f64>, ops: Option<u64>) {
         let smooth = |before: Option<f64>, now: f64| match before {
             Some(before) => before + (now - before) * if now > before { WEIGHT.0 } else { WEIGHT.1 },
             None => now,
@@ -46,7 +46,7 @@ impl Foreground {
 }
 
 /// The share of a time span in which a thread worked, by its CPU time before and after.
-pub fn busy_share(before: Option<Duration>, after: Option<Duration>, span: Duration) -> Option<f64> {
+pub(crate) fn busy_share(before: Option<Duration>, after: Option<Duration>, span: Duration) -> Option<f64> {
     let worked = after?.checked_sub(before?)?;
     (!span.is_zero()).then(|| (worked.as_secs_f64() / span.as_secs_f64()).min(1.0))
 }

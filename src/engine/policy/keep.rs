@@ -69,7 +69,7 @@ impl Inflow {
 
 /// What is walked: all DBs of one master.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Table {
+pub(crate) struct Table {
     /// Keys in it.
     pub keys: u64,
     /// Keys with a TTL, those that have expired included.
@@ -80,7 +80,7 @@ pub struct Table {
 
 /// The limits do not let a bound be kept.
 #[derive(Debug, Clone, PartialEq)]
-pub struct CannotKeep {
+pub(crate) struct CannotKeep {
     /// Keys that would have to be walked each second.
     pub needed: f64,
     /// Keys that are walked each second, at the most that the limits allow.
@@ -89,7 +89,7 @@ pub struct CannotKeep {
 
 /// The pace of a keep run on one master.
 #[derive(Debug)]
-pub struct KeepPace {
+pub(crate) struct KeepPace {
     bounds: Bounds,
     table: Table,
     /// The table when the lap began.
@@ -115,7 +115,7 @@ pub struct KeepPace {
 
 impl KeepPace {
     /// A walk that begins now. `before`: what an earlier process counted.
-    pub fn new(bounds: Bounds, before: KeepFigures, now: Instant) -> Self {
+    pub(crate) fn new(bounds: Bounds, before: KeepFigures, now: Instant) -> Self {
         Self {
             bounds,
             table: Table::default(),
@@ -134,14 +134,14 @@ impl KeepPace {
     }
 
     /// Another process: nothing is known of its keys.
-    pub fn forget(&mut self, now: Instant) {
+    pub(crate) fn forget(&mut self, now: Instant) {
         let before = self.figures;
         *self = Self::new(self.bounds, before, now);
     }
 
     /// A lap begins over what is there now. Returns the numbers where the limits, by which `fastest` keys are walked each second at most, do
     /// not let the bound be kept, once.
-    pub fn begin_lap(&mut self, table: Table, fastest: Option<f64>, now: Instant) -> Option<CannotKeep> {
+    pub(crate) fn begin_lap(&mut self, table: Table, fastest: Option<f64>, now: Instant) -> Option<CannotKeep> {
         (self.table, self.began_with) = (table, table);
         self.has_rested = false;
         self.lap_began = (self.at, now);
@@ -151,7 +151,7 @@ impl KeepPace {
     }
 
     /// The lap is complete. Returns the numbers where it took too long although it went as fast as the limits let it, once.
-    pub fn end_lap(&mut self, now: Instant) -> Option<CannotKeep> {
+    pub(crate) fn end_lap(&mut self, now: Instant) -> Option<CannotKeep> {
         self.figures.laps += 1;
         self.at = self.lap_began.0 + 1.0;
         self.mark(now);
@@ -172,14 +172,14 @@ impl KeepPace {
     }
 
     /// There are so many keys by now. Those with a TTL are taken for the same share of them as when the lap began.
-    pub fn resize(&mut self, keys: u64) {
+    pub(crate) fn resize(&mut self, keys: u64) {
         let Table { keys: before, expires, .. } = self.began_with;
         self.table.keys = keys;
         self.table.expires = (keys as f64 * expires as f64 / before.max(1) as f64) as u64;
     }
 
     /// The walk has come to a share of the lap, in [0, 1], and has freed so many keys on the way there.
-    pub fn walked(&mut self, share: f64, reclaimed: u64, now: Instant) {
+    pub(crate) fn walked(&mut self, share: f64, reclaimed: u64, now: Instant) {
         let at = self.lap_began.0 + share.min(1.0);
         let step = at - self.at;
         if step < 0.0 {
@@ -213,7 +213,7 @@ impl KeepPace {
     ///
     /// # Errors
     /// The instant.
-    pub fn may_send(&mut self, now: Instant) -> Result<(), Instant> {
+    pub(crate) fn may_send(&mut self, now: Instant) -> Result<(), Instant> {
         if now - self.estimated >= ESTIMATE_EVERY {
             self.estimate(now);
         }
@@ -226,7 +226,7 @@ impl KeepPace {
     }
 
     /// How well the bounds are kept.
-    pub fn figures(&self) -> KeepFigures {
+    pub(crate) fn figures(&self) -> KeepFigures {
         self.figures
     }
 

@@ -24,7 +24,7 @@ const PROOF: u64 = 3;
 
 /// Whether the batches of one server process come with names.
 #[derive(Debug, Clone)]
-pub struct KeyNames {
+pub(crate) struct KeyNames {
     nameless: bool,
     since_audit: u64,
     audited: Option<Instant>,
@@ -34,7 +34,7 @@ pub struct KeyNames {
 
 /// How a batch is scanned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NamesMode {
+pub(crate) enum NamesMode {
     /// With names.
     Read,
     /// Without names.
@@ -45,7 +45,7 @@ pub enum NamesMode {
 
 impl KeyNames {
     /// Chooses by the settings. `type_frees_all`: on this server SCAN with a TYPE frees every expired key that it meets.
-    pub fn new(asked: Payload, type_frees_all: bool) -> Self {
+    pub(crate) fn new(asked: Payload, type_frees_all: bool) -> Self {
         let nameless = match asked {
             Payload::Auto => type_frees_all,
             Payload::Names => false,
@@ -54,13 +54,8 @@ impl KeyNames {
         Self { nameless, since_audit: 0, audited: None, freed: 0, left_expired: 0 }
     }
 
-    /// Whether batches come without names.
-    pub fn are_left(&self) -> bool {
-        self.nameless
-    }
-
     /// How the next batch is scanned. The first one without names is audited.
-    pub fn next_batch(&mut self) -> NamesMode {
+    pub(crate) fn next_batch(&mut self) -> NamesMode {
         if !self.nameless {
             return NamesMode::Read;
         }
@@ -74,14 +69,14 @@ impl KeyNames {
 
     /// COUNT of the second SCAN of a range. It has to stay within the keys that the first one visited: those that were not reclaimed are
     /// left. Half of them is well inside.
-    pub fn audit_count(count: u32, freed: u64) -> u32 {
+    pub(crate) fn audit_count(count: u32, freed: u64) -> u32 {
         let left = u64::from(count).saturating_sub(freed);
         u32::try_from(left / 2).unwrap_or(u32::MAX).max(1)
     }
 
     /// A batch without names is done: `freed` keys were reclaimed by it, and `audit` by the second SCAN, if there was one. Returns
     /// whether it is proven now that SCAN without names leaves expired keys.
-    pub fn learn(&mut self, freed: u64, audit: Option<u64>) -> bool {
+    pub(crate) fn learn(&mut self, freed: u64, audit: Option<u64>) -> bool {
         self.freed += freed;
         self.left_expired += audit.unwrap_or(0);
         // The second SCAN covers half of one batch in `AUDIT_EVERY`.
@@ -89,7 +84,7 @@ impl KeyNames {
     }
 
     /// Reads names from now on. Returns whether that is a change.
-    pub fn give_up(&mut self) -> bool {
+    pub(crate) fn give_up(&mut self) -> bool {
         std::mem::take(&mut self.nameless)
     }
 }
@@ -106,7 +101,7 @@ mod tests {
             (Payload::Names, true, false),
             (Payload::None, false, true),
         ] {
-            assert_eq!(KeyNames::new(asked, frees_all).are_left(), left, "{asked} {frees_all}");
+            assert_eq!(KeyNames::new(asked, frees_all).nameless, left, "{asked} {frees_all}");
         }
         assert_eq!(KeyNames::new(Payload::Names, true).next_batch(), NamesMode::Read);
     }

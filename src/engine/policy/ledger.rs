@@ -11,7 +11,7 @@ use crate::model::throttle::Reason;
 
 /// What the sweep is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Doing {
+pub(crate) enum Doing {
     /// Batches or other requests are under way. [`Ledger::worked`] tells how much of this time the server worked on batches; the rest
     /// is waiting.
     Exchanging,
@@ -23,7 +23,7 @@ pub enum Doing {
 
 /// Time that is not in the figures of a pass yet.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     doing: Doing,
     since: Instant,
     exchanged: Duration,
@@ -48,7 +48,7 @@ impl Default for Ledger {
 
 impl Ledger {
     /// From now on the sweep does something else.
-    pub fn turn_to(&mut self, doing: Doing) {
+    pub(crate) fn turn_to(&mut self, doing: Doing) {
         let now = Instant::now();
         let lasted = now - std::mem::replace(&mut self.since, now);
         match std::mem::replace(&mut self.doing, doing) {
@@ -59,12 +59,12 @@ impl Ledger {
     }
 
     /// Adds time for which a batch held the master.
-    pub fn worked(&mut self, active: Duration) {
+    pub(crate) fn worked(&mut self, active: Duration) {
         self.worked += active;
     }
 
     /// Moves everything up to now into the counters of a pass.
-    pub fn settle(&mut self, counters: &mut PassCounters) {
+    pub(crate) fn settle(&mut self, counters: &mut PassCounters) {
         self.turn_to(self.doing);
         counters.rested += std::mem::take(&mut self.rested);
         for (reason, time) in std::mem::take(&mut self.held) {

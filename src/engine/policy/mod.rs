@@ -1,18 +1,18 @@
 //! The rules of a sweep. Pure: nothing here sends, sleeps, or imports from `sweep`.
 
-pub mod cursor_loop;
-pub mod depth;
-pub mod expiry_guard;
-pub mod foreground;
+pub(crate) mod cursor_loop;
+pub(crate) mod depth;
+pub(crate) mod expiry_guard;
+pub(crate) mod foreground;
 pub mod hidden_keys;
-pub mod keep;
-pub mod key_names;
-pub mod ledger;
-pub mod observation;
+pub(crate) mod keep;
+pub(crate) mod key_names;
+pub(crate) mod ledger;
+pub(crate) mod observation;
 pub mod pacer;
-pub mod profile;
-pub mod retry_budget;
-pub mod segments;
-pub mod throttle;
-pub mod touch_audit;
-pub mod verdict;
+pub(crate) mod profile;
+pub(crate) mod retry_budget;
+pub(crate) mod segments;
+pub(crate) mod throttle;
+pub(crate) mod touch_audit;
+pub(crate) mod verdict;

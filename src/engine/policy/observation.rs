@@ -8,7 +8,7 @@ use crate::node::info::{CommandStat, Info};
 
 /// What was last observed of a master, from INFO and PING. What a right or a version hides is `None`, or false.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Observation {
+pub(crate) struct Observation {
     /// Whether it is a master; `None`: unknown.
     pub is_master: Option<bool>,
     /// Of a replica: its master as `host:port`.
@@ -57,7 +57,7 @@ pub struct Observation {
 
 impl Observation {
     /// The part of an observation that INFO gives.
-    pub fn from_info(info: &Info) -> Self {
+    pub(crate) fn from_info(info: &Info) -> Self {
         let replicas = info.parsed::<u64>("connected_slaves").map(|_| info.replicas());
         let sent = info.parsed::<u64>("master_repl_offset");
         let online = || replicas.iter().flatten().filter(|replica| replica.state == "online");
@@ -97,7 +97,7 @@ impl Observation {
     }
 
     /// The amount of a measure, in the unit of its row of [`LIMITS`](crate::model::throttle::LIMITS); `None`: unknown.
-    pub fn amount(&self, measure: Measure) -> Option<f64> {
+    pub(crate) fn amount(&self, measure: Measure) -> Option<f64> {
         let seconds = |span: Option<Duration>| span.map(|span| span.as_secs_f64());
         let number = |number: Option<u64>| number.map(|number| number as f64);
         match measure {

@@ -18,13 +18,13 @@ const SAME_ORDER: (u32, u32) = (7, 2);
 const SLOT_TABLES: ((u32, u32), (u32, u32)) = ((7, 4), (8, 0));
 
 /// Whether a slow SCAN can stop active expiry on this version: see [`super::expiry_guard`].
-pub fn slow_scan_starves_expiry(redis_version: Version) -> bool {
+pub(crate) fn slow_scan_starves_expiry(redis_version: Version) -> bool {
     redis_version >= Some(SAME_ORDER)
 }
 
 /// How one server process behaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ServerProfile {
+pub(crate) struct ServerProfile {
     /// A DB has a hash table for each slot.
     pub slot_tables: bool,
     /// Cursors have the order that [`CursorSpace`](crate::model::slots::CursorSpace) describes. Those of a proxy may not.
@@ -39,7 +39,7 @@ pub struct ServerProfile {
 
 impl ServerProfile {
     /// The profile of a server, by its INFO.
-    pub fn of(info: &Info) -> Self {
+    pub(crate) fn of(info: &Info) -> Self {
         let (redis, valkey) = (info.redis_version(), info.valkey_version());
         let slot_tables = match valkey {
             Some(version) => version >= SLOT_TABLES.1,

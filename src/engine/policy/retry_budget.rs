@@ -13,7 +13,7 @@ use crate::node::error::NodeError;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// The budget of one outage.
-pub struct RetryBudget {
+pub(crate) struct RetryBudget {
     limit: Duration,
     /// A batch takes no longer than this, so an error later than this after a connection belongs to another outage.
     batch: Duration,
@@ -25,13 +25,13 @@ pub struct RetryBudget {
 
 impl RetryBudget {
     /// A budget of `limit`, for connections with these timeouts.
-    pub fn new(limit: Duration, options: &ConnOptions) -> Self {
+    pub(crate) fn new(limit: Duration, options: &ConnOptions) -> Self {
         let batch = options.connect_timeout * 2 + options.response_timeout * 2;
         Self { limit, batch, since: Instant::now(), connected: None, backoff: BACKOFF.0 }
     }
 
     /// A connection was made.
-    pub fn connected(&mut self) {
+    pub(crate) fn connected(&mut self) {
         self.connected = Some(Instant::now());
     }
 
@@ -39,7 +39,7 @@ impl RetryBudget {
     ///
     /// # Errors
     /// The budget is used up: `error` as a failure.
-    pub fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
+    pub(crate) fn next(&mut self, reason: Reason, error: NodeError) -> Result<Duration, Failure> {
         // The time of an attempt counts in full: it may ask many nodes, each of which may not answer.
         let is_another = self.connected.take().is_some_and(|connected| connected.elapsed() > self.batch);
         if is_another || matches!(reason, Reason::Loading | Reason::Busy) {

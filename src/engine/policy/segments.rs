@@ -18,7 +18,7 @@ const MOST_BITS: u32 = 12;
 
 /// Identifies a segment within its [`Segments`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SegmentId(u32);
+pub(crate) struct SegmentId(u32);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Segment {
@@ -34,13 +34,13 @@ struct Segment {
 }
 
 /// How finely a pass over `keys` is cut, for [`Segments::new`].
-pub fn bits_of(keys: u64) -> u32 {
+pub(crate) fn bits_of(keys: u64) -> u32 {
     (keys / SEGMENT_KEYS).checked_ilog2().unwrap_or(0).min(MOST_BITS)
 }
 
 /// The segments of one pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Segments {
+pub(crate) struct Segments {
     space: CursorSpace,
     bits: u32,
     /// Segments that are not done, in any order.
@@ -53,39 +53,34 @@ pub struct Segments {
 impl Segments {
     /// A pass of `2^bits` segments that begins, or goes on, at `position`. With 0 bits it is a single segment, which needs no order
     /// of cursors.
-    pub fn new(space: CursorSpace, bits: u32, position: ScanPosition) -> Self {
+    pub(crate) fn new(space: CursorSpace, bits: u32, position: ScanPosition) -> Self {
         Self { space, bits, open: Vec::new(), frontier: position, last_id: 0 }
     }
 
     /// The position of the pass: everything before it is done.
-    pub fn position(&self) -> ScanPosition {
+    pub(crate) fn position(&self) -> ScanPosition {
         let open = self.open.iter().map(|segment| segment.at);
         open.chain([self.frontier]).min_by_key(|&at| self.space.rank(at)).unwrap_or(self.frontier)
     }
 
     /// The sort key of a position, in the order of the pass.
-    pub fn rank(&self, position: ScanPosition) -> (u16, u64) {
+    pub(crate) fn rank(&self, position: ScanPosition) -> (u16, u64) {
         self.space.rank(position)
     }
 
-    /// Whether the pass is complete.
-    pub fn is_finished(&self) -> bool {
-        self.open.is_empty() && self.frontier == ScanPosition::Finished
-    }
-
     /// Whether the pass is complete once the walk of this segment has reached `to`.
-    pub fn finishes(&self, id: SegmentId, to: ScanPosition) -> bool {
+    pub(crate) fn finishes(&self, id: SegmentId, to: ScanPosition) -> bool {
         let last = self.frontier == ScanPosition::Finished || to == ScanPosition::Finished;
         last && self.passes_end(id, to) && self.open.iter().all(|segment| segment.id == id)
     }
 
     /// Whether several workers can walk the pass.
-    pub fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.bits > 0
     }
 
     /// Claims the lowest segment that no worker walks. `None`: there is none left.
-    pub fn claim(&mut self) -> Option<SegmentId> {
+    pub(crate) fn claim(&mut self) -> Option<SegmentId> {
         let space = &self.space;
         if let Some(free) = self.open.iter_mut().filter(|s| !s.claimed).min_by_key(|segment| space.rank(segment.at)) {
             free.claimed = true;
@@ -107,29 +102,29 @@ impl Segments {
     }
 
     /// Gives a segment back, so that another worker can go on with it.
-    pub fn release(&mut self, id: SegmentId) {
+    pub(crate) fn release(&mut self, id: SegmentId) {
         if let Some(segment) = self.get_mut(id) {
             segment.claimed = false;
         }
     }
 
     /// Where the next batch of a segment begins; `None`: it is done.
-    pub fn at(&self, id: SegmentId) -> Option<ScanPosition> {
+    pub(crate) fn at(&self, id: SegmentId) -> Option<ScanPosition> {
         self.get(id).map(|segment| segment.at)
     }
 
     /// Whether a segment is walked in batches of COUNT 1.
-    pub fn is_walked_closely(&self, id: SegmentId) -> bool {
+    pub(crate) fn is_walked_closely(&self, id: SegmentId) -> bool {
         self.get(id).is_some_and(|segment| segment.closely)
     }
 
     /// Whether a segment is done once its walk has reached `to`.
-    pub fn passes_end(&self, id: SegmentId, to: ScanPosition) -> bool {
+    pub(crate) fn passes_end(&self, id: SegmentId, to: ScanPosition) -> bool {
         self.get(id).is_none_or(|segment| self.space.rank(to) >= self.space.rank(segment.end))
     }
 
     /// The walk of a segment has reached `to`. Returns whether the segment is done.
-    pub fn advance(&mut self, id: SegmentId, to: ScanPosition) -> bool {
+    pub(crate) fn advance(&mut self, id: SegmentId, to: ScanPosition) -> bool {
         if self.space.rank(to) > self.space.rank(self.frontier) {
             // The batch has also walked everything up to here that was not claimed yet.
             self.frontier = to;
@@ -145,22 +140,22 @@ impl Segments {
     }
 
     /// Sets a range aside, to be walked again in batches of COUNT 1 before anything else.
-    pub fn walk_closely(&mut self, from: ScanPosition, to: ScanPosition) {
+    pub(crate) fn walk_closely(&mut self, from: ScanPosition, to: ScanPosition) {
         self.add(from, to, true, false);
     }
 
     /// Whether a range that begins at `from` was set aside by [`Segments::walk_closely`].
-    pub fn is_set_aside(&self, from: ScanPosition) -> bool {
+    pub(crate) fn is_set_aside(&self, from: ScanPosition) -> bool {
         self.open.iter().any(|segment| segment.closely && segment.at == from)
     }
 
     /// Whether a range that was set aside waits for a worker.
-    pub fn has_set_aside(&self) -> bool {
+    pub(crate) fn has_set_aside(&self) -> bool {
         self.open.iter().any(|segment| segment.closely && !segment.claimed)
     }
 
     /// Forgets what was walked beyond `position`: the pass goes on from it.
-    pub fn go_on_at(&mut self, position: ScanPosition) {
+    pub(crate) fn go_on_at(&mut self, position: ScanPosition) {
         self.open.clear();
         self.frontier = position;
     }
@@ -180,6 +175,10 @@ mod tests {
     use crate::model::slots::SlotSet;
     use proptest::prelude::*;
 
+    fn is_finished(segments: &Segments) -> bool {
+        segments.open.is_empty() && segments.frontier == ScanPosition::Finished
+    }
+
     /// The range of ranks that a batch has walked.
     type Walked = ((u16, u64), (u16, u64));
 
@@ -192,7 +191,7 @@ mod tests {
         let mut trouble = 20;
         let turns = turns.iter().cycle().enumerate();
         for (turn, (whose, length)) in turns {
-            if segments.is_finished() {
+            if is_finished(&segments) {
                 assert_eq!(segments.position(), ScanPosition::Finished);
                 return walked;
             }
@@ -211,7 +210,7 @@ mod tests {
             walked.push((space.rank(from), space.rank(to)));
             let finishes = segments.finishes(id, to);
             claimed[worker] = if segments.advance(id, to) { None } else { Some(id) };
-            assert_eq!(finishes, segments.is_finished());
+            assert_eq!(finishes, is_finished(&segments));
             assert!(space.rank(segments.position()) >= space.rank(before), "never back");
         }
         unreachable!("the turns never end")

@@ -19,7 +19,7 @@ const BUSY: f64 = 0.85;
 
 /// What the sweep of a shard is to do.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Decision {
+pub(crate) enum Decision {
     /// Send the next batch, at the intensity that the operator set.
     Proceed,
     /// Send the next batch, and rest between batches for this lower intensity.
@@ -31,7 +31,7 @@ pub enum Decision {
 }
 
 /// Decides by the last observation, the one before the first batch, and the reason for which the sweep holds now.
-pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: Option<Reason>) -> Decision {
+pub(crate) fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: Option<Reason>) -> Decision {
     if let Some(decision) = impossible(seen) {
         return decision;
     }
@@ -47,7 +47,7 @@ pub fn decide(seen: &Observation, before: &Observation, tuning: &Tuning, held: O
 }
 
 /// What makes a sweep impossible, whatever the limits: the server would hide expired keys and not reclaim them.
-pub fn impossible(seen: &Observation) -> Option<Decision> {
+pub(crate) fn impossible(seen: &Observation) -> Option<Decision> {
     if seen.is_master == Some(false) {
         return Some(Decision::Abort(not_a_master(seen.master.as_deref())));
     }
@@ -62,7 +62,7 @@ pub fn impossible(seen: &Observation) -> Option<Decision> {
 
 /// The share of its time that the master can spare: `intensity` while other clients take less than `CALM`, falling in
 /// a straight line to `min_intensity` where they take `BUSY`. Where it is unknown what they take, `intensity`.
-pub fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
+pub(crate) fn intensity(others_cpu: Option<f64>, tuning: &Tuning) -> f64 {
     let Some(others) = others_cpu else { return tuning.intensity };
     let spare = (BUSY - others) / (BUSY - CALM);
     spare.clamp(tuning.min_intensity, tuning.intensity)
@@ -137,7 +137,7 @@ fn over(
 }
 
 /// The `auto` limits that cannot be watched on this server, which does not show the load.
-pub fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
+pub(crate) fn skipped(seen: &Observation, limits: &Limits) -> Vec<&'static str> {
     let hidden = limits.iter().filter(|(row, limit)| {
         let is_auto = *limit == Limit::Auto && row.auto != Auto::Off;
         is_auto && !row.measure.is_always_shown() && seen.amount(row.measure).is_none()
@@ -158,7 +158,7 @@ fn show_amount(unit: Unit, amount: f64) -> String {
 }
 
 /// The failure of a server that is, or has become, a replica.
-pub fn not_a_master(master: Option<&str>) -> Failure {
+pub(crate) fn not_a_master(master: Option<&str>) -> Failure {
     let failure = Failure::new(
         FailureKind::NotAMaster,
         match master {

@@ -24,7 +24,7 @@ const PROOF: u64 = 3;
 
 /// The audit of one server process.
 #[derive(Debug, Clone)]
-pub struct TouchAudit {
+pub(crate) struct TouchAudit {
     mode: Touch,
     /// The command that audits.
     audit: &'static str,
@@ -38,7 +38,7 @@ pub struct TouchAudit {
 
 impl TouchAudit {
     /// `exists_moves_lru`: on this server EXISTS counts as a use of the key, so the audit uses TTL.
-    pub fn new(mode: Touch, exists_moves_lru: bool) -> Self {
+    pub(crate) fn new(mode: Touch, exists_moves_lru: bool) -> Self {
         let audit = if exists_moves_lru { "TTL" } else { "EXISTS" };
         let outcome = match mode {
             Touch::Auto => TouchOutcome::NotNeededYet,
@@ -49,19 +49,19 @@ impl TouchAudit {
     }
 
     /// What is known so far.
-    pub fn outcome(&self) -> TouchOutcome {
+    pub(crate) fn outcome(&self) -> TouchOutcome {
         self.outcome
     }
 
     /// A batch is about to be sent. Returns the command to touch its keys with, if they are to be touched.
-    pub fn next_batch(&mut self) -> Option<&'static str> {
+    pub(crate) fn next_batch(&mut self) -> Option<&'static str> {
         let command = self.command_of(self.sent);
         self.sent += 1;
         command
     }
 
     /// Whether the keys of every batch are to be touched.
-    pub fn touches_all(&self) -> bool {
+    pub(crate) fn touches_all(&self) -> bool {
         matches!(self.mode, Touch::Exists | Touch::Ttl) || self.outcome == TouchOutcome::ScanLeavesExpired
     }
 
@@ -85,7 +85,7 @@ impl TouchAudit {
 
     /// How many keys of a batch are touched at most: only one until the server has answered, since a server writes each refusal into
     /// its ACL LOG.
-    pub fn keys(&self) -> usize {
+    pub(crate) fn keys(&self) -> usize {
         match () {
             () if !self.may_ask => 1,
             () if self.touches_all() => usize::MAX,
@@ -94,17 +94,17 @@ impl TouchAudit {
     }
 
     /// Whether the server has answered such a command, so that the user may run it.
-    pub fn may_ask(&self) -> bool {
+    pub(crate) fn may_ask(&self) -> bool {
         self.may_ask
     }
 
     /// The server has answered the command for a key.
-    pub fn was_answered(&mut self) {
+    pub(crate) fn was_answered(&mut self) {
         self.may_ask = true;
     }
 
     /// A batch is done, with a touch or without. Returns the outcome if it has changed.
-    pub fn learn(&mut self, freed_by_scan: u64, left_expired: u64) -> Option<TouchOutcome> {
+    pub(crate) fn learn(&mut self, freed_by_scan: u64, left_expired: u64) -> Option<TouchOutcome> {
         self.freed_by_scan += freed_by_scan;
         self.left_expired += left_expired;
         let found = if self.left_expired >= PROOF && self.left_expired > self.freed_by_scan {
@@ -120,7 +120,7 @@ impl TouchAudit {
     }
 
     /// The user may not run the command. Returns the outcome if the sweep can do without; `None`: the settings ask for the touch.
-    pub fn refused(&mut self) -> Option<TouchOutcome> {
+    pub(crate) fn refused(&mut self) -> Option<TouchOutcome> {
         if self.mode == Touch::Auto { self.change(TouchOutcome::NoRight) } else { None }
     }
 

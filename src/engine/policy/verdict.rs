@@ -16,7 +16,7 @@ use crate::node::conn::{Reply, Request};
 
 /// Why a request is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub(crate) enum Purpose {
     /// The next batch of a segment.
     Walk,
     /// The next batch of a segment; its keys are then touched with this command.
@@ -39,7 +39,7 @@ pub enum Purpose {
 
 /// The reply to be judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The reply to a SCAN.
     Scanned(Reply),
     /// The replies to a touch.
@@ -51,7 +51,7 @@ pub enum Answer {
 
 /// Why a pass has to begin again.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Restart {
+pub(crate) enum Restart {
     /// The cursors are not those of a hash table: again with one worker, which needs no order of cursors.
     Unordered,
     /// SCAN without names left expired keys in memory: again with names.
@@ -62,7 +62,7 @@ pub enum Restart {
 
 impl Restart {
     /// The reason, for people.
-    pub fn sentence(&self) -> &'static str {
+    pub(crate) fn sentence(&self) -> &'static str {
         match self {
             Self::Unordered => "its cursors are not those of a hash table, as behind some proxies",
             Self::NamesNeeded => "SCAN without names left expired keys in memory",
@@ -73,7 +73,7 @@ impl Restart {
 
 /// What a reply means.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The range is done: its segment goes on at this position.
     Advance(ScanPosition),
     /// The range is done, and with it the pass.
@@ -99,7 +99,7 @@ pub enum Verdict {
 
 /// The state of the pass when the reply comes.
 #[derive(Debug, Clone, Copy)]
-pub struct Context<'a> {
+pub(crate) struct Context<'a> {
     /// The order of the cursors.
     pub space: &'a CursorSpace,
     /// Whether the cursors follow that order.
@@ -119,7 +119,13 @@ pub struct Context<'a> {
 }
 
 /// Judges the answer to `request`, which was sent in the segment `id` for `purpose`.
-pub fn judge(context: &Context<'_>, id: SegmentId, purpose: Purpose, request: &Request, answer: Answer) -> Verdict {
+pub(crate) fn judge(
+    context: &Context<'_>,
+    id: SegmentId,
+    purpose: Purpose,
+    request: &Request,
+    answer: Answer,
+) -> Verdict {
     match (purpose, answer) {
         (Purpose::Touch { command, scanned }, Answer::Touched { left_expired }) => {
             judge_touch(context, id, command, scanned, left_expired)

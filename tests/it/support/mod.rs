@@ -50,6 +50,11 @@ pub async fn probe(what: &str, timeout: Duration, mut holds: impl AsyncFnMut() -
     }
 }
 
+/// Lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Reports that the running test, or a part of it, is skipped, and why. The test runner swallows the output of a passing test; this
 /// bypasses it, and `make matrix` counts the lines.
 pub fn skipped(why: &str) {
