@@ -16,7 +16,8 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use utoipa::ToSchema;
 
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
+use crate::api::responses::GuardedWithoutRecords;
 use crate::api::signature::{SCHEME, Signed};
 use crate::api::{App, AppState};
 use crate::settings::serve::{AccessKey, ApiSettings, Grant, Role};
@@ -61,10 +62,7 @@ pub(crate) struct CallerDto {
 /// Shows the name, role and projects of the caller.
 #[utoipa::path(
     get, path = "/api/v1/caller", tag = "settings", operation_id = "show_caller",
-    responses(
-        (status = 200, body = CallerDto), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = CallerDto), GuardedWithoutRecords)
 )]
 pub(crate) async fn show_caller(caller: Caller) -> Json<CallerDto> {
     let grant = &caller.0;

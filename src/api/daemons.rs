@@ -10,7 +10,8 @@ use utoipa::ToSchema;
 use crate::api::App;
 use crate::api::auth::Caller;
 use crate::api::dto::time;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
+use crate::api::responses::Guarded;
 
 /// A daemon of those that share a database.
 #[derive(Debug, Serialize, ToSchema)]
@@ -62,10 +63,7 @@ pub(crate) struct DaemonList {
 /// Lists the daemons that share a database, with the tasks of each. With SQLite there is one daemon.
 #[utoipa::path(
     get, path = "/api/v1/daemons", tag = "daemons", operation_id = "list_daemons",
-    responses(
-        (status = 200, body = DaemonList), (status = 401, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = DaemonList), Guarded)
 )]
 pub(crate) async fn list_daemons(State(app): State<App>, caller: Caller) -> Result<Json<DaemonList>, ApiError> {
     let (own, daemons) = app.service.daemons().await?;

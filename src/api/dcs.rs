@@ -14,7 +14,8 @@ use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 use crate::api::auth::Caller;
 use crate::api::dto::{HistoryRecord, clamp, time};
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
+use crate::api::responses::{Forbidden, Guarded, Invalid, Missing};
 use crate::api::{App, AppState, PathParams, RawBody};
 use crate::model::schedule::{AutoScan, Recurrence};
 use crate::model::task::{Cause, Task, TaskState};
@@ -168,11 +169,7 @@ fn count_schema() -> Object {
     post, path = "/v2/{project_id}/instances/{instance_id}/scan-expire-keys-task", tag = "contract",
     operation_id = "CreateAutoExpireScanTask",
     params(("project_id" = String, Path), ("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = TaskRecord), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskRecord), Invalid, Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn create(
     State(app): State<App>,
@@ -197,11 +194,7 @@ pub(crate) async fn create(
     post, path = "/v2/{project_id}/instances/{instance_id}/auto-expire/scan", tag = "contract",
     operation_id = "ScanExpireKey",
     params(("project_id" = String, Path), ("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = TaskRecord), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskRecord), Invalid, Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn scan(
     state: State<App>,
@@ -221,11 +214,7 @@ pub(crate) async fn scan(
         ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000),
         ("status" = Option<ContractStatus>, Query),
     ),
-    responses(
-        (status = 200, body = History), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = History), Invalid, Missing, Guarded)
 )]
 pub(crate) async fn history(
     State(app): State<App>,
@@ -293,10 +282,7 @@ fn page_of(query: &str) -> Result<(u32, u32, Vec<TaskState>), ApiError> {
     get, path = "/v2/{project_id}/instances/{instance_id}/scan-expire-keys/autoscan-config", tag = "contract",
     operation_id = "ShowExpireAutoScanConfig",
     params(("project_id" = String, Path), ("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = AutoScanConfig), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = AutoScanConfig), Missing, Guarded)
 )]
 pub(crate) async fn show_config(
     State(app): State<App>,
@@ -314,11 +300,7 @@ pub(crate) async fn show_config(
     operation_id = "UpdateExpireAutoScanConfig",
     params(("project_id" = String, Path), ("instance_id" = String, Path)),
     request_body = UpdateConfig,
-    responses(
-        (status = 200, body = AutoScanConfig), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = AutoScanConfig), Invalid, Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn update_config(
     State(app): State<App>,

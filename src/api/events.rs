@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::api::auth::Caller;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
+use crate::api::responses::{Guarded, Missing};
 use crate::api::task_dto::{TaskDetails, TaskProgress};
 use crate::api::{App, PathParams};
 use crate::model::task::{Task, TaskId};
@@ -45,11 +46,7 @@ pub(crate) struct TaskEvent {
 #[utoipa::path(
     get, path = "/api/v1/tasks/{task_id}/events", tag = "tasks", operation_id = "follow_task",
     params(("task_id" = uuid::Uuid, Path)),
-    responses(
-        (status = 200, body = TaskEvent, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskEvent, content_type = "text/event-stream"), Missing, Guarded)
 )]
 pub(crate) async fn follow_task(
     State(app): State<App>,
@@ -77,10 +74,7 @@ pub(crate) struct TasksEvent {
 /// second, one with those that have changed. The stream ends after an hour and at a reload: then connect again.
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "tasks", operation_id = "follow_all",
-    responses(
-        (status = 200, body = TasksEvent, content_type = "text/event-stream"), (status = 401, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TasksEvent, content_type = "text/event-stream"), Guarded)
 )]
 pub(crate) async fn follow_all(
     State(app): State<App>,

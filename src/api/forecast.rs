@@ -11,8 +11,9 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use crate::api::auth::Caller;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
 use crate::api::forecast_dto::ForecastOutput;
+use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing, Unreachable};
 use crate::api::{App, JsonBody, PathParams};
 use crate::forecast::prefixes::By;
 use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
@@ -39,10 +40,7 @@ pub(crate) struct MakeForecast {
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}/forecast", tag = "instances", operation_id = "get_forecast",
     params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = ForecastOutput), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = ForecastOutput), Missing, Guarded)
 )]
 pub(crate) async fn get_forecast(
     State(app): State<App>,
@@ -59,12 +57,7 @@ pub(crate) async fn get_forecast(
 #[utoipa::path(
     post, path = "/api/v1/instances/{instance_id}/forecast", tag = "instances", operation_id = "make_forecast",
     params(("instance_id" = String, Path)), request_body = MakeForecast,
-    responses(
-        (status = 200, body = ForecastOutput), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 502, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = ForecastOutput), Invalid, Forbidden, Missing, Conflict, Unreachable, Guarded)
 )]
 pub(crate) async fn make_forecast(
     State(app): State<App>,

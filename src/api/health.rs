@@ -12,6 +12,7 @@ use utoipa::{OpenApi, ToSchema};
 use crate::api::App;
 use crate::api::auth::Caller;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::responses::{Forbidden, GuardedWithoutRecords};
 
 /// Longest time for the store to answer a ping.
 const STORE_WITHIN: Duration = Duration::from_secs(2);
@@ -48,12 +49,16 @@ pub(crate) async fn readyz(State(app): State<App>) -> Result<Json<Health>, ApiEr
 }
 
 /// The metrics: in the OpenMetrics text format if the request accepts it, else in the older one of Prometheus.
-#[utoipa::path(get, path = "/metrics", tag = "health", operation_id = "metrics",
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    tag = "health",
+    operation_id = "metrics",
     responses(
         (status = 200, content((String = "text/plain"), (String = "application/openmetrics-text"))),
-        (status = 401, body = ErrorBody), (status = 403, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    ))]
+        Forbidden, GuardedWithoutRecords,
+    )
+)]
 pub(crate) async fn metrics(State(app): State<App>, caller: Caller, headers: HeaderMap) -> Result<Response, ApiError> {
     // The metrics are of all projects.
     if caller.0.projects.is_some() {

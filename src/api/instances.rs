@@ -13,8 +13,9 @@ use utoipa::{IntoParams, ToSchema};
 use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
 use crate::api::keep::KeepBounds;
+use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing, Unreachable};
 use crate::api::task_dto::{
     HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto, source,
 };
@@ -141,10 +142,7 @@ pub(crate) struct HistoryList {
 /// Lists the instances that the caller may see.
 #[utoipa::path(
     get, path = "/api/v1/instances", tag = "instances", operation_id = "list_instances", params(ListInstances),
-    responses(
-        (status = 200, body = InstanceList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = InstanceList), Invalid, Guarded)
 )]
 pub(crate) async fn list_instances(
     State(app): State<App>,
@@ -185,10 +183,7 @@ pub(crate) async fn list_instances(
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}", tag = "instances", operation_id = "get_instance",
     params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = InstanceDetails), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = InstanceDetails), Missing, Guarded)
 )]
 pub(crate) async fn get_instance(
     State(app): State<App>,
@@ -203,11 +198,7 @@ pub(crate) async fn get_instance(
 #[utoipa::path(
     get, path = "/api/v1/instances/{instance_id}/history", tag = "instances", operation_id = "list_history",
     params(("instance_id" = String, Path), ListHistory),
-    responses(
-        (status = 200, body = HistoryList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = HistoryList), Invalid, Missing, Guarded)
 )]
 pub(crate) async fn list_history(
     State(app): State<App>,
@@ -236,11 +227,7 @@ pub(crate) async fn list_history(
 #[utoipa::path(
     delete, path = "/api/v1/instances/{instance_id}/auto-scan", tag = "instances", operation_id = "reset_auto_scan",
     params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = InstanceDetails), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = InstanceDetails), Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn reset_auto_scan(
     State(app): State<App>,
@@ -257,11 +244,7 @@ pub(crate) async fn reset_auto_scan(
 #[utoipa::path(
     post, path = "/api/v1/instances/{instance_id}/check", tag = "instances", operation_id = "check_instance",
     params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = Checked), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 502, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = Checked), Forbidden, Missing, Conflict, Unreachable, Guarded)
 )]
 pub(crate) async fn check_instance(
     State(app): State<App>,

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::auth::Caller;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
 use crate::api::requests::invalid_settings;
+use crate::api::responses::{Forbidden, Guarded, Invalid, Missing};
 use crate::api::task_dto::InstanceDetails;
 use crate::api::{App, JsonBody, PathParams};
 use crate::model::keep::Bounds;
@@ -39,11 +40,7 @@ impl From<Bounds> for KeepBounds {
 #[utoipa::path(
     put, path = "/api/v1/instances/{instance_id}/keep", tag = "instances", operation_id = "set_keep",
     params(("instance_id" = String, Path)), request_body = KeepBounds,
-    responses(
-        (status = 200, body = InstanceDetails), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 413, body = ErrorBody),
-        (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = InstanceDetails), Invalid, Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn set_keep(
     State(app): State<App>,
@@ -64,11 +61,7 @@ pub(crate) async fn set_keep(
 #[utoipa::path(
     delete, path = "/api/v1/instances/{instance_id}/keep", tag = "instances", operation_id = "reset_keep",
     params(("instance_id" = String, Path)),
-    responses(
-        (status = 200, body = InstanceDetails), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-        (status = 404, body = ErrorBody), (status = 413, body = ErrorBody), (status = 500, body = ErrorBody),
-        (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = InstanceDetails), Forbidden, Missing, Guarded)
 )]
 pub(crate) async fn reset_keep(
     State(app): State<App>,

@@ -19,6 +19,7 @@ pub(crate) mod keep;
 pub(crate) mod listen;
 pub(crate) mod page;
 pub(crate) mod requests;
+mod responses;
 pub(crate) mod signature;
 pub(crate) mod task_dto;
 pub(crate) mod tasks;
@@ -42,7 +43,8 @@ use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::api::auth::Caller;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
+use crate::api::responses::{Forbidden, GuardedWithoutRecords, Invalid};
 use crate::metrics::Metrics;
 use crate::model::failure::FailureKind;
 use crate::model::keep::Bounds;
@@ -153,10 +155,7 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
 /// Reads the settings file again. An invalid file changes nothing.
 #[utoipa::path(
     post, path = "/api/v1/reload", tag = "settings", operation_id = "reload",
-    responses(
-        (status = 200, body = Reloaded), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 413, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = Reloaded), Invalid, Forbidden, GuardedWithoutRecords)
 )]
 pub(crate) async fn reload(State(app): State<App>, caller: Caller) -> Result<Json<Reloaded>, ApiError> {
     // The settings concern all projects.

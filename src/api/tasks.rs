@@ -8,8 +8,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::api::auth::Caller;
-use crate::api::error::{ApiError, ErrorBody};
+use crate::api::error::ApiError;
 use crate::api::requests::{CreateTask, LONGEST_S, ListTasks, TuneTask, invalid_settings, tuning_texts};
+use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing};
 use crate::api::task_dto::{TaskDetails, TaskDto, TaskList};
 use crate::api::{App, AppState, JsonBody, PathParams, QueryParams};
 use crate::model::task::{Cause, SweepTexts, TaskId, TaskState};
@@ -25,10 +26,7 @@ const MOST: u32 = 1000;
 /// Lists the tasks that the caller may see, newest first.
 #[utoipa::path(
     get, path = "/api/v1/tasks", tag = "tasks", operation_id = "list_tasks", params(ListTasks),
-    responses(
-        (status = 200, body = TaskList), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskList), Invalid, Guarded)
 )]
 pub(crate) async fn list_tasks(
     State(app): State<App>,
@@ -60,11 +58,7 @@ pub(crate) async fn list_tasks(
 /// Creates a task that sweeps an instance now.
 #[utoipa::path(
     post, path = "/api/v1/tasks", tag = "tasks", operation_id = "create_task", request_body = CreateTask,
-    responses(
-        (status = 200, body = TaskDto), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskDto), Invalid, Forbidden, Missing, Conflict, Guarded)
 )]
 pub(crate) async fn create_task(
     State(app): State<App>,
@@ -95,10 +89,7 @@ pub(crate) async fn create_task(
 #[utoipa::path(
     get, path = "/api/v1/tasks/{task_id}", tag = "tasks", operation_id = "get_task",
     params(("task_id" = uuid::Uuid, Path)),
-    responses(
-        (status = 200, body = TaskDetails), (status = 401, body = ErrorBody), (status = 404, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskDetails), Missing, Guarded)
 )]
 pub(crate) async fn get_task(
     State(app): State<App>,
@@ -115,11 +106,7 @@ macro_rules! orders {
         #[utoipa::path(
             post, path = $path, tag = "tasks", operation_id = stringify!($name),
             params(("task_id" = uuid::Uuid, Path)),
-            responses(
-                (status = 200, body = TaskDetails), (status = 401, body = ErrorBody), (status = 403, body = ErrorBody),
-                (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 413, body = ErrorBody),
-                (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-            )
+            responses((status = 200, body = TaskDetails), Forbidden, Missing, Conflict, Guarded)
         )]
         pub(crate) async fn $name(
             State(app): State<App>,
@@ -144,11 +131,7 @@ orders! {
 #[utoipa::path(
     patch, path = "/api/v1/tasks/{task_id}", tag = "tasks", operation_id = "tune_task",
     params(("task_id" = uuid::Uuid, Path)), request_body = TuneTask,
-    responses(
-        (status = 200, body = TaskDetails), (status = 400, body = ErrorBody), (status = 401, body = ErrorBody),
-        (status = 403, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
-        (status = 413, body = ErrorBody), (status = 500, body = ErrorBody), (status = 503, body = ErrorBody),
-    )
+    responses((status = 200, body = TaskDetails), Invalid, Forbidden, Missing, Conflict, Guarded)
 )]
 pub(crate) async fn tune_task(
     State(app): State<App>,
