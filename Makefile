@@ -54,8 +54,9 @@ cargo:
 fmt-check: ## is the code formatted?
 	$(call step,fmt-check,$(CARGO) fmt --all --check)
 
-lint: ## clippy, warnings denied; licences, duplicates and use of the crates, where `make clients` has got what looks
+lint: ## clippy, warnings denied; links, commands and settings in the docs; licences, duplicates and use of the crates, if `make clients` ran
 	$(call step,lint,$(CARGO) clippy --all-targets --quiet -- -D warnings)
+	$(call step,links and commands in the docs,$(CARGO) test --quiet --test docs)
 	$(call step,supply,scripts/supply.sh)
 
 docs: ## rustdoc, warnings denied
