@@ -187,6 +187,32 @@ fn the_settings_table_of_the_reference_has_every_key_with_its_default() {
     assert!(missing.is_empty(), "{missing:?} are not in the table");
 }
 
+#[test]
+fn the_help_of_scan_names_the_default_of_each_setting() {
+    let defaults: toml::Table = read(&root().join("src/settings/default.toml")).parse().expect("TOML");
+    let command = ttlsweep::cli::Cli::command();
+    let scan = command.find_subcommand("scan").expect("a subcommand");
+    let mut compared = 0;
+    for arg in scan.get_arguments() {
+        let (Some(name), Some(help)) = (arg.get_long(), arg.get_help()) else { continue };
+        let (Some(value), Some((_, said))) = (defaults.get(name), help.to_string().split_once("[default: ").map(owned))
+        else {
+            continue;
+        };
+        let value = shown(value);
+        // What these mean is said in words.
+        if !["auto", "", "0"].contains(&value.as_str()) {
+            assert_eq!(said.trim_end_matches(']'), value, "--{name}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 10, "{compared} defaults");
+}
+
+fn owned((one, other): (&str, &str)) -> (String, String) {
+    (one.to_owned(), other.to_owned())
+}
+
 /// Whether the program accepts a command. The beginning of a longer command is accepted as well.
 fn is_taken(words: &[String]) -> Result<(), clap::Error> {
     match ttlsweep::cli::Cli::command().try_get_matches_from(words) {

@@ -86,7 +86,7 @@ pub(super) struct ServerArgs {
 }
 
 /// The options that say how to sweep. Every field's default is in `default.toml`.
-// The help below repeats the defaults, and no test compares the two.
+// The help below repeats the defaults; a test compares the two.
 #[derive(Debug, Args)]
 pub(super) struct SweepArgs {
     /// DBs to sweep, such as 0,3 [default: each DB that holds keys with a TTL]
