@@ -55,7 +55,7 @@ fmt-check: ## is the code formatted?
 	$(call step,fmt-check,$(CARGO) fmt --all --check)
 
 lint: ## clippy, warnings denied; links, commands and settings in the docs; licences, duplicates and use of the crates, if `make clients` ran
-	$(call step,lint,$(CARGO) clippy --all-targets --quiet -- -D warnings)
+	$(call step,lint,$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings)
 	$(call step,links and commands in the docs,$(CARGO) test --quiet --test docs)
 	$(call step,supply,scripts/supply.sh)
 
@@ -102,6 +102,7 @@ IMPACT_SERVERS ?= redis-7.0 redis-8.2 valkey-8.0
 
 impact: cargo ## what a sweep costs other clients, beside other ways to sweep (hours; see benches/impact/main.rs)
 	$(call step,setup: servers,scripts/servers.sh fetch redis-7.0 $(IMPACT_SERVERS))
+	$(call step,build,$(CARGO) build --release --workspace --bins)
 	@paths=$$(for server in $(IMPACT_SERVERS); do scripts/servers.sh path $$server || exit 1; done) && \
 	$(with_redis) TTLSWEEP_IMPACT_SERVERS="$${TTLSWEEP_IMPACT_SERVERS:-$$(echo $$paths | tr ' ' ,)}" \
-	  $(CARGO) bench --bench impact
+	  $(CARGO) run --release --quiet --package ttlsweep-impact

@@ -73,7 +73,7 @@ pub struct Pass {
 /// All of them, in the order of the tables.
 pub fn all() -> Vec<Contender> {
     let ours = |args| Sweep::Ours { args, no_throttle: false };
-    let no_throttle = help_of(env!("CARGO_BIN_EXE_ttlsweep"), &["scan", "--help"]).contains(NO_THROTTLE);
+    let no_throttle = help_of(&executable(), &["scan", "--help"]).contains(NO_THROTTLE);
     let counted_cli = help_of("redis-cli", &["--help"]).contains("--count");
     let mut contenders = vec![
         (NOBODY, Sweep::Nobody),
@@ -188,9 +188,16 @@ impl Sweep {
     }
 }
 
+/// The path of the program: beside this one, where `make impact` has built both.
+fn executable() -> String {
+    let program = std::env::current_exe().expect("it has a path").with_file_name("ttlsweep");
+    assert!(program.is_file(), "{} is missing: cargo build --release", program.display());
+    program.into_os_string().into_string().expect("a path in UTF-8")
+}
+
 /// The program with a subcommand and an address, which prints one JSON object.
 pub fn program(subcommand: &str, url: &str, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ttlsweep"));
+    let mut command = Command::new(executable());
     // What the caller has set for this benchmark or for a sweep of their own must not change the contender.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TTLSWEEP_") || name == "REDISCLI_AUTH") {
         command.env_remove(name);

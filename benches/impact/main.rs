@@ -1,6 +1,6 @@
 //! What a sweep costs the other clients and what it brings, beside other ways to sweep, in one run on one machine.
 //!
-//! `make impact`, or `cargo bench --bench impact`. Four scenarios, each on real servers of its own:
+//! `make impact`, or `cargo build --release` and then `cargo run --release -p ttlsweep-impact`. Four scenarios, each on real servers of its own:
 //!
 //! - **a**, [`clean`]: live and dead keys, a steady foreground. Seconds to clean, and the latency of the foreground.
 //! - **b**, [`inflow`]: keys with a short TTL keep coming. The backlog of expired keys, second by second.
