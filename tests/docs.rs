@@ -168,23 +168,48 @@ fn shown(default: &toml::Value) -> String {
     }
 }
 
-#[test]
-fn the_settings_table_of_the_reference_has_every_key_with_its_default() {
-    let defaults: toml::Table = read(&root().join("src/settings/default.toml")).parse().expect("TOML");
-    let reference = reference();
-    let table = reference.split("| key | default | |").nth(1).expect("the table of settings");
-    let mut listed = BTreeSet::new();
-    for row in table.lines().skip(2).take_while(|line| line.starts_with('|')) {
-        let cells: Vec<&str> = row.trim_matches('|').splitn(3, '|').map(str::trim).collect();
-        let keys: Vec<&str> = cells[0].split(", ").map(|key| key.trim_matches('`')).collect();
-        let of = |key: &&str| shown(defaults.get(*key).unwrap_or_else(|| panic!("`{key}` is no setting")));
-        let mut each: Vec<String> = keys.iter().map(of).collect();
-        each.dedup();
-        assert_eq!(cells[1], each.join(", "), "the default of {}", cells[0]);
-        listed.extend(keys);
+/// The table of settings in the reference, made from `default.toml`: its keys, their defaults and the comment above them.
+fn settings_table() -> String {
+    let text = read(&root().join("src/settings/default.toml"));
+    let defaults: toml::Table = text.parse().expect("TOML");
+    let (mut comment, mut keys) = (Vec::new(), Vec::new());
+    let mut table = "| key | default | |\n|---|---|---|\n".to_owned();
+    for line in text.lines().chain([""]) {
+        if let Some(words) = line.strip_prefix('#') {
+            comment.push(words.trim());
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            keys.push(key);
+        } else {
+            // A comment without keys below it is about the file.
+            let comment = std::mem::take(&mut comment).join(" ");
+            let keys = std::mem::take(&mut keys);
+            let mut each: Vec<String> = keys.iter().map(|key| shown(&defaults[*key])).collect();
+            each.dedup();
+            let names: Vec<String> = keys.iter().map(|key| format!("`{key}`")).collect();
+            if !keys.is_empty() {
+                table += &format!("| {} | {} | {comment} |\n", names.join(", "), each.join(", "));
+            }
+        }
     }
-    let missing: Vec<_> = defaults.keys().filter(|key| !listed.contains(key.as_str())).collect();
-    assert!(missing.is_empty(), "{missing:?} are not in the table");
+    table
+}
+
+#[test]
+fn the_settings_table_of_the_reference_is_made_from_the_defaults() {
+    let reference = reference();
+    let begins = reference.find("| key | default | |").expect("the table of settings");
+    let length = reference[begins..].find("\n\n").expect("something follows it") + 1;
+    let made = settings_table();
+    let is_current = reference[begins..begins + length] == made;
+    if !is_current && std::env::var_os("UPDATE_DOCS").is_some() {
+        let (before, after) = (&reference[..begins], &reference[begins + length..]);
+        std::fs::write(root().join("docs/reference.md"), format!("{before}{made}{after}")).expect("it can be written");
+        return;
+    }
+    assert!(
+        is_current,
+        "docs/reference.md is behind default.toml: UPDATE_DOCS=1 cargo test --test docs, and look at the diff"
+    );
 }
 
 #[test]
