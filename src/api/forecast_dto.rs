@@ -22,9 +22,9 @@ pub(crate) struct ForecastOutput {
     pub zone: String,
     /// Where the keys of each master were sampled.
     pub sources: Vec<SourceDto>,
-    /// Sums over all DBs.
+    /// The estimate over all DBs together, without `db`.
     pub total: OutlookDto,
-    /// The DBs, in order.
+    /// The estimate for each DB, by its number.
     pub dbs: Vec<OutlookDto>,
     /// Spans in which far more keys expire than before and after, the largest first.
     pub peaks: Vec<PeakDto>,
@@ -75,7 +75,7 @@ pub(crate) struct OutlookDto {
 /// An estimated number of keys and the memory that they take.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(crate) struct Figure {
-    /// Estimated number of keys.
+    /// Estimated number of keys over all masters, scaled from the sample.
     pub keys: u64,
     /// Error of `keys`: half of the confidence interval.
     pub keys_error: u64,
@@ -96,9 +96,9 @@ pub(crate) struct WithinDto {
 /// The keys that expire in one bin of the histogram.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct BinDto {
-    /// When the bin begins.
+    /// Time at which the bin begins (RFC 3339, UTC).
     pub from: String,
-    /// When the bin ends.
+    /// Time at which the bin ends and the next one begins (RFC 3339, UTC).
     pub to: String,
     /// How many keys, and their memory.
     #[serde(flatten)]
@@ -108,9 +108,9 @@ pub(crate) struct BinDto {
 /// A span in which far more keys expire than before and after it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct PeakDto {
-    /// When the span begins.
+    /// Time at which the first bin of the span begins (RFC 3339, UTC).
     pub from: String,
-    /// When the span ends.
+    /// Time at which the last bin of the span ends (RFC 3339, UTC).
     pub to: String,
     /// How many keys, and their memory.
     #[serde(flatten)]

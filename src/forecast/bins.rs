@@ -21,9 +21,9 @@ pub(crate) struct Bins {
     pub at: Timestamp,
     /// Where the first part begins: at or before now, at a round time.
     pub begin: Timestamp,
-    /// How long each is.
+    /// Length of each part: one of [`ROUND_S`], or more if `MOST` parts do not reach far enough.
     pub step: Duration,
-    /// How many there are.
+    /// Number of parts, from `begin` to the end of the time ahead.
     pub number: usize,
 }
 
@@ -57,7 +57,7 @@ impl Bins {
 /// A span in which far more keys expire than before and after it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Peak {
-    /// Its parts.
+    /// Indices of its parts in the histogram.
     pub bins: Range<usize>,
     /// Keys that expire in it.
     pub keys: Estimate,
@@ -73,7 +73,7 @@ const CLEAR: f64 = 5.0;
 const SHARE: f64 = 0.02;
 /// A longer run has to hold so much more than a shorter one inside it.
 const LONGER: f64 = 1.15;
-/// No more are named.
+/// The most peaks that a forecast names.
 const NAMED: usize = 5;
 
 /// The peaks, the largest first. A run has a neighbour on either side: what stands at the edge cannot be told from a decay.

@@ -20,7 +20,7 @@ const UNSEEN: f64 = 3.0;
 /// A number of keys with its variance.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Estimate {
-    /// The number.
+    /// The estimated number, scaled from the sample.
     pub keys: f64,
     /// Its variance; 0 where all keys were looked at.
     pub variance: f64,
@@ -91,7 +91,6 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Nothing yet.
     pub(crate) fn new(bins: Bins) -> Self {
         Self {
             bins,
@@ -104,7 +103,7 @@ impl Tally {
         }
     }
 
-    /// Takes a piece in.
+    /// Counts the keys of a piece of the sample.
     pub(crate) fn add(&mut self, piece: &Piece) {
         let (mut within, mut later) = ([0_u64; TTL_BOUNDS_S.len()], 0);
         let mut in_bins: BTreeMap<usize, u64> = BTreeMap::new();

@@ -44,16 +44,16 @@ pub(crate) const AHEAD: Duration = Duration::from_secs(24 * 3600);
 pub(crate) enum Place {
     /// On a replica of each master, one that the master lists as online.
     AnyReplica,
-    /// On this one.
+    /// On this replica; only the instance's one master can have it.
     Replica(NodeAddr, Box<ConnOptions>),
     /// On the master itself, slowly.
     Master,
 }
 
-/// What is asked for.
+/// What a caller asks of a forecast.
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
-    /// Where.
+    /// On which servers the keys are looked at.
     pub place: Place,
     /// Which DBs; empty: each that holds keys.
     pub dbs: Vec<DbIndex>,
@@ -77,13 +77,13 @@ impl Request {
 /// Where a master's keys were looked at.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Source {
-    /// The master.
+    /// Address of the master whose keys these are.
     pub master: NodeAddr,
     /// Who was asked: a replica, or the master itself.
     pub addr: NodeAddr,
     /// Keys that were looked at.
     pub looked_at: u64,
-    /// How long that took.
+    /// How long the walk over the sample took, connecting included.
     pub took: Duration,
     /// The user may not ask how many keys are in which hash slot: where few slots hold most keys, the errors are too small.
     pub slots_are_unknown: bool,
@@ -143,7 +143,7 @@ impl Outlook {
     }
 }
 
-/// What will expire when.
+/// An estimate of which keys expire when, from a sample.
 #[derive(Debug, Clone)]
 pub(crate) struct Forecast {
     /// Where the instance is, without any secret.
@@ -152,11 +152,11 @@ pub(crate) struct Forecast {
     pub at: Timestamp,
     /// The same by the clock that nobody sets.
     pub begun: Instant,
-    /// Where.
+    /// Which server was looked at for each master.
     pub sources: Vec<Source>,
     /// Each DB, over all masters.
     pub dbs: BTreeMap<DbIndex, Outlook>,
-    /// All of them together.
+    /// The sum over all DBs.
     pub total: Outlook,
     /// How the time ahead is cut.
     pub bins: Bins,

@@ -14,7 +14,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(3600);
 /// Longer beginnings are cut here.
 const LONGEST: usize = 64;
 
-/// How names are grouped.
+/// How keys are grouped by their names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct By {
     /// What stands between two parts of a name.
@@ -36,13 +36,13 @@ impl Default for By {
 pub(crate) struct Group {
     /// The beginning, with the separator behind it, as text; empty: names of one part.
     pub prefix: String,
-    /// Live keys.
+    /// Live keys of the group.
     pub keys: Estimate,
-    /// Those with a TTL.
+    /// Live keys with a TTL.
     pub with_ttl: Estimate,
     /// Those that expire within [`SOON`].
     pub soon: Estimate,
-    /// Those without a TTL.
+    /// Live keys without a TTL.
     pub without_ttl: Estimate,
 }
 
@@ -53,7 +53,6 @@ pub(crate) struct Groups {
 }
 
 impl Groups {
-    /// None yet.
     pub(crate) fn new(by: By) -> Self {
         Self { by, all: HashMap::new() }
     }
@@ -86,7 +85,7 @@ impl Groups {
         }
     }
 
-    /// Those of most keys.
+    /// The groups of most keys, the largest first, at most `By::top`.
     pub(crate) fn largest(self) -> Vec<Group> {
         let mut groups: Vec<_> = self.all.into_values().collect();
         groups.sort_by(|one, other| {

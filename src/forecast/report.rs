@@ -124,7 +124,7 @@ fn picture(forecast: &Forecast, zone: &TimeZone) -> String {
     format!("keys that expire in each {each} from then on, local time\n{}\n", rows.join("\n"))
 }
 
-/// From when to when.
+/// When the first of these bins begins and the last one ends.
 pub(crate) fn times(forecast: &Forecast, bins: &Range<usize>) -> (Timestamp, Timestamp) {
     (forecast.bins.begins(bins.start), forecast.bins.begins(bins.end))
 }

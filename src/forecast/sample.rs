@@ -176,7 +176,7 @@ impl Range {
     }
 }
 
-/// A key that lives.
+/// A key of the sample that has not expired.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Key {
     /// Its name, which may be any bytes.

@@ -11,7 +11,7 @@ use crate::model::words::words;
 /// The kind of an [`Event`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EventKind {
-    /// A task failed.
+    /// A task ended with a failure.
     TaskFailed,
     /// An instance that is swept by schedule has not been swept completely for too long.
     NotSwept,
@@ -32,7 +32,7 @@ pub struct Event {
     pub instance_id: String,
     /// The project of the instance.
     pub project_id: String,
-    /// What happened.
+    /// The kind of the event, with its facts.
     pub what: Happened,
 }
 
@@ -71,7 +71,7 @@ impl Event {
         }
     }
 
-    /// A task failed.
+    /// The event that `task` failed. Its id depends on the task alone, so that a receiver can tell a repetition.
     pub fn task_failed(task: &Task, now: Timestamp) -> Self {
         Self {
             id: Uuid::new_v5(&task.id.0, EventKind::TaskFailed.as_str().as_bytes()),

@@ -56,21 +56,21 @@ words!(
 /// What went wrong and what to do about it. Holds no secret and no key name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// The kind of failure.
+    /// Decides the exit code, and the error code of the contract.
     pub kind: FailureKind,
     /// What happened and why, without a full stop.
     pub message: String,
-    /// What to do next.
+    /// What the operator can do next; `None`: there is no advice.
     pub hint: Option<String>,
 }
 
 impl Failure {
-    /// A failure without advice.
+    /// A failure without a hint.
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None }
     }
 
-    /// Adds advice.
+    /// Sets the hint, in place of an earlier one.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

@@ -23,7 +23,7 @@ pub struct ServerFacts {
     pub product: String,
     /// The product's own version: of Valkey not the Redis version that it is compatible with.
     pub version: String,
-    /// The server process.
+    /// `run_id` of INFO: a restart changes it. Empty where INFO has none.
     pub run_id: RunId,
     /// The address at which it was reached.
     pub addr: NodeAddr,
@@ -36,7 +36,7 @@ pub struct SliceSummary {
     pub p50_us: u64,
     /// 99 of 100 batches were shorter.
     pub p99_us: u64,
-    /// The longest.
+    /// The longest batch since the pass began, or since it went on.
     pub max_us: u64,
 }
 
@@ -50,7 +50,7 @@ pub struct TtlHistogram {
     pub within: [u64; TTL_BOUNDS_S.len()],
     /// Keys that live longer than the last bound.
     pub later: u64,
-    /// Keys without a TTL.
+    /// Keys without a TTL: they never expire.
     pub never: u64,
 }
 
@@ -121,7 +121,7 @@ pub struct PassCounters {
     pub touched: u64,
     /// Of the touched keys, those that had expired although SCAN had returned them.
     pub found_by_touch: u64,
-    /// SCANs that were answered.
+    /// SCANs that the server answered; a SCAN whose reply was lost is in `lost_replies`.
     pub batches: u64,
     /// Of those, SCANs without names in the answer. The number of keys that they scanned is estimated, by the share of
     /// the table that they walked.
@@ -137,7 +137,7 @@ pub struct PassCounters {
     pub rested: Duration,
     /// Time that is neither active nor rested nor held: replies were on their way, or the sweep did its own work.
     pub waited: Duration,
-    /// Time held, by reason.
+    /// Time in which the sweep held and sent no batch, by reason.
     pub held: BTreeMap<Reason, Duration>,
     /// Remaining TTLs of the touched keys, where `touch` is `ttl`.
     pub ttl: TtlHistogram,
@@ -220,16 +220,16 @@ impl TouchOutcome {
 /// Something that happened to a shard. The engine sends events in order, to one recorder.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScanEvent {
-    /// The shard.
+    /// The shard that the event is about.
     pub shard: ShardId,
-    /// What happened.
+    /// The kind of the event, with its facts.
     pub what: ScanEventKind,
 }
 
 /// What INFO shows of a server's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Memory {
-    /// `used_memory` in bytes.
+    /// `used_memory` in bytes: what the allocator has given out.
     pub used: Option<u64>,
     /// `used_memory_rss` in bytes: what the operating system has given the process.
     pub rss: Option<u64>,
@@ -239,7 +239,7 @@ pub struct Memory {
     pub evicted: Option<u64>,
 }
 
-/// The kinds of [`ScanEvent`].
+/// The kinds of [`ScanEvent`], each with what a reader needs to render it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ScanEventKind {
     /// The shard is part of the sweep. Its turn may come later.
@@ -249,7 +249,7 @@ pub enum ScanEventKind {
     },
     /// The shard's master was reached and may be swept.
     ShardStarted {
-        /// The server.
+        /// The server as INFO describes it.
         server: ServerFacts,
         /// Its memory before the first batch.
         memory: Memory,
@@ -263,49 +263,49 @@ pub enum ScanEventKind {
     },
     /// Another process answers at the master's address.
     ServerChanged {
-        /// The server.
+        /// The process that answers now, as INFO describes it.
         server: ServerFacts,
     },
     /// A pass began, or went on from a checkpoint.
     PassStarted {
-        /// The DB.
+        /// The DB that the pass walks.
         db: DbIndex,
         /// The pass as it begins: not empty where it goes on from a checkpoint.
         figures: PassFigures,
     },
     /// Batches were done. Sent a few times a second, however many batches there are.
     Progressed {
-        /// The DB.
+        /// The DB that the pass walks.
         db: DbIndex,
         /// The pass as it is now.
         figures: PassFigures,
     },
     /// A pass had to begin again.
     PassRestarted {
-        /// The DB.
+        /// The DB that the pass walks.
         db: DbIndex,
-        /// Why.
+        /// The reason as a sentence without a full stop.
         why: String,
         /// The pass, back at its beginning.
         figures: PassFigures,
     },
-    /// A pass is complete.
+    /// A pass has come to the end of its DB.
     PassFinished {
-        /// The DB.
+        /// The DB that the pass walked.
         db: DbIndex,
         /// The pass at its end.
         figures: PassFigures,
     },
     /// The sweep of this shard began to hold.
     HoldStarted {
-        /// Why.
+        /// Why it holds, for metrics and records.
         reason: Reason,
         /// The facts, such as the load and its limit.
         detail: Option<String>,
     },
-    /// The hold is over.
+    /// The hold is over, and batches may be sent again.
     HoldEnded {
-        /// Why it was held.
+        /// The reason with which the hold began.
         reason: Reason,
         /// How long the hold lasted.
         lasted: Duration,
@@ -317,7 +317,7 @@ pub enum ScanEventKind {
     },
     /// It was decided whether keys are touched.
     TouchDecided {
-        /// The decision.
+        /// What was decided, and why.
         outcome: TouchOutcome,
     },
     /// Every pass of the shard is complete.
@@ -329,7 +329,7 @@ pub enum ScanEventKind {
     },
     /// The shard's sweep ended early.
     ShardEnded {
-        /// Why.
+        /// What went wrong, and what to do about it.
         failure: Failure,
     },
 }
@@ -506,7 +506,7 @@ impl Snapshot {
         known.filter(|known| !known.is_empty()).map(|known| known.iter().sum())
     }
 
-    /// Keys scanned so far.
+    /// Keys scanned so far, over all passes of all shards.
     pub fn scanned(&self) -> u64 {
         self.counters().map(|pass| pass.scanned).sum()
     }

@@ -68,12 +68,12 @@ impl PartialEq for CronRule {
 pub enum Recurrence {
     /// At `first + n * interval`; only once where the interval is 0, and never where `first` is not known yet.
     Every {
-        /// The first due time.
+        /// The first due time; `None`: not known yet, so nothing is due.
         first: Option<Timestamp>,
         /// Seconds from one due time to the next.
         interval_s: u32,
     },
-    /// By a cron expression.
+    /// At the times of a cron expression, in its own time zone.
     Cron(Box<CronRule>),
 }
 
@@ -120,9 +120,9 @@ fn nth(first: Timestamp, interval_s: u32, turn: i64) -> Option<Timestamp> {
 /// The automatic scan of one instance, as the API or the settings file sets it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AutoScan {
-    /// Whether it runs.
+    /// Whether its due times start scans.
     pub enabled: bool,
-    /// When it runs.
+    /// The rule by which its scans are due.
     pub recurrence: Recurrence,
     /// How long each scan may take, in seconds.
     pub timeout_s: u32,
@@ -144,10 +144,10 @@ impl AutoScan {
     }
 }
 
-/// What [`decide`] decides by.
+/// What [`decide`] has to know of an instance at one moment.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
-    /// The present time.
+    /// The time at which it is decided.
     pub now: Timestamp,
     /// Due times up to this one have been handled.
     pub handled: Timestamp,

@@ -24,7 +24,7 @@ pub enum NodeAddr {
     Tcp {
         /// Host name, IPv4 or IPv6 address, without brackets.
         host: String,
-        /// TCP port.
+        /// TCP port, from a URL or as a node announces it.
         port: u16,
     },
     /// The path of a Unix socket.

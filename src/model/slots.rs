@@ -61,7 +61,7 @@ impl SlotSet {
         self.0.iter()
     }
 
-    /// The lowest range.
+    /// The range of the lowest slots; `None` if the set is empty.
     pub fn first(&self) -> Option<&RangeInclusive<u16>> {
         self.0.first()
     }

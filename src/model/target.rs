@@ -12,7 +12,7 @@ pub const DEFAULT_PORT: u16 = 6379;
 /// The port of a sentinel whose URL names none.
 pub const SENTINEL_PORT: u16 = 26379;
 
-/// Where an instance is.
+/// Where an instance is and how to reach it, without credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// What it is and at which addresses.
@@ -38,7 +38,7 @@ pub enum Place {
 }
 
 impl Target {
-    /// One server without TLS.
+    /// One server at this address, without TLS.
     pub fn standalone(addr: NodeAddr) -> Self {
         Self { place: Place::Standalone(addr), tls: false }
     }
@@ -78,7 +78,7 @@ pub struct Credentials {
 /// What an instance URL says.
 #[derive(Debug, Clone)]
 pub struct InstanceUrl {
-    /// Where it is.
+    /// The instance that the URL names.
     pub target: Target,
     /// User and password that stood in the URL.
     pub credentials: Credentials,
@@ -89,10 +89,10 @@ pub struct InstanceUrl {
 /// A URL that names no instance. The text never repeats the URL: it may hold a password.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadUrl {
-    /// No URL at all.
+    /// The text cannot be parsed as a URL; holds the parser's reason.
     #[error("not a URL ({0}); expected redis://[user[:password]@]host[:port][/db] or unix:///path")]
     Syntax(String),
-    /// Another scheme.
+    /// The URL has a scheme other than those listed; holds the scheme.
     #[error(
         "scheme `{0}` is not known; use redis://, rediss:// (TLS), redis+sentinel://, rediss+sentinel://, the same with \
          valkey, or unix://"

@@ -54,7 +54,7 @@ pub enum TaskState {
     Waiting,
     /// Sweeping, or held for a reason.
     Running,
-    /// A person paused it.
+    /// A person paused it; only a person lets it go on.
     Paused,
     /// The process ended before the task; the task can go on from its checkpoint.
     Interrupted,
@@ -62,7 +62,7 @@ pub enum TaskState {
     Succeeded,
     /// Ended with a failure; what was reclaimed before stays counted.
     Failed,
-    /// A person ended it.
+    /// A person ended it; what was reclaimed before stays counted.
     Cancelled,
 }
 
@@ -108,7 +108,7 @@ pub enum Command {
     Requeue,
     /// The process ends before the task, whose checkpoint stays.
     Interrupt,
-    /// Every pass is complete.
+    /// Every pass of every shard is complete.
     Succeed,
     /// A keep run ends, whether it had begun or not: for another task of its instance, or for the next run.
     GiveWay,
@@ -121,7 +121,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Every command, for tables.
+    /// Every command, so that tests can check the whole table of transitions.
     pub const ALL: &'static [Self] = &[
         Self::Start,
         Self::Pause,
@@ -174,9 +174,9 @@ pub type SweepTexts = BTreeMap<String, String>;
 /// A task as it is recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
-    /// The id.
+    /// Set when the task is created; never changes.
     pub id: TaskId,
-    /// The instance it sweeps.
+    /// Id of the instance that it sweeps.
     pub instance_id: String,
     /// The project of the instance; empty for a sweep from the command line.
     pub project_id: String,
@@ -186,11 +186,11 @@ pub struct Task {
     pub sweep: SweepTexts,
     /// Whether it sweeps only while the instance's window is open.
     pub respect_window: bool,
-    /// What asked for it.
+    /// What asked for the task.
     pub cause: Cause,
     /// Its state; changed by [`Task::apply`] only.
     pub state: TaskState,
-    /// When it was created.
+    /// When it was recorded, which may be long before it sweeps.
     pub created_at: Timestamp,
     /// When it first began to sweep.
     pub started_at: Option<Timestamp>,

@@ -142,13 +142,13 @@ impl Measure {
 /// The unit of a measure: how a setting is read and how people are shown an amount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// Seconds; shown as milliseconds.
+    /// Amounts in seconds, shown as milliseconds.
     Milliseconds,
-    /// Seconds.
+    /// Amounts in seconds, shown as a duration.
     Seconds,
-    /// Bytes; shown as MiB.
+    /// Amounts in bytes, shown as MiB.
     Bytes,
-    /// A whole number.
+    /// Whole numbers: objects, or commands per second.
     Number,
     /// A share, 0 to 1.
     Share,
@@ -157,7 +157,7 @@ pub enum Unit {
 /// What `auto` means, relative to what was seen before the first batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Auto {
-    /// No limit.
+    /// No limit, however high the load.
     Off,
     /// So much more than before, so that a replica that was far behind already does not hold the sweep forever.
     More(f64),
@@ -177,13 +177,13 @@ pub enum Above {
 /// One row of [`LIMITS`]. Amounts are in the unit of the row. The default is in `default.toml`, as that of every setting.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LimitRow {
-    /// The setting.
+    /// Key of the setting, as in `default.toml`.
     pub key: &'static str,
     /// The measure that it limits.
     pub measure: Measure,
     /// The unit of the measure.
     pub unit: Unit,
-    /// What `auto` means.
+    /// What the value `auto` of the setting means.
     pub auto: Auto,
     /// What a load above the limit does.
     pub above: Above,
@@ -228,7 +228,7 @@ pub const LIMITS: [LimitRow; LIMIT_COUNT] = [
 /// The value of a limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Limit {
-    /// No limit.
+    /// The setting is off: there is no limit.
     Off,
     /// What fits most servers: see [`Auto`]. Where the load is unknown there is no limit.
     Auto,
@@ -246,7 +246,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// No limit at all.
+    /// Every limit off, and no hold during a fork.
     pub const NONE: Self = Self { limits: [Limit::Off; LIMIT_COUNT], hold_during_fork: false };
 
     /// Each limit with its row.

@@ -6,7 +6,7 @@
 pub struct UnknownWord {
     /// Which kind of word was expected.
     pub what: &'static str,
-    /// What stood there.
+    /// The word that was read in its place.
     pub word: String,
 }
 
