@@ -19,7 +19,7 @@ use crate::settings::ScanSettings;
 pub(crate) struct Counted {
     /// DBSIZE after the count, expired keys included.
     pub keys: u64,
-    /// Expired keys among `keys`.
+    /// Expired keys among `keys`, which the replica keeps until its master deletes them.
     pub expired: u64,
     /// By how many keys DBSIZE changed during the count: `expired` may be wrong by as much. 0: it is exact.
     pub moved: u64,
@@ -28,7 +28,7 @@ pub(crate) struct Counted {
 /// A count of expired keys on a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReplicaCount {
-    /// The replica.
+    /// Address of the replica on which the keys were counted.
     pub replica: NodeAddr,
     /// The DBs that a sweep would walk.
     pub dbs: BTreeMap<DbIndex, Counted>,
@@ -46,7 +46,6 @@ pub(crate) enum NoCount {
     /// It is a replica of another master.
     #[error("{addr} is a replica of another master: {master}")]
     OtherMaster {
-        /// The replica.
         addr: NodeAddr,
         /// Its master, as INFO names it.
         master: String,
@@ -54,9 +53,8 @@ pub(crate) enum NoCount {
     /// Its link is down, or its first synchronisation is not complete.
     #[error("{addr} is not in step with its master: {why}")]
     OutOfStep {
-        /// The replica.
         addr: NodeAddr,
-        /// Which of the two.
+        /// Says which of the two it is, for the message.
         why: String,
     },
     /// The connection was lost, or the replica refuses a command of the count.

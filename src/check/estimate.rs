@@ -15,21 +15,21 @@ use crate::settings::{COUNT_RANGE, ScanSettings, Touch};
 /// Server time per key in microseconds, as (least, most).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Cost {
-    /// For a live key.
+    /// For a live key that SCAN visits.
     pub live_us: (f64, f64),
     /// For an expired key that SCAN frees.
     pub reclaimed_us: (f64, f64),
 }
 
-/// The measured costs.
+/// The costs that were measured; the head of this module names the servers.
 pub(crate) const COST: Cost = Cost { live_us: (0.8, 1.2), reclaimed_us: (1.2, 2.5) };
 
 /// The time that a sweep takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
-    /// At least.
+    /// The time at the least cost of each key.
     pub least: Duration,
-    /// At most.
+    /// The time at the highest cost of each key.
     pub most: Duration,
 }
 

@@ -14,16 +14,16 @@ use crate::settings::{ScanSettings, Touch};
 /// The role of a server, as far as a sweep depends on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ServerRole {
-    /// It frees expired keys.
+    /// It deletes expired keys, so that a sweep has an effect.
     Master,
     /// It hides expired keys and frees none by itself.
     Replica {
-        /// Its master as `host:port`.
+        /// Its master as `host:port`; `None` where INFO names none.
         master: Option<String>,
     },
-    /// It holds no keys.
+    /// It watches masters and holds no keys.
     Sentinel,
-    /// INFO does not say.
+    /// INFO does not give a role.
     Unknown,
 }
 
@@ -38,16 +38,16 @@ pub(crate) struct Expiry {
     pub hz: Option<u32>,
 }
 
-/// Memory and eviction.
+/// What INFO says of memory and eviction; `None` where it lacks the field.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Memory {
-    /// `used_memory` in bytes.
+    /// `used_memory` in bytes, the server's own overhead included.
     pub used: Option<u64>,
     /// `used_memory_dataset` in bytes: without the server's own overhead.
     pub dataset: Option<u64>,
     /// `maxmemory` in bytes; 0 means no limit.
     pub max: Option<u64>,
-    /// `maxmemory_policy`.
+    /// `maxmemory_policy`: which keys are evicted at `maxmemory`.
     pub policy: Option<String>,
     /// Keys evicted since the server was started.
     pub evicted: Option<u64>,
@@ -113,7 +113,7 @@ impl Right {
     /// The command as an ACL rule names it.
     pub(crate) fn rule(self) -> String {
         let name = self.as_str().to_lowercase();
-        // Quoted as in `acl::ACL_LINE`.
+        // A subcommand is quoted for the shell, as in `acl::ACL_LINE`.
         if name.contains(' ') { format!("'+{}'", name.replace(' ', "|")) } else { format!("+{name}") }
     }
 
@@ -149,17 +149,17 @@ impl Rights {
 pub(crate) struct Facts {
     /// Where the server was reached.
     pub addr: NodeAddr,
-    /// Product and version.
+    /// Product, version and process; `None` where INFO gives no version.
     pub server: Option<ServerFacts>,
     /// The Redis version whose commands the server has, as (major, minor).
     pub redis_version: Option<(u32, u32)>,
-    /// The server's role.
+    /// The role that INFO gives.
     pub role: ServerRole,
     /// Whether the server is a node of a cluster.
     pub cluster: bool,
     /// How long the process has been running.
     pub uptime: Option<Duration>,
-    /// DBs that hold keys.
+    /// Number of keys in each DB, from INFO keyspace, which lists only DBs that hold keys.
     pub dbs: BTreeMap<DbIndex, DbKeys>,
     /// Share of the keys with a TTL that have expired and are still in memory, from 0 to 1: see [`Info::expired_share`].
     pub expired_share: Option<f64>,
@@ -167,9 +167,8 @@ pub(crate) struct Facts {
     pub expire_per_sec: Option<f64>,
     /// How the server frees expired keys by itself.
     pub expiry: Expiry,
-    /// Memory and eviction.
     pub memory: Memory,
-    /// The server's replicas.
+    /// The replicas that the server lists, whatever their state.
     pub replicas: Vec<ReplicaLine>,
     /// The server's own replication offset in bytes.
     pub replication_offset: Option<u64>,

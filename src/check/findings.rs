@@ -29,7 +29,7 @@ pub(crate) enum Severity {
 
 words!(Severity, "severity", Error = "error", Warning = "warning", Note = "note");
 
-/// One finding.
+/// Something that an operator should know before a sweep.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Finding {
     /// The server is a replica of this master, if INFO names one.
@@ -42,7 +42,7 @@ pub(crate) enum Finding {
     TooOld((u32, u32)),
     /// The user may not run commands that a sweep needs.
     MissingRights {
-        /// The commands.
+        /// The commands that a sweep with these settings needs and the user may not run.
         rights: Vec<Right>,
         /// The user, if the server names it.
         user: Option<String>,
@@ -72,7 +72,7 @@ pub(crate) enum Finding {
     Evicting {
         /// Keys evicted since the server was started.
         evicted: u64,
-        /// `maxmemory_policy`.
+        /// `maxmemory_policy`; `None` where INFO lacks it.
         policy: Option<String>,
     },
     /// The sweep would be too slow for the rate at which keys expire.
@@ -86,7 +86,7 @@ pub(crate) enum Finding {
     LongerThanTimeout {
         /// The longest time that it may take.
         most: Duration,
-        /// The timeout.
+        /// The setting `timeout`, which `most` exceeds.
         timeout: Duration,
     },
     /// The settings name DBs that hold no key with a TTL.
@@ -102,7 +102,7 @@ pub(crate) enum Finding {
     EstimateMayBeLow,
     /// Active expiry runs at less than the highest effort.
     LowEffort {
-        /// `active-expire-effort`.
+        /// `active-expire-effort`, from 1 to 10.
         effort: u32,
         /// What the two cures cost; `None`: the backlog is unknown, or effort 10 would leave as much.
         cures: Option<Cures>,
@@ -114,7 +114,7 @@ pub(crate) enum Finding {
 pub(crate) struct Cures {
     /// Active expiry at effort 10, until it stops.
     pub effort: Duration,
-    /// A sweep.
+    /// Server time of a sweep at the mean cost of a key.
     pub sweep: Duration,
 }
 

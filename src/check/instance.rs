@@ -40,9 +40,8 @@ pub(crate) struct ShardCheck {
 pub(crate) enum InstanceCheck {
     /// A standalone server, or the master that sentinels name.
     One(Box<MasterCheck>),
-    /// A cluster.
+    /// A cluster, each shard of which is checked by itself.
     Cluster {
-        /// Each shard.
         shards: Vec<ShardCheck>,
         /// Findings about the cluster as a whole.
         findings: Vec<Finding>,
@@ -102,7 +101,7 @@ impl InstanceCheck {
         }
     }
 
-    /// The report for people.
+    /// The report that `ttlsweep check` prints without `--json`.
     pub(crate) fn text(&self, scan: &ScanSettings, command: &str) -> String {
         let of = |seen: &MasterCheck| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
         let (checks, findings) = match self {

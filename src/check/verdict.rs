@@ -46,7 +46,7 @@ pub(crate) struct DbBacklog {
 /// A number of expired keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Expired {
-    /// The number.
+    /// Counted or estimated, as `basis` says.
     pub keys: u64,
     /// Where the number comes from.
     pub basis: Basis,

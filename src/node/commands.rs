@@ -39,7 +39,7 @@ pub async fn run_id(conn: &mut Conn) -> Result<Option<RunId>, NodeError> {
 pub struct Load {
     /// CPU time of the main thread; of the whole process on servers that do not tell it.
     pub cpu: Option<Duration>,
-    /// Commands processed.
+    /// `total_commands_processed`, ours included; `None` where INFO lacks it.
     pub commands: Option<u64>,
 }
 

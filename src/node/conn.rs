@@ -87,7 +87,7 @@ pub struct Conn {
 struct Watchdog(Option<Pin<Box<tokio::time::Sleep>>>);
 
 impl Watchdog {
-    /// Completes at the deadline.
+    /// Completes once `deadline` has passed, whatever deadline an earlier call had.
     async fn expires(&mut self, deadline: tokio::time::Instant) {
         let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         loop {

@@ -13,18 +13,18 @@ pub enum NodeError {
     /// The connection could not be made.
     #[error("cannot connect to {addr}: {source}")]
     Connect {
-        /// Where.
+        /// The address that was dialled.
         addr: NodeAddr,
-        /// Why.
+        /// The error of the system, or that the time to connect is over.
         #[source]
         source: io::Error,
     },
-    /// The TLS handshake failed.
+    /// The TLS handshake failed, or the server refused our certificate.
     #[error("cannot connect to {addr} by TLS: {problem}")]
     Tls {
-        /// Where.
+        /// The address that was dialled.
         addr: NodeAddr,
-        /// What is wrong.
+        /// What TLS found wrong, for the operator.
         problem: String,
         /// What to do about it.
         hint: &'static str,
@@ -32,44 +32,44 @@ pub enum NodeError {
     /// The peer closed the connection during the TLS handshake: it speaks no TLS, has too many clients, or is stopping.
     #[error("{addr} closed the connection in the middle of the TLS handshake")]
     TlsCut {
-        /// Where.
+        /// The address that was dialled.
         addr: NodeAddr,
     },
     /// The peer of a connection without TLS speaks TLS, or closed the connection as such a peer does.
     #[error("{addr} {problem} in place of an answer to the first command")]
     NotPlain {
-        /// Where.
+        /// The address that was dialled.
         addr: NodeAddr,
-        /// What it did.
+        /// `sent a TLS alert` or `closed the connection`.
         problem: &'static str,
     },
     /// The connection was made, and no answer came on it in time.
     #[error("{addr} took the connection and did not answer {during} within {after:?}")]
     Silent {
-        /// Where.
+        /// The address that was dialled.
         addr: NodeAddr,
-        /// What was not answered.
+        /// The exchange that got no answer.
         during: Greeting,
         /// How long we waited, including the time to connect.
         after: Duration,
     },
-    /// The connection broke.
+    /// The connection broke after it was made; a reply may be lost with it.
     #[error("the connection to {addr} was lost: {source}")]
     Lost {
-        /// Where.
+        /// Address of the connection's server.
         addr: NodeAddr,
-        /// How.
+        /// The I/O error that ended the connection.
         #[source]
         source: io::Error,
     },
     /// No answer came in time.
     #[error("{addr} did not answer {command} within {after:?}")]
     Timeout {
-        /// Where.
+        /// Address of the connection's server.
         addr: NodeAddr,
         /// The command that was sent.
         command: &'static str,
-        /// How long we waited.
+        /// The time that was waited for the answer.
         after: Duration,
     },
     /// No node or sentinel could name the master, or the server that they named is none.
@@ -85,17 +85,17 @@ pub enum NodeError {
     /// The peer does not speak RESP, or sent a reply that the command cannot have.
     #[error("{addr} answered {command} with something that is not a valid reply: {detail}")]
     Protocol {
-        /// Where.
+        /// Address of the connection's server.
         addr: NodeAddr,
         /// The command that was sent.
         command: &'static str,
-        /// What was wrong.
+        /// What is wrong with the reply, for the operator.
         detail: String,
     },
     /// The server answered with an error.
     #[error("{addr} refused {command}: {code} {message}")]
     Server {
-        /// Where.
+        /// Address of the connection's server.
         addr: NodeAddr,
         /// The command that was sent.
         command: &'static str,
@@ -109,9 +109,9 @@ pub enum NodeError {
 /// The first exchange on a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Greeting {
-    /// The TLS handshake.
+    /// The TLS handshake, before any command.
     Tls,
-    /// AUTH or CLIENT SETNAME.
+    /// The first command on the connection, such as AUTH or CLIENT SETNAME.
     Command,
 }
 

@@ -25,7 +25,7 @@ pub struct DbKeys {
 /// One replica, as its master lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplicaLine {
-    /// Its address.
+    /// `ip:port` as the master lists it, before any node map.
     pub addr: String,
     /// `online` or a stage of the synchronisation.
     pub state: String,
@@ -38,9 +38,9 @@ pub struct ReplicaLine {
 /// `cmdstat_scan`, since the server started or the counters were reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommandStat {
-    /// Calls.
+    /// Number of calls by all clients.
     pub calls: u64,
-    /// Server time in microseconds.
+    /// Server time of all calls together, in microseconds.
     pub usec: u64,
 }
 
@@ -51,7 +51,7 @@ impl Info {
         Self(fields.filter(|(k, _)| !k.starts_with('#')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
     }
 
-    /// A field's text.
+    /// The text of a field; `None` where INFO lacks the field.
     pub fn get(&self, field: &str) -> Option<&str> {
         self.0.get(field).map(String::as_str)
     }
@@ -61,7 +61,7 @@ impl Info {
         self.get(field)?.parse().ok()
     }
 
-    /// A `0`/`1` field.
+    /// A field that is `0` or `1`; `None` where INFO lacks it.
     pub fn flag(&self, field: &str) -> Option<bool> {
         self.get(field).map(|v| v == "1")
     }
@@ -128,7 +128,7 @@ impl Info {
         Some(CommandStat { calls: part("calls")?, usec: part("usec")? })
     }
 
-    /// Memory and evicted keys.
+    /// The fields of INFO about memory and evicted keys.
     pub fn memory(&self) -> Memory {
         Memory {
             used: self.parsed("used_memory"),

@@ -32,23 +32,23 @@ pub enum TlsFileError {
     /// A file that cannot be read, or holds nothing of the kind in PEM.
     #[error("{option}: cannot read {what} from {path}: {source}; it must be a PEM file", path = path.display())]
     Pem {
-        /// `--cacert`, `--cert` or `--key`.
+        /// The option that names the file: `--cacert`, `--cert` or `--key`.
         option: &'static str,
         /// What should be in it.
         what: &'static str,
-        /// The file.
+        /// Path of the file that the option names.
         path: PathBuf,
-        /// Why.
+        /// Why the file could not be read or parsed.
         source: rustls::pki_types::pem::Error,
     },
     /// A file of authorities or a certificate that TLS rejects.
     #[error("{option}: {path}: {source}", path = path.display())]
     Unusable {
-        /// `--cacert` or `--key`.
+        /// The option that names the file: `--cacert` or `--key`.
         option: &'static str,
-        /// The file.
+        /// Path of the file that the option names.
         path: PathBuf,
-        /// Why.
+        /// Why TLS rejects its contents.
         source: rustls::Error,
     },
     /// The system has no store of authorities.

@@ -23,12 +23,12 @@ const ASK_AT_MOST: usize = 8;
 /// How many servers are asked in a chain of replicas before the search for its master gives up.
 const HOPS: usize = 4;
 
-/// What the instance is.
+/// The kind of an instance, as its URL and its servers say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InstanceKind {
-    /// One server.
+    /// One server that is no node of a cluster.
     Standalone,
-    /// One master under sentinels.
+    /// One master that sentinels name.
     Sentinel,
     /// Masters that share the hash slots.
     Cluster,
@@ -64,7 +64,7 @@ impl Master {
 /// The masters of an instance at one moment, as one node sees them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
-    /// What the instance is.
+    /// The kind of the instance.
     pub kind: InstanceKind,
     /// Its masters, by their lowest slot.
     pub masters: Vec<Master>,
@@ -103,7 +103,7 @@ impl Topology {
         Self { target, options, follow, known: Mutex::new(known), unowned: Mutex::default() }
     }
 
-    /// Where the instance is.
+    /// Where the instance is, as its URL says.
     pub fn target(&self) -> &Target {
         &self.target
     }

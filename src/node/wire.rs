@@ -137,7 +137,7 @@ pub fn frame_len(buf: &[u8]) -> Result<Option<usize>, Malformed> {
 /// A reply to a command that returns an integer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Integer {
-    /// The number.
+    /// The integer that the server returned.
     Number(i64),
     /// The text of an error.
     Refused(String),
@@ -182,7 +182,7 @@ impl Names {
         self.bytes.truncate(self.ends.last().copied().unwrap_or(0));
     }
 
-    /// The number of names.
+    /// Number of names in the reply.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
@@ -204,9 +204,9 @@ impl Names {
 pub enum ScanReply {
     /// The next cursor and how many keys were returned.
     Page {
-        /// 0 at the end.
+        /// Where the next SCAN begins; 0: the walk is complete.
         cursor: u64,
-        /// Keys in the reply.
+        /// Number of keys in this reply.
         returned: u64,
     },
     /// An error line, without the dash. Its text is at the start of the buffer handed in; see [`ScanReader::error`].

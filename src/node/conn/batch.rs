@@ -14,9 +14,9 @@ use crate::node::error::NodeError;
 use crate::node::info;
 use crate::node::wire::{Malformed, Names, ScanReader, ScanReply};
 
-/// DBSIZE in RESP.
+/// DBSIZE, as it is sent (RESP).
 const DBSIZE: &str = "*1\r\n$6\r\nDBSIZE\r\n";
-/// INFO stats in RESP.
+/// INFO stats, as it is sent (RESP).
 const INFO_STATS: &str = "*2\r\n$4\r\nINFO\r\n$5\r\nstats\r\n";
 
 /// One SCAN to be sent.
@@ -24,7 +24,7 @@ const INFO_STATS: &str = "*2\r\n$4\r\nINFO\r\n$5\r\nstats\r\n";
 pub struct Request {
     /// Where it begins. [`ScanPosition::Finished`] would be sent as 0, like the beginning; no caller asks from there.
     pub from: ScanPosition,
-    /// COUNT.
+    /// COUNT of the SCAN: about how many keys the server visits.
     pub count: u32,
     /// Whether it has a TYPE that no key has, so that the reply holds no names.
     pub nameless: bool,
@@ -47,7 +47,7 @@ pub enum Gauge {
 /// The counters just before or just after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reading {
-    /// DBSIZE.
+    /// DBSIZE, expired keys that are still in memory included.
     pub keys: u64,
     /// `expired_keys`; `None` where it was not asked for or INFO does not have it.
     pub expired: Option<u64>,
@@ -71,11 +71,11 @@ const NO_TYPE: &str = "ttlsweep-none";
 pub struct Reply {
     /// Where the next SCAN begins.
     pub to: ScanPosition,
-    /// Keys in the reply.
+    /// Keys whose names the reply holds; none for a nameless request.
     pub returned: u64,
-    /// The reading just before.
+    /// The counters just before the SCAN.
     pub before: Reading,
-    /// The reading just after.
+    /// The counters just after the SCAN.
     pub after: Reading,
 }
 
@@ -115,9 +115,9 @@ pub struct TouchReply {
     /// The server's answer for each name, in order; `None` where a cluster node answered with a redirection: the key's
     /// slot is moving to another node.
     pub answers: Vec<Option<i64>>,
-    /// The reading just before.
+    /// The counters just before the touch.
     pub before: Reading,
-    /// The reading just after.
+    /// The counters just after the touch.
     pub after: Reading,
 }
 
