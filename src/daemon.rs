@@ -40,7 +40,7 @@ const OWN_FILES: u64 = 256;
 /// What distinguishes this daemon from others with the same settings file.
 #[derive(Debug, Default)]
 pub(crate) struct Identity {
-    /// Overrides `[daemon] name`.
+    /// Overrides `[daemon] name`; `None`: the settings decide.
     pub name: Option<String>,
     /// Override `[daemon] labels`, unless empty.
     pub labels: Vec<String>,

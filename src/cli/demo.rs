@@ -272,7 +272,7 @@ fn comparison(before: Reading, after: Reading, watched: Watched, took: Duration)
     format!("\n{table}\nthe sweep took {}; {alone}\n", span(took))
 }
 
-/// SIGINT (Ctrl-C) and SIGTERM.
+/// The signals that end the demo: SIGINT (Ctrl-C) and SIGTERM.
 struct EndSignals {
     interrupt: Signal,
     terminate: Signal,

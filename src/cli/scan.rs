@@ -72,7 +72,7 @@ pub(super) enum Show {
     Text,
     /// Progress, and one JSON object at the end.
     Json,
-    /// Nothing but errors.
+    /// Errors only: no progress and no summary.
     Quiet,
 }
 

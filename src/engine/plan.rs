@@ -61,7 +61,7 @@ pub struct ScanPlan {
     pub patient: bool,
 }
 
-/// How a sweep ended.
+/// How a sweep ended, beside a failure.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// Every pass of every shard is complete.

@@ -77,7 +77,7 @@ struct Rounds {
     events: mpsc::Sender<ScanEvent>,
     /// The last result of each shard.
     results: BTreeMap<ShardId, ShardResult>,
-    /// When that was.
+    /// When the last sweep of each shard ended: a keep run retries a shard [`AFTER_FAILURE`] later.
     ended_at: BTreeMap<ShardId, Instant>,
 }
 

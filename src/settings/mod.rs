@@ -38,7 +38,7 @@ pub const COUNT_RANGE: std::ops::RangeInclusive<u32> = 10..=1000;
 pub enum Touch {
     /// Audit a few batches with EXISTS; if the audit finds expired keys that SCAN left, touch every batch.
     Auto,
-    /// Send no command.
+    /// Send no command and audit nothing.
     None,
     /// Send EXISTS for each key.
     Exists,
@@ -93,7 +93,7 @@ pub struct ScanSettings {
     pub assist_expiry: Option<Duration>,
     /// The command to send for each key that SCAN returned.
     pub touch: Touch,
-    /// Whether SCAN returns names.
+    /// Whether SCAN returns key names.
     pub payload: Payload,
     /// Longest time that the sweep may take.
     pub timeout: Duration,

@@ -18,7 +18,7 @@ pub enum Format {
     Json,
     /// `{"text": ...}`, for Slack, Mattermost, Rocket.Chat and Google Chat.
     Slack,
-    /// `{"content": ...}`, for Discord.
+    /// `{"content": ...}`, as Discord wants it.
     Discord,
     /// An adaptive card, for a workflow of Microsoft Teams.
     Teams,

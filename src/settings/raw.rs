@@ -45,7 +45,7 @@ pub const DEFAULT_TOML: &str = include_str!("default.toml");
 /// Where a value came from. A later layer wins.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
-    /// A default of `default.toml`.
+    /// A value of `default.toml`, which is compiled in.
     Default,
     /// A line of a settings file.
     File {

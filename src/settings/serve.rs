@@ -81,7 +81,7 @@ pub struct ApiSettings {
     pub max_connections: usize,
     /// Longest time to receive a request, and to answer it.
     pub request_timeout: Duration,
-    /// The tokens of `[[api.tokens]]`.
+    /// The bearer tokens of `[[api.tokens]]`.
     pub tokens: Vec<Token>,
     /// The key pairs of `[[api.keys]]`.
     pub keys: Vec<AccessKey>,
@@ -170,7 +170,7 @@ pub struct StoreSettings {
     pub keep_tasks: u32,
 }
 
-/// One instance of `[[instances]]`.
+/// An instance that the daemon may sweep: one entry of `[[instances]]`.
 #[derive(Debug, Clone)]
 pub struct Instance {
     /// Id in the API and in the records.

@@ -99,19 +99,19 @@ impl TaskError {
 /// What a task is to do: everything that is known before it is recorded.
 #[derive(Debug, Clone)]
 pub(crate) struct TaskSpec {
-    /// The instance.
+    /// Id of the instance, for the record and the queue.
     pub instance_id: String,
     /// The project of the instance; empty for a sweep from the command line.
     pub project_id: String,
-    /// Where the instance is.
+    /// Where the instance is, as its URL says.
     pub target: Target,
     /// What asks for the task.
     pub cause: Cause,
-    /// How to sweep.
+    /// The settings, parsed: how the engine sweeps.
     pub settings: ScanSettings,
     /// The settings as text by key, for the record.
     pub sweep: SweepTexts,
-    /// How to connect.
+    /// Credentials, TLS and timeouts of its connections.
     pub conn: ConnOptions,
     /// The window outside of which it holds; `None`: it sweeps at any time.
     pub window: Option<Window>,
@@ -213,7 +213,7 @@ impl fmt::Display for Tune {
 /// A task as it is now.
 #[derive(Debug, Clone)]
 pub(crate) struct TaskView {
-    /// The record.
+    /// The record of the task, with its state.
     pub task: Task,
     /// What it has done so far.
     pub snapshot: Snapshot,
@@ -269,7 +269,7 @@ impl TaskService {
         Self { notifier: Some(notifier), ..self }
     }
 
-    /// The records.
+    /// The store that holds the tasks and their checkpoints.
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }

@@ -51,7 +51,7 @@ pub(crate) enum Order {
     Resume,
     /// End after the batch under way.
     Cancel,
-    /// Sweep with other limits.
+    /// Change the limits on load and pace of the sweep.
     Tune(Tune),
     /// Of a keep run: end, as a success, so that another task may begin.
     GiveWay,

@@ -126,7 +126,7 @@ impl Depth {
                 self.leave_for = (self.leave_for * 2).min(LEAVE_FOR.1);
             }
         } else if paced && rests {
-            // Fewer do.
+            // At this intensity the master rests between batches: fewer under way suffice.
             self.now = self.now.saturating_sub(1);
         } else if waits < bound(GROW_BELOW) && !paced && self.wait == 0 {
             self.now += 1 + self.now / 4;

@@ -97,10 +97,10 @@ struct Sample {
     scanned: u64,
 }
 
-/// What the guard advises.
+/// What the guard advises after each sample.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Advice {
-    /// No harm is seen.
+    /// The sample shows no harm: keep the present pace.
     Fine,
     /// Take the most that is allowed, whatever other clients need.
     Hurry,
@@ -122,7 +122,7 @@ pub(crate) struct ExpiryGuard {
     advised: Duration,
     /// Harmful time, less half of the harmless time: see [`PATIENCE`].
     harmful: Duration,
-    /// Whether `Stop` was advised.
+    /// Whether `Stop` was advised in this pass.
     told: bool,
 }
 

@@ -33,7 +33,7 @@ impl Foreground {
         wanted && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
     }
 
-    /// Adds a measurement.
+    /// Adds a measurement: the share of the main thread (0 to 1) and the commands per second of other clients; `None`: unknown.
     pub(crate) fn learn(&mut self, cpu: Option<f64>, ops: Option<u64>) {
         let smooth = |before: Option<f64>, now: f64| match before {
             Some(before) => before + (now - before) * if now > before { WEIGHT.0 } else { WEIGHT.1 },

@@ -14,7 +14,7 @@ fn bucket_limit(count: u32) -> u64 {
 /// What a batch proves about hidden keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hidden {
-    /// Nothing.
+    /// The batch proves neither that keys are hidden nor that none are.
     Unproven,
     /// The batch visited at least this many keys that it neither returned nor reclaimed.
     Keys(u64),
@@ -64,7 +64,7 @@ pub struct StillPass {
 }
 
 impl StillPass {
-    /// Adds a batch.
+    /// Adds the reply of a batch of the pass.
     pub fn add(&mut self, reply: &Reply) {
         self.moved |= reply.after.keys != reply.before.keys || self.keys.is_some_and(|keys| keys != reply.before.keys);
         self.keys = Some(reply.after.keys);

@@ -70,7 +70,7 @@ impl Inflow {
 /// What is walked: all DBs of one master.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Table {
-    /// Keys in it.
+    /// Keys by DBSIZE, expired ones included.
     pub keys: u64,
     /// Keys with a TTL, those that have expired included.
     pub expires: u64,

@@ -35,9 +35,9 @@ pub(crate) struct KeyNames {
 /// How a batch is scanned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NamesMode {
-    /// With names.
+    /// SCAN is sent without TYPE and returns the names.
     Read,
-    /// Without names.
+    /// SCAN has a TYPE that no key has and returns no names.
     Left,
     /// Without names, and then again with them.
     Audited,

@@ -17,7 +17,7 @@ pub(crate) enum Doing {
     Exchanging,
     /// The sweep rests for the intensity or the ceiling, or to measure the foreground or the flow of expiry.
     Resting,
-    /// The sweep holds.
+    /// The sweep holds for this reason and sends no batch.
     Holding(Reason),
 }
 

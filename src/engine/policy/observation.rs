@@ -13,7 +13,7 @@ pub(crate) struct Observation {
     pub is_master: Option<bool>,
     /// Of a replica: its master as `host:port`.
     pub master: Option<String>,
-    /// The server process.
+    /// Identifies the server process; `None` where INFO has no `run_id`.
     pub run_id: Option<RunId>,
     /// Whether it is loading its data set.
     pub loading: bool,
@@ -21,7 +21,7 @@ pub(crate) struct Observation {
     pub failover_under_way: bool,
     /// Whether writes are paused: `paused_actions` of INFO clients, on servers that show it.
     pub writes_paused: bool,
-    /// `cmdstat_scan`.
+    /// Calls and time of all clients' SCANs; `None` where INFO lacks `cmdstat_scan`.
     pub scan_stat: Option<CommandStat>,
     /// Objects that wait to be freed in the background.
     pub lazyfree_pending: Option<u64>,

@@ -115,13 +115,13 @@ pub struct Wait {
 /// The next batch may not be sent yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Later {
-    /// When to ask again.
+    /// The time at which [`Pacer::may_send`] is worth asking again.
     pub at: Instant,
     /// Whether the reason is rest or the ceiling; otherwise the batch is only spaced.
     pub to_rest: bool,
 }
 
-/// Replies that came together.
+/// A group: replies between which this side did not have to wait, cut at [`GROUP_MOST`].
 #[derive(Debug, Default)]
 struct Group {
     /// How long they held the server, together.
@@ -208,7 +208,7 @@ impl Pacer {
         self.count
     }
 
-    /// The shortest round trip.
+    /// The smallest round trip so far, of a PING or of a batch.
     pub fn floor(&self) -> Duration {
         self.floor
     }
@@ -374,7 +374,7 @@ impl Pacer {
         }
     }
 
-    /// A batch was sent.
+    /// Notes that a batch was sent now: the next spaced batch waits for one expected slice.
     pub fn sent(&mut self) {
         let (now, slice) = (Instant::now(), self.expected_slice());
         // One batch may follow at once.

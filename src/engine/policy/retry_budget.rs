@@ -30,7 +30,7 @@ impl RetryBudget {
         Self { limit, batch, since: Instant::now(), connected: None, backoff: BACKOFF.0 }
     }
 
-    /// A connection was made.
+    /// Notes when a connection was made: one that lasts longer than `batch` begins a new budget.
     pub(crate) fn connected(&mut self) {
         self.connected = Some(Instant::now());
     }

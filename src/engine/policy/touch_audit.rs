@@ -13,7 +13,7 @@ const AUDIT_FIRST: u64 = 4;
 /// While neither SCAN nor the audit has met an expired key, one batch in this many is audited: before [`AUDIT_CLOSELY`] batches, since
 /// a small DB has no more; and after them, when audits are rarer since each costs a round trip in which no batch is under way.
 const AUDIT_UNPROVEN: (u64, u64) = (8, 64);
-/// See [`AUDIT_UNPROVEN`].
+/// The number of batches after which [`AUDIT_UNPROVEN`] audits less often.
 const AUDIT_CLOSELY: u64 = 512;
 /// Once SCAN has reclaimed a key, one batch in this many is audited.
 const AUDIT_PROVEN: u64 = 256;
@@ -26,7 +26,7 @@ const PROOF: u64 = 3;
 #[derive(Debug, Clone)]
 pub(crate) struct TouchAudit {
     mode: Touch,
-    /// The command that audits.
+    /// The command that audits: EXISTS, or TTL where EXISTS counts as a use of the key.
     audit: &'static str,
     outcome: TouchOutcome,
     /// Whether the server has answered such a command.

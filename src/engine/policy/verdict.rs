@@ -30,7 +30,7 @@ pub(crate) enum Purpose {
     },
     /// The touch of the keys of a batch.
     Touch {
-        /// The command that touches.
+        /// The command that is sent for each key: EXISTS or TTL.
         command: &'static str,
         /// The reply of the batch.
         scanned: Reply,
@@ -61,7 +61,7 @@ pub(crate) enum Restart {
 }
 
 impl Restart {
-    /// The reason, for people.
+    /// The reason in words, without a full stop.
     pub(crate) fn sentence(&self) -> &'static str {
         match self {
             Self::Unordered => "its cursors are not those of a hash table, as behind some proxies",
@@ -71,7 +71,7 @@ impl Restart {
     }
 }
 
-/// What a reply means.
+/// What a reply means for the pass: the batch loop carries it out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// The range is done: its segment goes on at this position.
@@ -433,7 +433,7 @@ mod tests {
                 }),
                 Advance(end),
             ),
-            // Hidden keys.
+            // Batches that bring fewer keys than COUNT, which hidden keys explain.
             (
                 "fewer keys than asked for, and nothing that ended the SCAN",
                 walk(at(1124), 30, 0),
@@ -468,7 +468,7 @@ mod tests {
                 walk(end, 100, 0).unordered().with(|case| case.still = still_with(40_000)),
                 Finished,
             ),
-            // Tables of slots.
+            // A table for each slot: the end of one table ends a SCAN early.
             (
                 "within the table of a slot",
                 walk(in_slot(7, 131), 30, 0).by_slot(in_slot(7, 100)),
@@ -497,14 +497,14 @@ mod tests {
                 WalkClosely(in_slot(0, 1001)),
             ),
             ("the last slot's end", walk(end, 3, 0).by_slot(in_slot(99, 100)), Finished),
-            // Walked closely.
+            // Ranges that are walked again with COUNT 1.
             ("a bucket with a key", walk(at(1025), 1, 0).closely(), Advance(at(1025))),
             ("a bucket whose key was freed", walk(at(1025), 0, 1).closely(), Advance(at(1025))),
             ("the most buckets without a key", walk(at(1024 + 11), 0, 0).closely(), Advance(at(1035))),
             ("fewer buckets without a key", walk(at(1024 + 7), 0, 0).closely(), suspect(1, at(1031))),
             ("no further than before", walk(at(1024), 1, 0).closely(), restart(Restart::Unordered)),
             ("the end of the range, the pass goes on", walk(at(1100), 1, 0).closely(), Advance(at(1100))),
-            // Cursors.
+            // Cursors that go back, or that have no order.
             ("back in a hash table", walk(at(1000), 100, 0), restart(Restart::Unordered)),
             ("back where no order is known", walk(at(7), 100, 0).unordered(), Advance(at(7))),
             ("few keys where no order is known", walk(at(7), 3, 0).unordered(), Advance(at(7))),
@@ -516,7 +516,7 @@ mod tests {
                 Verdict::Broken("they go round in a circle".to_owned()),
             ),
             ("the end where no order is known", walk(end, 3, 0).unordered(), Finished),
-            // Touching keys.
+            // Batches whose keys are touched, and what the touch finds.
             ("a batch to be touched", walk(at(1124), 100, 0).purpose(exists), TouchKeys("EXISTS")),
             ("a batch to be touched that returned nothing", walk(limit, 0, 0).purpose(exists), Advance(limit)),
             ("touched, all alive", walk(at(1124), 100, 0).touched(0), Advance(at(1124))),
@@ -558,7 +558,7 @@ mod tests {
                 }),
                 Finished,
             ),
-            // Without names.
+            // Batches without names, and the audit that reads the names.
             ("without names few keys prove nothing", walk(at(1124), 0, 5).nameless(), Advance(at(1124))),
             ("without names, to be audited", walk(at(1124), 0, 5).nameless().purpose(WalkToAudit), AuditNames),
             ("the end, to be audited", walk(end, 0, 5).nameless().purpose(WalkToAudit), AuditNames),

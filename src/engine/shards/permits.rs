@@ -20,7 +20,7 @@ pub(in crate::engine) struct Permits(Arc<Limit>);
 enum Limit {
     /// This many, wherever the masters are.
     InTotal(Arc<Semaphore>),
-    /// One for each host.
+    /// One master at a time on each host, since masters on one host share a machine.
     PerHost(Mutex<HashMap<String, Arc<Semaphore>>>),
 }
 

@@ -39,10 +39,10 @@ impl Member {
     }
 }
 
-/// Where a shard is.
+/// Which master holds a shard at present.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::engine) enum Location {
-    /// On this master.
+    /// This master owns the shard's slots.
     At(Master),
     /// Nowhere: other shards own all of its slots.
     Dissolved,
@@ -169,7 +169,7 @@ impl ShardMap {
     }
 }
 
-/// Names a new shard.
+/// Names a new shard; a number tells it from a shard that has the name already.
 fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap<ShardId, Member>) -> ShardId {
     let base = match &target.place {
         _ if !master.slots.is_empty() => format!("slots {}", master.slots.name()),

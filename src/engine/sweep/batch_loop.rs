@@ -406,7 +406,6 @@ impl ShardSweep {
         }
     }
 
-    /// Carries a verdict out.
     async fn apply(&mut self, exchange: Exchange, verdict: Verdict, pass: &mut Pass) -> Result<(), End> {
         match verdict {
             Verdict::Advance(to) => self.advance(exchange.segment, to, pass).await,

@@ -75,7 +75,7 @@ impl ShardSweep {
         self.take_permit(pass).await
     }
 
-    /// Applies changed limits.
+    /// Hands changed limits to the pacer and lets the throttle decide again.
     fn tune(&mut self, tuning: Tuning) {
         if self.pacer.tune(tuning) {
             self.pacer.set_intensity(tuning.intensity);

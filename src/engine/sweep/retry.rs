@@ -39,9 +39,9 @@ const PINGS: usize = 20;
 
 /// Why a master was not reached.
 enum Trouble {
-    /// Another attempt may succeed.
+    /// Another attempt may succeed while the retry budget lasts.
     Node(NodeError),
-    /// No attempt can succeed.
+    /// No attempt can succeed: the sweep of the shard ends.
     End(End),
 }
 

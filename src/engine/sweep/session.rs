@@ -29,7 +29,7 @@ pub(super) struct Reached {
     pub(super) master: Master,
 }
 
-/// One server process.
+/// What is known of one server process; another process at the address begins a new session.
 pub(super) struct Session {
     /// How many other processes this sweep met before.
     pub(super) number: u32,
@@ -45,7 +45,7 @@ pub(super) struct Session {
     pub(super) master: Master,
     /// What was observed before the first batch: relative limits refer to it.
     pub(super) baseline: Observation,
-    /// What was observed last.
+    /// The last observation, on which the throttle decides.
     pub(super) seen: Observation,
     /// Whether the throttle has decided on `seen`.
     pub(super) decided: bool,
@@ -111,7 +111,7 @@ impl Session {
         self.run_id.is_some() && self.run_id == reached.baseline.run_id
     }
 
-    /// The first connection.
+    /// The connection that stays for the whole session.
     pub(super) fn conn(&mut self) -> &mut Conn {
         &mut self.conns[0]
     }

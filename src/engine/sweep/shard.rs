@@ -30,7 +30,7 @@ use crate::store::journal::JournalDir;
 
 /// Lazy frees have settled when nothing is pending at a second reading. The sweep waits for that no longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(3);
-/// Pause between those readings.
+/// Pause between two readings of the pending lazy frees.
 const SETTLE_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a shard's sweep ends before it is complete.

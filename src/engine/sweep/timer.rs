@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-/// A reusable timer.
+/// A kernel timer where there is one, made at the first use and kept.
 #[derive(Debug, Default)]
 pub(super) struct Timer {
     #[cfg(target_os = "linux")]
