@@ -184,15 +184,15 @@ async fn a_sample_of_a_cluster_is_as_near_as_it_says_also_where_hash_tags_put_mo
         keys == 90_000
     })
     .await;
-    let found = forecast(&cluster.url(), &["--sample", "4000"]).await;
+    let found = forecast(&cluster.url(), &["--sample", "8000"]).await;
     let total = &found["total"];
     let looked_at = total["looked_at"].as_u64().expect("a number");
-    assert!((7_000..20_000).contains(&looked_at), "{looked_at}");
+    assert!((15_000..45_000).contains(&looked_at), "{looked_at}");
     near(&total["with_ttl"], 60_000, "with a TTL");
     near(&total["without_ttl"], 30_000, "without");
     near(&total["later"], 10_000, "later than a week");
     near(&total["within"][4], 50_000, "within six hours to a day");
-    assert!(total["with_ttl"]["keys_error"].as_u64() < Some(15_000), "and that is near: {}", total["with_ttl"]);
+    assert!(total["with_ttl"]["keys_error"].as_u64() < Some(20_000), "and that is near: {}", total["with_ttl"]);
     assert!(!found["report"].as_str().expect("a text").contains("countkeysinslot"), "{found:#}");
 }
 
