@@ -8,6 +8,9 @@ use crate::model::format::{counted, grouped, span};
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::ShardId;
 
+/// The bounds: a task whose settings have one that is not `off` is a keep run.
+pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
+
 /// The bounds of a keep run, at least one of which is set; of a sweep none is.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Bounds {

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use uuid::{ContextV7, Uuid};
 
 use crate::model::failure::Failure;
+use crate::model::keep::BOUND_KEYS;
 use crate::model::words::words;
 
 /// The id of a task, a UUID of version 7: ids sort by time of creation.
@@ -234,7 +235,7 @@ impl Task {
 
     /// Whether it is a keep run, which does not end by itself.
     pub fn keeps(&self) -> bool {
-        ["max-backlog", "max-delay"].iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
+        BOUND_KEYS.iter().any(|key| self.sweep.get(*key).is_some_and(|text| text != "off"))
     }
 }
 

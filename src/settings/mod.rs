@@ -20,14 +20,14 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret;
 
-use crate::model::keep::Bounds;
+use crate::model::keep::{BOUND_KEYS, Bounds};
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
 use crate::model::task::SweepTexts;
 use crate::model::throttle::{LIMITS, Limits};
 use crate::model::words::words;
-use crate::settings::raw::{BOUND_KEYS, Origin, Problem, Raw};
+use crate::settings::raw::{Origin, Problem, Raw};
 use crate::settings::values::{given, limit, parse_dbs, password_in, share, slice, switch, unless_off};
 
 /// Valid COUNTs: the contract's range for `scan_keys_count`.

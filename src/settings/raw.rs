@@ -36,9 +36,6 @@ pub static TUNE_KEYS: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
     KEYS.iter().copied().filter(may_change).collect()
 });
 
-/// The bounds: a task whose settings have one that is not `off` is a keep run.
-pub const BOUND_KEYS: &[&str] = &["max-backlog", "max-delay"];
-
 /// The text of `default.toml`, with its comments.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
 
@@ -228,6 +225,7 @@ fn unknown_key(key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::keep::BOUND_KEYS;
 
     #[test]
     fn every_key_that_the_program_knows_has_a_default() {

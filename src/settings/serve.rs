@@ -15,12 +15,12 @@ use jiff::civil::Time;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
-use crate::model::keep::Bounds;
+use crate::model::keep::{BOUND_KEYS, Bounds};
 use crate::model::schedule::{AutoScan, BacklogSize, CronRule, Recurrence, Window};
 use crate::model::task::SweepTexts;
 use crate::model::words::words;
 use crate::settings::notify::{self, NotifySettings};
-use crate::settings::raw::{BOUND_KEYS, KEYS, Origin, Problem, Raw, scalar_text};
+use crate::settings::raw::{KEYS, Origin, Problem, Raw, scalar_text};
 use crate::settings::store::StoreLocation;
 use crate::settings::table::{File, Table};
 use crate::settings::values::{
