@@ -71,11 +71,8 @@ impl Order {
 
     /// Whether the order ends a task in this state.
     pub(super) fn ends_as(&self, state: TaskState) -> bool {
-        match self {
-            Self::Cancel => state == TaskState::Cancelled,
-            Self::GiveWay => state == TaskState::Succeeded,
-            Self::Pause | Self::Resume | Self::Tune(_) => false,
-        }
+        let ended = self.command().and_then(|command| transition(TaskState::Running, command).ok());
+        ended.is_some_and(TaskState::is_final) && ended == Some(state)
     }
 }
 
