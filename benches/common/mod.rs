@@ -40,6 +40,15 @@ impl Server {
         server
     }
 
+    /// Leaves the first core to this server, and the others to this process and what it starts, until the result is dropped.
+    #[must_use]
+    pub fn on_a_core_of_its_own(&self) -> Cores {
+        pin(self.child.id(), "0");
+        let last = std::thread::available_parallelism().map_or(1, usize::from).saturating_sub(1).max(1);
+        pin(std::process::id(), &format!("1-{last}"));
+        Cores { last }
+    }
+
     pub fn addr(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
@@ -160,6 +169,24 @@ impl Measured {
         let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         self.peak_kib = self.peak_kib.max(peak.unwrap_or(0.0));
     }
+}
+
+/// Gives this process all cores back when dropped.
+pub struct Cores {
+    last: usize,
+}
+
+impl Drop for Cores {
+    fn drop(&mut self) {
+        pin(std::process::id(), &format!("0-{}", self.last));
+    }
+}
+
+/// Pins all threads of a process, and those that it starts, to these cores.
+fn pin(process: u32, cores: &str) {
+    let args = ["--all-tasks", "--cpu-list", "--pid", cores, &process.to_string()];
+    let status = Command::new("taskset").args(args).stdout(Stdio::null()).status();
+    assert!(status.is_ok_and(|status| status.success()), "taskset, of util-linux, cannot pin {process} to {cores}");
 }
 
 /// Lets this thread run when it has something to do, as it would on a machine of its own. Linux lets a sleeper wake up to 50 us

@@ -67,6 +67,7 @@ pub fn run(settings: &Settings, contenders: &[Contender], output: &mut Output) {
     let contenders: Vec<Contender> = contenders.iter().filter(|c| !c.sweep.is_slow_by_design()).cloned().collect();
     let contenders = &contenders[..];
     let mut server = Server::start();
+    let _cores = (settings.round_trip_us > 0).then(|| server.on_a_core_of_its_own());
     let proxy = (settings.round_trip_us > 0).then(|| Proxy::start(&server.addr(), settings.round_trip_us));
     server.way = proxy.as_ref().map(|proxy| proxy.port);
     let mut conn = Conn::open(&server.addr());

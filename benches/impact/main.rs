@@ -28,7 +28,7 @@
 //! - `TTLSWEEP_IMPACT_LIVE_TTL` (0): 1 gives the live keys of a a TTL of a day. Without one, active expiry finds
 //!   nothing but dead keys among those that it looks at, which is the best that it can meet.
 //! - `TTLSWEEP_IMPACT_RTT` (0): in a, sweeps reach the server by a proxy that makes their round trip so many microseconds long. The
-//!   foreground does not.
+//!   foreground does not. The server has a core of its own then, as it would if the sweep came from another machine.
 //! - `TTLSWEEP_BENCH_ROUNDS` (3), and `TTLSWEEP_IMPACT_SLOW_ROUNDS` (1): in how many of these, in a, the contenders
 //!   run whose time is set by the clock and is minutes.
 //! - `TTLSWEEP_BENCH_RATE` (5,000): GETs a second of the foreground of a.
