@@ -37,7 +37,7 @@ pub async fn run_id(conn: &mut Conn) -> Result<Option<RunId>, NodeError> {
 /// What a server has done since it started.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Load {
-    /// CPU time of the main thread; of the whole process on servers that do not tell it.
+    /// [`Info::main_thread_cpu`].
     pub cpu: Option<Duration>,
     /// `total_commands_processed`, ours included; `None` where INFO lacks it.
     pub commands: Option<u64>,
@@ -51,13 +51,7 @@ pub async fn load(conn: &mut Conn) -> Result<Load, NodeError> {
     let section = |name: &str| redis::cmd("INFO").arg(name).to_owned();
     let [cpu, stats] = conn.pipeline::<String, 2>("INFO", [&section("cpu"), &section("stats")]).await?;
     let (cpu, stats) = (Info::parse(&cpu?), Info::parse(&stats?));
-    let seconds = |field| cpu.parsed::<f64>(field);
-    let main = seconds("used_cpu_user_main_thread").zip(seconds("used_cpu_sys_main_thread"));
-    let both = main.or_else(|| seconds("used_cpu_user").zip(seconds("used_cpu_sys")));
-    Ok(Load {
-        cpu: both.and_then(|(user, system)| Duration::try_from_secs_f64(user + system).ok()),
-        commands: stats.parsed("total_commands_processed"),
-    })
+    Ok(Load { cpu: cpu.main_thread_cpu(), commands: stats.parsed("total_commands_processed") })
 }
 
 /// `CONFIG SET`.

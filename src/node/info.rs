@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::model::progress::{Memory, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
@@ -119,6 +120,14 @@ impl Info {
             .collect();
         replicas.sort_by_key(|(number, _)| *number);
         replicas.into_iter().map(|(_, replica)| replica).collect()
+    }
+
+    /// CPU time of the main thread; of the whole process on servers that do not tell it.
+    pub fn main_thread_cpu(&self) -> Option<Duration> {
+        let seconds = |field| self.parsed::<f64>(field);
+        let main = seconds("used_cpu_user_main_thread").zip(seconds("used_cpu_sys_main_thread"));
+        let both = main.or_else(|| seconds("used_cpu_user").zip(seconds("used_cpu_sys")));
+        both.and_then(|(user, system)| Duration::try_from_secs_f64(user + system).ok())
     }
 
     /// The server time of SCAN. Needs INFO commandstats.

@@ -1,9 +1,9 @@
 //! How many batches are under way at once.
 //!
-//! A server is kept busy by as many batches as fit into one round trip: with slices of 50 us and a round trip of 1 ms some
-//! twenty. More only wait at the server, and others wait with them. So the depth follows what replies tell, as TCP Vegas does
+//! A server is kept busy by as many batches as fit into one round trip: with 75 us of work for each and a round trip of 1 ms some
+//! fourteen. More only wait at the server, and others wait with them. So the depth follows what replies tell, as TCP Vegas does
 //! for packets: what replies take beyond what they took at a lower depth they have spent in a queue. The depth grows while next to
-//! nothing is, and shrinks while more than about one slice is.
+//! nothing is, and shrinks while more than about one batch is.
 //!
 //! A network's own wavering grows with its length, so a part of the round trip is allowed for it. Replies that took unusually
 //! long say more of our own scheduler than of the server's queue: the quick quarter of a window counts, and two windows in a row.
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Most batches under way, and so most connections to one master: beyond 2 ms of round trip a sweep slows down with the distance.
 pub(crate) const MOST: usize = 32;
-/// The depth grows while replies wait for less than this: slices, and a part of the round trip.
+/// The depth grows while replies wait for less than this: the work of so many batches, and a part of the round trip.
 const GROW_BELOW: (f64, f64) = (0.25, 1.0 / 16.0);
 /// The depth shrinks while replies wait for more than this.
 const SHRINK_ABOVE: (f64, f64) = (1.25, 1.0 / 8.0);
@@ -82,9 +82,9 @@ impl Depth {
         self.paced = true;
     }
 
-    /// Takes in what a reply took since it was sent, where a batch holds the server for `slice` and the way there and back takes
-    /// `floor` at least.
-    pub(crate) fn answered(&mut self, took: Duration, floor: Duration, slice: Duration, intensity: f64) {
+    /// Takes in what a reply took since it was sent, where a batch is `work` for the server, its SCAN and everything around it, and
+    /// the way there and back takes `floor` at least.
+    pub(crate) fn answered(&mut self, took: Duration, floor: Duration, work: Duration, intensity: f64) {
         self.took.push(took);
         if self.took.len() < WINDOW.max(2 * self.now) {
             return;
@@ -95,15 +95,15 @@ impl Depth {
         let rests = intensity < PAIR_FROM;
         let least = if rests { 1 } else { self.most.min(2) };
         let paced = std::mem::take(&mut self.paced);
-        self.adapt(took, slice, least, paced, rests);
+        self.adapt(took, work, least, paced, rests);
         // While one batch is on its way no more than so many can be worked on.
-        let useful = 2 + (floor.as_secs_f64() / slice.as_secs_f64().max(1e-6)) as usize;
+        let useful = 2 + (floor.as_secs_f64() / work.as_secs_f64().max(1e-6)) as usize;
         self.now = self.now.min(useful).clamp(least, self.most);
     }
 
-    fn adapt(&mut self, took: Duration, slice: Duration, least: usize, paced: bool, rests: bool) {
+    fn adapt(&mut self, took: Duration, work: Duration, least: usize, paced: bool, rests: bool) {
         // A window in which the machine stood still is no measure: the base rises by a quarter at once, at most.
-        let measured = self.base.map_or(took, |base| took.min(base + base / 4 + slice));
+        let measured = self.base.map_or(took, |base| took.min(base + base / 4 + work));
         if let Some(before) = self.measuring.take() {
             (self.base, self.now, self.windows) = (Some(measured), before, 0);
             return;
@@ -113,7 +113,7 @@ impl Depth {
         }
         let base = *self.base.get_or_insert(took);
         let waits = took.saturating_sub(base);
-        let bound = |(slices, share): (f64, f64)| slice.mul_f64(slices) + base.mul_f64(share);
+        let bound = |(batches, share): (f64, f64)| work.mul_f64(batches) + base.mul_f64(share);
         self.wait = self.wait.saturating_sub(1);
         self.windows += 1;
         let too_long = waits > bound(SHRINK_ABOVE);

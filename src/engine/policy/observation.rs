@@ -23,6 +23,8 @@ pub(crate) struct Observation {
     pub writes_paused: bool,
     /// Calls and time of all clients' SCANs; `None` where INFO lacks `cmdstat_scan`.
     pub scan_stat: Option<CommandStat>,
+    /// CPU time of the main thread, or of the whole process.
+    pub cpu: Option<Duration>,
     /// Objects that wait to be freed in the background.
     pub lazyfree_pending: Option<u64>,
     /// Mean round trip of the last PINGs; one that is under way counts with the time that it has taken.
@@ -70,6 +72,7 @@ impl Observation {
             failover_under_way: info.get("master_failover_state").is_some_and(|state| state != "no-failover"),
             writes_paused: info.get("paused_actions").is_some_and(|actions| actions != "none"),
             scan_stat: info.scan_stat(),
+            cpu: info.main_thread_cpu(),
             lazyfree_pending: info.parsed("lazyfree_pending_objects"),
             latency: None,
             ops: None,

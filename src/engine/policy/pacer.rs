@@ -13,6 +13,10 @@
 //! The server's time for a batch is measured from this side: the time since the previous reply, but no more than since the batch was
 //! sent, less the smallest PING round trip. It includes the way of the replies through both kernels, and parsing, so it is seldom less
 //! than the server worked. The mean of `cmdstat_scan`, if the server tells it, corrects it.
+//!
+//! A batch costs the server more than its SCAN: it reads the request, writes the reply, and runs the commands around SCAN. That is no
+//! slice, since other clients' requests come in between, but it fills the server's time as well. Its CPU time tells how much it is, and
+//! [`depth`](super::depth) needs it.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -55,6 +59,12 @@ const LEAST_SHARE: f64 = 0.05;
 /// Where the server's own time is known, waits adjust COUNT only if a key seems to cost more than so many times that: on a network
 /// that wavers by more than a slice they say little, and the server's time is read again in a quarter of a second.
 const DEARER: f64 = 3.0;
+
+/// The CPU time of the server is divided among this many batches at least: beside few of them, other work counts for too much.
+const BATCHES_FOR_CPU: u64 = 100;
+
+/// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
+const MOST_BESIDE: Duration = Duration::from_micros(100);
 
 /// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
 const MAX_SLICE_US: u64 = 600_000_000;
@@ -173,6 +183,12 @@ pub struct Pacer {
     /// About the median of the waits.
     usual: Option<Duration>,
     server_us_per_scan: Option<f64>,
+    /// Server time of a batch beside SCAN: to read it, to reply, and for the commands around SCAN. Zero: not known yet.
+    beside: Duration,
+    /// The last reading of the CPU time, and when it came.
+    last_cpu: Option<(Duration, Instant)>,
+    /// Batches since then.
+    since_cpu: u64,
 }
 
 impl Pacer {
@@ -200,6 +216,9 @@ impl Pacer {
             since_stat: SinceStat::default(),
             usual: None,
             server_us_per_scan: None,
+            beside: Duration::ZERO,
+            last_cpu: None,
+            since_cpu: 0,
         }
     }
 
@@ -244,6 +263,7 @@ impl Pacer {
     pub fn worked(&mut self, keys: u64, wait: Wait) -> Duration {
         let slice = self.slice_of(wait);
         let usual = self.usual.get_or_insert(slice);
+        self.since_cpu += 1;
         self.since_stat.batches += 1;
         self.since_stat.keys += keys;
         self.since_stat.slices += slice.min(*usual * UNUSUAL);
@@ -330,6 +350,13 @@ impl Pacer {
         Duration::from_nanos((us * 1e3) as u64)
     }
 
+    /// How long the next batch will probably keep the server's main thread busy, SCAN and everything around it; zero before the first
+    /// adjustment.
+    pub fn expected_work(&self) -> Duration {
+        let slice = self.expected_slice();
+        if slice.is_zero() { slice } else { slice + self.beside }
+    }
+
     /// Adds a reading of `cmdstat_scan`.
     pub fn observe(&mut self, stat: CommandStat) {
         if self.last_stat == Some(stat) {
@@ -352,6 +379,26 @@ impl Pacer {
             self.correction = (mean / by_wait).clamp(LEAST_SHARE, 1.0);
         }
         self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
+    }
+
+    /// Adds a reading of the CPU time of the server's main thread, of which other clients take the share `others`, from 0 to 1.
+    pub fn observe_cpu(&mut self, cpu: Duration, others: f64) {
+        if self.last_cpu.is_some_and(|(last, _)| last == cpu) {
+            // The observation is new, but only its latency: INFO was not read again.
+            return;
+        }
+        let now = Instant::now();
+        let batches = std::mem::take(&mut self.since_cpu);
+        let Some((last, at)) = self.last_cpu.replace((cpu, now)) else { return };
+        if batches < BATCHES_FOR_CPU {
+            return;
+        }
+        let spent = cpu.saturating_sub(last).saturating_sub((now - at).mul_f64(others));
+        let scan_us = self.server_us_per_scan.unwrap_or(self.expected_slice().as_secs_f64() * 1e6);
+        let beside_us = spent.as_secs_f64() * 1e6 / batches as f64 - scan_us;
+        let beside = Duration::try_from_secs_f64(beside_us * 1e-6).unwrap_or_default().min(MOST_BESIDE);
+        // The load by other clients is measured less often than the CPU time: the mean of some readings is right.
+        self.beside = if self.beside.is_zero() { beside } else { (self.beside * 3 + beside) / 4 };
     }
 
     /// Checks that the next batch may be sent now. `spaced`: batches keep the distance of a slice.
@@ -581,6 +628,25 @@ mod tests {
         }
         assert_eq!(at, [0, 0, 1, 2, 3, 4].map(|slices| slices * slice));
         assert_eq!(pacer.may_send(false), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_work_of_a_batch_is_its_share_of_the_servers_cpu_time_without_that_for_other_clients() {
+        let mut pacer = pacer(75, 1.0, None);
+        settle(&mut pacer, 1.0);
+        let (scan, mut cpu, mut stat) = (75, Duration::from_secs(9), CommandStat { calls: 0, usec: 0 });
+        for _ in 0..20 {
+            pacer.observe(stat);
+            pacer.observe_cpu(cpu, 0.2);
+            for _ in 0..1_000 {
+                alone(&mut pacer, 75, 95 * US);
+            }
+            tokio::time::advance(Duration::from_millis(250)).await;
+            stat = CommandStat { calls: stat.calls + 1_000, usec: stat.usec + 1_000 * scan };
+            cpu += 1_000 * (75 + 25) * US + Duration::from_millis(50);
+        }
+        let (slice, work) = (pacer.expected_slice(), pacer.expected_work());
+        assert!((24 * US..27 * US).contains(&(work - slice)), "{slice:?} of {work:?}");
     }
 
     #[test]

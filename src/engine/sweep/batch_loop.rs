@@ -293,10 +293,10 @@ impl ShardSweep {
             Received::Scanned(reply) => {
                 let held = self.count_scan(exchange, reply, wait, pass);
                 self.ledger.worked(held);
-                let slice = self.pacer.expected_slice();
-                if !slice.is_zero() {
+                let work = self.pacer.expected_work();
+                if !work.is_zero() {
                     let (floor, intensity) = (self.pacer.floor(), self.pacer.intensity());
-                    pass.pipeline.depth.answered(wait.since_sent, floor, slice, intensity);
+                    pass.pipeline.depth.answered(wait.since_sent, floor, work, intensity);
                 }
             }
             Received::Touched(reply) => {
