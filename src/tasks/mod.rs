@@ -255,12 +255,12 @@ pub(crate) struct TaskService {
 impl TaskService {
     /// A service on these records that lets one task sweep at a time.
     pub(crate) fn new(store: Store) -> Self {
-        Self::with_slots(store, Metrics::default(), 1)
+        Self::with_at_once(store, Metrics::default(), 1)
     }
 
-    /// A service on these records that lets `slots` queued tasks sweep at the same time.
-    pub(crate) fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None, notifier: None }
+    /// A service on these records that lets so many queued tasks sweep at the same time.
+    pub(crate) fn with_at_once(store: Store, metrics: Metrics, at_once: usize) -> Self {
+        Self { store, metrics, queue: Arc::new(Queue::new(at_once)), identity: None, member: None, notifier: None }
     }
 
     /// The same service, which reports failed tasks to this notifier.
@@ -322,7 +322,7 @@ impl TaskService {
         Ok((!task.state.is_final()).then_some(task))
     }
 
-    /// Starts a waiting or interrupted task from its checkpoint, at once: it needs no slot.
+    /// Starts a waiting or interrupted task from its checkpoint, without a place in the queue.
     ///
     /// # Errors
     /// [`TaskError`]; then nothing was started.
@@ -402,8 +402,8 @@ impl TaskRun {
     /// Waits until the task is admitted, sweeps, and records the end.
     async fn run(&mut self, mut admission: Admission, min_backlog: Option<BacklogSize>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
-        let mut slot = None;
-        admission.decide(&control, &mut slot);
+        let mut admitted = None;
+        admission.decide(&control, &mut admitted);
         let work = async {
             match self.recorder.wait_for_turn().await {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
@@ -422,7 +422,7 @@ impl TaskRun {
         };
         tokio::select! {
             () = work => {}
-            () = admission.keep(control, slot) => {}
+            () = admission.run(control, admitted) => {}
         }
     }
 
