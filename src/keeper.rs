@@ -11,8 +11,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
+use crate::model::bounds::Bounds;
 use crate::model::event::Event;
-use crate::model::keep::Bounds;
 use crate::model::schedule::until;
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::notify::Notifier;

@@ -21,7 +21,7 @@ use crate::api::task_dto::{
 };
 use crate::api::{App, AppState, PathParams, QueryParams};
 use crate::check;
-use crate::model::keep::Bounds;
+use crate::model::bounds::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;

@@ -13,7 +13,7 @@ use crate::api::requests::invalid_settings;
 use crate::api::responses::{Forbidden, Guarded, Invalid, Missing};
 use crate::api::task_dto::InstanceDetails;
 use crate::api::{App, JsonBody, PathParams};
-use crate::model::keep::Bounds;
+use crate::model::bounds::Bounds;
 use crate::model::task::SweepTexts;
 use crate::settings;
 

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cli::output::{grouped, note, span};
-use crate::model::keep::KeepFigures;
+use crate::model::bounds::KeepFigures;
 use crate::model::progress::PassFigures;
 use crate::model::shard::DbIndex;
 use crate::tasks::TaskView;

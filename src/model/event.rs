@@ -54,7 +54,7 @@ pub enum Happened {
         task: Box<Task>,
         /// How long the bound has been missed.
         missed: Duration,
-        /// By how much, as a sentence: [`KeepFigures::miss_text`](crate::model::keep::KeepFigures::miss_text).
+        /// By how much, as a sentence: [`KeepFigures::miss_text`](crate::model::bounds::KeepFigures::miss_text).
         message: String,
     },
 }

@@ -15,7 +15,7 @@ use jiff::civil::Time;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
-use crate::model::keep::{BOUND_KEYS, Bounds};
+use crate::model::bounds::{BOUND_KEYS, Bounds};
 use crate::model::schedule::{AutoScan, BacklogSize, CronRule, Recurrence, Window};
 use crate::model::task::SweepTexts;
 use crate::model::words::words;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::KeepFigures;
 use crate::model::progress::{Memory, PassFigures, ServerFacts, ShardView, TTL_BOUNDS_S, TouchOutcome, TtlHistogram};
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 use crate::model::slots::{CursorSpace, SlotSet};

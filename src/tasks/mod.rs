@@ -3,7 +3,7 @@
 
 mod admission;
 mod backlog;
-mod keep;
+mod keep_end;
 mod member;
 mod queue;
 mod recorder;
@@ -46,7 +46,7 @@ use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
-pub(crate) use keep::next_hour;
+pub(crate) use keep_end::next_hour;
 pub(crate) use member::Membership;
 pub(crate) use queue::Busy;
 pub(crate) use recorder::Order;
@@ -439,7 +439,7 @@ impl TaskRun {
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
-                () = keep::is_over(&clock, view), if is_hourly => {
+                () = keep_end::is_over(&clock, view), if is_hourly => {
                     control.stop(StopReason::Kept);
                     run.await
                 }

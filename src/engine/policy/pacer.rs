@@ -411,7 +411,7 @@ fn micros(span: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::keep::Bounds;
+    use crate::model::bounds::Bounds;
     use crate::model::throttle::Limits;
 
     const US: Duration = Duration::from_micros(1);

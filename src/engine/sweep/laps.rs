@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::engine::policy::expiry_guard;
-use crate::engine::policy::keep::{CannotKeep, Table};
+use crate::engine::policy::keep_pace::{CannotKeep, Table};
 use crate::engine::policy::ledger::Doing;
 use crate::engine::sweep::shard::{End, ShardSweep};
 use crate::model::format::grouped;

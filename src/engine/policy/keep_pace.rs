@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::keep::{Bounds, KeepFigures};
+use crate::model::bounds::{Bounds, KeepFigures};
 use crate::model::schedule::BacklogSize;
 
 /// The shares of the bounds, on the backlog and on the delay, that the lap is meant for. The rest is for what cannot be foreseen.
