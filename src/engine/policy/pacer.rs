@@ -56,8 +56,8 @@ const LEAST_SHARE: f64 = 0.05;
 /// that wavers by more than a slice they say little, and the server's time is read again in a quarter of a second.
 const DEARER: f64 = 3.0;
 
-/// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
-const MAX_SLICE_US: u64 = 600_000_000;
+/// The longest slice that the histogram can hold, in microseconds: ten minutes.
+const HISTOGRAM_TOP_US: u64 = 600_000_000;
 
 /// Tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.
 #[derive(Debug, Clone)]
@@ -195,7 +195,7 @@ impl Pacer {
             ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
             unpaid: 0,
             // Two digits keep the histogram below 20 kB, and a slice is measured no better than to a per cent.
-            slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
+            slices: Histogram::new_with_bounds(1, HISTOGRAM_TOP_US, 2).expect("the bounds are constants"),
             last_stat: None,
             since_stat: SinceStat::default(),
             usual: None,
