@@ -62,7 +62,7 @@ pub(crate) struct Membership {
 /// The answer of a task's owner to an order. Stored as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Answer {
+enum OrderAnswer {
     Done,
     Ended,
     NotNow { state: String },
@@ -329,7 +329,7 @@ impl Member {
             }
             let (service, fleet, answering) = (service.clone(), self.fleet.clone(), answering.clone());
             tokio::spawn(async move {
-                let answer = Answer::of(carry_out(&service, &given).await);
+                let answer = OrderAnswer::of(carry_out(&service, &given).await);
                 let text = serde_json::to_string(&answer).unwrap_or_default();
                 if let Err(error) = fleet.answer(given.id, &text).await {
                     tracing::error!(%error, "an order was carried out, and the answer could not be written");
@@ -450,7 +450,7 @@ impl Member {
         }
     }
 
-    async fn answer_to(&self, given: &GivenOrder) -> Result<Option<Answer>, TaskError> {
+    async fn answer_to(&self, given: &GivenOrder) -> Result<Option<OrderAnswer>, TaskError> {
         let Some(text) = self.fleet.answer_to(given.id).await? else { return Ok(None) };
         self.fleet.take_back(given.id).await?;
         let unread = |error: serde_json::Error| TaskError::OwnerFailed(error.to_string());
@@ -461,7 +461,7 @@ impl Member {
         &self,
         service: &TaskService,
         id: TaskId,
-        answer: Answer,
+        answer: OrderAnswer,
         order: &Order,
     ) -> Result<Arc<TaskView>, TaskError> {
         answer.into_result(order)?;
@@ -480,7 +480,7 @@ impl Member {
     }
 }
 
-impl Answer {
+impl OrderAnswer {
     fn of(done: Result<(), TaskError>) -> Self {
         match done {
             Ok(()) => Self::Done,
