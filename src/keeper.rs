@@ -205,7 +205,7 @@ impl Keeper {
         match self.service.submit(spec, None).await {
             Ok(task) => tracing::info!(instance = instance.id, task = %task.id, "a keep run begins"),
             // Another task was submitted just before, or the daemon stops: the next check sees.
-            Err(TaskError::Busy(_) | TaskError::Closing | TaskError::Store(StoreError::Unfinished(_))) => {}
+            Err(TaskError::Unfinished(_) | TaskError::Closing | TaskError::Store(StoreError::Unfinished(_))) => {}
             Err(error) => return Err(error),
         }
         Ok(())

@@ -48,7 +48,7 @@ use crate::tasks::time_budget::TimeBudget;
 
 pub(crate) use keep_end::next_hour;
 pub(crate) use member::Membership;
-pub(crate) use queue::Busy;
+pub(crate) use queue::Unfinished;
 pub(crate) use recorder::Order;
 
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
@@ -68,7 +68,7 @@ pub(crate) enum TaskError {
     Transition(#[from] IllegalTransition),
     /// The instance has a task that has not ended.
     #[error(transparent)]
-    Busy(#[from] Busy),
+    Unfinished(#[from] Unfinished),
     /// The task has ended, or there is none of this id.
     #[error("the task has ended")]
     Ended,

@@ -36,7 +36,7 @@ const RECHECK_ENDED: Duration = Duration::from_millis(1);
 /// The instance has a task that has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the task {0} of this instance has not ended")]
-pub(crate) struct Busy(pub TaskId);
+pub(crate) struct Unfinished(pub TaskId);
 
 /// The active tasks of this process, and how many of them may sweep at a time.
 #[derive(Debug)]
@@ -87,14 +87,14 @@ impl TaskService {
     /// handled in the same write.
     ///
     /// # Errors
-    /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
+    /// [`TaskError::Unfinished`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
     pub(crate) async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
         let is_keep = spec.cause == Cause::Keep;
         for _ in 0..GIVE_WAY_AT_MOST {
             let (service, spec) = (self.clone(), spec.clone());
             let submitted = self.queue.tracker.spawn(async move { service.record_and_queue(spec, due).await });
             match submitted.await.unwrap_or(Err(TaskError::Closing)) {
-                Err(TaskError::Busy(Busy(other))) if !is_keep && self.gives_way(other).await? => {}
+                Err(TaskError::Unfinished(Unfinished(other))) if !is_keep && self.gives_way(other).await? => {}
                 submitted => return submitted,
             }
         }
@@ -127,7 +127,7 @@ impl TaskService {
         while let Some(id) = self.active_task_of(&spec.instance_id) {
             // The end of a task is recorded a moment before it leaves the active tasks.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
-                return Err(Busy(id).into());
+                return Err(Unfinished(id).into());
             }
             tokio::time::sleep(RECHECK_ENDED).await;
         }
@@ -143,7 +143,7 @@ impl TaskService {
             Ok(()) => Ok(()),
             Err(StoreError::Unfinished(instance)) => {
                 let other = self.store.latest(&instance).await?;
-                Err(Busy(other.map_or(task.id, |other| other.id)).into())
+                Err(Unfinished(other.map_or(task.id, |other| other.id)).into())
             }
             Err(error @ StoreError::AlreadyHandled) => Err(error.into()),
             Err(error) => {
