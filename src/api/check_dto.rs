@@ -34,7 +34,7 @@ pub(crate) struct CheckOutput {
     /// Settings and state of the server's own expiry.
     pub expiry: ExpiryDto,
     /// Memory of the server, and its eviction.
-    pub memory: MemoryDto,
+    pub memory: CheckMemoryDto,
     /// The replicas that the master lists.
     pub replicas: Vec<ReplicaDto>,
     /// What could hold a sweep now.
@@ -188,7 +188,7 @@ pub(crate) struct ExpiryDto {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = CheckMemory)]
 #[allow(missing_docs, reason = "the names are those of INFO")]
-pub(crate) struct MemoryDto {
+pub(crate) struct CheckMemoryDto {
     pub used_memory: Option<u64>,
     pub used_memory_dataset: Option<u64>,
     pub maxmemory: Option<u64>,
@@ -295,7 +295,7 @@ impl CheckOutput {
                 // INFO gives per cent with two decimals: more digits here would be noise of the conversion.
                 stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
             },
-            memory: MemoryDto {
+            memory: CheckMemoryDto {
                 used_memory: memory.used,
                 used_memory_dataset: memory.dataset,
                 maxmemory: memory.max,
