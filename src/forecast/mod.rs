@@ -41,7 +41,7 @@ pub(crate) const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
 /// Where the keys are looked at.
 #[derive(Debug, Clone)]
-pub(crate) enum Place {
+pub(crate) enum ReadFrom {
     /// On a replica of each master, one that the master lists as online.
     AnyReplica,
     /// On this replica; only the instance's one master can have it.
@@ -54,7 +54,7 @@ pub(crate) enum Place {
 #[derive(Debug, Clone)]
 pub(crate) struct Request {
     /// On which servers the keys are looked at.
-    pub place: Place,
+    pub read_from: ReadFrom,
     /// Which DBs; empty: each that holds keys.
     pub dbs: Vec<DbIndex>,
     /// About how many keys of each DB of each master. One that holds less than twice as many is counted whole.
@@ -69,8 +69,8 @@ pub(crate) struct Request {
 
 impl Request {
     /// A forecast on any replica.
-    pub(crate) fn new(place: Place, zone: TimeZone) -> Self {
-        Self { place, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
+    pub(crate) fn new(read_from: ReadFrom, zone: TimeZone) -> Self {
+        Self { read_from, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
     }
 }
 
@@ -176,7 +176,7 @@ pub(crate) async fn make(
     options: &ConnOptions,
     request: &Request,
 ) -> Result<Forecast, Failure> {
-    if matches!(request.place, Place::Replica(..)) && view.masters.len() != 1 {
+    if matches!(request.read_from, ReadFrom::Replica(..)) && view.masters.len() != 1 {
         let message = format!("the cluster has {} masters, each with replicas of its own", view.masters.len());
         return Err(
             Failure::new(FailureKind::NotAMaster, message).hint("leave --replica out: each master names its own")
@@ -255,13 +255,13 @@ impl Looker {
             }
             Ok::<_, Failure>((conn, info))
         };
-        let (conn, info, history, pace) = match &request.place {
-            Place::Master => (conn, info, None, Pace::MASTER),
-            Place::Replica(addr, options) => {
+        let (conn, info, history, pace) = match &request.read_from {
+            ReadFrom::Master => (conn, info, None, Pace::MASTER),
+            ReadFrom::Replica(addr, options) => {
                 let (conn, info) = on_replica(addr, options).await?;
                 (conn, info, Some(history.clone()), Pace::REPLICA)
             }
-            Place::AnyReplica => {
+            ReadFrom::AnyReplica => {
                 let mut lines = info.replicas();
                 lines.retain(|line| line.state == "online");
                 // The one that is furthest.
