@@ -11,7 +11,7 @@ use crate::cli::check::{failed, replica};
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::forecast::prefixes::By;
-use crate::forecast::{self, ReadFrom, Request, SAMPLE_KEYS};
+use crate::forecast::{self, ForecastRequest, ReadFrom, SAMPLE_KEYS};
 use crate::node::topology::Topology;
 use crate::settings::positive_duration;
 
@@ -92,7 +92,7 @@ pub(super) async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Res
         top: args.top.into(),
     });
     let zone = TimeZone::system();
-    let request = Request {
+    let request = ForecastRequest {
         read_from,
         dbs: settings.scan.dbs.clone(),
         sample: args.sample,

@@ -52,7 +52,7 @@ pub(crate) enum ReadFrom {
 
 /// What a caller asks of a forecast.
 #[derive(Debug, Clone)]
-pub(crate) struct Request {
+pub(crate) struct ForecastRequest {
     /// On which servers the keys are looked at.
     pub read_from: ReadFrom,
     /// Which DBs; empty: each that holds keys.
@@ -67,7 +67,7 @@ pub(crate) struct Request {
     pub by: Option<By>,
 }
 
-impl Request {
+impl ForecastRequest {
     /// A forecast on any replica.
     pub(crate) fn new(read_from: ReadFrom, zone: TimeZone) -> Self {
         Self { read_from, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
@@ -174,7 +174,7 @@ pub(crate) async fn make(
     target: String,
     view: &View,
     options: &ConnOptions,
-    request: &Request,
+    request: &ForecastRequest,
 ) -> Result<Forecast, Failure> {
     if matches!(request.read_from, ReadFrom::Replica(..)) && view.masters.len() != 1 {
         let message = format!("the cluster has {} masters, each with replicas of its own", view.masters.len());
@@ -235,7 +235,7 @@ impl Looker {
         kind: InstanceKind,
         master: &Master,
         options: &ConnOptions,
-        request: &Request,
+        request: &ForecastRequest,
     ) -> Result<Self, Failure> {
         let failed = NodeError::into_failure;
         let mut conn = Conn::open(&master.addr, options).await.map_err(failed)?;
@@ -290,7 +290,7 @@ impl Looker {
     /// Looks at each DB. Returns at how many keys.
     async fn look(
         &mut self,
-        request: &Request,
+        request: &ForecastRequest,
         forecast: &mut Forecast,
         mut groups: Option<&mut Groups>,
     ) -> Result<u64, Failure> {
