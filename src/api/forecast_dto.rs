@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::api::dto::{seconds, time};
 use crate::forecast::estimate::Estimate;
-use crate::forecast::prefixes::{Group, SOON};
+use crate::forecast::prefixes::{PrefixGroup, SOON};
 use crate::forecast::report::{peak_text, text, times};
 use crate::forecast::{Forecast, Outlook};
 use crate::model::progress::TTL_BOUNDS_S;
@@ -175,8 +175,8 @@ impl OutlookDto {
     }
 }
 
-impl From<&Group> for PrefixDto {
-    fn from(group: &Group) -> Self {
+impl From<&PrefixGroup> for PrefixDto {
+    fn from(group: &PrefixGroup) -> Self {
         Self {
             prefix: group.prefix.clone(),
             keys: whole(group.keys.keys),

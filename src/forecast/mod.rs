@@ -23,7 +23,7 @@ use crate::check::backlog::in_step;
 use crate::engine::policy::profile::ServerProfile;
 use crate::forecast::bins::{Bins, Peak};
 use crate::forecast::estimate::{Estimate, Tally};
-use crate::forecast::prefixes::{By, Group, Groups};
+use crate::forecast::prefixes::{By, PrefixGroup, PrefixGroups};
 use crate::forecast::sample::{Pace, Tables, Walk, slot_sizes};
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::TTL_BOUNDS_S;
@@ -163,7 +163,7 @@ pub(crate) struct Forecast {
     /// Spans in which far more keys expire than before and after, the largest first.
     pub peaks: Vec<Peak>,
     /// The groups of most keys, where they were asked for.
-    pub groups: Option<Vec<Group>>,
+    pub groups: Option<Vec<PrefixGroup>>,
 }
 
 /// Looks at a sample of the keys of every master.
@@ -195,7 +195,7 @@ pub(crate) async fn make(
         peaks: Vec::new(),
         groups: None,
     };
-    let mut groups = request.by.clone().map(Groups::new);
+    let mut groups = request.by.clone().map(PrefixGroups::new);
     for master in &view.masters {
         let begun = Instant::now();
         let mut looker = Looker::open(view.kind, master, options, request).await?;
@@ -213,7 +213,7 @@ pub(crate) async fn make(
     }
     forecast.total.bins.resize(forecast.bins.number, Estimate::default());
     forecast.peaks = bins::peaks(&forecast.total.bins, forecast.total.with_ttl.keys);
-    forecast.groups = groups.map(Groups::largest);
+    forecast.groups = groups.map(PrefixGroups::largest);
     Ok(forecast)
 }
 
@@ -292,7 +292,7 @@ impl Looker {
         &mut self,
         request: &ForecastRequest,
         forecast: &mut Forecast,
-        mut groups: Option<&mut Groups>,
+        mut groups: Option<&mut PrefixGroups>,
     ) -> Result<u64, Failure> {
         let keyspace = self.info.keyspace();
         let dbs: Vec<DbIndex> =

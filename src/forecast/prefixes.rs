@@ -33,7 +33,7 @@ impl Default for By {
 
 /// The keys whose names begin alike.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Group {
+pub(crate) struct PrefixGroup {
     /// The beginning, with the separator behind it, as text; empty: names of one part.
     pub prefix: String,
     /// Live keys of the group.
@@ -47,12 +47,12 @@ pub(crate) struct Group {
 }
 
 /// Groups while they are counted.
-pub(crate) struct Groups {
+pub(crate) struct PrefixGroups {
     by: By,
-    all: HashMap<Vec<u8>, Group>,
+    all: HashMap<Vec<u8>, PrefixGroup>,
 }
 
-impl Groups {
+impl PrefixGroups {
     pub(crate) fn new(by: By) -> Self {
         Self { by, all: HashMap::new() }
     }
@@ -68,7 +68,7 @@ impl Groups {
             count[3] += u64::from(key.ttl.is_none());
         }
         for (prefix, counts) in counts {
-            let group = self.all.entry(prefix.to_owned()).or_insert_with(|| Group {
+            let group = self.all.entry(prefix.to_owned()).or_insert_with(|| PrefixGroup {
                 prefix: prefix.escape_ascii().to_string(),
                 keys: Estimate::default(),
                 with_ttl: Estimate::default(),
@@ -86,7 +86,7 @@ impl Groups {
     }
 
     /// The groups of most keys, the largest first, at most `By::top`.
-    pub(crate) fn largest(self) -> Vec<Group> {
+    pub(crate) fn largest(self) -> Vec<PrefixGroup> {
         let mut groups: Vec<_> = self.all.into_values().collect();
         groups.sort_by(|one, other| {
             other.keys.keys.total_cmp(&one.keys.keys).then_with(|| one.prefix.cmp(&other.prefix))
@@ -134,7 +134,7 @@ mod tests {
         let hour = Some(Duration::from_secs(3600));
         let piece =
             vec![key("a:1", None), key("a:2", hour), key("b:1", Some(Duration::from_secs(3601))), key("a:3", None)];
-        let mut groups = Groups::new(By { top: 1, ..By::default() });
+        let mut groups = PrefixGroups::new(By { top: 1, ..By::default() });
         groups.add(&piece, (1.0, 10.0));
         let largest = groups.largest();
         assert_eq!((largest.len(), largest[0].prefix.as_str()), (1, "a:"));
