@@ -44,13 +44,13 @@ impl Pace {
 #[derive(Debug, Clone)]
 pub(crate) struct Tables {
     keys: u64,
-    tables: Vec<Table>,
+    tables: Vec<HashTable>,
     pieces: u64,
 }
 
 /// One hash table, which is cut into `2^bits` pieces.
 #[derive(Debug, Clone, Copy)]
-struct Table {
+struct HashTable {
     /// The hash slot whose keys it holds; `None`: it holds all keys of the DB.
     slot: Option<u16>,
     bits: u32,
@@ -75,7 +75,7 @@ impl Tables {
     fn new(keys: u64, sizes: impl IntoIterator<Item = (Option<u16>, u64)>) -> Self {
         let mut pieces = 0;
         let table = |(slot, keys)| {
-            let table = Table { slot, bits: bits_of(keys), first: pieces };
+            let table = HashTable { slot, bits: bits_of(keys), first: pieces };
             pieces += 1 << table.bits;
             table
         };
@@ -106,7 +106,7 @@ impl Tables {
     /// Where a piece begins and ends.
     fn range(&self, number: PieceNumber) -> Range {
         let behind = self.tables.partition_point(|table| table.first <= number);
-        let Table { slot, bits, first } = self.tables[behind - 1];
+        let HashTable { slot, bits, first } = self.tables[behind - 1];
         let part = number - first;
         let first = if bits == 0 { 0 } else { part << (64 - bits) };
         Range { slot, first, last: first | (u64::MAX >> bits) }
