@@ -1,8 +1,8 @@
 //! What will expire when: the TTLs of a random sample of the keys, read on a replica, with an error for every figure.
 //!
-//! [`sample`] looks at whole pieces of the hash tables, drawn at random; [`estimate`] makes figures of what the pieces held, [`bins`]
-//! cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their names. [`report`] is what people
-//! read. Called by `cli::forecast` and by the API.
+//! [`sample`] looks at whole pieces of the hash tables, drawn at random; [`tally`] counts what the pieces held, and [`estimate`] makes
+//! figures of the counts. [`bins`] cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their
+//! names. [`report`] is what people read. Called by `cli::forecast` and by the API.
 //!
 //! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, on replicas of a
 //! cluster READONLY, and where a cluster has a table for each slot CLUSTER COUNTKEYSINSLOT, which may be refused. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
@@ -12,6 +12,7 @@ pub(crate) mod estimate;
 pub(crate) mod prefixes;
 pub(crate) mod report;
 pub(crate) mod sample;
+pub(crate) mod tally;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -22,9 +23,10 @@ use jiff::tz::TimeZone;
 use crate::check::backlog::in_step;
 use crate::engine::policy::profile::ServerProfile;
 use crate::forecast::bins::{Bins, Peak};
-use crate::forecast::estimate::{Estimate, Tally};
+use crate::forecast::estimate::Estimate;
 use crate::forecast::prefixes::{By, PrefixGroup, PrefixGroups};
 use crate::forecast::sample::{Pace, Tables, Walk, slot_sizes};
+use crate::forecast::tally::Tally;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::TTL_BOUNDS_S;
 use crate::model::shard::{DbIndex, NodeAddr};
