@@ -14,10 +14,9 @@ use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::ApiError;
-use crate::api::keep::KeepBounds;
 use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing, Unreachable};
 use crate::api::task_dto::{
-    HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto, source,
+    HistoryEntry, InstanceDetails, InstanceDto, InstanceList, KeepBounds, ScheduleDto, TaskDto, WindowDto, source,
 };
 use crate::api::{App, AppState, PathParams, QueryParams};
 use crate::check;
