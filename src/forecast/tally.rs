@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::forecast::Outlook;
 use crate::forecast::bins::Bins;
 use crate::forecast::estimate::Sums;
+use crate::forecast::outlook::Outlook;
 use crate::forecast::sample::Piece;
 use crate::model::progress::TTL_BOUNDS_S;
 
