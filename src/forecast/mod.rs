@@ -255,18 +255,24 @@ impl Looker {
             self.conn.select(db).await.map_err(failed)?;
             let keys = commands::dbsize(&mut self.conn).await.map_err(failed)?;
             let tables = self.tables(keys).await.map_err(failed)?;
-            let mut tally = Tally::new(forecast.bins.clone());
-            let pieces = tables.draw(request.sample);
-            let drawn = (pieces.len() as f64, tables.pieces() as f64);
-            let mut walk = Walk::new(&tables, pieces, self.pace, forecast.begun);
-            while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
-                if let Some(groups) = groups.as_deref_mut() {
-                    groups.add(&piece, drawn);
+            let mut outlook = Outlook::default();
+            for stratum in tables.draw(request.sample) {
+                let mut tally = Tally::new(forecast.bins.clone());
+                let part = stratum.part();
+                let mut walk = Walk::new(&tables, stratum.drawn, self.pace, forecast.begun);
+                while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
+                    if let Some(groups) = groups.as_deref_mut() {
+                        groups.add(&piece);
+                    }
+                    tally.add(&piece);
                 }
-                tally.add(&piece);
+                if let Some(groups) = groups.as_deref_mut() {
+                    groups.end_stratum(part);
+                }
+                outlook.add(&tally.outlook(part));
             }
             let size = keyspace.get(&db).copied().unwrap_or_default();
-            let outlook = Outlook { keys, expires: size.expires, bytes_per_key, ..tally.outlook(drawn) };
+            let outlook = Outlook { keys, expires: size.expires, bytes_per_key, ..outlook };
             looked_at += outlook.looked_at;
             forecast.dbs.entry(db).or_default().add(&outlook);
         }

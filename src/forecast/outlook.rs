@@ -29,7 +29,7 @@ pub(crate) struct Outlook {
 impl Outlook {
     /// Expired keys that are still in memory: those with a TTL less those that live.
     pub(crate) fn expired(&self) -> Estimate {
-        Estimate { keys: (self.expires as f64 - self.with_ttl.keys).max(0.0), variance: self.with_ttl.variance }
+        Estimate { keys: (self.expires as f64 - self.with_ttl.keys).max(0.0), ..self.with_ttl }
     }
 
     /// Bytes that so many keys take.

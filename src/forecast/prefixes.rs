@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::forecast::estimate::Estimate;
+use crate::forecast::estimate::{Estimate, Sums};
 use crate::forecast::sample::Piece;
 
 /// A key expires soon where that is within this.
@@ -50,15 +50,17 @@ pub(crate) struct PrefixGroup {
 pub(crate) struct PrefixGroups {
     by: By,
     all: HashMap<Vec<u8>, PrefixGroup>,
+    /// What the pieces of the present stratum hold of each group.
+    sums: HashMap<Vec<u8>, [Sums; 4]>,
 }
 
 impl PrefixGroups {
     pub(crate) fn new(by: By) -> Self {
-        Self { by, all: HashMap::new() }
+        Self { by, all: HashMap::new(), sums: HashMap::new() }
     }
 
-    /// Takes in a piece of so many drawn, of so many.
-    pub(crate) fn add(&mut self, piece: &Piece, drawn: (f64, f64)) {
+    /// Takes in a piece.
+    pub(crate) fn add(&mut self, piece: &Piece) {
         let mut counts: HashMap<&[u8], [u64; 4]> = HashMap::new();
         for key in piece {
             let count = counts.entry(beginning(&key.name, &self.by)).or_default();
@@ -68,7 +70,15 @@ impl PrefixGroups {
             count[3] += u64::from(key.ttl.is_none());
         }
         for (prefix, counts) in counts {
-            let group = self.all.entry(prefix.to_owned()).or_insert_with(|| PrefixGroup {
+            let sums = self.sums.entry(prefix.to_owned()).or_default();
+            sums.iter_mut().zip(counts).for_each(|(sums, keys)| sums.add(keys));
+        }
+    }
+
+    /// Ends a stratum, with so many pieces taken in of so many.
+    pub(crate) fn end_stratum(&mut self, drawn: (f64, f64)) {
+        for (prefix, sums) in self.sums.drain() {
+            let group = self.all.entry(prefix).or_insert_with_key(|prefix| PrefixGroup {
                 prefix: prefix.escape_ascii().to_string(),
                 keys: Estimate::default(),
                 with_ttl: Estimate::default(),
@@ -76,12 +86,7 @@ impl PrefixGroups {
                 without_ttl: Estimate::default(),
             });
             let of = [&mut group.keys, &mut group.with_ttl, &mut group.soon, &mut group.without_ttl];
-            for (estimate, count) in of.into_iter().zip(counts) {
-                let (looked_at, all) = drawn;
-                estimate.keys += count as f64 * all / looked_at;
-                // The mean over the pieces is left out of the spread, so that no piece without the group has to be counted.
-                estimate.variance += (all / looked_at).powi(2) * (1.0 - looked_at / all) * (count * count) as f64;
-            }
+            of.into_iter().zip(sums).for_each(|(estimate, sums)| *estimate += sums.estimate(drawn));
         }
     }
 
@@ -135,7 +140,8 @@ mod tests {
         let piece =
             vec![key("a:1", None), key("a:2", hour), key("b:1", Some(Duration::from_secs(3601))), key("a:3", None)];
         let mut groups = PrefixGroups::new(By { top: 1, ..By::default() });
-        groups.add(&piece, (1.0, 10.0));
+        groups.add(&piece);
+        groups.end_stratum((1.0, 10.0));
         let largest = groups.largest();
         assert_eq!((largest.len(), largest[0].prefix.as_str()), (1, "a:"));
         let keys = |estimate: Estimate| estimate.keys;

@@ -8,7 +8,7 @@ use crate::forecast::outlook::Outlook;
 use crate::forecast::sample::Piece;
 use crate::model::progress::TTL_BOUNDS_S;
 
-/// What was counted in the pieces of one DB.
+/// What was counted in the pieces of one stratum.
 pub(crate) struct Tally {
     bins: Bins,
     looked_at: u64,
@@ -54,7 +54,7 @@ impl Tally {
         in_bins.into_iter().for_each(|(bin, keys)| self.in_bins.entry(bin).or_default().add(keys));
     }
 
-    /// What that says about the whole DB, with so many pieces looked at of so many.
+    /// What that says about the whole stratum, with so many pieces looked at of so many.
     pub(crate) fn outlook(&self, drawn: (f64, f64)) -> Outlook {
         let mut bins = vec![Sums::default().estimate(drawn); self.bins.number];
         for (bin, sums) in &self.in_bins {
