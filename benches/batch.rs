@@ -8,7 +8,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ttlsweep::engine::policy::hidden_keys::hidden;
 use ttlsweep::engine::policy::pacer::{Pacer, Wait};
-use ttlsweep::model::keep::Bounds;
+use ttlsweep::model::bounds::Bounds;
 use ttlsweep::model::shard::ScanPosition;
 use ttlsweep::model::slots::CursorSpace;
 use ttlsweep::model::throttle::Limits;

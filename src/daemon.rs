@@ -73,7 +73,7 @@ pub(crate) async fn run(
     let (settings, in_force) = watch::channel(Arc::new(settings));
     let first_settings = in_force.borrow().clone();
     let (notifier, delivery) = notify::channel(in_force.clone(), metrics.clone());
-    let mut service = TaskService::with_slots(store.clone(), metrics.clone(), at_once).telling(notifier.clone());
+    let mut service = TaskService::with_at_once(store.clone(), metrics.clone(), at_once).telling(notifier.clone());
     first_settings.instances.iter().for_each(|instance| metrics.introduce(&instance.id));
     service.show_successes().await?;
     let membership = membership(&first_settings, identity, address, &store);
@@ -208,7 +208,7 @@ impl Reloader {
             Ok((new, options)) => {
                 tracing::info!(instances = new.instances.len(), "settings reloaded");
                 self.options.send_replace(options);
-                self.service.set_slots(new.at_once);
+                self.service.set_at_once(new.at_once);
                 new.instances.iter().for_each(|instance| self.metrics.introduce(&instance.id));
                 self.settings.send_replace(Arc::new(new));
                 Ok(())

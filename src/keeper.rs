@@ -11,8 +11,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
+use crate::model::bounds::Bounds;
 use crate::model::event::Event;
-use crate::model::keep::Bounds;
 use crate::model::schedule::until;
 use crate::model::task::{Cause, Task, TaskId, TaskState};
 use crate::notify::Notifier;
@@ -58,10 +58,10 @@ struct Missed {
     is_reported: bool,
 }
 
-/// What is known of an instance without a task here.
+/// When an instance without a task here is checked next.
 #[derive(Debug, Clone, Copy, Default)]
-struct Known {
-    /// When to check it next.
+struct NextCheck {
+    /// Not before this instant; `None`: in the next round.
     not_before: Option<Instant>,
     /// The last run that failed, and the pause after it.
     failed: Option<(TaskId, SignedDuration)>,
@@ -70,7 +70,7 @@ struct Known {
 impl Keeper {
     /// Starts and ends keep runs until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
-        let mut known: BTreeMap<String, Known> = BTreeMap::new();
+        let mut next_checks: BTreeMap<String, NextCheck> = BTreeMap::new();
         let mut missed = BTreeMap::new();
         let mut set: Option<(Keeps, Instant)> = None;
         loop {
@@ -82,19 +82,19 @@ impl Keeper {
                 }
             }
             if let Some((set, _)) = &set {
-                self.check_all(&settings, set, &mut known, &mut missed).await;
+                self.check_all(&settings, set, &mut next_checks, &mut missed).await;
             }
             tokio::select! {
                 () = tokio::time::sleep(CHECK_EVERY) => {}
                 changed = self.changed.changed() => match changed {
                     Ok(()) => {
                         set = None;
-                        known.clear();
+                        next_checks.clear();
                     }
                     Err(_) => return,
                 },
                 changed = self.settings.changed() => match changed {
-                    Ok(()) => known.clear(),
+                    Ok(()) => next_checks.clear(),
                     Err(_) => return,
                 },
                 () = stop.cancelled() => return,
@@ -107,7 +107,7 @@ impl Keeper {
         &self,
         settings: &ServeSettings,
         set: &Keeps,
-        known: &mut BTreeMap<String, Known>,
+        next_checks: &mut BTreeMap<String, NextCheck>,
         missed: &mut BTreeMap<TaskId, Missed>,
     ) {
         let bounds_of = |instance: &Instance| set.get(&instance.id, &instance.project_id).unwrap_or(instance.keep);
@@ -131,14 +131,14 @@ impl Keeper {
             kept.remove(task.instance_id.as_str());
         }
         for (instance, bounds) in kept.into_values() {
-            let known = known.entry(instance.id.clone()).or_default();
-            if known.not_before.is_some_and(|at| at > Instant::now()) {
+            let next = next_checks.entry(instance.id.clone()).or_default();
+            if next.not_before.is_some_and(|at| at > Instant::now()) {
                 continue;
             }
-            match self.check(instance, bounds, known).await {
-                Ok(wait) => known.not_before = Some(Instant::now() + wait),
+            match self.check(instance, bounds, next).await {
+                Ok(wait) => next.not_before = Some(Instant::now() + wait),
                 Err(error) => {
-                    known.not_before = Some(Instant::now() + READ_EVERY);
+                    next.not_before = Some(Instant::now() + READ_EVERY);
                     self.failed(&error, Some(&instance.id));
                 }
             }
@@ -174,7 +174,12 @@ impl Keeper {
     }
 
     /// Starts the run of an instance without a task here, if it is time. Returns the time until the next check.
-    async fn check(&self, instance: &Arc<Instance>, bounds: Bounds, known: &mut Known) -> Result<Duration, TaskError> {
+    async fn check(
+        &self,
+        instance: &Arc<Instance>,
+        bounds: Bounds,
+        next: &mut NextCheck,
+    ) -> Result<Duration, TaskError> {
         let now = self.service.store().now();
         if instance.window.as_ref().is_some_and(|window| !window.is_open(now)) {
             return Ok(CHECK_EVERY);
@@ -186,7 +191,7 @@ impl Keeper {
                 until(now, next_hour(at))
             }
             Some(task @ Task { cause: Cause::Keep, state: TaskState::Failed, finished_at: Some(at), .. }) => {
-                until(now, at.checked_add(known.pause_after(&task, at)).unwrap_or(at))
+                until(now, at.checked_add(next.pause_after(&task, at)).unwrap_or(at))
             }
             _ => Duration::ZERO,
         };
@@ -205,14 +210,14 @@ impl Keeper {
         match self.service.submit(spec, None).await {
             Ok(task) => tracing::info!(instance = instance.id, task = %task.id, "a keep run begins"),
             // Another task was submitted just before, or the daemon stops: the next check sees.
-            Err(TaskError::Busy(_) | TaskError::Closing | TaskError::Store(StoreError::Unfinished(_))) => {}
+            Err(TaskError::Unfinished(_) | TaskError::Closing | TaskError::Store(StoreError::Unfinished(_))) => {}
             Err(error) => return Err(error),
         }
         Ok(())
     }
 }
 
-impl Known {
+impl NextCheck {
     /// The pause between a failed run and the next one.
     fn pause_after(&mut self, task: &Task, failed: Timestamp) -> SignedDuration {
         let lasted = task.started_at.is_some_and(|began| failed.duration_since(began) >= HAS_LASTED);

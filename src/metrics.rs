@@ -17,8 +17,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::model::bounds::KeepFigures;
 use crate::model::event::EventKind;
-use crate::model::keep::KeepFigures;
 use crate::model::progress::{PassCounters, Snapshot, held_by_reason};
 use crate::model::task::{Cause, Task, TaskState};
 use crate::model::throttle::Reason;

@@ -27,9 +27,9 @@ pub(crate) struct Overdue {
     pub notifier: Notifier,
 }
 
-/// What is known of an instance.
+/// When an instance was last swept, and reported.
 #[derive(Debug)]
-struct Known {
+struct LastSweep {
     /// When it was first checked: of an instance without a success the time counts from here.
     first_seen: Timestamp,
     last_success: Option<Timestamp>,
@@ -37,7 +37,7 @@ struct Known {
     reported: Option<Timestamp>,
 }
 
-impl Known {
+impl LastSweep {
     /// The instant from which the time without a complete sweep counts.
     fn since(&self) -> Timestamp {
         self.last_success.unwrap_or(self.first_seen)
@@ -47,10 +47,10 @@ impl Known {
 impl Overdue {
     /// Checks the instances until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
-        let mut known = BTreeMap::new();
+        let mut last_sweeps = BTreeMap::new();
         loop {
             let settings = self.settings.borrow_and_update().clone();
-            let sleep = self.check(&settings, &mut known).await.unwrap_or_else(|error| {
+            let sleep = self.check(&settings, &mut last_sweeps).await.unwrap_or_else(|error| {
                 tracing::error!(%error, "cannot read when the instances were last swept");
                 CHECK_EVERY
             });
@@ -66,7 +66,7 @@ impl Overdue {
     async fn check(
         &self,
         settings: &ServeSettings,
-        known: &mut BTreeMap<String, Known>,
+        last_sweeps: &mut BTreeMap<String, LastSweep>,
     ) -> Result<Duration, TaskError> {
         let notify = settings.notify.as_ref().filter(|notify| notify.events.contains(&EventKind::NotSwept));
         let Some(notify) = notify else { return Ok(CHECK_EVERY) };
@@ -79,21 +79,21 @@ impl Overdue {
                 awaited.insert(&instance.id, (instance, instance.not_swept_for.unwrap_or(notify.not_swept_for)));
             }
         }
-        known.retain(|id, _| awaited.contains_key(id));
-        let over = |known: &BTreeMap<String, Known>, id: &String, allowed| {
-            known.get(id).is_none_or(|of| left(of.since(), allowed, now).is_zero())
+        last_sweeps.retain(|id, _| awaited.contains_key(id));
+        let over = |last_sweeps: &BTreeMap<String, LastSweep>, id: &String, allowed| {
+            last_sweeps.get(id).is_none_or(|of| left(of.since(), allowed, now).is_zero())
         };
         // The successes are read from the records only if an instance seems overdue, not at each check.
-        if awaited.iter().any(|(id, (_, allowed))| over(known, id, *allowed)) {
+        if awaited.iter().any(|(id, (_, allowed))| over(last_sweeps, id, *allowed)) {
             let successes = self.service.store().last_successes().await?;
             for id in awaited.keys() {
-                let new = || Known { first_seen: now, last_success: None, reported: None };
-                known.entry((*id).clone()).or_insert_with(new).last_success = successes.get(*id).copied();
+                let new = || LastSweep { first_seen: now, last_success: None, reported: None };
+                last_sweeps.entry((*id).clone()).or_insert_with(new).last_success = successes.get(*id).copied();
             }
         }
         let mut sleep = CHECK_EVERY;
         for (id, (instance, allowed)) in awaited {
-            let Some(of) = known.get_mut(id) else { continue };
+            let Some(of) = last_sweeps.get_mut(id) else { continue };
             let (since, left) = (of.since(), left(of.since(), allowed, now));
             if !left.is_zero() {
                 sleep = sleep.min(left);

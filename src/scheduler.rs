@@ -261,7 +261,7 @@ impl Scheduler {
                 // AlreadyHandled: another daemon has started or skipped it.
                 Ok(()) | Err(TaskError::Store(StoreError::AlreadyHandled)) => Ok(handled(due)),
                 // A task of the API was submitted just before; the due time waits for its end, within the grace.
-                Err(TaskError::Busy(_)) => Ok(waits(due)),
+                Err(TaskError::Unfinished(_)) => Ok(waits(due)),
                 Err(TaskError::Closing) => Ok(unchanged(LONGEST_SLEEP, waiting_for)),
                 Err(error) => Err(error),
             },

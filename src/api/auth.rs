@@ -86,9 +86,9 @@ async fn authorize(app: &AppState, request: Request) -> Result<Request, ApiError
     let credentials = credentials(&settings.api, &parts)?;
     let body = axum::body::to_bytes(body, MAX_BODY).await.map_err(|_| ApiError::too_large())?;
     let grant = match credentials {
-        Credentials::Granted(grant) => grant,
+        RequestCredentials::Granted(grant) => grant,
         // The signature covers the body, so it can be verified only now.
-        Credentials::Signed(signed, key) => {
+        RequestCredentials::Signed(signed, key) => {
             if !signed.verify(&parts, &body, key.secret.expose_secret(), Timestamp::now()) {
                 return Err(ApiError::invalid_token());
             }
@@ -104,29 +104,29 @@ async fn authorize(app: &AppState, request: Request) -> Result<Request, ApiError
 }
 
 /// The credentials in the headers of a request.
-enum Credentials<'a> {
+enum RequestCredentials<'a> {
     /// A valid token, or none where none is needed.
     Granted(Grant),
     /// A signature that must still be verified with this key.
     Signed(Signed, &'a AccessKey),
 }
 
-fn credentials<'a>(settings: &'a ApiSettings, parts: &Parts) -> Result<Credentials<'a>, ApiError> {
+fn credentials<'a>(settings: &'a ApiSettings, parts: &Parts) -> Result<RequestCredentials<'a>, ApiError> {
     if settings.is_open() {
         refuse_foreign_sites(&parts.headers)?;
-        return Ok(Credentials::Granted(open_grant()));
+        return Ok(RequestCredentials::Granted(open_grant()));
     }
     let text = |name: &str| parts.headers.get(name).and_then(|value| value.to_str().ok());
     let authorization = text(header::AUTHORIZATION.as_str());
     let bearer = authorization.and_then(|value| value.strip_prefix("Bearer "));
     if let Some(token) = text("x-auth-token").or(bearer) {
-        return by_token(settings, token.trim()).map(Credentials::Granted);
+        return by_token(settings, token.trim()).map(RequestCredentials::Granted);
     }
     match authorization {
         Some(value) if value.starts_with(SCHEME) => {
             let signed = Signed::parse(value).ok_or_else(ApiError::invalid_token)?;
             let key = settings.keys.iter().find(|key| key.access == signed.access);
-            Ok(Credentials::Signed(signed, key.ok_or_else(ApiError::invalid_token)?))
+            Ok(RequestCredentials::Signed(signed, key.ok_or_else(ApiError::invalid_token)?))
         }
         Some(_) => Err(ApiError::invalid_token()),
         None => Err(ApiError::no_token()),

@@ -6,10 +6,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::api::dto::{FailureDto, ServerDto, SettingsDto, seconds};
+use crate::check::assessment::{Assessment, DbBacklog};
 use crate::check::facts::{Facts, Right, ServerRole};
 use crate::check::findings::Finding;
 use crate::check::instance::{InstanceCheck, MasterCheck, ShardCheck};
-use crate::check::verdict::{DbBacklog, Verdict};
 use crate::settings::{ScanSettings, Settings};
 
 /// What was found about one server, and what it means for a sweep.
@@ -34,7 +34,7 @@ pub(crate) struct CheckOutput {
     /// Settings and state of the server's own expiry.
     pub expiry: ExpiryDto,
     /// Memory of the server, and its eviction.
-    pub memory: MemoryDto,
+    pub memory: CheckMemoryDto,
     /// The replicas that the master lists.
     pub replicas: Vec<ReplicaDto>,
     /// What could hold a sweep now.
@@ -105,7 +105,7 @@ impl Checked {
     /// Converts the result of a check. `order` is the command that would sweep the instance, for the verdict.
     pub(crate) fn new(look: &InstanceCheck, settings: &Settings, order: &str) -> Self {
         let of = |target: String, seen: &MasterCheck| {
-            Box::new(CheckOutput::new(target, &seen.facts, &seen.verdict, &settings.scan, seen.sentence.clone()))
+            Box::new(CheckOutput::new(target, &seen.facts, &seen.assessment, &settings.scan, seen.sentence.clone()))
         };
         let target = settings.target.to_string();
         let (looks, findings) = match look {
@@ -188,7 +188,7 @@ pub(crate) struct ExpiryDto {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = CheckMemory)]
 #[allow(missing_docs, reason = "the names are those of INFO")]
-pub(crate) struct MemoryDto {
+pub(crate) struct CheckMemoryDto {
     pub used_memory: Option<u64>,
     pub used_memory_dataset: Option<u64>,
     pub maxmemory: Option<u64>,
@@ -268,7 +268,7 @@ impl CheckOutput {
     pub(crate) fn new(
         target: String,
         facts: &Facts,
-        verdict: &Verdict,
+        assessment: &Assessment,
         settings: &ScanSettings,
         sentence: String,
     ) -> Self {
@@ -286,8 +286,8 @@ impl CheckOutput {
             master,
             cluster: facts.cluster,
             uptime_s: facts.uptime.map(|uptime| uptime.as_secs()),
-            dbs: verdict.dbs.iter().map(|(db, look)| DbDto { db: db.0, backlog: look.into() }).collect(),
-            backlog: (&verdict.swept).into(),
+            dbs: assessment.dbs.iter().map(|(db, look)| DbDto { db: db.0, backlog: look.into() }).collect(),
+            backlog: (&assessment.swept).into(),
             expiry: ExpiryDto {
                 lazyfree_lazy_expire: facts.expiry.lazyfree,
                 active_expire_effort: facts.expiry.effort,
@@ -295,7 +295,7 @@ impl CheckOutput {
                 // INFO gives per cent with two decimals: more digits here would be noise of the conversion.
                 stale_share: facts.expired_share.map(|share| (share * 1e4).round() / 1e4),
             },
-            memory: MemoryDto {
+            memory: CheckMemoryDto {
                 used_memory: memory.used,
                 used_memory_dataset: memory.dataset,
                 maxmemory: memory.max,
@@ -321,13 +321,13 @@ impl CheckOutput {
             },
             rights: Right::ALL.iter().map(|&right| (right.as_str(), facts.rights.get(right).as_str())).collect(),
             sweep: SweepDto {
-                can_run: verdict.can_sweep(),
-                least_s: verdict.sweep.map(|sweep| seconds(sweep.least)),
-                most_s: verdict.sweep.map(|sweep| seconds(sweep.most)),
-                round_trip_us: verdict.round_trip.as_micros() as u64,
+                can_run: assessment.can_sweep(),
+                least_s: assessment.sweep.map(|sweep| seconds(sweep.least)),
+                most_s: assessment.sweep.map(|sweep| seconds(sweep.most)),
+                round_trip_us: assessment.round_trip.as_micros() as u64,
                 settings: settings.into(),
             },
-            findings: verdict.findings.iter().map(FindingDto::from).collect(),
+            findings: assessment.findings.iter().map(FindingDto::from).collect(),
             verdict: sentence,
             report: None,
         }

@@ -184,7 +184,7 @@ pub(crate) async fn create(
             tracing::info!(task = %task.id, instance = instance.id, caller = caller.0.name, "task created");
             Ok(Json((&task).into()))
         }
-        Err(TaskError::Busy(_)) => Err(ApiError::still_running()),
+        Err(TaskError::Unfinished(_)) => Err(ApiError::still_running()),
         Err(error) => Err(error.into()),
     }
 }

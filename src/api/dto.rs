@@ -8,8 +8,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::KeepFigures;
 use crate::model::progress::{
     self, PassCounters, PassFigures, ServerFacts, ShardView, Snapshot, TTL_BOUNDS_S, TtlHistogram,
 };

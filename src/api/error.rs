@@ -162,7 +162,7 @@ impl From<TaskError> for ApiError {
         match error {
             TaskError::Store(error) => error.into(),
             TaskError::Transition(error) => error.into(),
-            TaskError::Busy(_) => Self::conflict(Self::still_running().message),
+            TaskError::Unfinished(_) => Self::conflict(Self::still_running().message),
             TaskError::Ended => Self::conflict("The task has ended."),
             // The message names the missing file: whoever may create tasks may know it, and the operator has to restore it.
             TaskError::Settings(_) => {

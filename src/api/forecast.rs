@@ -16,7 +16,7 @@ use crate::api::forecast_dto::ForecastOutput;
 use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing, Unreachable};
 use crate::api::{App, JsonBody, PathParams};
 use crate::forecast::prefixes::By;
-use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
+use crate::forecast::{self, ForecastRequest, ReadFrom, SAMPLE_KEYS};
 use crate::settings::serve::Instance;
 use crate::store::Store;
 
@@ -70,15 +70,19 @@ pub(crate) async fn make_forecast(
         Some(name) => TimeZone::get(name).map_err(|_| ApiError::invalid("zone"))?,
         None => TimeZone::system(),
     };
-    let place = if request.on_master { Place::Master } else { Place::AnyReplica };
+    let read_from = if request.on_master { ReadFrom::Master } else { ReadFrom::AnyReplica };
     let by = request.by_prefix.then(By::default);
     let sample = if request.on_master { ON_MASTER } else { SAMPLE_KEYS };
-    let request = Request { by, sample, ..Request::new(place, zone) };
+    let request = ForecastRequest { by, sample, ..ForecastRequest::new(read_from, zone) };
     Ok(Json(make(app.service.store(), &instance, request).await?))
 }
 
 /// Makes a forecast of an instance and stores it without any parts of key names: those are only in the returned one.
-pub(crate) async fn make(store: &Store, instance: &Instance, mut request: Request) -> Result<ForecastOutput, ApiError> {
+pub(crate) async fn make(
+    store: &Store,
+    instance: &Instance,
+    mut request: ForecastRequest,
+) -> Result<ForecastOutput, ApiError> {
     request.dbs.clone_from(&instance.settings.scan.dbs);
     let (view, options) = crate::tasks::masters(&instance.settings).await.map_err(ApiError::of_instance)?;
     let target = instance.settings.target.to_string();

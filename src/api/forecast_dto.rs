@@ -5,10 +5,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::api::dto::{seconds, time};
+use crate::forecast::Forecast;
 use crate::forecast::estimate::Estimate;
-use crate::forecast::prefixes::{Group, SOON};
+use crate::forecast::outlook::Outlook;
+use crate::forecast::prefixes::{PrefixGroup, SOON};
 use crate::forecast::report::{peak_text, text, times};
-use crate::forecast::{Forecast, Outlook};
 use crate::model::progress::TTL_BOUNDS_S;
 
 /// An estimate of which keys expire when. An error is the half width of the 95 % confidence interval; 0 if all keys were read.
@@ -175,8 +176,8 @@ impl OutlookDto {
     }
 }
 
-impl From<&Group> for PrefixDto {
-    fn from(group: &Group) -> Self {
+impl From<&PrefixGroup> for PrefixDto {
+    fn from(group: &PrefixGroup) -> Self {
         Self {
             prefix: group.prefix.clone(),
             keys: whole(group.keys.keys),

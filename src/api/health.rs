@@ -99,15 +99,15 @@ pub(crate) async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         crate::api::requests::CauseWord, crate::api::requests::StateWord, crate::api::instances::InstanceState,
         crate::api::instances::SortBy, crate::api::instances::SortOrder, crate::api::dcs::ContractStatus,
     )),
-    modifiers(&Credentials),
+    modifiers(&TokenSchemes),
     security(("token" = []), ("bearer" = [])),
 )]
 struct Description;
 
 /// Adds the two ways to send a token to the description.
-struct Credentials;
+struct TokenSchemes;
 
-impl utoipa::Modify for Credentials {
+impl utoipa::Modify for TokenSchemes {
     fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
         use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
         let components = api.components.get_or_insert_default();

@@ -14,18 +14,17 @@ use crate::api::auth::Caller;
 use crate::api::check_dto::Checked;
 use crate::api::dto::time;
 use crate::api::error::ApiError;
-use crate::api::keep::KeepBounds;
 use crate::api::responses::{Conflict, Forbidden, Guarded, Invalid, Missing, Unreachable};
 use crate::api::task_dto::{
-    HistoryEntry, InstanceDetails, InstanceDto, InstanceList, ScheduleDto, TaskDto, WindowDto, source,
+    HistoryEntry, InstanceDetails, InstanceDto, InstanceList, KeepBounds, ScheduleDto, TaskDto, WindowDto, source,
 };
 use crate::api::{App, AppState, PathParams, QueryParams};
 use crate::check;
-use crate::model::keep::Bounds;
+use crate::model::bounds::Bounds;
 use crate::model::schedule::AutoScan;
 use crate::model::task::{TaskId, TaskState};
 use crate::settings::serve::Instance;
-use crate::store::{LastSeen, Standing, TaskFilter};
+use crate::store::{Keeps, LastSeen, ScheduleState, Standing, TaskFilter};
 use crate::tasks::TaskView;
 
 /// Largest `limit` of a list of instances.
@@ -175,7 +174,8 @@ pub(crate) async fn list_instances(
     app.sort(&mut meant, &standings, list.sort, list.order).await?;
     let total = meant.len();
     let page: Vec<_> = meant.into_iter().skip(offset as usize).take(limit.map_or(usize::MAX, |n| n as usize)).collect();
-    let instances = app.describe(&page, &standings).await?;
+    let (schedules, keeps) = (app.service.store().schedules().await?, app.service.store().keeps().await?);
+    let instances = app.describe(&page, &standings, &schedules, &keeps).await?;
     Ok(Json(InstanceList { instances, total: total as u64, counts, projects: projects.into_iter().collect() }))
 }
 
@@ -335,6 +335,8 @@ impl AppState {
         &self,
         instances: &[&Arc<Instance>],
         standings: &BTreeMap<String, Standing>,
+        schedules: &ScheduleState,
+        keeps: &Keeps,
     ) -> Result<Vec<InstanceDto>, ApiError> {
         let store = self.service.store();
         let now = store.now();
@@ -342,8 +344,6 @@ impl AppState {
         let newest: Vec<_> = instances.iter().filter_map(|instance| Some(standing(instance)?.latest)).collect();
         let tasks = store.tasks(&newest).await?;
         let last_seen = store.last_seen(&newest).await?;
-        let schedules = store.schedules().await?;
-        let keeps = store.keeps().await?;
         let on_hand = self.service.active_views();
         let describe = |instance: &&Arc<Instance>| {
             let seen = standing(instance);
@@ -374,18 +374,19 @@ impl AppState {
     }
 
     pub(super) async fn details(&self, instance: &Arc<Instance>) -> Result<InstanceDetails, ApiError> {
-        let standings = self.standings(&[instance]).await?;
-        let described = self.describe(&[instance], &standings).await?;
-        let instance_dto = described.into_iter().next().ok_or_else(ApiError::internal)?;
         let store = self.service.store();
-        let set = store.auto_scan(&instance.id, &instance.project_id).await?;
-        let auto_scan = set.as_ref().unwrap_or(&instance.auto_scan);
+        let (schedules, keeps) = (store.schedules().await?, store.keeps().await?);
+        let standings = self.standings(&[instance]).await?;
+        let described = self.describe(&[instance], &standings, &schedules, &keeps).await?;
+        let instance_dto = described.into_iter().next().ok_or_else(ApiError::internal)?;
+        let set = schedules.auto_scan(&instance.id, &instance.project_id);
+        let auto_scan = set.unwrap_or(&instance.auto_scan);
         Ok(InstanceDetails {
             instance: instance_dto,
             upcoming: due_times(auto_scan, store.now()).take(UPCOMING).map(time).collect(),
             window: instance.window.as_ref().map(WindowDto::from),
             schedule: ScheduleDto::new(auto_scan, set.is_some()),
-            keep_source: source(store.keeps().await?.get(&instance.id, &instance.project_id).is_some()),
+            keep_source: source(keeps.get(&instance.id, &instance.project_id).is_some()),
             settings: instance.settings.sweep_texts.as_ref().clone(),
         })
     }

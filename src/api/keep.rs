@@ -4,37 +4,15 @@
 
 use axum::Json;
 use axum::extract::State;
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::api::auth::Caller;
 use crate::api::error::ApiError;
 use crate::api::requests::invalid_settings;
 use crate::api::responses::{Forbidden, Guarded, Invalid, Missing};
-use crate::api::task_dto::InstanceDetails;
+use crate::api::task_dto::{InstanceDetails, KeepBounds};
 use crate::api::{App, JsonBody, PathParams};
-use crate::model::keep::Bounds;
 use crate::model::task::SweepTexts;
 use crate::settings;
-
-/// The bounds of an instance. A bound that is `off` or left out is none; without any bound the instance is not kept.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct KeepBounds {
-    /// Most expired keys in the memory of each master: a number of keys, bytes, or a share of its keys with a TTL.
-    #[schema(pattern = "^(off|[0-9]{1,12}(KiB|MiB|GiB)?|[0-9]{1,2}%)$", example = "5%")]
-    pub max_backlog: Option<String>,
-    /// Longest time that a key stays in memory after it has expired.
-    #[schema(pattern = "^(off|[1-9][0-9]{0,5}(ms|s|min))$", example = "2s")]
-    pub max_delay: Option<String>,
-}
-
-impl From<Bounds> for KeepBounds {
-    fn from(bounds: Bounds) -> Self {
-        let [(_, max_backlog), (_, max_delay)] = settings::bound_texts(bounds);
-        Self { max_backlog: Some(max_backlog), max_delay: Some(max_delay) }
-    }
-}
 
 /// Sets the bounds of an instance. If both are off it is not kept, whatever the settings file says.
 #[utoipa::path(

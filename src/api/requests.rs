@@ -85,32 +85,44 @@ pub(crate) struct TuneTask {
 
 /// Limits on the load, above which a sweep holds or fails, and the least intensity. The values are those of the settings of the same
 /// names (`_` for `-`): `off`, `auto`, or a value. Limits that are left out stay as they are.
+// The forms of the page show these fields with their descriptions.
 #[derive(Debug, Default, Deserialize, Serialize, ToSchema)]
 #[schema(as = LimitWishes)]
 #[serde(deny_unknown_fields, default)]
-#[allow(missing_docs, reason = "the names are those of the settings")]
 pub(crate) struct LimitOverrides {
+    /// Smallest share of the master's time while other clients keep it busy.
     #[schema(minimum = 0.000_001, maximum = 1)]
     pub min_intensity: Option<f64>,
+    /// Watch the load; otherwise the intensity is fixed and no limit applies.
     pub throttle: Option<bool>,
+    /// Hold while a PING takes longer, such as 20ms; auto, off.
     #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
     pub max_latency: Option<String>,
+    /// Hold while a replica is further behind, such as 16MiB; auto, off.
     #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
     pub max_replica_lag: Option<String>,
+    /// Hold while a replica has been silent for longer, such as 10s; auto, off.
     #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
     pub max_replica_silence: Option<String>,
+    /// Hold while more waits to be sent to replicas, such as 32MiB; auto, off.
     #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
     pub max_replica_buffer: Option<String>,
+    /// Hold while more objects wait to be freed in the background, such as 100000; auto, off.
     #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
     pub max_lazyfree: Option<String>,
+    /// Hold while other clients send more commands per second, such as 50000; off.
     #[schema(pattern = "^(off|auto|[0-9]{1,15})$")]
     pub max_ops: Option<String>,
+    /// Hold while other clients take a larger share of the main thread's time, such as 0.7; off.
     #[schema(pattern = "^(off|auto|1|0[.][0-9]{0,3}[1-9])$")]
     pub max_cpu: Option<String>,
+    /// While the server saves, rewrites its AOF or sends a replica all its data: hold or go.
     #[schema(pattern = "^(hold|go)$")]
     pub during_fork: Option<String>,
+    /// Give up when a PING takes longer, such as 1s; off.
     #[schema(pattern = "^(off|auto|[1-9][0-9]{0,5}(us|ms|s|min))$")]
     pub abort_latency: Option<String>,
+    /// Give up when a replica is further behind, such as 1GiB; off.
     #[schema(pattern = "^(off|auto|[0-9]{1,9}(B|KiB|MiB|GiB)?)$")]
     pub abort_replica_lag: Option<String>,
 }

@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::dto::{FailureDto, HoldDto, ShardDto, Totals, held_by_reason, time};
-use crate::api::keep::KeepBounds;
+use crate::model::bounds::Bounds;
 use crate::model::schedule::{AutoScan, Recurrence, Window};
 use crate::model::task::{Task, TaskState};
+use crate::settings;
 use crate::tasks::TaskView;
 
 /// An instance with its newest task.
@@ -49,6 +50,25 @@ pub(crate) struct InstanceDto {
     /// Its newest task; left out if it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latest: Option<TaskDto>,
+}
+
+/// The bounds of an instance. A bound that is `off` or left out is none; without any bound the instance is not kept.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeepBounds {
+    /// Most expired keys in the memory of each master: a number of keys, bytes, or a share of its keys with a TTL.
+    #[schema(pattern = "^(off|[0-9]{1,12}(KiB|MiB|GiB)?|[0-9]{1,2}%)$", example = "5%")]
+    pub max_backlog: Option<String>,
+    /// Longest time that a key stays in memory after it has expired.
+    #[schema(pattern = "^(off|[1-9][0-9]{0,5}(ms|s|min))$", example = "2s")]
+    pub max_delay: Option<String>,
+}
+
+impl From<Bounds> for KeepBounds {
+    fn from(bounds: Bounds) -> Self {
+        let [(_, max_backlog), (_, max_delay)] = settings::bound_texts(bounds);
+        Self { max_backlog: Some(max_backlog), max_delay: Some(max_delay) }
+    }
 }
 
 /// A task as it is recorded.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use crate::check::facts::{Facts, ServerRole};
 use crate::model::shard::{DbIndex, NodeAddr, ScanPosition};
 use crate::node::commands;
-use crate::node::conn::{Conn, ConnOptions, Gauge, Request};
+use crate::node::conn::{Conn, ConnOptions, CountedBy, Request};
 use crate::node::error::NodeError;
 use crate::node::info::Info;
 use crate::settings::ScanSettings;
@@ -87,7 +87,8 @@ pub(crate) async fn count(
         let mut returned = 0;
         let mut after = before;
         while position != ScanPosition::Finished {
-            let request = Request { from: position, count: settings.count, nameless: false, gauge: Gauge::Dbsize };
+            let request =
+                Request { from: position, count: settings.count, nameless: false, counted_by: CountedBy::Dbsize };
             let reply = conn.scan(request).await?;
             returned += reply.returned;
             after = reply.after.keys;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::engine::policy::{expiry_guard, profile};
-use crate::model::progress::{self, ServerFacts};
+use crate::model::progress::{Memory, ServerFacts};
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::model::words::words;
 use crate::node::commands::Access;
@@ -40,7 +40,7 @@ pub(crate) struct Expiry {
 
 /// What INFO says of memory and eviction; `None` where it lacks the field.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Memory {
+pub(crate) struct MemoryFacts {
     /// `used_memory` in bytes, the server's own overhead included.
     pub used: Option<u64>,
     /// `used_memory_dataset` in bytes: without the server's own overhead.
@@ -167,7 +167,7 @@ pub(crate) struct Facts {
     pub expire_per_sec: Option<f64>,
     /// How the server frees expired keys by itself.
     pub expiry: Expiry,
-    pub memory: Memory,
+    pub memory: MemoryFacts,
     /// The replicas that the server lists, whatever their state.
     pub replicas: Vec<ReplicaLine>,
     /// The server's own replication offset in bytes.
@@ -193,7 +193,7 @@ impl Facts {
         rights: Rights,
         round_trip: Option<Duration>,
     ) -> Self {
-        let progress::Memory { used, max, evicted, .. } = info.memory();
+        let Memory { used, max, evicted, .. } = info.memory();
         Self {
             addr: addr.clone(),
             server: info.server(addr),
@@ -210,7 +210,7 @@ impl Facts {
             expired_share: info.expired_share(),
             expire_per_sec: None,
             expiry,
-            memory: Memory {
+            memory: MemoryFacts {
                 dataset: info.parsed("used_memory_dataset"),
                 policy: info.get("maxmemory_policy").map(str::to_owned),
                 used,

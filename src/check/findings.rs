@@ -1,4 +1,4 @@
-//! Everything that a check can find, one variant each. [`super::verdict`] decides which apply.
+//! Everything that a check can find, one variant each. [`super::assessment`] decides which apply.
 //!
 //! A finding says what was seen, why it matters and what to do. Its numbers are fields. Its sentences are written only here, so that
 //! text and JSON say the same.

@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 use futures_util::future::join_all;
 
 use crate::check;
+use crate::check::assessment::{self, Assessment};
 use crate::check::facts::Facts;
 use crate::check::findings::Finding;
 use crate::check::report::{finding_text, sentence, text};
-use crate::check::verdict::{self, Verdict};
 use crate::model::failure::Failure;
 use crate::model::format::{counted, failure_text, grouped};
 use crate::node::conn::ConnOptions;
@@ -21,7 +21,7 @@ pub(crate) struct MasterCheck {
     /// What was read of the master.
     pub facts: Facts,
     /// What the facts mean for a sweep.
-    pub verdict: Verdict,
+    pub assessment: Assessment,
     /// The verdict as a sentence.
     pub sentence: String,
 }
@@ -60,9 +60,9 @@ pub(crate) async fn inspect(
 ) -> Result<InstanceCheck, Failure> {
     let check = async |master: &Master| match check::inspect(&master.addr, options, Some(scan)).await {
         Ok(facts) => {
-            let verdict = verdict::assess(&facts, None, scan);
-            let sentence = sentence(&facts, &verdict, command);
-            Ok(MasterCheck { facts, verdict, sentence })
+            let assessment = assessment::assess(&facts, None, scan);
+            let sentence = sentence(&facts, &assessment, command);
+            Ok(MasterCheck { facts, assessment, sentence })
         }
         Err(error) => Err(error.into_failure()),
     };
@@ -86,9 +86,9 @@ impl InstanceCheck {
     /// Whether a sweep could run on every master.
     pub(crate) fn can_sweep(&self) -> bool {
         match self {
-            Self::One(seen) => seen.verdict.can_sweep(),
+            Self::One(seen) => seen.assessment.can_sweep(),
             Self::Cluster { shards, .. } => {
-                shards.iter().all(|shard| shard.seen.as_ref().is_ok_and(|seen| seen.verdict.can_sweep()))
+                shards.iter().all(|shard| shard.seen.as_ref().is_ok_and(|seen| seen.assessment.can_sweep()))
             }
         }
     }
@@ -103,7 +103,7 @@ impl InstanceCheck {
 
     /// The report that `ttlsweep check` prints without `--json`.
     pub(crate) fn text(&self, scan: &ScanSettings, command: &str) -> String {
-        let of = |seen: &MasterCheck| text(&seen.facts, None, &seen.verdict, scan, &seen.sentence);
+        let of = |seen: &MasterCheck| text(&seen.facts, None, &seen.assessment, scan, &seen.sentence);
         let (checks, findings) = match self {
             Self::One(seen) => return of(seen),
             Self::Cluster { shards, findings } => (shards, findings),
@@ -125,15 +125,16 @@ impl InstanceCheck {
 /// The verdict on all masters together.
 fn overall(checks: &[ShardCheck], command: &str) -> String {
     let seen = checks.iter().filter_map(|shard| shard.seen.as_ref().ok());
-    let good: Vec<&Verdict> = seen.map(|seen| &seen.verdict).filter(|verdict| verdict.can_sweep()).collect();
+    let good: Vec<&Assessment> =
+        seen.map(|seen| &seen.assessment).filter(|assessment| assessment.can_sweep()).collect();
     let bad = checks.len() - good.len();
     let mut text = if bad > 0 {
         format!("{bad} of {} cannot be swept; see the errors. ", counted(checks.len(), "master"))
     } else {
         String::new()
     };
-    let with_ttl: u64 = good.iter().map(|verdict| verdict.swept.size.expires).sum();
-    let expired: Option<u64> = good.iter().map(|verdict| verdict.swept.expired.map(|expired| expired.keys)).sum();
+    let with_ttl: u64 = good.iter().map(|assessment| assessment.swept.size.expires).sum();
+    let expired: Option<u64> = good.iter().map(|assessment| assessment.swept.expired.map(|expired| expired.keys)).sum();
     let _ = match expired {
         _ if good.is_empty() => write!(text, "nothing can be swept"),
         _ if with_ttl == 0 => write!(text, "no key has a TTL: there is nothing to sweep"),

@@ -1,6 +1,6 @@
 //! `ttlsweep check`: what a sweep would meet, found out without touching a key.
 //!
-//! [`inspect`] reads facts, [`verdict::assess`] says what they mean for a sweep, [`estimate`] says how long one would take, and
+//! [`inspect`] reads facts, [`assessment::assess`] says what they mean for a sweep, [`estimate`] says how long one would take, and
 //! [`backlog::count`] counts the backlog exactly, on a replica. [`instance::inspect`] does this for all masters of an instance, and
 //! [`report`] is what people read. Called by `cli::check`, by the API and by `tasks`.
 //!
@@ -9,13 +9,13 @@
 //! is no number: the server refuses it after its check of rights and before it visits a key. What a missing right or an old version
 //! hides is unknown, never an error.
 
+pub(crate) mod assessment;
 pub(crate) mod backlog;
 pub(crate) mod estimate;
 pub(crate) mod facts;
 pub(crate) mod findings;
 pub(crate) mod instance;
 pub(crate) mod report;
-pub(crate) mod verdict;
 
 use std::time::{Duration, Instant};
 

@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 
+use crate::check::assessment::{Assessment, Basis, DbBacklog, Expired};
 use crate::check::backlog::{NoCount, ReplicaCount};
 use crate::check::estimate::{COST, Span};
 use crate::check::facts::{Facts, Right, ServerRole};
 use crate::check::findings::{Finding, Severity};
-use crate::check::verdict::{Basis, DbBacklog, Expired, Verdict};
 use crate::model::format::{bytes, grouped, span, table};
 use crate::node::commands::Access;
 use crate::settings::{ScanSettings, show_duration};
@@ -15,20 +15,20 @@ use crate::settings::{ScanSettings, show_duration};
 pub(crate) fn text(
     facts: &Facts,
     counted: Option<&Result<ReplicaCount, NoCount>>,
-    verdict: &Verdict,
+    assessment: &Assessment,
     settings: &ScanSettings,
     sentence: &str,
 ) -> String {
     let mut text = heading(facts);
-    text.push_str(&db_table(facts, verdict));
-    text.push_str(&sources(counted, verdict));
+    text.push_str(&db_table(facts, assessment));
+    text.push_str(&sources(counted, assessment));
     text.push('\n');
-    for (name, value) in lines(facts, verdict, settings) {
+    for (name, value) in lines(facts, assessment, settings) {
         let _ = writeln!(text, "{name:<9} {value}");
     }
     text.push('\n');
-    verdict.findings.iter().for_each(|finding| text.push_str(&finding_text(finding)));
-    let _ = writeln!(text, "{}verdict: {sentence}", if verdict.findings.is_empty() { "" } else { "\n" });
+    assessment.findings.iter().for_each(|finding| text.push_str(&finding_text(finding)));
+    let _ = writeln!(text, "{}verdict: {sentence}", if assessment.findings.is_empty() { "" } else { "\n" });
     text
 }
 
@@ -52,17 +52,17 @@ fn heading(facts: &Facts) -> String {
     format!("{}  {server}, {role}{cluster}{up}\n", facts.addr)
 }
 
-fn db_table(facts: &Facts, verdict: &Verdict) -> String {
+fn db_table(facts: &Facts, assessment: &Assessment) -> String {
     if facts.server.is_none() {
         return "sizes unknown: INFO does not tell\n".to_owned();
     }
-    if verdict.dbs.is_empty() {
+    if assessment.dbs.is_empty() {
         return "no keys\n".to_owned();
     }
     let mut rows = vec![["", "keys", "with TTL", "expired", "of them", "hold about"].map(str::to_owned).to_vec()];
-    rows.extend(verdict.dbs.iter().map(|(db, backlog)| row(db.to_string(), backlog)));
-    if verdict.dbs.len() > 1 {
-        rows.push(row("to sweep".to_owned(), &verdict.swept));
+    rows.extend(assessment.dbs.iter().map(|(db, backlog)| row(db.to_string(), backlog)));
+    if assessment.dbs.len() > 1 {
+        rows.push(row("to sweep".to_owned(), &assessment.swept));
     }
     table(&rows)
 }
@@ -89,22 +89,22 @@ fn share(part: u64, whole: u64) -> String {
 }
 
 /// Where the numbers of the table come from.
-fn sources(counted: Option<&Result<ReplicaCount, NoCount>>, verdict: &Verdict) -> String {
+fn sources(counted: Option<&Result<ReplicaCount, NoCount>>, assessment: &Assessment) -> String {
     let mut text = String::new();
     let estimated = |backlog: &DbBacklog| backlog.expired.is_some_and(|expired| expired.basis == Basis::Estimated);
-    if verdict.dbs.values().any(estimated) {
+    if assessment.dbs.values().any(estimated) {
         text.push_str("~ estimated: keys with a TTL x expired_stale_perc, one figure for all DBs\n");
     }
     if let Some(Ok(ReplicaCount { replica, .. })) = counted {
         let _ = writeln!(text, "expired keys counted on the replica {replica}");
     }
-    if verdict.dbs.values().any(|backlog| backlog.bytes.is_some_and(|bytes| bytes > 0)) {
+    if assessment.dbs.values().any(|backlog| backlog.bytes.is_some_and(|bytes| bytes > 0)) {
         text.push_str("bytes estimated: expired keys x mean size of a key (used_memory_dataset / keys)\n");
     }
     text
 }
 
-fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'static str, String)> {
+fn lines(facts: &Facts, assessment: &Assessment, settings: &ScanSettings) -> Vec<(&'static str, String)> {
     let known = |value: Option<String>| value.unwrap_or_else(|| "unknown".to_owned());
     let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
     let expiry = &facts.expiry;
@@ -160,8 +160,8 @@ fn lines(facts: &Facts, verdict: &Verdict, settings: &ScanSettings) -> Vec<(&'st
     let groups = groups.iter().filter(|(_, names)| !names.is_empty());
     let rights = groups.map(|(word, names)| format!("{word}{names}")).collect::<String>();
     lines.push(("rights", rights.trim_start_matches("; ").to_owned()));
-    if verdict.can_sweep() {
-        lines.push(("a sweep", sweep_line(verdict, settings)));
+    if assessment.can_sweep() {
+        lines.push(("a sweep", sweep_line(assessment, settings)));
     }
     lines
 }
@@ -171,8 +171,8 @@ fn range(sweep: Span) -> String {
     if least == most { most } else { format!("{least} to {most}") }
 }
 
-fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
-    let Some(sweep) = verdict.sweep else { return "takes an unknown time: the sizes are unknown".to_owned() };
+fn sweep_line(assessment: &Assessment, settings: &ScanSettings) -> String {
+    let Some(sweep) = assessment.sweep else { return "takes an unknown time: the sizes are unknown".to_owned() };
     let ceiling = settings
         .tuning
         .max_keys_per_sec
@@ -186,18 +186,18 @@ fn sweep_line(verdict: &Verdict, settings: &ScanSettings) -> String {
         settings.touch,
         us(COST.live_us),
         us(COST.reclaimed_us),
-        verdict.round_trip.as_micros(),
+        assessment.round_trip.as_micros(),
         show_duration(settings.max_slice),
     )
 }
 
 /// The verdict as a sentence. `command`: the command that sweeps this server.
-pub(crate) fn sentence(facts: &Facts, verdict: &Verdict, command: &str) -> String {
-    if !verdict.can_sweep() {
+pub(crate) fn sentence(facts: &Facts, assessment: &Assessment, command: &str) -> String {
+    if !assessment.can_sweep() {
         return "a sweep cannot run here; see the errors".to_owned();
     }
-    let swept = verdict.swept;
-    let (Some(sweep), Some(expired)) = (verdict.sweep, swept.expired) else {
+    let swept = assessment.swept;
+    let (Some(sweep), Some(expired)) = (assessment.sweep, swept.expired) else {
         return "a sweep can run; how much it would free is unknown".to_owned();
     };
     if facts.total().expires == 0 {
@@ -215,7 +215,7 @@ pub(crate) fn sentence(facts: &Facts, verdict: &Verdict, command: &str) -> Strin
     }
     let about = if expired.basis == Basis::Estimated || expired.moved > 0 { "about " } else { "" };
     let hold = swept.bytes.map_or_else(String::new, |held| format!(" and hold about {}", bytes(held)));
-    let first = if verdict.has(Severity::Warning) { "; see the warnings first" } else { "" };
+    let first = if assessment.has(Severity::Warning) { "; see the warnings first" } else { "" };
     format!(
         "{about}{} of {} keys with a TTL have expired{hold}; a sweep frees them in {}: {command}{first}",
         grouped(expired.keys),

@@ -6,10 +6,10 @@ use clap::{ArgMatches, Args};
 use crate::api::check_dto::{CheckOutput, Checked};
 use crate::api::dto::FailureDto;
 use crate::check;
+use crate::check::assessment;
 use crate::check::backlog;
 use crate::check::instance;
 use crate::check::report::{sentence, text};
-use crate::check::verdict;
 use crate::cli::args::{self, ServerArgs, SweepArgs};
 use crate::cli::exit::Exit;
 use crate::cli::output;
@@ -87,15 +87,15 @@ pub(super) async fn run(args: CheckArgs, matches: &ArgMatches) -> anyhow::Result
         Err(error) => return failed(&error.into_failure(), &settings, args.json),
     };
     let counted = backlog::count(&replica, &replica_options, &facts, &settings.scan).await;
-    let verdict = verdict::assess(&facts, Some(&counted), &settings.scan);
-    let sentence = sentence(&facts, &verdict, &order);
+    let assessment = assessment::assess(&facts, Some(&counted), &settings.scan);
+    let sentence = sentence(&facts, &assessment, &order);
     output::print(&if args.json {
-        let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);
+        let object = CheckOutput::new(settings.target.to_string(), &facts, &assessment, &settings.scan, sentence);
         format!("{}\n", serde_json::to_string_pretty(&object)?)
     } else {
-        text(&facts, Some(&counted), &verdict, &settings.scan, &sentence)
+        text(&facts, Some(&counted), &assessment, &settings.scan, &sentence)
     })?;
-    Ok(if verdict.can_sweep() { Exit::Done } else { Exit::Failed })
+    Ok(if assessment.can_sweep() { Exit::Done } else { Exit::Failed })
 }
 
 /// The command that would sweep the inspected instance. It holds no password: the user gives that as for `check`.

@@ -68,7 +68,7 @@ pub(super) struct DemoArgs {
 
 /// Sums over the private servers at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Reading {
+struct ServerTotals {
     keys: u64,
     expired: u64,
     used_memory: Option<u64>,
@@ -147,7 +147,10 @@ async fn start(program: &Path, cluster: bool) -> anyhow::Result<Vec<DemoServer>>
 
 /// Writes the keys and watches the servers. Returns the connections, the number of live keys, what active expiry reclaimed, and the
 /// reading after that.
-async fn prepare(servers: &[DemoServer], args: &DemoArgs) -> Result<(Vec<Conn>, u64, Watched, Reading), NodeError> {
+async fn prepare(
+    servers: &[DemoServer],
+    args: &DemoArgs,
+) -> Result<(Vec<Conn>, u64, Watched, ServerTotals), NodeError> {
     let mut conns = Vec::new();
     for server in servers {
         let mut conn = Conn::open(&server.addr(), &server.conn_options()).await?;
@@ -234,14 +237,14 @@ async fn watch(conns: &mut [Conn], live: u64, during: Duration) -> Result<Watche
     }
 }
 
-async fn read(conns: &mut [Conn], live: u64) -> Result<Reading, NodeError> {
+async fn read(conns: &mut [Conn], live: u64) -> Result<ServerTotals, NodeError> {
     let keys = dbsize(conns).await?;
     let mut used_memory = Some(0);
     for conn in conns {
         let used: Option<u64> = commands::info(conn).await?.parsed("used_memory");
         used_memory = used_memory.zip(used).map(|(sum, used)| sum + used);
     }
-    Ok(Reading { keys, expired: keys.saturating_sub(live), used_memory })
+    Ok(ServerTotals { keys, expired: keys.saturating_sub(live), used_memory })
 }
 
 /// The settings of a plain `ttlsweep scan` of this server: the defaults.
@@ -256,10 +259,10 @@ fn settings_for(server: &DemoServer) -> anyhow::Result<Settings> {
     })
 }
 
-fn comparison(before: Reading, after: Reading, watched: Watched, took: Duration) -> String {
-    let row = |name: &str, reading: Reading| {
-        let memory = reading.used_memory.map_or_else(|| "unknown".to_owned(), bytes);
-        vec![name.to_owned(), grouped(reading.keys), grouped(reading.expired), memory]
+fn comparison(before: ServerTotals, after: ServerTotals, watched: Watched, took: Duration) -> String {
+    let row = |name: &str, totals: ServerTotals| {
+        let memory = totals.used_memory.map_or_else(|| "unknown".to_owned(), bytes);
+        vec![name.to_owned(), grouped(totals.keys), grouped(totals.expired), memory]
     };
     let heading = ["", "keys", "expired", "used memory"].map(str::to_owned).to_vec();
     let table = output::table(&[heading, row("before", before), row("after", after)]);
@@ -305,8 +308,8 @@ mod tests {
 
     #[test]
     fn before_and_after_stand_side_by_side() {
-        let before = Reading { keys: 999_900, expired: 79_900, used_memory: Some(140_000_000) };
-        let after = Reading { keys: 920_000, expired: 0, used_memory: Some(130_000_000) };
+        let before = ServerTotals { keys: 999_900, expired: 79_900, used_memory: Some(140_000_000) };
+        let after = ServerTotals { keys: 920_000, expired: 0, used_memory: Some(130_000_000) };
         let watched = Watched { reclaimed: 100, during: Duration::from_secs(4) };
         let took = Duration::from_millis(1640);
         insta::assert_snapshot!(comparison(before, after, watched, took));

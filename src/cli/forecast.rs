@@ -11,7 +11,7 @@ use crate::cli::check::{failed, replica};
 use crate::cli::exit::Exit;
 use crate::cli::{output, scan};
 use crate::forecast::prefixes::By;
-use crate::forecast::{self, Place, Request, SAMPLE_KEYS};
+use crate::forecast::{self, ForecastRequest, ReadFrom, SAMPLE_KEYS};
 use crate::node::topology::Topology;
 use crate::settings::positive_duration;
 
@@ -80,10 +80,10 @@ pub(super) async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Res
         Ok(loaded) => loaded,
         Err(problems) => return Ok(scan::usage(&problems)),
     };
-    let place = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
-        Ok(Some((addr, options))) => Place::Replica(addr, Box::new(options)),
-        Ok(None) if args.on_master => Place::Master,
-        Ok(None) => Place::AnyReplica,
+    let read_from = match args.replica.as_deref().map(|url| replica(url, &options)).transpose() {
+        Ok(Some((addr, options))) => ReadFrom::Replica(addr, Box::new(options)),
+        Ok(None) if args.on_master => ReadFrom::Master,
+        Ok(None) => ReadFrom::AnyReplica,
         Err(problem) => return Ok(scan::usage(&[problem])),
     };
     let by = args.by_prefix.then(|| By {
@@ -92,8 +92,8 @@ pub(super) async fn run(args: ForecastArgs, matches: &ArgMatches) -> anyhow::Res
         top: args.top.into(),
     });
     let zone = TimeZone::system();
-    let request = Request {
-        place,
+    let request = ForecastRequest {
+        read_from,
         dbs: settings.scan.dbs.clone(),
         sample: args.sample,
         ahead: args.within,

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::cli::output::{grouped, note, span};
-use crate::model::keep::KeepFigures;
+use crate::model::bounds::KeepFigures;
 use crate::model::progress::PassFigures;
 use crate::model::shard::DbIndex;
 use crate::tasks::TaskView;
@@ -113,13 +113,13 @@ pub(super) async fn show<V>(view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows)
 }
 
 /// The speed of a pass, measured since its first view: a resumed pass has earlier counts.
-struct Pace {
+struct PassSpeed {
     since: Instant,
     scanned: u64,
     fraction: f64,
 }
 
-impl Pace {
+impl PassSpeed {
     fn new(pass: &PassRow) -> Self {
         Self { since: Instant::now(), scanned: pass.scanned, fraction: pass.fraction }
     }
@@ -144,13 +144,13 @@ fn eta(elapsed: Duration, fraction_then: f64, fraction_now: f64) -> Option<Durat
 }
 
 /// Speed, counts and ETA of a pass in one line.
-fn pass_text(pass: &PassRow, pace: &Pace) -> String {
-    let eta = pace.eta(pass).map_or_else(|| "N/A".to_owned(), span);
+fn pass_text(pass: &PassRow, speed: &PassSpeed) -> String {
+    let eta = speed.eta(pass).map_or_else(|| "N/A".to_owned(), span);
     // Full intensity is not shown. A lower one is: it says why the sweep is slow.
     let part = (pass.intensity > 0.0 && pass.intensity < 0.995).then(|| format!(", at {:.0}%", pass.intensity * 100.0));
     format!(
         "{} keys/s{}, {} reclaimed, slice {}us, ETA {eta}",
-        grouped(pace.keys_per_sec(pass) as u64),
+        grouped(speed.keys_per_sec(pass) as u64),
         part.unwrap_or_default(),
         grouped(pass.reclaimed),
         pass.slice_p50_us,
@@ -172,7 +172,7 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let waits =
         ProgressStyle::with_template("{prefix} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
     let multi = MultiProgress::new();
-    let mut passes: BTreeMap<(String, u32), (ProgressBar, Pace)> = BTreeMap::new();
+    let mut passes: BTreeMap<(String, u32), (ProgressBar, PassSpeed)> = BTreeMap::new();
     let mut waiting: BTreeMap<String, ProgressBar> = BTreeMap::new();
     let mut warned = BTreeSet::new();
     loop {
@@ -205,11 +205,11 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
         }
         for shard in now.shards.iter().filter(|shard| shard.keep.is_none()) {
             for pass in &shard.passes {
-                let (bar, pace) = passes.entry((shard.name.clone(), pass.db)).or_insert_with(|| {
+                let (bar, speed) = passes.entry((shard.name.clone(), pass.db)).or_insert_with(|| {
                     let bar = multi.add(ProgressBar::new(STEPS).with_style(style.clone()));
                     let db = DbIndex(pass.db);
                     bar.set_prefix(if alone { db.to_string() } else { format!("{} {db}", shard.name) });
-                    (bar, Pace::new(pass))
+                    (bar, PassSpeed::new(pass))
                 });
                 if bar.is_finished() {
                     if pass.complete {
@@ -222,10 +222,10 @@ async fn bars<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                 bar.set_message(match &shard.hold {
                     Some(hold) => format!("holding: {hold}"),
                     None if pass.complete => {
-                        let keys = pace.keys_per_sec(pass) as u64;
+                        let keys = speed.keys_per_sec(pass) as u64;
                         format!("{} keys/s, {} reclaimed", grouped(keys), grouped(pass.reclaimed))
                     }
-                    None => pass_text(pass, pace),
+                    None => pass_text(pass, speed),
                 });
                 if pass.complete && now.shards.len() > BARS_AT_MOST {
                     bar.finish_and_clear();
@@ -257,7 +257,7 @@ fn line_every(elapsed: Duration) -> Duration {
 async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
     let begun = Instant::now();
     let mut due = begun + line_every(Duration::ZERO);
-    let mut paces: BTreeMap<(String, u32), Pace> = BTreeMap::new();
+    let mut speeds: BTreeMap<(String, u32), PassSpeed> = BTreeMap::new();
     let (mut holds, mut warned) = (BTreeMap::new(), BTreeSet::new());
     loop {
         // Also without a new view: while a server does not answer nothing changes, and the status line is still due.
@@ -284,10 +284,10 @@ async fn lines<V>(mut view: watch::Receiver<V>, rows: impl Fn(&V) -> Rows) {
                 continue;
             }
             let Some(pass) = passes.iter().rfind(|pass| !pass.complete) else { continue };
-            let pace = paces.entry((name.clone(), pass.db)).or_insert_with(|| Pace::new(pass));
+            let speed = speeds.entry((name.clone(), pass.db)).or_insert_with(|| PassSpeed::new(pass));
             if is_due && hold.is_none() {
                 let (db, percent) = (DbIndex(pass.db), pass.fraction * 100.0);
-                note(&format!("{:>7} {name} {db} {percent:.1}%: {}", span(elapsed), pass_text(pass, pace)));
+                note(&format!("{:>7} {name} {db} {percent:.1}%: {}", span(elapsed), pass_text(pass, speed)));
             }
         }
         if is_due {

@@ -24,11 +24,11 @@ enum SettingsCommand {
     /// Print every setting in force and where it came from
     Show(Box<ShowArgs>),
     /// Check a settings file of `ttlsweep serve` and print every problem
-    Check(CheckArgs),
+    Check(CheckFileArgs),
 }
 
 #[derive(Debug, Args)]
-struct CheckArgs {
+struct CheckFileArgs {
     /// The settings file
     file: PathBuf,
 }
@@ -74,7 +74,7 @@ pub(super) fn run(args: SettingsArgs, matches: &ArgMatches) -> anyhow::Result<Ex
     }
 }
 
-fn check(args: &CheckArgs) -> anyhow::Result<Exit> {
+fn check(args: &CheckFileArgs) -> anyhow::Result<Exit> {
     match daemon::load(&args.file) {
         Ok(settings) => {
             let instances = output::counted(settings.instances.len(), "instance");

@@ -12,8 +12,8 @@ use crate::cli::exit::Exit;
 use crate::cli::output;
 use crate::cli::progress::{self, PassRow, Rows, ShardRow, keep_text};
 use crate::cli::scan;
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::KeepFigures;
 use crate::model::task::TaskState;
 use crate::settings::positive_duration;
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::forecast;
-use crate::forecast::{Place, Request};
+use crate::forecast::{ForecastRequest, ReadFrom};
 use crate::settings::serve::ServeSettings;
 use crate::store::Store;
 
@@ -51,7 +51,7 @@ async fn make_all(store: &Store, settings: &ServeSettings, not_before: &mut BTre
         if not_before.get(&instance.id).is_some_and(|at| *at > Instant::now()) {
             continue;
         }
-        let request = Request::new(Place::AnyReplica, TimeZone::system());
+        let request = ForecastRequest::new(ReadFrom::AnyReplica, TimeZone::system());
         let why = match tokio::time::timeout(WITHIN, forecast::make(store, instance, request)).await {
             Ok(Ok(_)) => continue,
             Ok(Err(error)) => error.message,

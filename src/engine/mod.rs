@@ -10,7 +10,7 @@
 //!
 //! Each batch is `DBSIZE`, `SCAN cursor COUNT n`, `DBSIZE` in one write. The server runs the commands of one buffer back to back, so
 //! the difference is what this SCAN reclaimed, whatever other clients do. On a server that may evict keys, `INFO stats` goes with each
-//! `DBSIZE`: see [`crate::node::conn::Gauge`].
+//! `DBSIZE`: see [`crate::node::conn::CountedBy`].
 //!
 //! # How it is fast and gentle
 //!

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::engine::control::StopReason;
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::Failure;
-use crate::model::keep::KeepFigures;
 use crate::model::progress::PassFigures;
 use crate::model::shard::{DbIndex, ShardId};
 use crate::model::task::TaskId;

@@ -87,7 +87,7 @@ pub(crate) fn peaks(bins: &[Estimate], with_ttl: f64) -> Vec<Peak> {
             let keys = sum(span.clone());
             let beside = if before.keys > after.keys { before } else { after };
             let above = keys.keys - beside.keys;
-            let clear = CLEAR * (keys.variance + beside.variance).sqrt();
+            let clear = CLEAR * keys.standard_error().hypot(beside.standard_error());
             if keys.keys >= TIMES * beside.keys && above > clear && above > SHARE * with_ttl && above > 0.0 {
                 found.push(Peak { bins: span, keys });
             }
@@ -146,7 +146,7 @@ mod tests {
                 counts[bin] += f64::from(u8::from(fastrand::u8(..10) == 0));
             }
         }
-        counts.into_iter().map(|count| Estimate { keys: count * 10.0, variance: count * 90.0 }).collect()
+        counts.into_iter().map(|count| Estimate { keys: count * 10.0, variance: count * 90.0, missed: 0.0 }).collect()
     }
 
     #[test]

@@ -1,17 +1,19 @@
 //! What will expire when: the TTLs of a random sample of the keys, read on a replica, with an error for every figure.
 //!
-//! [`sample`] looks at whole pieces of the hash tables, drawn at random; [`estimate`] makes figures of what the pieces held, [`bins`]
-//! cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their names. [`report`] is what people
-//! read. Called by `cli::forecast` and by the API.
+//! [`sample`] looks at whole pieces of the hash tables, drawn at random; [`tally`] counts what the pieces held, and [`estimate`] makes
+//! figures of the counts. [`bins`] cuts the time ahead and finds the peaks, and [`prefixes`] groups keys by the first parts of their
+//! names. [`report`] is what people read. Called by `cli::forecast` and by the API.
 //!
 //! No value is read and nothing is written. The commands are INFO, DBSIZE, SELECT, SCAN and PTTL, on replicas of a
 //! cluster READONLY, and where a cluster has a table for each slot CLUSTER COUNTKEYSINSLOT, which may be refused. On a replica nothing is freed; on a master SCAN frees the expired keys that it meets.
 
 pub(crate) mod bins;
 pub(crate) mod estimate;
+pub(crate) mod outlook;
 pub(crate) mod prefixes;
 pub(crate) mod report;
 pub(crate) mod sample;
+pub(crate) mod tally;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -22,11 +24,12 @@ use jiff::tz::TimeZone;
 use crate::check::backlog::in_step;
 use crate::engine::policy::profile::ServerProfile;
 use crate::forecast::bins::{Bins, Peak};
-use crate::forecast::estimate::{Estimate, Tally};
-use crate::forecast::prefixes::{By, Group, Groups};
+use crate::forecast::estimate::Estimate;
+use crate::forecast::outlook::Outlook;
+use crate::forecast::prefixes::{By, PrefixGroup, PrefixGroups};
 use crate::forecast::sample::{Pace, Tables, Walk, slot_sizes};
+use crate::forecast::tally::Tally;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::progress::TTL_BOUNDS_S;
 use crate::model::shard::{DbIndex, NodeAddr};
 use crate::node::commands;
 use crate::node::conn::{Conn, ConnOptions};
@@ -41,7 +44,7 @@ pub(crate) const AHEAD: Duration = Duration::from_secs(24 * 3600);
 
 /// Where the keys are looked at.
 #[derive(Debug, Clone)]
-pub(crate) enum Place {
+pub(crate) enum ReadFrom {
     /// On a replica of each master, one that the master lists as online.
     AnyReplica,
     /// On this replica; only the instance's one master can have it.
@@ -52,9 +55,9 @@ pub(crate) enum Place {
 
 /// What a caller asks of a forecast.
 #[derive(Debug, Clone)]
-pub(crate) struct Request {
+pub(crate) struct ForecastRequest {
     /// On which servers the keys are looked at.
-    pub place: Place,
+    pub read_from: ReadFrom,
     /// Which DBs; empty: each that holds keys.
     pub dbs: Vec<DbIndex>,
     /// About how many keys of each DB of each master. One that holds less than twice as many is counted whole.
@@ -67,10 +70,10 @@ pub(crate) struct Request {
     pub by: Option<By>,
 }
 
-impl Request {
+impl ForecastRequest {
     /// A forecast on any replica.
-    pub(crate) fn new(place: Place, zone: TimeZone) -> Self {
-        Self { place, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
+    pub(crate) fn new(read_from: ReadFrom, zone: TimeZone) -> Self {
+        Self { read_from, dbs: Vec::new(), sample: SAMPLE_KEYS, ahead: AHEAD, zone, by: None }
     }
 }
 
@@ -87,60 +90,6 @@ pub(crate) struct Source {
     pub took: Duration,
     /// The user may not ask how many keys are in which hash slot: where few slots hold most keys, the errors are too small.
     pub slots_are_unknown: bool,
-}
-
-/// What is known of one DB, or of all of them together.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Outlook {
-    /// Keys by DBSIZE, expired ones included.
-    pub keys: u64,
-    /// Keys with a TTL by INFO, expired ones included.
-    pub expires: u64,
-    /// Keys that were looked at.
-    pub looked_at: u64,
-    /// Live keys with a TTL.
-    pub with_ttl: Estimate,
-    /// Live keys without a TTL.
-    pub without_ttl: Estimate,
-    /// Keys that expire within the bound of the same index of [`TTL_BOUNDS_S`], and not within the one before.
-    pub within: [Estimate; TTL_BOUNDS_S.len()],
-    /// Keys that live longer than the last bound.
-    pub later: Estimate,
-    /// The time ahead in parts of equal length.
-    pub bins: Vec<Estimate>,
-    /// Bytes that a key takes on the average.
-    pub bytes_per_key: Option<f64>,
-}
-
-impl Outlook {
-    /// Expired keys that are still in memory: those with a TTL less those that live.
-    pub(crate) fn expired(&self) -> Estimate {
-        Estimate { keys: (self.expires as f64 - self.with_ttl.keys).max(0.0), variance: self.with_ttl.variance }
-    }
-
-    /// Bytes that so many keys take.
-    pub(crate) fn bytes(&self, keys: f64) -> Option<u64> {
-        self.bytes_per_key.map(|each| (each * keys) as u64)
-    }
-
-    fn add(&mut self, other: &Self) {
-        let bytes = |outlook: &Self| outlook.bytes_per_key.map(|each| each * outlook.keys as f64);
-        let bytes = match (bytes(self), bytes(other)) {
-            (Some(one), Some(another)) => Some(one + another),
-            (None, another) if self.keys == 0 => another,
-            _ => None,
-        };
-        self.keys += other.keys;
-        self.bytes_per_key = bytes.map(|bytes| bytes / self.keys.max(1) as f64);
-        self.expires += other.expires;
-        self.looked_at += other.looked_at;
-        self.with_ttl += other.with_ttl;
-        self.without_ttl += other.without_ttl;
-        self.later += other.later;
-        self.within.iter_mut().zip(other.within).for_each(|(sum, part)| *sum += part);
-        self.bins.resize(self.bins.len().max(other.bins.len()), Estimate::default());
-        self.bins.iter_mut().zip(&other.bins).for_each(|(sum, part)| *sum += *part);
-    }
 }
 
 /// An estimate of which keys expire when, from a sample.
@@ -163,7 +112,7 @@ pub(crate) struct Forecast {
     /// Spans in which far more keys expire than before and after, the largest first.
     pub peaks: Vec<Peak>,
     /// The groups of most keys, where they were asked for.
-    pub groups: Option<Vec<Group>>,
+    pub groups: Option<Vec<PrefixGroup>>,
 }
 
 /// Looks at a sample of the keys of every master.
@@ -174,9 +123,9 @@ pub(crate) async fn make(
     target: String,
     view: &View,
     options: &ConnOptions,
-    request: &Request,
+    request: &ForecastRequest,
 ) -> Result<Forecast, Failure> {
-    if matches!(request.place, Place::Replica(..)) && view.masters.len() != 1 {
+    if matches!(request.read_from, ReadFrom::Replica(..)) && view.masters.len() != 1 {
         let message = format!("the cluster has {} masters, each with replicas of its own", view.masters.len());
         return Err(
             Failure::new(FailureKind::NotAMaster, message).hint("leave --replica out: each master names its own")
@@ -195,7 +144,7 @@ pub(crate) async fn make(
         peaks: Vec::new(),
         groups: None,
     };
-    let mut groups = request.by.clone().map(Groups::new);
+    let mut groups = request.by.clone().map(PrefixGroups::new);
     for master in &view.masters {
         let begun = Instant::now();
         let mut looker = Looker::open(view.kind, master, options, request).await?;
@@ -213,7 +162,7 @@ pub(crate) async fn make(
     }
     forecast.total.bins.resize(forecast.bins.number, Estimate::default());
     forecast.peaks = bins::peaks(&forecast.total.bins, forecast.total.with_ttl.keys);
-    forecast.groups = groups.map(Groups::largest);
+    forecast.groups = groups.map(PrefixGroups::largest);
     Ok(forecast)
 }
 
@@ -235,7 +184,7 @@ impl Looker {
         kind: InstanceKind,
         master: &Master,
         options: &ConnOptions,
-        request: &Request,
+        request: &ForecastRequest,
     ) -> Result<Self, Failure> {
         let failed = NodeError::into_failure;
         let mut conn = Conn::open(&master.addr, options).await.map_err(failed)?;
@@ -255,13 +204,13 @@ impl Looker {
             }
             Ok::<_, Failure>((conn, info))
         };
-        let (conn, info, history, pace) = match &request.place {
-            Place::Master => (conn, info, None, Pace::MASTER),
-            Place::Replica(addr, options) => {
+        let (conn, info, history, pace) = match &request.read_from {
+            ReadFrom::Master => (conn, info, None, Pace::MASTER),
+            ReadFrom::Replica(addr, options) => {
                 let (conn, info) = on_replica(addr, options).await?;
                 (conn, info, Some(history.clone()), Pace::REPLICA)
             }
-            Place::AnyReplica => {
+            ReadFrom::AnyReplica => {
                 let mut lines = info.replicas();
                 lines.retain(|line| line.state == "online");
                 // The one that is furthest.
@@ -290,9 +239,9 @@ impl Looker {
     /// Looks at each DB. Returns at how many keys.
     async fn look(
         &mut self,
-        request: &Request,
+        request: &ForecastRequest,
         forecast: &mut Forecast,
-        mut groups: Option<&mut Groups>,
+        mut groups: Option<&mut PrefixGroups>,
     ) -> Result<u64, Failure> {
         let keyspace = self.info.keyspace();
         let dbs: Vec<DbIndex> =
@@ -306,18 +255,24 @@ impl Looker {
             self.conn.select(db).await.map_err(failed)?;
             let keys = commands::dbsize(&mut self.conn).await.map_err(failed)?;
             let tables = self.tables(keys).await.map_err(failed)?;
-            let mut tally = Tally::new(forecast.bins.clone());
-            let pieces = tables.draw(request.sample);
-            let drawn = (pieces.len() as f64, tables.pieces() as f64);
-            let mut walk = Walk::new(&tables, pieces, self.pace, forecast.begun);
-            while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
-                if let Some(groups) = groups.as_deref_mut() {
-                    groups.add(&piece, drawn);
+            let mut outlook = Outlook::default();
+            for stratum in tables.draw(request.sample) {
+                let mut tally = Tally::new(forecast.bins.clone());
+                let part = stratum.part();
+                let mut walk = Walk::new(&tables, stratum.drawn, self.pace, forecast.begun);
+                while let Some(piece) = walk.next(&mut self.conn).await.map_err(failed)? {
+                    if let Some(groups) = groups.as_deref_mut() {
+                        groups.add(&piece);
+                    }
+                    tally.add(&piece);
                 }
-                tally.add(&piece);
+                if let Some(groups) = groups.as_deref_mut() {
+                    groups.end_stratum(part);
+                }
+                outlook.add(&tally.outlook(part));
             }
             let size = keyspace.get(&db).copied().unwrap_or_default();
-            let outlook = Outlook { keys, expires: size.expires, bytes_per_key, ..tally.outlook(drawn) };
+            let outlook = Outlook { keys, expires: size.expires, bytes_per_key, ..outlook };
             looked_at += outlook.looked_at;
             forecast.dbs.entry(db).or_default().add(&outlook);
         }

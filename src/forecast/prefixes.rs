@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::forecast::estimate::Estimate;
+use crate::forecast::estimate::{Estimate, Sums};
 use crate::forecast::sample::Piece;
 
 /// A key expires soon where that is within this.
@@ -33,7 +33,7 @@ impl Default for By {
 
 /// The keys whose names begin alike.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Group {
+pub(crate) struct PrefixGroup {
     /// The beginning, with the separator behind it, as text; empty: names of one part.
     pub prefix: String,
     /// Live keys of the group.
@@ -47,18 +47,20 @@ pub(crate) struct Group {
 }
 
 /// Groups while they are counted.
-pub(crate) struct Groups {
+pub(crate) struct PrefixGroups {
     by: By,
-    all: HashMap<Vec<u8>, Group>,
+    all: HashMap<Vec<u8>, PrefixGroup>,
+    /// What the pieces of the present stratum hold of each group.
+    sums: HashMap<Vec<u8>, [Sums; 4]>,
 }
 
-impl Groups {
+impl PrefixGroups {
     pub(crate) fn new(by: By) -> Self {
-        Self { by, all: HashMap::new() }
+        Self { by, all: HashMap::new(), sums: HashMap::new() }
     }
 
-    /// Takes in a piece of so many drawn, of so many.
-    pub(crate) fn add(&mut self, piece: &Piece, drawn: (f64, f64)) {
+    /// Takes in a piece.
+    pub(crate) fn add(&mut self, piece: &Piece) {
         let mut counts: HashMap<&[u8], [u64; 4]> = HashMap::new();
         for key in piece {
             let count = counts.entry(beginning(&key.name, &self.by)).or_default();
@@ -68,7 +70,15 @@ impl Groups {
             count[3] += u64::from(key.ttl.is_none());
         }
         for (prefix, counts) in counts {
-            let group = self.all.entry(prefix.to_owned()).or_insert_with(|| Group {
+            let sums = self.sums.entry(prefix.to_owned()).or_default();
+            sums.iter_mut().zip(counts).for_each(|(sums, keys)| sums.add(keys));
+        }
+    }
+
+    /// Ends a stratum, with so many pieces taken in of so many.
+    pub(crate) fn end_stratum(&mut self, drawn: (f64, f64)) {
+        for (prefix, sums) in self.sums.drain() {
+            let group = self.all.entry(prefix).or_insert_with_key(|prefix| PrefixGroup {
                 prefix: prefix.escape_ascii().to_string(),
                 keys: Estimate::default(),
                 with_ttl: Estimate::default(),
@@ -76,17 +86,12 @@ impl Groups {
                 without_ttl: Estimate::default(),
             });
             let of = [&mut group.keys, &mut group.with_ttl, &mut group.soon, &mut group.without_ttl];
-            for (estimate, count) in of.into_iter().zip(counts) {
-                let (looked_at, all) = drawn;
-                estimate.keys += count as f64 * all / looked_at;
-                // The mean over the pieces is left out of the spread, so that no piece without the group has to be counted.
-                estimate.variance += (all / looked_at).powi(2) * (1.0 - looked_at / all) * (count * count) as f64;
-            }
+            of.into_iter().zip(sums).for_each(|(estimate, sums)| *estimate += sums.estimate(drawn));
         }
     }
 
     /// The groups of most keys, the largest first, at most `By::top`.
-    pub(crate) fn largest(self) -> Vec<Group> {
+    pub(crate) fn largest(self) -> Vec<PrefixGroup> {
         let mut groups: Vec<_> = self.all.into_values().collect();
         groups.sort_by(|one, other| {
             other.keys.keys.total_cmp(&one.keys.keys).then_with(|| one.prefix.cmp(&other.prefix))
@@ -134,8 +139,9 @@ mod tests {
         let hour = Some(Duration::from_secs(3600));
         let piece =
             vec![key("a:1", None), key("a:2", hour), key("b:1", Some(Duration::from_secs(3601))), key("a:3", None)];
-        let mut groups = Groups::new(By { top: 1, ..By::default() });
-        groups.add(&piece, (1.0, 10.0));
+        let mut groups = PrefixGroups::new(By { top: 1, ..By::default() });
+        groups.add(&piece);
+        groups.end_stratum((1.0, 10.0));
         let largest = groups.largest();
         assert_eq!((largest.len(), largest[0].prefix.as_str()), (1, "a:"));
         let keys = |estimate: Estimate| estimate.keys;

@@ -6,9 +6,10 @@ use std::ops::Range;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use crate::forecast::Forecast;
 use crate::forecast::bins::Peak;
 use crate::forecast::estimate::Estimate;
-use crate::forecast::{Forecast, Outlook};
+use crate::forecast::outlook::Outlook;
 use crate::model::format::{bytes, grouped, span, table};
 
 /// Lines of the picture, at most.

@@ -1,13 +1,14 @@
 //! A random sample of the keys of a DB, free of any bias: whole pieces of its hash tables.
 //!
 //! RANDOMKEY prefers keys in thin places, and the replies to SCAN with a COUNT hold more of what lies behind long gaps. A piece is a
-//! fixed stretch of the cursor space, drawn without looking: each key is in exactly one of them, and each is drawn with the same
-//! chance.
+//! fixed stretch of the cursor space, drawn without looking: each key is in exactly one of them, and each piece of a stratum is drawn
+//! with the same chance.
 //!
 //! A piece is walked by SCAN with COUNT 1, which ends at the first bucket that holds a key: so all names of a reply are of one bucket,
 //! and the reply's cursor tells where that bucket ends. A bucket belongs to the piece in which it ends. Walked one after the other,
 //! all pieces give every key exactly once, also where the table is larger or smaller than the cut, and while it is rehashed.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::model::slots::{SLOTS, SlotSet, slot_of};
@@ -44,13 +45,13 @@ impl Pace {
 #[derive(Debug, Clone)]
 pub(crate) struct Tables {
     keys: u64,
-    tables: Vec<Table>,
-    pieces: u64,
+    /// Those that are cut into most pieces come first, so that the pieces of a stratum follow each other.
+    tables: Vec<HashTable>,
 }
 
 /// One hash table, which is cut into `2^bits` pieces.
 #[derive(Debug, Clone, Copy)]
-struct Table {
+struct HashTable {
     /// The hash slot whose keys it holds; `None`: it holds all keys of the DB.
     slot: Option<u16>,
     bits: u32,
@@ -58,8 +59,30 @@ struct Table {
     first: PieceNumber,
 }
 
+impl HashTable {
+    fn pieces(self) -> u64 {
+        1 << self.bits
+    }
+}
+
 /// A piece, by its number.
 pub(crate) type PieceNumber = u64;
+
+/// Pieces that are like each other, and those of them that were drawn.
+#[derive(Debug, Clone)]
+pub(crate) struct Stratum {
+    /// The pieces to look at.
+    pub drawn: Vec<PieceNumber>,
+    /// How many pieces there are.
+    pub pieces: u64,
+}
+
+impl Stratum {
+    /// How many pieces were drawn, and of how many.
+    pub(crate) fn part(&self) -> (f64, f64) {
+        (self.drawn.len() as f64, self.pieces as f64)
+    }
+}
 
 impl Tables {
     /// One table with so many keys.
@@ -73,40 +96,49 @@ impl Tables {
     }
 
     fn new(keys: u64, sizes: impl IntoIterator<Item = (Option<u16>, u64)>) -> Self {
-        let mut pieces = 0;
-        let table = |(slot, keys)| {
-            let table = Table { slot, bits: bits_of(keys), first: pieces };
-            pieces += 1 << table.bits;
-            table
+        let table = |(slot, keys)| HashTable { slot, bits: bits_of(keys), first: 0 };
+        let mut tables: Vec<_> = sizes.into_iter().map(table).collect();
+        tables.sort_by_key(|table| std::cmp::Reverse(table.bits));
+        let mut first = 0;
+        for table in &mut tables {
+            table.first = first;
+            first += table.pieces();
+        }
+        Self { keys, tables }
+    }
+
+    /// Draws pieces that hold about so many keys, none twice, by strata, so that what differs between these makes no error. Hash tags may
+    /// put most keys into few slots: a slot from which enough pieces are drawn is a stratum of its own. The other slots with several
+    /// pieces are one, and those with a single one, which holds few keys, another.
+    ///
+    /// The same share of each stratum is drawn, but enough to know the spread, and all pieces where that would be the half.
+    pub(crate) fn draw(&self, keys: u64) -> Vec<Stratum> {
+        let share = (keys as f64 / self.keys.max(1) as f64).min(1.0);
+        let wanted = |pieces: u64| ((share * pieces as f64).ceil() as u64).max(LEAST_PIECES);
+        let stratum = |table: &HashTable| {
+            let is_enough = wanted(table.pieces()) > LEAST_PIECES;
+            (is_enough.then_some(table.first), table.bits > 0)
         };
-        let tables = sizes.into_iter().map(table).collect();
-        Self { keys, tables, pieces }
-    }
-
-    /// How many pieces there are.
-    pub(crate) fn pieces(&self) -> u64 {
-        self.pieces
-    }
-
-    /// Draws pieces that hold about so many keys, none twice; all of them where that would be the half.
-    pub(crate) fn draw(&self, keys: u64) -> Vec<PieceNumber> {
-        let all = self.pieces();
-        let wanted = (keys as f64 * all as f64 / self.keys.max(1) as f64).ceil() as u64;
-        let wanted = wanted.max(LEAST_PIECES);
-        if wanted > all / 2 {
-            return (0..all).collect();
-        }
-        let mut drawn = std::collections::BTreeSet::new();
-        while (drawn.len() as u64) < wanted {
-            drawn.insert(fastrand::u64(..all));
-        }
-        drawn.into_iter().collect()
+        let strata = self.tables.chunk_by(|one, next| stratum(one) == stratum(next));
+        let draw = |tables: &[HashTable]| {
+            let pieces: u64 = tables.iter().map(|table| table.pieces()).sum();
+            let (all, wanted) = (tables[0].first..tables[0].first + pieces, wanted(pieces));
+            if wanted > pieces / 2 {
+                return Stratum { drawn: all.collect(), pieces };
+            }
+            let mut drawn = BTreeSet::new();
+            while (drawn.len() as u64) < wanted {
+                drawn.insert(fastrand::u64(all.clone()));
+            }
+            Stratum { drawn: drawn.into_iter().collect(), pieces }
+        };
+        strata.map(draw).collect()
     }
 
     /// Where a piece begins and ends.
     fn range(&self, number: PieceNumber) -> Range {
         let behind = self.tables.partition_point(|table| table.first <= number);
-        let Table { slot, bits, first } = self.tables[behind - 1];
+        let HashTable { slot, bits, first } = self.tables[behind - 1];
         let part = number - first;
         let first = if bits == 0 { 0 } else { part << (64 - bits) };
         Range { slot, first, last: first | (u64::MAX >> bits) }
@@ -288,18 +320,22 @@ impl Walk {
 mod tests {
     use super::*;
 
+    fn pieces(tables: &Tables) -> u64 {
+        tables.tables.iter().map(|table| table.pieces()).sum()
+    }
+
     #[test]
     fn pieces_cover_the_cursor_space_without_a_gap_or_an_overlap() {
         for keys in [0, 1, 127, 128, 129, 100_000, 10_000_000] {
             let table = Tables::one(keys);
             let mut next = 0_u128;
-            for number in 0..table.pieces() {
+            for number in 0..pieces(&table) {
                 let range = table.range(number);
                 assert_eq!(u128::from(range.first), next, "{keys} keys, piece {number}");
                 next = u128::from(range.last) + 1;
             }
             assert_eq!(next, 1 << 64, "{keys} keys");
-            let in_piece = keys / table.pieces();
+            let in_piece = keys / pieces(&table);
             assert!(in_piece < 2 * KEYS_IN_PIECE, "{keys} keys: {in_piece} in a piece");
         }
     }
@@ -309,8 +345,8 @@ mod tests {
         let slots = SlotSet::new([0..=9, 16_380..=16_383]);
         let sizes = slots.ranges().cloned().flatten().map(|slot| (slot, 256));
         let table = Tables::by_slot(14 * 256, sizes);
-        assert_eq!(table.pieces(), 14 * 4);
-        let last = table.range(table.pieces() - 1);
+        assert_eq!(pieces(&table), 14 * 4);
+        let last = table.range(pieces(&table) - 1);
         assert_eq!((last.slot, last.first, last.last), (Some(16_383), 3 << 62, u64::MAX));
         assert_eq!(last.cursor(), 3 << SLOT_BITS | 16_383);
         assert_eq!(last.ends(5), u64::MAX, "the reply leads to another slot");
@@ -319,8 +355,8 @@ mod tests {
     #[test]
     fn a_slot_with_many_keys_is_cut_into_pieces_as_small_as_those_of_the_others() {
         let table = Tables::by_slot(128_100, [(3, 50), (7, 0), (9, 128_000), (11, 50)]);
-        assert_eq!(table.pieces(), 1 + 1 + 1_024 + 1);
-        let heavy: Vec<_> = (2..1_026).map(|number| table.range(number)).collect();
+        assert_eq!(pieces(&table), 1 + 1 + 1_024 + 1);
+        let heavy: Vec<_> = (0..1_024).map(|number| table.range(number)).collect();
         assert!(heavy.iter().all(|range| range.slot == Some(9)));
         assert_eq!((heavy[0].first, heavy[1_023].last), (0, u64::MAX));
         assert!(heavy.windows(2).all(|two| two[0].last + 1 == two[1].first));
@@ -330,10 +366,29 @@ mod tests {
     #[test]
     fn what_is_drawn_is_drawn_once_and_small_tables_are_taken_whole() {
         let table = Tables::one(1_000_000);
-        let drawn = table.draw(100_000);
-        let distinct: std::collections::BTreeSet<_> = drawn.iter().collect();
-        assert_eq!(distinct.len(), drawn.len());
-        assert!((drawn.len() as f64 / table.pieces() as f64 - 0.1).abs() < 0.01);
-        assert_eq!(Tables::one(150_000).draw(100_000).len() as u64, Tables::one(150_000).pieces());
+        let [stratum] = &table.draw(100_000)[..] else { panic!("one table is one stratum") };
+        let distinct: BTreeSet<_> = stratum.drawn.iter().collect();
+        assert_eq!(distinct.len(), stratum.drawn.len());
+        assert_eq!(stratum.pieces, pieces(&table));
+        assert!((stratum.drawn.len() as f64 / stratum.pieces as f64 - 0.1).abs() < 0.01);
+        let small = &Tables::one(150_000).draw(100_000)[0];
+        assert_eq!(small.drawn.len() as u64, small.pieces);
+    }
+
+    #[test]
+    fn slots_with_many_keys_are_drawn_apart_from_each_other_and_from_the_rest() {
+        let light = (100..1_100).map(|slot| (slot, 2));
+        let table =
+            Tables::by_slot(122_000, [(7, 40_000), (3, 70_000), (5, 5_000), (9, 5_000)].into_iter().chain(light));
+        let strata = table.draw(12_200);
+        let sizes: Vec<_> = strata.iter().map(|stratum| (stratum.drawn.len(), stratum.pieces)).collect();
+        assert_eq!(sizes, [(103, 1_024), (52, 512), (30, 128), (100, 1_000)]);
+        let mut first = 0;
+        for stratum in strata {
+            assert!(stratum.drawn.iter().all(|piece| (first..first + stratum.pieces).contains(piece)));
+            first += stratum.pieces;
+        }
+        assert_eq!(first, pieces(&table));
+        assert_eq!(Tables::by_slot(2_000, (0..1_000).map(|slot| (slot, 2))).draw(1 << 40).len(), 1);
     }
 }

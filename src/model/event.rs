@@ -54,7 +54,7 @@ pub enum Happened {
         task: Box<Task>,
         /// How long the bound has been missed.
         missed: Duration,
-        /// By how much, as a sentence: [`KeepFigures::miss_text`](crate::model::keep::KeepFigures::miss_text).
+        /// By how much, as a sentence: [`KeepFigures::miss_text`](crate::model::bounds::KeepFigures::miss_text).
         message: String,
     },
 }
@@ -71,7 +71,8 @@ impl Event {
         }
     }
 
-    /// The event that `task` failed. Its id depends on the task alone, so that a receiver can tell a repetition.
+    /// The event that `task` failed. Its id depends on the task alone, so that a receiver can tell a repetition: a daemon never tries a
+    /// failed task again. It goes on with one whose end could not be recorded, and the failure of that one is a repetition.
     pub fn task_failed(task: &Task, now: Timestamp) -> Self {
         Self {
             id: Uuid::new_v5(&task.id.0, EventKind::TaskFailed.as_str().as_bytes()),

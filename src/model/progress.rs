@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::Failure;
-use crate::model::keep::KeepFigures;
 use crate::model::shard::{DbIndex, NodeAddr, RunId, ScanPosition, ShardId};
 use crate::model::slots::CursorSpace;
 use crate::model::throttle::Reason;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use uuid::{ContextV7, Uuid};
 
+use crate::model::bounds::BOUND_KEYS;
 use crate::model::failure::Failure;
-use crate::model::keep::BOUND_KEYS;
 use crate::model::words::words;
 
 /// The id of a task, a UUID of version 7: ids sort by time of creation.

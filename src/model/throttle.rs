@@ -44,7 +44,7 @@ pub enum Reason {
     Paused,
     /// The off-peak window is closed.
     OutsideWindow,
-    /// All slots for tasks are taken.
+    /// As many tasks sweep as may at a time.
     Queued,
     /// As many masters of the instance are being swept as may be at a time.
     Parallel,

@@ -20,7 +20,7 @@ use batch::Sent;
 
 mod batch;
 
-pub use batch::{Gauge, Reading, Reply, Request, Timing, TouchReply};
+pub use batch::{CountedBy, Reading, Reply, Request, Timing, TouchReply};
 
 /// Size of the read buffer in bytes: a SCAN reply of COUNT 1000 with names of 30 bytes fits in one read.
 const READ_BUFFER: usize = 64 << 10;

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use secrecy::ExposeSecret;
 
-use crate::model::keep::{BOUND_KEYS, Bounds};
+use crate::model::bounds::{BOUND_KEYS, Bounds};
 use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};

@@ -225,7 +225,7 @@ fn unknown_key(key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::keep::BOUND_KEYS;
+    use crate::model::bounds::BOUND_KEYS;
 
     #[test]
     fn every_key_that_the_program_knows_has_a_default() {

@@ -15,7 +15,7 @@ use jiff::civil::Time;
 use secrecy::SecretString;
 use sha2::{Digest, Sha256};
 
-use crate::model::keep::{BOUND_KEYS, Bounds};
+use crate::model::bounds::{BOUND_KEYS, Bounds};
 use crate::model::schedule::{AutoScan, BacklogSize, CronRule, Recurrence, Window};
 use crate::model::task::SweepTexts;
 use crate::model::words::words;
@@ -98,12 +98,12 @@ impl ApiSettings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// Read everything of its projects.
-    Reader,
+    ServeReader,
     /// Read, and change everything of its projects.
     Operator,
 }
 
-words!(Role, "role", Reader = "reader", Operator = "operator");
+words!(Role, "role", ServeReader = "reader", Operator = "operator");
 
 /// The rights of a credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -215,7 +215,7 @@ fn read(file: File, check_files: impl FnOnce(&ServeSettings) -> Vec<Problem>) ->
     let settings = file.root().and_then(|root| {
         let defaults = File::new(Path::new("serve.toml"), SERVE_TOML.to_owned());
         let defaults = defaults.root()?;
-        Reader { file: &file, defaults: &defaults }.all(&root)
+        ServeReader { file: &file, defaults: &defaults }.all(&root)
     });
     if let Some(settings) = &settings {
         file.add_problems(check_files(settings));
@@ -257,12 +257,12 @@ struct Known {
     targets: BTreeMap<String, String>,
 }
 
-struct Reader<'a> {
+struct ServeReader<'a> {
     file: &'a File,
     defaults: &'a toml::de::DeTable<'a>,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> ServeReader<'a> {
     fn defaults(&self, name: &str) -> Option<&'a toml::de::DeTable<'a>> {
         self.defaults.get(name).and_then(|value| match value.get_ref() {
             toml::de::DeValue::Table(table) => Some(table),
@@ -300,7 +300,7 @@ impl<'a> Reader<'a> {
             hash.update(included.text());
             if let Some(own) = included.root() {
                 let root = Table::new(&included, "", 0, Some(&own), None);
-                Reader { file: &included, defaults: self.defaults }.instances(&root, &mut instances, &mut known);
+                ServeReader { file: &included, defaults: self.defaults }.instances(&root, &mut instances, &mut known);
                 root.no_more();
             }
             self.file.add_problems(included.into_problems());

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, Row};
 
-use crate::model::keep::Bounds;
+use crate::model::bounds::Bounds;
 use crate::store::StoreError;
 use crate::store::rows::number;
 

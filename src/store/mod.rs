@@ -39,8 +39,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use sqlx::{AnyConnection, AnyPool, Connection};
 
+use crate::model::bounds::Bounds;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::Bounds;
 use crate::model::progress::ShardView;
 use crate::model::schedule::AutoScan;
 use crate::model::shard::{DbIndex, ScanPosition, ShardId};

@@ -28,7 +28,7 @@ pub(super) const SHARED_WITHIN: Duration = Duration::from_secs(4);
 /// The characters that are escaped in the path of a URL.
 const PATH: AsciiSet = NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_').remove(b'~');
 
-type Cause = Box<dyn std::error::Error + Send + Sync>;
+type BoxedError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The machine's clock, or the database's time as last read, advanced by the machine's monotonic clock.
 #[derive(Debug, Clone, Default)]
@@ -66,7 +66,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Open`], [`StoreError::InUse`], [`StoreError::NotOurs`].
     pub async fn open_file(path: &Path) -> Result<Self, StoreError> {
-        let failed = |source: Cause| StoreError::Open { path: path.to_owned(), source };
+        let failed = |source: BoxedError| StoreError::Open { path: path.to_owned(), source };
         let found = file::identify(path).await?;
         let lock = Arc::new(lock(path).await?);
         if found == Found::Unmarked {
@@ -99,7 +99,7 @@ impl Store {
     }
 
     async fn open_shared(url: &PostgresUrl, journal: &Path) -> Result<Self, StoreError> {
-        let failed = |source: Cause| StoreError::Connect { url: url.to_string(), source };
+        let failed = |source: BoxedError| StoreError::Connect { url: url.to_string(), source };
         // The open transaction of a daemon whose machine is lost must not lock rows until TCP notices.
         let options = AnyPoolOptions::new()
             .max_connections(SHARED_CONNECTIONS)

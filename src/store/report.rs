@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::bounds::KeepFigures;
 use crate::model::failure::{Failure, FailureKind};
-use crate::model::keep::KeepFigures;
 use crate::model::progress::{Memory, PassFigures, ServerFacts, ShardView, TTL_BOUNDS_S, TouchOutcome, TtlHistogram};
 use crate::model::shard::{DbIndex, NodeAddr, RunId};
 use crate::model::slots::{CursorSpace, SlotSet};
@@ -19,9 +19,9 @@ use crate::model::slots::{CursorSpace, SlotSet};
 const VERSION: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Report {
+struct StoredReport {
     version: u32,
-    server: Option<Server>,
+    server: Option<StoredServer>,
     dbs: Vec<u32>,
     #[serde(with = "StoredTouch")]
     touch: TouchOutcome,
@@ -40,11 +40,11 @@ struct Report {
     hold_detail: Option<String>,
     #[serde(default)]
     keep: Option<KeepFigures>,
-    passes: BTreeMap<u32, Pass>,
+    passes: BTreeMap<u32, StoredPass>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Server {
+struct StoredServer {
     product: String,
     version: String,
     run_id: String,
@@ -93,7 +93,7 @@ struct StoredFailure {
 
 /// What is stored of a pass and has no column.
 #[derive(Debug, Serialize, Deserialize)]
-struct Pass {
+struct StoredPass {
     waited: Duration,
     nameless: u64,
     count: u32,
@@ -117,9 +117,9 @@ struct StoredTtl {
 
 /// The report of a shard as JSON.
 pub(super) fn to_json(view: &ShardView) -> String {
-    let report = Report {
+    let report = StoredReport {
         version: VERSION,
-        server: view.server.as_ref().map(|server| Server {
+        server: view.server.as_ref().map(|server| StoredServer {
             product: server.product.clone(),
             version: server.version.clone(),
             run_id: server.run_id.0.clone(),
@@ -140,14 +140,14 @@ pub(super) fn to_json(view: &ShardView) -> String {
         hold: view.hold.map(|reason| reason.to_string()),
         hold_detail: view.hold_detail.clone(),
         keep: view.keep,
-        passes: view.passes.iter().map(|(db, figures)| (db.0, Pass::of(figures))).collect(),
+        passes: view.passes.iter().map(|(db, figures)| (db.0, StoredPass::of(figures))).collect(),
     };
     serde_json::to_string(&report).unwrap_or_default()
 }
 
 /// Memory and backlog of one shard as its newest checkpoint has them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct LastSeen {
+pub(super) struct ShardLastSeen {
     /// `used_memory` in bytes after the sweep, else before it.
     pub(super) used_memory: Option<u64>,
     /// Expired keys in memory as a keep run estimates them.
@@ -155,7 +155,7 @@ pub(super) struct LastSeen {
 }
 
 /// Reads memory and backlog from a stored report, without the rest of it. A text of another version gives nothing.
-pub(super) fn last_seen(json: &str) -> LastSeen {
+pub(super) fn last_seen(json: &str) -> ShardLastSeen {
     #[derive(Deserialize)]
     struct Seen {
         version: u32,
@@ -167,25 +167,25 @@ pub(super) fn last_seen(json: &str) -> LastSeen {
         keep: Option<KeepFigures>,
     }
     match serde_json::from_str::<Seen>(json) {
-        Ok(seen) if seen.version == VERSION => LastSeen {
+        Ok(seen) if seen.version == VERSION => ShardLastSeen {
             used_memory: seen.memory_after.used.or(seen.memory_before.used),
             backlog: seen.keep.and_then(|keep| keep.backlog),
         },
-        _ => LastSeen::default(),
+        _ => ShardLastSeen::default(),
     }
 }
 
 /// Completes a view, whose passes have the values of their columns, by a stored report. A text that cannot be read changes nothing.
 pub(super) fn complete(view: &mut ShardView, json: &str) {
     #[derive(Deserialize)]
-    struct Version {
+    struct VersionOnly {
         version: u32,
     }
-    let version = serde_json::from_str::<Version>(json).map(|text| text.version);
+    let version = serde_json::from_str::<VersionOnly>(json).map(|text| text.version);
     if version.as_ref().is_ok_and(|version| *version != VERSION) {
         return;
     }
-    let report: Report = match serde_json::from_str(json) {
+    let report: StoredReport = match serde_json::from_str(json) {
         Ok(report) => report,
         Err(error) => {
             tracing::warn!(%error, "cannot read the stored report of a shard; its checkpoint is used without it");
@@ -218,7 +218,7 @@ pub(super) fn complete(view: &mut ShardView, json: &str) {
     }
 }
 
-impl Pass {
+impl StoredPass {
     fn of(figures: &PassFigures) -> Self {
         Self {
             waited: figures.counters.waited,

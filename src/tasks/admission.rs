@@ -1,4 +1,4 @@
-//! Whether a task may sweep: not while it is paused, not outside its window, and only in a slot.
+//! Whether a task may sweep: not while it is paused, not outside its window, and only while fewer tasks sweep than `at-once` says.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,46 +21,46 @@ pub(super) struct Admission {
     pub(super) clock: Clock,
     /// The window outside of which it holds.
     pub(super) window: Option<Window>,
-    /// The slots that all tasks share; `None` for a keep run, which would keep one forever.
-    pub(super) slots: Option<Arc<Semaphore>>,
+    /// Lets `at-once` tasks sweep at a time; `None` for a keep run, which would hold one back forever.
+    pub(super) at_once: Option<Arc<Semaphore>>,
     /// Whether a person paused it.
     pub(super) paused: watch::Receiver<bool>,
 }
 
 impl Admission {
     /// Holds the task or lets it go on. Returns why it holds.
-    pub(super) fn decide(&mut self, control: &Control, slot: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
+    pub(super) fn decide(&mut self, control: &Control, admitted: &mut Option<OwnedSemaphorePermit>) -> Option<Reason> {
         let closed = self.window.as_ref().is_some_and(|window| !window.is_open(self.clock.now()));
         let hold = match (*self.paused.borrow_and_update(), closed) {
             (true, _) => Some(Reason::Paused),
             (false, true) => Some(Reason::OutsideWindow),
-            (false, false) => self.slots.as_ref().and_then(|slots| {
-                *slot = slot.take().or_else(|| slots.clone().try_acquire_owned().ok());
-                slot.is_none().then_some(Reason::Queued)
+            (false, false) => self.at_once.as_ref().and_then(|at_once| {
+                *admitted = admitted.take().or_else(|| at_once.clone().try_acquire_owned().ok());
+                admitted.is_none().then_some(Reason::Queued)
             }),
         };
         if hold.is_some() {
-            *slot = None;
+            *admitted = None;
         }
         control.hold(hold);
         hold
     }
 
-    /// Holds the task and lets it go on for as long as this future runs. The slot is released while the task is held,
-    /// and when this future is dropped.
-    pub(super) async fn keep(mut self, control: Control, mut slot: Option<OwnedSemaphorePermit>) {
+    /// Holds the task and lets it go on for as long as this future runs. It counts toward `at-once` until it is held,
+    /// or until this future is dropped.
+    pub(super) async fn run(mut self, control: Control, mut admitted: Option<OwnedSemaphorePermit>) {
         loop {
             let now = self.clock.now();
-            if self.decide(&control, &mut slot) == Some(Reason::Queued) {
+            if self.decide(&control, &mut admitted) == Some(Reason::Queued) {
                 // The place in the queue lasts as long as this future.
                 let free = async {
-                    match self.slots.clone() {
-                        Some(slots) => slots.acquire_owned().await.ok(),
+                    match self.at_once.clone() {
+                        Some(at_once) => at_once.acquire_owned().await.ok(),
                         None => None,
                     }
                 };
                 tokio::select! {
-                    free = free => slot = free,
+                    free = free => admitted = free,
                     _ = self.paused.changed() => {}
                     () = until_closed(self.window.as_ref(), &self.clock) => {}
                 }
@@ -108,16 +108,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_paused_task_gives_its_place_to_the_next_one() {
-        let slots = Arc::new(Semaphore::new(1));
+        let at_once = Arc::new(Semaphore::new(1));
         let (pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
         let admission =
-            |paused| Admission { clock: Clock::default(), window: None, slots: Some(slots.clone()), paused };
+            |paused| Admission { clock: Clock::default(), window: None, at_once: Some(at_once.clone()), paused };
         let (_other, other_paused) = watch::channel(false);
-        let one = tokio::spawn(admission(paused).keep(first.clone(), None));
+        let one = tokio::spawn(admission(paused).run(first.clone(), None));
         until_hold(&first, None).await;
-        until_slot_is_taken(&slots).await;
-        let two = tokio::spawn(admission(other_paused).keep(second.clone(), None));
+        until_admitted(&at_once).await;
+        let two = tokio::spawn(admission(other_paused).run(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         pause.send(true).unwrap();
         until_hold(&first, Some(Reason::Paused)).await;
@@ -131,16 +131,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tasks_that_wait_for_a_place_get_it_in_the_order_in_which_they_came() {
-        let slots = Arc::new(Semaphore::new(1));
-        let taken = slots.clone().try_acquire_owned().unwrap();
+        let at_once = Arc::new(Semaphore::new(1));
+        let taken = at_once.clone().try_acquire_owned().unwrap();
         let (_pause, paused) = watch::channel(false);
         let (first, second) = (control(), control());
-        let admission =
-            || Admission { clock: Clock::default(), window: None, slots: Some(slots.clone()), paused: paused.clone() };
-        let one = tokio::spawn(admission().keep(first.clone(), None));
+        let admission = || Admission {
+            clock: Clock::default(),
+            window: None,
+            at_once: Some(at_once.clone()),
+            paused: paused.clone(),
+        };
+        let one = tokio::spawn(admission().run(first.clone(), None));
         until_hold(&first, Some(Reason::Queued)).await;
         tokio::time::sleep(RECHECK_EVERY / 2).await;
-        let two = tokio::spawn(admission().keep(second.clone(), None));
+        let two = tokio::spawn(admission().run(second.clone(), None));
         until_hold(&second, Some(Reason::Queued)).await;
         // The first one looks again meanwhile.
         tokio::time::sleep(RECHECK_EVERY * 3 / 4).await;
@@ -152,8 +156,8 @@ mod tests {
         two.abort();
     }
 
-    async fn until_slot_is_taken(slots: &Semaphore) {
-        while slots.available_permits() > 0 {
+    async fn until_admitted(at_once: &Semaphore) {
+        while at_once.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
     }
@@ -170,11 +174,11 @@ mod tests {
         let admission = Admission {
             clock: Clock::default(),
             window: Some(window),
-            slots: Some(Arc::new(Semaphore::new(1))),
+            at_once: Some(Arc::new(Semaphore::new(1))),
             paused,
         };
-        let keep = tokio::spawn(admission.keep(control.clone(), None));
+        let run = tokio::spawn(admission.run(control.clone(), None));
         until_hold(&control, Some(Reason::OutsideWindow)).await;
-        keep.abort();
+        run.abort();
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::check;
-use crate::check::verdict::{self, DbBacklog};
+use crate::check::assessment::{self, DbBacklog};
 use crate::model::schedule::BacklogSize;
 use crate::node::conn::ConnOptions;
 use crate::node::topology::Master;
@@ -30,7 +30,7 @@ pub(super) async fn nothing_to_gain(
     let mut all = InstanceBacklog { bytes: Some(0), ..InstanceBacklog::default() };
     for master in masters {
         let facts = tokio::time::timeout(WITHIN, check::inspect(&master.addr, options, None)).await.ok()?.ok()?;
-        let DbBacklog { size, expired, bytes } = verdict::assess(&facts, None, settings).swept;
+        let DbBacklog { size, expired, bytes } = assessment::assess(&facts, None, settings).swept;
         all.keys += expired?.keys;
         all.expires += size.expires;
         all.bytes = all.bytes.zip(bytes).map(|(sum, bytes)| sum + bytes);

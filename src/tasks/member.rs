@@ -33,7 +33,7 @@ const MARGIN: u32 = 10;
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How often tasks and orders are read where no notification came.
 const POLL_EVERY: Duration = Duration::from_secs(5);
-/// A daemon claims its free slots divided by this at a time, so that daemons share the tasks.
+/// A daemon claims as many tasks at a time as it may admit, divided by this, so that daemons share them.
 const SHARES: usize = 4;
 /// How many keep runs a daemon claims at a time, so that daemons share them.
 const KEEPS_AT_ONCE: usize = 4;
@@ -62,7 +62,7 @@ pub(crate) struct Membership {
 /// The answer of a task's owner to an order. Stored as JSON.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Answer {
+enum OrderAnswer {
     Done,
     Ended,
     NotNow { state: String },
@@ -261,8 +261,8 @@ impl Member {
         }
     }
 
-    /// Claims tasks as long as there are any and slots are free.
-    /// `of_keeps`: keep runs, which need no slot; else the other tasks.
+    /// Claims tasks as long as there are any and this daemon may admit more.
+    /// `of_keeps`: keep runs, which are always admitted; else the other tasks.
     async fn claim(
         &self,
         service: &TaskService,
@@ -271,7 +271,7 @@ impl Member {
     ) -> Result<(), TaskError> {
         loop {
             // Not all at once, so that daemons that wake together share the tasks.
-            let most = if of_keeps { KEEPS_AT_ONCE } else { service.free_slots().div_ceil(SHARES) };
+            let most = if of_keeps { KEEPS_AT_ONCE } else { service.may_admit().div_ceil(SHARES) };
             let settings = self.settings.borrow().clone();
             // Without a lease no task is ours.
             if most == 0 || Instant::now() >= self.until() || service.closing().is_cancelled() {
@@ -329,7 +329,7 @@ impl Member {
             }
             let (service, fleet, answering) = (service.clone(), self.fleet.clone(), answering.clone());
             tokio::spawn(async move {
-                let answer = Answer::of(carry_out(&service, &given).await);
+                let answer = OrderAnswer::of(carry_out(&service, &given).await);
                 let text = serde_json::to_string(&answer).unwrap_or_default();
                 if let Err(error) = fleet.answer(given.id, &text).await {
                     tracing::error!(%error, "an order was carried out, and the answer could not be written");
@@ -450,7 +450,7 @@ impl Member {
         }
     }
 
-    async fn answer_to(&self, given: &GivenOrder) -> Result<Option<Answer>, TaskError> {
+    async fn answer_to(&self, given: &GivenOrder) -> Result<Option<OrderAnswer>, TaskError> {
         let Some(text) = self.fleet.answer_to(given.id).await? else { return Ok(None) };
         self.fleet.take_back(given.id).await?;
         let unread = |error: serde_json::Error| TaskError::OwnerFailed(error.to_string());
@@ -461,7 +461,7 @@ impl Member {
         &self,
         service: &TaskService,
         id: TaskId,
-        answer: Answer,
+        answer: OrderAnswer,
         order: &Order,
     ) -> Result<Arc<TaskView>, TaskError> {
         answer.into_result(order)?;
@@ -480,7 +480,7 @@ impl Member {
     }
 }
 
-impl Answer {
+impl OrderAnswer {
     fn of(done: Result<(), TaskError>) -> Self {
         match done {
             Ok(()) => Self::Done,

@@ -3,7 +3,7 @@
 
 mod admission;
 mod backlog;
-mod keep;
+mod keep_end;
 mod member;
 mod queue;
 mod recorder;
@@ -46,9 +46,9 @@ use crate::tasks::queue::Queue;
 use crate::tasks::recorder::{OrderRequest, Recorder};
 use crate::tasks::time_budget::TimeBudget;
 
-pub(crate) use keep::next_hour;
+pub(crate) use keep_end::next_hour;
 pub(crate) use member::Membership;
-pub(crate) use queue::Busy;
+pub(crate) use queue::Unfinished;
 pub(crate) use recorder::Order;
 
 /// Events that may wait for the recorder. The engine sends a dozen a second and shard; a recorder that is slower than
@@ -68,7 +68,7 @@ pub(crate) enum TaskError {
     Transition(#[from] IllegalTransition),
     /// The instance has a task that has not ended.
     #[error(transparent)]
-    Busy(#[from] Busy),
+    Unfinished(#[from] Unfinished),
     /// The task has ended, or there is none of this id.
     #[error("the task has ended")]
     Ended,
@@ -255,12 +255,12 @@ pub(crate) struct TaskService {
 impl TaskService {
     /// A service on these records that lets one task sweep at a time.
     pub(crate) fn new(store: Store) -> Self {
-        Self::with_slots(store, Metrics::default(), 1)
+        Self::with_at_once(store, Metrics::default(), 1)
     }
 
-    /// A service on these records that lets `slots` queued tasks sweep at the same time.
-    pub(crate) fn with_slots(store: Store, metrics: Metrics, slots: usize) -> Self {
-        Self { store, metrics, queue: Arc::new(Queue::new(slots)), identity: None, member: None, notifier: None }
+    /// A service on these records that lets so many queued tasks sweep at the same time.
+    pub(crate) fn with_at_once(store: Store, metrics: Metrics, at_once: usize) -> Self {
+        Self { store, metrics, queue: Arc::new(Queue::new(at_once)), identity: None, member: None, notifier: None }
     }
 
     /// The same service, which reports failed tasks to this notifier.
@@ -322,7 +322,7 @@ impl TaskService {
         Ok((!task.state.is_final()).then_some(task))
     }
 
-    /// Starts a waiting or interrupted task from its checkpoint, at once: it needs no slot.
+    /// Starts a waiting or interrupted task from its checkpoint, without a place in the queue.
     ///
     /// # Errors
     /// [`TaskError`]; then nothing was started.
@@ -402,8 +402,8 @@ impl TaskRun {
     /// Waits until the task is admitted, sweeps, and records the end.
     async fn run(&mut self, mut admission: Admission, min_backlog: Option<BacklogSize>, closing: &CancellationToken) {
         let control = self.recorder.control.clone();
-        let mut slot = None;
-        admission.decide(&control, &mut slot);
+        let mut admitted = None;
+        admission.decide(&control, &mut admitted);
         let work = async {
             match self.recorder.wait_for_turn().await {
                 Err(reason) => self.recorder.finish(Outcome::Stopped(reason), Some(closing)).await,
@@ -422,7 +422,7 @@ impl TaskRun {
         };
         tokio::select! {
             () = work => {}
-            () = admission.keep(control, slot) => {}
+            () = admission.run(control, admitted) => {}
         }
     }
 
@@ -439,7 +439,7 @@ impl TaskRun {
             tokio::pin!(run);
             tokio::select! {
                 outcome = &mut run => outcome,
-                () = keep::is_over(&clock, view), if is_hourly => {
+                () = keep_end::is_over(&clock, view), if is_hourly => {
                     control.stop(StopReason::Kept);
                     run.await
                 }

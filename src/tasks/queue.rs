@@ -36,9 +36,9 @@ const RECHECK_ENDED: Duration = Duration::from_millis(1);
 /// The instance has a task that has not ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the task {0} of this instance has not ended")]
-pub(crate) struct Busy(pub TaskId);
+pub(crate) struct Unfinished(pub TaskId);
 
-/// The active tasks of this process, and the slots that they share.
+/// The active tasks of this process, and how many of them may sweep at a time.
 #[derive(Debug)]
 pub(super) struct Queue {
     active: Mutex<BTreeMap<TaskId, ActiveTask>>,
@@ -46,8 +46,9 @@ pub(super) struct Queue {
     arrived: watch::Sender<()>,
     /// Held from the check for an unfinished task until the new one is recorded.
     submitting: tokio::sync::Mutex<()>,
-    slots: Arc<Semaphore>,
-    slots_wanted: AtomicUsize,
+    at_once: Arc<Semaphore>,
+    /// How many tasks may sweep at a time. Where it was lowered, `at_once` has more permits until enough tasks have ended.
+    at_once_wanted: AtomicUsize,
     tracker: TaskTracker,
     closing: CancellationToken,
 }
@@ -55,7 +56,7 @@ pub(super) struct Queue {
 #[derive(Debug, Clone)]
 struct ActiveTask {
     instance_id: String,
-    /// Whether it is a keep run, which needs no slot and gives way.
+    /// Whether it is a keep run, which does not count toward `at-once` and gives way.
     keeps: bool,
     control: Control,
     view: watch::Receiver<Arc<TaskView>>,
@@ -63,13 +64,13 @@ struct ActiveTask {
 }
 
 impl Queue {
-    pub(super) fn new(slots: usize) -> Self {
+    pub(super) fn new(at_once: usize) -> Self {
         Self {
             active: Mutex::default(),
             arrived: watch::Sender::new(()),
             submitting: tokio::sync::Mutex::default(),
-            slots: Arc::new(Semaphore::new(slots)),
-            slots_wanted: AtomicUsize::new(slots),
+            at_once: Arc::new(Semaphore::new(at_once)),
+            at_once_wanted: AtomicUsize::new(at_once),
             tracker: TaskTracker::new(),
             closing: CancellationToken::new(),
         }
@@ -82,18 +83,18 @@ impl Queue {
 
 impl TaskService {
     /// Records a task and queues it, also where the caller goes away meanwhile: a recorded task is active, or, where
-    /// several daemons share the records, waits for one with a free slot. `due`: the due time that caused it, marked as
+    /// several daemons share the records, waits for one that may admit it. `due`: the due time that caused it, marked as
     /// handled in the same write.
     ///
     /// # Errors
-    /// [`TaskError::Busy`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
+    /// [`TaskError::Unfinished`] where the instance has a task that has not ended; [`TaskError::Store`]; then there is no task.
     pub(crate) async fn submit(&self, spec: TaskSpec, due: Option<Timestamp>) -> Result<Task, TaskError> {
         let is_keep = spec.cause == Cause::Keep;
         for _ in 0..GIVE_WAY_AT_MOST {
             let (service, spec) = (self.clone(), spec.clone());
             let submitted = self.queue.tracker.spawn(async move { service.record_and_queue(spec, due).await });
             match submitted.await.unwrap_or(Err(TaskError::Closing)) {
-                Err(TaskError::Busy(Busy(other))) if !is_keep && self.gives_way(other).await? => {}
+                Err(TaskError::Unfinished(Unfinished(other))) if !is_keep && self.gives_way(other).await? => {}
                 submitted => return submitted,
             }
         }
@@ -126,7 +127,7 @@ impl TaskService {
         while let Some(id) = self.active_task_of(&spec.instance_id) {
             // The end of a task is recorded a moment before it leaves the active tasks.
             if !self.store.task(id).await?.is_some_and(|task| task.state.is_final()) {
-                return Err(Busy(id).into());
+                return Err(Unfinished(id).into());
             }
             tokio::time::sleep(RECHECK_ENDED).await;
         }
@@ -142,7 +143,7 @@ impl TaskService {
             Ok(()) => Ok(()),
             Err(StoreError::Unfinished(instance)) => {
                 let other = self.store.latest(&instance).await?;
-                Err(Busy(other.map_or(task.id, |other| other.id)).into())
+                Err(Unfinished(other.map_or(task.id, |other| other.id)).into())
             }
             Err(error @ StoreError::AlreadyHandled) => Err(error.into()),
             Err(error) => {
@@ -277,7 +278,7 @@ impl TaskService {
         let admission = Admission {
             clock: self.store.clock(),
             window: spec.window,
-            slots: (!task_keeps).then(|| self.queue.slots.clone()),
+            at_once: (!task_keeps).then(|| self.queue.at_once.clone()),
             paused: run.recorder.paused.subscribe(),
         };
         let active = ActiveTask {
@@ -450,17 +451,17 @@ impl TaskService {
     }
 
     /// Sets how many tasks may sweep at the same time. Those that sweep already go on.
-    pub(crate) fn set_slots(&self, slots: usize) {
-        let before = self.queue.slots_wanted.swap(slots, Ordering::SeqCst);
-        if slots > before {
-            self.queue.slots.add_permits(slots - before);
+    pub(crate) fn set_at_once(&self, at_once: usize) {
+        let before = self.queue.at_once_wanted.swap(at_once, Ordering::SeqCst);
+        if at_once > before {
+            self.queue.at_once.add_permits(at_once - before);
             return;
         }
         let queue = self.queue.clone();
         self.queue.tracker.spawn(async move {
-            let fewer = u32::try_from(before - slots).unwrap_or(u32::MAX);
+            let fewer = u32::try_from(before - at_once).unwrap_or(u32::MAX);
             tokio::select! {
-                taken = queue.slots.acquire_many(fewer) => {
+                taken = queue.at_once.acquire_many(fewer) => {
                     if let Ok(taken) = taken { taken.forget() }
                 }
                 () = queue.closing.cancelled() => {}
@@ -468,15 +469,15 @@ impl TaskService {
         });
     }
 
-    /// How many more tasks this process could sweep now. Tasks that a person or a window holds need no slot.
-    pub(super) fn free_slots(&self) -> usize {
+    /// How many more tasks this process could sweep now. Those that a person or a window holds do not count.
+    pub(super) fn may_admit(&self) -> usize {
         let active = self.queue.active();
         let held = |task: &&ActiveTask| {
             let hold = task.control.watch().borrow().hold;
             task.keeps || matches!(hold, Some(Reason::Paused | Reason::OutsideWindow))
         };
         let busy = active.len() - active.values().filter(held).count();
-        self.queue.slots_wanted.load(Ordering::SeqCst).saturating_sub(busy)
+        self.queue.at_once_wanted.load(Ordering::SeqCst).saturating_sub(busy)
     }
 
     /// The active tasks of this process, with their instances.

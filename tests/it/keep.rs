@@ -219,7 +219,7 @@ async fn an_instance_with_a_bound_is_kept_and_the_contract_shows_its_run_as_auto
 async fn a_keep_run_gives_way_to_a_scan_and_another_one_follows() {
     let server = server().await;
     Keyspace::of(&server, 0).live_ttl(1_000, "live:").await;
-    // No slot becomes free during the test: a keep run needs none.
+    // A keep run does not count toward `at-once`.
     let settings = [instance("cache", &server.url(), KEEP), "[tasks]\nat-once = 1\n".into()];
     let daemon = Daemon::start(&settings.concat()).await;
     let first = id_of(&keep_run(&daemon).await);

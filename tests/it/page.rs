@@ -120,6 +120,19 @@ async fn an_operator_sweeps_with_options_tunes_pauses_resumes_and_cancels() {
     browser.picture("sweep-refused").await;
     assert_eq!(daemon.history("cache").await["count"], 0);
     browser.fill("#f-intensity", "0.5").await;
+    // Every limit of the API is there, with what it does.
+    let description = daemon.get("/openapi.json").await.ok();
+    let limits = description["components"]["schemas"]["LimitWishes"]["properties"].as_object().expect("an object");
+    browser.run("document.querySelector('dialog details').open = true;").await;
+    for (name, about) in limits {
+        let hint = browser.texts(&format!("#f-{name}-hint")).await;
+        assert_eq!(hint, [about["description"].as_str().expect("a description")], "{name}");
+    }
+    browser.fill("#f-max_replica_silence", "long").await;
+    browser.press("Sweep now").await;
+    browser.until_text("#f-max_replica_silence-wrong", "max-replica-silence").await;
+    browser.assert_accessible("a refused limit").await;
+    browser.fill("#f-max_replica_silence", "90s").await;
     browser.fill("#f-max_keys_per_sec", "400").await;
     browser.fill("#f-timeout_s", "2h").await;
     browser.press("Sweep now").await;
@@ -130,8 +143,8 @@ async fn an_operator_sweeps_with_options_tunes_pauses_resumes_and_cancels() {
     let id = task["id"].as_str().expect("an id").to_owned();
     let settings = &task["settings"];
     assert_eq!(
-        (&settings["intensity"], &settings["max-keys-per-sec"], &settings["timeout"]),
-        (&json!("0.5"), &json!("400"), &json!("7200s"))
+        (&settings["intensity"], &settings["max-keys-per-sec"], &settings["timeout"], &settings["max-replica-silence"]),
+        (&json!("0.5"), &json!("400"), &json!("7200s"), &json!("90s"))
     );
     // The view is updated by itself.
     browser.until("document.querySelector('.running .meter i').style.width > '0.5%'").await;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use tempfile::TempDir;
+use ttlsweep::model::bounds::Bounds;
 use ttlsweep::model::failure::{Failure, FailureKind};
-use ttlsweep::model::keep::Bounds;
 use ttlsweep::model::progress::{PassCheckpoint, PassCounters, PassFigures, ShardView};
 use ttlsweep::model::schedule::{AutoScan, BacklogSize, Recurrence};
 use ttlsweep::model::shard::{DbIndex, ScanPosition, ShardId};

@@ -3,14 +3,20 @@
 import { ask, contractPath, instancePath, post } from "./api.js";
 import { ZONE, announce, exactly, h, when, zoneName } from "./dom.js";
 
-// The limits on load that the forms offer; the API has more.
-const LIMITS = [
-  { name: "min_intensity", label: "Least intensity", hint: "Smallest share of the master's time while other clients keep it busy", kind: "number" },
-  { name: "max_latency", label: "Hold above latency", hint: "Such as 20ms; auto, off" },
-  { name: "max_cpu", label: "Hold above CPU share", hint: "Other clients' share of the main thread, such as 0.7; off" },
-  { name: "max_ops", label: "Hold above commands/s", hint: "Of other clients; off" },
-  { name: "max_replica_lag", label: "Hold above replica lag", hint: "Such as 16MiB; auto, off" },
-];
+// The limits on load as the API describes them: a new one needs no change here.
+let known;
+async function limitFields() {
+  if (!known) {
+    const { properties } = (await ask("openapi.json")).components.schemas.LimitWishes;
+    known = Object.entries(properties).map(([name, about]) => {
+      const is = (type) => [about.type].flat().includes(type);
+      const label = (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+      return { name, label, hint: about.description, kind: is("boolean") ? "switch" : is("number") ? "number" : undefined };
+    });
+  }
+  return known;
+}
+
 const PACE = [
   { name: "intensity", label: "Intensity", hint: "Largest share of the master's time, above 0 and up to 1", kind: "number" },
   { name: "max_keys_per_sec", label: "Ceiling, keys/s", hint: "On each master; 0: none", kind: "number" },
@@ -36,6 +42,7 @@ function parse(field, text) {
     return n;
   }
   if (field.kind === "duration") return seconds(field.name, text);
+  if (field.kind === "switch") return text === "true";
   if (field.kind === "list") {
     return text.split(/[\s,]+/).filter(Boolean).map((part) => {
       if (!/^\d+$/.test(part)) throw new Wrong(field.name, "Numbers with commas between, such as 0, 3.");
@@ -53,8 +60,10 @@ function dialog({ title, about, fields, more = [], submit, act, second }) {
     const attributes = { id, name: field.name, "aria-describedby": `${id}-hint ${id}-wrong` };
     let input;
     if (field.kind === "check") input = h("input", { ...attributes, type: "checkbox", onchange: field.onchange });
-    else if (field.kind === "select") {
-      input = h("select", attributes, field.options.map(([value, text]) => h("option", { value }, text)));
+    else if (field.kind === "select" || field.kind === "switch") {
+      const asSet = field.placeholder ? `as set (${field.placeholder})` : "as set";
+      const options = field.options || [["", asSet], ["true", "true"], ["false", "false"]];
+      input = h("select", attributes, options.map(([value, text]) => h("option", { value }, text)));
     } else if (field.kind === "moment") input = h("input", { ...attributes, type: "datetime-local", step: 1 });
     else {
       const mode = field.kind === "number" ? "decimal" : undefined;
@@ -128,9 +137,18 @@ function dialog({ title, about, fields, more = [], submit, act, second }) {
 
 const kebab = (name) => name.replaceAll("_", "-");
 
+// The body of a request with these values. Those of limits stand in an object of their own.
+function sorted(values, limits) {
+  const body = {}, own = {};
+  for (const [name, value] of Object.entries(values)) {
+    if (limits.some((limit) => limit.name === name)) own[name] = value; else body[name] = value;
+  }
+  return Object.keys(own).length ? { ...body, limits: own } : body;
+}
+
 export async function sweepDialog(shown) {
-  let instance;
-  try { instance = await ask(instancePath(shown.id)); } catch (error) {
+  let instance, limits;
+  try { [instance, limits] = await Promise.all([ask(instancePath(shown.id)), limitFields()]); } catch (error) {
     if (error.status !== 401) announce(error.message, true);
     return;
   }
@@ -143,33 +161,25 @@ export async function sweepDialog(shown) {
   if (instance.window) fields.push({ name: "respect_window", label: "Only while the window is open", kind: "check" });
   dialog({
     title: `Sweep ${instance.name}`, about: `${instance.target}. Empty fields have the values of the instance's settings.`,
-    fields, more: LIMITS.map(usual), submit: "Sweep now",
-    act: { done: "The sweep is created.", work: (filled) => {
-      const body = { instance_id: instance.id };
-      const limits = {};
-      for (const [name, value] of Object.entries(filled)) {
-        if (LIMITS.some((limit) => limit.name === name)) limits[name] = value; else body[name] = value;
-      }
-      if (Object.keys(limits).length) body.limits = limits;
-      return post("api/v1/tasks", body);
-    } },
+    fields, more: limits.map(usual), submit: "Sweep now",
+    act: { done: "The sweep is created.", work: (filled) => post("api/v1/tasks", { instance_id: instance.id, ...sorted(filled, limits) }) },
   });
 }
 
-export function tuneDialog(task) {
+export async function tuneDialog(id) {
+  let task, limits;
+  try { [task, limits] = await Promise.all([ask(`api/v1/tasks/${id}`), limitFields()]); } catch (error) {
+    if (error.status !== 401) announce(error.message, true);
+    return;
+  }
   const now = (field) => ({ ...field, value: task.settings[kebab(field.name)] });
-  const fields = PACE.map(now), more = LIMITS.map(now);
+  const fields = PACE.map(now), more = limits.map(now);
   dialog({
     title: "Tune the sweep", about: "The limits apply from the next batch on.", fields, more, submit: "Tune",
     act: { done: "The new limits are in force.", work: (filled) => {
-      const body = {}, limits = {};
-      for (const field of [...fields, ...more]) {
-        const value = filled[field.name];
-        if (value === undefined || String(value) === String(field.value ?? "")) continue;
-        if (LIMITS.some((limit) => limit.name === field.name)) limits[field.name] = value; else body[field.name] = value;
-      }
-      if (Object.keys(limits).length) body.limits = limits;
-      return ask(`api/v1/tasks/${task.id}`, { method: "PATCH", body });
+      const before = new Map([...fields, ...more].map((field) => [field.name, String(field.value ?? "")]));
+      const changed = Object.entries(filled).filter(([name, value]) => String(value) !== before.get(name));
+      return ask(`api/v1/tasks/${id}`, { method: "PATCH", body: sorted(Object.fromEntries(changed), limits) });
     } },
   });
 }

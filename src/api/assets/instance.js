@@ -119,7 +119,7 @@ export function instanceView(main, id) {
     acts.replaceChildren(...(isActive(task) ? [
       isKept ? button("Sweep…", () => sweepDialog(instance)) : "",
       task.state === "paused" ? button("Resume", command("resume", "The task is resumed."), "primary") : button("Pause", command("pause", "The task is paused.")),
-      button("Tune…", async () => { try { tuneDialog(await ask(`api/v1/tasks/${newest().id}`)); } catch (error) { failed(error); } }),
+      button("Tune…", () => tuneDialog(newest().id)),
       isKept ? "" : button("Cancel", command("cancel", "The task is cancelled."), "danger"),
     ] : [button("Sweep…", () => sweepDialog(instance), "primary")]));
   }

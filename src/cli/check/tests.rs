@@ -49,9 +49,9 @@ fn facts(changes: &[(&str, &str)]) -> Facts {
 }
 
 fn shown(facts: &Facts, counted: Option<Result<ReplicaCount, NoCount>>, settings: &Settings) -> String {
-    let verdict = verdict::assess(facts, counted.as_ref(), &settings.scan);
-    let sentence = sentence(facts, &verdict, ORDER);
-    text(facts, counted.as_ref(), &verdict, &settings.scan, &sentence)
+    let assessment = assessment::assess(facts, counted.as_ref(), &settings.scan);
+    let sentence = sentence(facts, &assessment, ORDER);
+    text(facts, counted.as_ref(), &assessment, &settings.scan, &sentence)
 }
 
 #[test]
@@ -171,8 +171,8 @@ fn nothing_to_sweep_is_said() {
 fn the_json_holds_every_figure() {
     let facts = facts(&[("role:master", "role:master\r\nslave0:ip=10.0.0.2,port=6379,state=online,offset=4990,lag=1")]);
     let settings = settings();
-    let verdict = verdict::assess(&facts, None, &settings.scan);
-    let sentence = sentence(&facts, &verdict, ORDER);
-    let object = CheckOutput::new(settings.target.to_string(), &facts, &verdict, &settings.scan, sentence);
+    let assessment = assessment::assess(&facts, None, &settings.scan);
+    let sentence = sentence(&facts, &assessment, ORDER);
+    let object = CheckOutput::new(settings.target.to_string(), &facts, &assessment, &settings.scan, sentence);
     insta::assert_snapshot!(serde_json::to_string_pretty(&object).unwrap());
 }

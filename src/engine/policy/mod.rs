@@ -5,7 +5,7 @@ pub(crate) mod depth;
 pub(crate) mod expiry_guard;
 pub(crate) mod foreground;
 pub mod hidden_keys;
-pub(crate) mod keep;
+pub(crate) mod keep_pace;
 pub(crate) mod key_names;
 pub(crate) mod ledger;
 pub(crate) mod observation;

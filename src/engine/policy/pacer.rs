@@ -66,8 +66,8 @@ const BATCHES_FOR_CPU: u64 = 100;
 /// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
 const MOST_BESIDE: Duration = Duration::from_micros(100);
 
-/// The longest slice that the histogram can hold, in microseconds: ten minutes. Not the setting `max-slice`.
-const MAX_SLICE_US: u64 = 600_000_000;
+/// The longest slice that the histogram can hold, in microseconds: ten minutes.
+const HISTOGRAM_TOP_US: u64 = 600_000_000;
 
 /// Tokio's clock for governor, so that a test that pauses tokio's time pauses the ceiling too.
 #[derive(Debug, Clone)]
@@ -211,7 +211,7 @@ impl Pacer {
             ceiling: tuning.max_keys_per_sec.map(|keys| Ceiling::new(keys, count)),
             unpaid: 0,
             // Two digits keep the histogram below 20 kB, and a slice is measured no better than to a per cent.
-            slices: Histogram::new_with_bounds(1, MAX_SLICE_US, 2).expect("the bounds are constants"),
+            slices: Histogram::new_with_bounds(1, HISTOGRAM_TOP_US, 2).expect("the bounds are constants"),
             last_stat: None,
             since_stat: SinceStat::default(),
             usual: None,
@@ -458,7 +458,7 @@ fn micros(span: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::keep::Bounds;
+    use crate::model::bounds::Bounds;
     use crate::model::throttle::Limits;
 
     const US: Duration = Duration::from_micros(1);

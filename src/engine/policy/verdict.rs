@@ -224,7 +224,7 @@ fn go_on(context: &Context<'_>, id: SegmentId, to: ScanPosition) -> Verdict {
 mod tests {
     use super::*;
     use crate::model::slots::SlotSet;
-    use crate::node::conn::{Gauge, Reading};
+    use crate::node::conn::{CountedBy, Reading};
     use crate::settings::{Payload, Touch};
 
     /// One table of 4,096 buckets, and a batch of COUNT 100 from a quarter of it on, in a pass of four segments.
@@ -363,7 +363,8 @@ mod tests {
                 names: &self.names,
                 untouched: self.untouched,
             };
-            let request = Request { from: self.from, count: self.count, nameless: self.nameless, gauge: Gauge::Dbsize };
+            let request =
+                Request { from: self.from, count: self.count, nameless: self.nameless, counted_by: CountedBy::Dbsize };
             judge(&context, self.id, self.purpose, &request, self.answer)
         }
     }

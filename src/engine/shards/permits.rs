@@ -14,10 +14,10 @@ use crate::model::shard::NodeAddr;
 
 /// The permits of one task.
 #[derive(Debug, Clone)]
-pub(in crate::engine) struct Permits(Arc<Limit>);
+pub(in crate::engine) struct Permits(Arc<Pool>);
 
 #[derive(Debug)]
-enum Limit {
+enum Pool {
     /// This many, wherever the masters are.
     InTotal(Arc<Semaphore>),
     /// One master at a time on each host, since masters on one host share a machine.
@@ -37,14 +37,14 @@ impl Permits {
     /// `parallel` permits in total; `None`: one for each host.
     pub(in crate::engine) fn new(parallel: Option<NonZeroUsize>) -> Self {
         Self(Arc::new(match parallel {
-            Some(all) => Limit::InTotal(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
-            None => Limit::PerHost(Mutex::default()),
+            Some(all) => Pool::InTotal(Arc::new(Semaphore::new(all.get().min(Semaphore::MAX_PERMITS)))),
+            None => Pool::PerHost(Mutex::default()),
         }))
     }
 
     /// A permit for every master at once.
     pub(in crate::engine) fn for_all() -> Self {
-        Self(Arc::new(Limit::InTotal(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
+        Self(Arc::new(Pool::InTotal(Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)))))
     }
 
     /// Queues for a permit now. The queue is in the order of these calls, whenever the turns are awaited.
@@ -72,8 +72,8 @@ impl Permits {
 
     fn semaphore(&self, master: &NodeAddr) -> Arc<Semaphore> {
         match &*self.0 {
-            Limit::InTotal(semaphore) => semaphore.clone(),
-            Limit::PerHost(hosts) => {
+            Pool::InTotal(semaphore) => semaphore.clone(),
+            Pool::PerHost(hosts) => {
                 let mut hosts = hosts.lock().unwrap_or_else(PoisonError::into_inner);
                 hosts.entry(host(master)).or_insert_with(|| Arc::new(Semaphore::new(1))).clone()
             }

@@ -21,7 +21,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the map remembers of one shard.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Member {
+struct KnownShard {
     /// The id of the node that was its master in the last view.
     master: Option<String>,
     /// The ids of all nodes that were its master or a replica of it.
@@ -30,7 +30,7 @@ struct Member {
     slots: SlotSet,
 }
 
-impl Member {
+impl KnownShard {
     fn update(&mut self, master: &Master) {
         self.master.clone_from(&master.node_id);
         self.nodes.extend(master.node_id.clone());
@@ -53,7 +53,7 @@ pub(in crate::engine) enum Location {
 pub(in crate::engine) struct ShardMap {
     topology: Arc<Topology>,
     kind: InstanceKind,
-    members: Arc<Mutex<BTreeMap<ShardId, Member>>>,
+    known: Arc<Mutex<BTreeMap<ShardId, KnownShard>>>,
 }
 
 impl ShardMap {
@@ -91,14 +91,14 @@ impl ShardMap {
             }
             tokio::time::sleep(ASK_AGAIN).await;
         };
-        let mut members = BTreeMap::new();
+        let mut known = BTreeMap::new();
         let mut shards = Vec::new();
         for master in view.masters {
-            let id = name(topology.target(), &master, &members);
-            members.entry(id.clone()).or_insert_with(Member::default).update(&master);
+            let id = name(topology.target(), &master, &known);
+            known.entry(id.clone()).or_insert_with(KnownShard::default).update(&master);
             shards.push((id, master));
         }
-        Ok((Self { topology, kind: view.kind, members: Arc::new(Mutex::new(members)) }, shards))
+        Ok((Self { topology, kind: view.kind, known: Arc::new(Mutex::new(known)) }, shards))
     }
 
     /// Whether the instance is a server alone, a cluster, or behind sentinels.
@@ -125,15 +125,15 @@ impl ShardMap {
             return Ok(Location::At(last.clone()));
         }
         let view = self.topology.view(Some(self.kind)).await?;
-        let mut members = self.lock();
-        let (owners, _) = assign(self.kind, &members, &view);
+        let mut known = self.lock();
+        let (owners, _) = assign(self.kind, &known, &view);
         if let Some(master) = owners.get(id) {
-            if let Some(member) = members.get_mut(id) {
-                member.update(master);
+            if let Some(shard) = known.get_mut(id) {
+                shard.update(master);
             }
             return Ok(Location::At(master.clone()));
         }
-        let slots = members.get(id).map(|member| member.slots.clone()).unwrap_or_default();
+        let slots = known.get(id).map(|shard| shard.slots.clone()).unwrap_or_default();
         let orphaned = view.masters.iter().fold(slots.clone(), |left, master| left.minus(&master.slots));
         if orphaned.is_empty() {
             return Ok(Location::Dissolved);
@@ -151,26 +151,26 @@ impl ShardMap {
     /// [`NodeError`]: no node could name the masters.
     pub(in crate::engine) async fn read_again(&self) -> Result<Vec<(ShardId, Master)>, NodeError> {
         let view = self.topology.view(Some(self.kind)).await?;
-        let mut members = self.lock();
-        let (owners, strangers) = assign(self.kind, &members, &view);
+        let mut known = self.lock();
+        let (owners, strangers) = assign(self.kind, &known, &view);
         let mut all: Vec<(ShardId, Master)> = owners.into_iter().collect();
         for master in strangers {
-            all.push((name(self.topology.target(), &master, &members), master));
+            all.push((name(self.topology.target(), &master, &known), master));
         }
         for (id, master) in &all {
-            members.entry(id.clone()).or_default().update(master);
+            known.entry(id.clone()).or_default().update(master);
         }
         Ok(all)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, Member>> {
-        // A panic inside `update` could leave a member half updated; the next view corrects it.
-        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, KnownShard>> {
+        // A panic inside `update` could leave a shard half updated; the next view corrects it.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Names a new shard; a number tells it from a shard that has the name already.
-fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap<ShardId, Member>) -> ShardId {
+fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap<ShardId, KnownShard>) -> ShardId {
     let base = match &target.place {
         _ if !master.slots.is_empty() => format!("slots {}", master.slots.name()),
         Place::Sentinel { master, .. } => master.clone(),
@@ -194,27 +194,27 @@ fn name(target: &crate::model::target::Target, master: &Master, taken: &BTreeMap
 /// and a node that is replaced hands all its slots to another.
 fn assign(
     kind: InstanceKind,
-    members: &BTreeMap<ShardId, Member>,
+    known: &BTreeMap<ShardId, KnownShard>,
     view: &View,
 ) -> (BTreeMap<ShardId, Master>, Vec<Master>) {
     if kind != InstanceKind::Cluster {
-        let owners = members.keys().cloned().zip(view.masters.iter().cloned()).collect();
+        let owners = known.keys().cloned().zip(view.masters.iter().cloned()).collect();
         return (owners, Vec::new());
     }
     let mut owners = BTreeMap::new();
     let mut free: Vec<&Master> = view.masters.iter().filter(|master| !master.slots.is_empty()).collect();
-    for (id, member) in members {
-        let same = free.iter().position(|master| master.node_id.is_some() && master.node_id == member.master);
+    for (id, shard) in known {
+        let same = free.iter().position(|master| master.node_id.is_some() && master.node_id == shard.master);
         if let Some(place) = same {
             owners.insert(id.clone(), free.remove(place).clone());
         }
     }
     let mut pairs: Vec<(bool, u32, &ShardId, &Master)> = Vec::new();
-    for (id, member) in members.iter().filter(|(id, _)| !owners.contains_key(*id)) {
+    for (id, shard) in known.iter().filter(|(id, _)| !owners.contains_key(*id)) {
         for &master in &free {
-            let overlap = master.slots.overlap(&member.slots);
+            let overlap = master.slots.overlap(&shard.slots);
             if overlap > 0 {
-                let promoted = master.node_id.as_ref().is_some_and(|node| member.nodes.contains(node));
+                let promoted = master.node_id.as_ref().is_some_and(|node| shard.nodes.contains(node));
                 pairs.push((promoted, overlap, id, master));
             }
         }
@@ -244,18 +244,18 @@ mod tests {
         }
     }
 
-    fn members(masters: &[Master]) -> BTreeMap<ShardId, Member> {
-        let mut members = BTreeMap::new();
+    fn known(masters: &[Master]) -> BTreeMap<ShardId, KnownShard> {
+        let mut known = BTreeMap::new();
         for (master, name) in masters.iter().zip(["A", "B", "C"]) {
-            members.entry(ShardId(name.to_owned())).or_insert_with(Member::default).update(master);
+            known.entry(ShardId(name.to_owned())).or_insert_with(KnownShard::default).update(master);
         }
-        members
+        known
     }
 
     /// Begins with a (0-99, replica ra) and b (100-199, replica rb), and checks which node is whose master in the next view.
     #[track_caller]
     fn check(view: &[Master], expected: &str) {
-        let before = members(&[master("a", &["ra"], &[0..=99]), master("b", &["rb"], &[100..=199])]);
+        let before = known(&[master("a", &["ra"], &[0..=99]), master("b", &["rb"], &[100..=199])]);
         let view = View { kind: InstanceKind::Cluster, masters: view.to_vec() };
         let (owners, strangers) = assign(InstanceKind::Cluster, &before, &view);
         let mut shown: Vec<String> =
@@ -308,7 +308,7 @@ mod tests {
         let one = master("a", &[], &[0..=99]);
         let mut taken = BTreeMap::new();
         assert_eq!(name(&target, &one, &taken).0, "slots 0-99");
-        taken.insert(ShardId("slots 0-99".into()), Member::default());
+        taken.insert(ShardId("slots 0-99".into()), KnownShard::default());
         assert_eq!(name(&target, &one, &taken).0, "slots 0-99 (2)");
     }
 }

@@ -21,7 +21,7 @@ use crate::model::progress::{ScanEventKind, TouchOutcome};
 use crate::model::shard::ScanPosition;
 use crate::model::throttle::Reason;
 use crate::node::commands;
-use crate::node::conn::{Gauge, Reply, Request, Timing, TouchReply};
+use crate::node::conn::{CountedBy, Reply, Request, Timing, TouchReply};
 use crate::node::error::{Class, NodeError};
 
 /// A hold begins once hidden keys were proven more often than this: a table that is resized in the middle of a SCAN can look like
@@ -95,16 +95,16 @@ impl ShardSweep {
                 }
                 return Ok(Some(later.at));
             }
-            let gauge = self.gauge();
+            let counted_by = self.counted_by();
             let count = self.pacer.count();
             let Session { conns, touch, names, .. } = &mut self.session;
             let Some(segment) = pass.pipeline.workers[worker].segment else { return Ok(None) };
             let Some(from) = pass.segments.at(segment) else { return Ok(None) };
             let exchange = if pass.segments.is_walked_closely(segment) {
-                let request = Request { from, count: 1, nameless: false, gauge };
+                let request = Request { from, count: 1, nameless: false, counted_by };
                 Exchange { purpose: Purpose::Walk, request, segment }
             } else {
-                compose(segment, from, count, gauge, touch, names)
+                compose(segment, from, count, counted_by, touch, names)
             };
             conns[worker].send_scan(exchange.request).await?;
             self.pacer.sent();
@@ -120,15 +120,15 @@ impl ShardSweep {
     }
 
     /// What measures how many keys a batch reclaims.
-    fn gauge(&self) -> Gauge {
-        if self.session.seen.may_evict { Gauge::ExpiredKeys } else { Gauge::Dbsize }
+    fn counted_by(&self) -> CountedBy {
+        if self.session.seen.may_evict { CountedBy::ExpiredKeys } else { CountedBy::Dbsize }
     }
 
     /// Receives the reply of a worker's exchange and carries out what it means. `go_on`: the worker's next batch may be sent as soon
     /// as the cursor has arrived.
     async fn receive(&mut self, worker: usize, pass: &mut Pass, go_on: bool) -> Result<(), End> {
         let depth = self.depth_of(pass);
-        let gauge = self.gauge();
+        let counted_by = self.counted_by();
         let Some(exchange) = pass.pipeline.workers[worker].exchange.take() else { return Ok(()) };
         let Exchange { purpose, segment, .. } = exchange;
         // This process may have been suspended, and its lease may have ended meanwhile.
@@ -153,7 +153,7 @@ impl ShardSweep {
                     if !may_go_on || waits || segments.passes_end(segment, to) || pacer.may_send(depth > 2).is_err() {
                         return None;
                     }
-                    let next = compose(segment, to, pacer.count(), gauge, touch, names);
+                    let next = compose(segment, to, pacer.count(), counted_by, touch, names);
                     pacer.sent();
                     sent = Some(next);
                     Some(next.request)
@@ -235,9 +235,9 @@ impl ShardSweep {
                 pass.untouched |= scanned.returned > names.len().min(keys) as u64;
                 // The count is safe from here on; the position follows once the batch is done.
                 self.write_journal(pass).await;
-                let gauge = self.gauge();
+                let counted_by = self.counted_by();
                 let names = &pass.pipeline.workers[worker].names;
-                let sent = self.session.conns[worker].send_touch(command, names, keys, gauge).await;
+                let sent = self.session.conns[worker].send_touch(command, names, keys, counted_by).await;
                 let purpose = Purpose::Touch { command, scanned };
                 self.follow_up(worker, Exchange { purpose, ..exchange }, sent, pass).await
             }
@@ -598,7 +598,7 @@ fn compose(
     segment: SegmentId,
     from: ScanPosition,
     count: u32,
-    gauge: Gauge,
+    counted_by: CountedBy,
     touch: &mut TouchAudit,
     names: &mut KeyNames,
 ) -> Exchange {
@@ -611,7 +611,7 @@ fn compose(
             NamesMode::Audited => (Purpose::WalkToAudit, true),
         },
     };
-    Exchange { purpose, request: Request { from, count, nameless, gauge }, segment }
+    Exchange { purpose, request: Request { from, count, nameless, counted_by }, segment }
 }
 
 /// Expired keys that SCAN had left and a touch has reclaimed. The smaller of two counts: a key may be gone because a client has deleted

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::engine::policy::expiry_guard;
-use crate::engine::policy::keep::{CannotKeep, Table};
+use crate::engine::policy::keep_pace::{CannotKeep, Keyspace};
 use crate::engine::policy::ledger::Doing;
 use crate::engine::sweep::shard::{End, ShardSweep};
 use crate::model::format::grouped;
@@ -42,18 +42,18 @@ impl ShardSweep {
 
     /// One lap over the DBs that hold keys with a TTL.
     async fn lap(&mut self, info: &Info) -> Result<(), End> {
-        let keyspace = info.keyspace();
+        let sizes = info.keyspace();
         let mut dbs: Vec<(DbIndex, u64)> = Vec::new();
-        let mut table = Table::default();
+        let mut keyspace = Keyspace::default();
         for db in self.choose_dbs(info) {
-            let Some(size) = keyspace.get(&db).filter(|size| size.expires > 0) else { continue };
+            let Some(size) = sizes.get(&db).filter(|size| size.expires > 0) else { continue };
             dbs.push((db, size.keys));
-            table.keys += size.keys;
-            table.expires += size.expires;
+            keyspace.keys += size.keys;
+            keyspace.expires += size.expires;
         }
-        let all_keys: u64 = keyspace.values().map(|size| size.keys).sum();
+        let all_keys: u64 = sizes.values().map(|size| size.keys).sum();
         let dataset = info.parsed::<f64>("used_memory_dataset");
-        table.bytes_per_key = dataset.map(|bytes| bytes / all_keys.max(1) as f64);
+        keyspace.bytes_per_key = dataset.map(|bytes| bytes / all_keys.max(1) as f64);
         if dbs.is_empty() {
             self.ledger.turn_to(Doing::Resting);
             let waited = self.wait(EMPTY_EVERY).await;
@@ -63,15 +63,15 @@ impl ShardSweep {
         let session = self.session.number;
         let Some(keep) = &mut self.keep else { return Ok(()) };
         let fastest = expiry_guard::fastest(&self.control.borrow().tuning);
-        if let Some(cannot) = keep.pace.begin_lap(table, fastest, Instant::now()) {
+        if let Some(cannot) = keep.pace.begin_lap(keyspace, fastest, Instant::now()) {
             self.reporter.warn(self.cannot_keep(&cannot)).await;
         }
         let mut before = 0.0;
         for (db, keys) in dbs {
             if let Some(keep) = &mut self.keep {
-                let share = keys as f64 / table.keys.max(1) as f64;
+                let share = keys as f64 / keyspace.keys.max(1) as f64;
                 keep.span = (before, share);
-                keep.other_keys = table.keys - keys;
+                keep.other_keys = keyspace.keys - keys;
                 before += share;
             }
             self.sweep_db(db).await?;

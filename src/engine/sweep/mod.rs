@@ -7,8 +7,8 @@
 //! | `retry` | connects to the master, and reconnects |
 //! | `pass` | the sweep of one DB: begins, goes back, ends |
 //! | `batch_loop` | one turn: wait, send, receive, judge, count, apply |
-//! | `keep` | the pace that keeps a bound |
-//! | `laps` | lap after lap at that pace |
+//! | `laps` | lap after lap at the pace that keeps a bound |
+//! | `lap_state` | that pace, and where in the lap the sweep is |
 //! | `pipeline` | the workers and their connections |
 //! | `hold` | everything that makes the loop stand still |
 //! | `expire_effort` | raises the effort of active expiry first |
@@ -17,7 +17,7 @@
 mod batch_loop;
 mod expire_effort;
 mod hold;
-mod keep;
+mod lap_state;
 mod laps;
 mod pass;
 mod pipeline;

@@ -18,7 +18,7 @@ use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle::{self, Decision};
 use crate::engine::shards::permits::Permit;
 use crate::engine::shards::shard_map::Location;
-use crate::engine::sweep::keep::Keep;
+use crate::engine::sweep::lap_state::LapState;
 use crate::engine::sweep::pass::Pass;
 use crate::engine::sweep::session::{Reached, Session};
 use crate::engine::sweep::shard::{End, Reporter, ShardJob, ShardSweep};
@@ -122,7 +122,7 @@ impl ShardSweep {
         let (reached, permit) = Self::first_contact(&mut job, &reporter, control.clone(), &mut ledger).await?;
         let tuning = control.borrow().tuning;
         let pacer = Pacer::new(job.settings.count, job.settings.max_slice, tuning, reached.floor);
-        let keep = job.settings.tuning.bounds.any().then(|| Keep::new(tuning.bounds, job.shard.kept));
+        let keep = job.settings.tuning.bounds.any().then(|| LapState::new(tuning.bounds, job.shard.kept));
         Ok(Self {
             keep,
             session: Session::new(0, reached, &job.settings, job.map.topology().options()),

@@ -15,7 +15,7 @@ use crate::engine::policy::retry_budget::RetryBudget;
 use crate::engine::policy::throttle;
 use crate::engine::shards::permits::{Permit, Permits, Turn};
 use crate::engine::shards::shard_map::ShardMap;
-use crate::engine::sweep::keep::Keep;
+use crate::engine::sweep::lap_state::LapState;
 use crate::engine::sweep::session::Session;
 use crate::model::failure::{Failure, FailureKind};
 use crate::model::progress::{Memory, PassFigures, ScanEvent, ScanEventKind};
@@ -136,7 +136,7 @@ pub(super) struct ShardSweep {
     /// The permit to sweep now. Given back for the time of every hold but a pause.
     pub(super) permit: Option<Permit>,
     /// The pace of a keep run; `None`: the sweep ends once every DB is swept.
-    pub(super) keep: Option<Keep>,
+    pub(super) keep: Option<LapState>,
 }
 
 impl ShardSweep {

@@ -29,14 +29,14 @@ pub struct Request {
     /// Whether it has a TYPE that no key has, so that the reply holds no names.
     pub nameless: bool,
     /// The counter that tells how many keys it reclaimed.
-    pub gauge: Gauge,
+    pub counted_by: CountedBy,
 }
 
 /// The counter that tells how many expired keys a batch reclaimed. The server runs the commands of a batch back to
 /// back, so the difference of a counter before and after is exact. But a server that evicts keys to stay below
 /// `maxmemory` does so before any command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Gauge {
+pub enum CountedBy {
     /// The difference of DBSIZE: exact where nothing is evicted.
     Dbsize,
     /// The difference of `expired_keys` of INFO stats, which does not count evicted keys. Two INFO stats cost a server
@@ -138,7 +138,7 @@ pub(super) struct Sent {
 #[derive(Debug, Clone, Copy)]
 enum What {
     Scan(Request),
-    Touch { command: &'static str, keys: usize, gauge: Gauge },
+    Touch { command: &'static str, keys: usize, counted_by: CountedBy },
 }
 
 impl Conn {
@@ -162,15 +162,15 @@ impl Conn {
         command: &'static str,
         names: &Names,
         keys: usize,
-        gauge: Gauge,
+        counted_by: CountedBy,
     ) -> Result<(), NodeError> {
         self.out.clear();
-        self.put_gauge(gauge);
+        self.put_reading(counted_by);
         for name in names.iter().take(keys) {
             redis::cmd(command).arg(name).write_packed_command(&mut self.out);
         }
-        self.put_gauge(gauge);
-        let sent = Sent { what: What::Touch { command, keys: names.len().min(keys), gauge }, at: Instant::now() };
+        self.put_reading(counted_by);
+        let sent = Sent { what: What::Touch { command, keys: names.len().min(keys), counted_by }, at: Instant::now() };
         self.bounded(command, async |conn| {
             conn.send().await?;
             conn.sent = Some(sent);
@@ -265,9 +265,9 @@ impl Conn {
         };
         let waited_for = std::mem::take(&mut self.waited_for);
         self.bounded("SCAN", async |conn| {
-            let before = conn.read_gauge(request.gauge).await?;
+            let before = conn.receive_reading(request.counted_by).await?;
             let page = conn.read_scan(names.as_deref_mut(), next).await?;
-            let after = conn.read_gauge(request.gauge).await?;
+            let after = conn.receive_reading(request.counted_by).await?;
             let timing = Timing { sent, read: Instant::now(), waited_for };
             // All replies were read, so the connection can go on, whichever was refused.
             let before = before?;
@@ -283,13 +283,13 @@ impl Conn {
     /// [`NodeError`]; the first refusal among them.
     pub async fn receive_touch(&mut self) -> Result<(TouchReply, Timing), NodeError> {
         self.reply_begins().await?;
-        let (command, keys, gauge, sent) = match self.sent.take() {
-            Some(Sent { what: What::Touch { command, keys, gauge }, at }) => (command, keys, gauge, at),
+        let (command, keys, counted_by, sent) = match self.sent.take() {
+            Some(Sent { what: What::Touch { command, keys, counted_by }, at }) => (command, keys, counted_by, at),
             _ => return Err(self.lost(io::Error::other("no touch is under way"))),
         };
         let waited_for = std::mem::take(&mut self.waited_for);
         self.bounded(command, async |conn| {
-            let before = conn.read_gauge(gauge).await?;
+            let before = conn.receive_reading(counted_by).await?;
             let mut answers = Vec::with_capacity(keys);
             let mut refused = None;
             for _ in 0..keys {
@@ -299,7 +299,7 @@ impl Conn {
                     Err(error) => refused = refused.or(Some(error)),
                 }
             }
-            let after = conn.read_gauge(gauge).await?;
+            let after = conn.receive_reading(counted_by).await?;
             let timing = Timing { sent, read: Instant::now(), waited_for };
             if let Some(error) = refused {
                 return Err(error);
@@ -325,13 +325,13 @@ impl Conn {
         let (cursor, count) = (request.from.to_send().unwrap_or(0).to_string(), request.count.to_string());
         let words = [&cursor, "COUNT", &count, "TYPE", NO_TYPE];
         let words = if request.nameless { &words[..] } else { &words[..3] };
-        self.put_gauge(request.gauge);
+        self.put_reading(request.counted_by);
         let _ = write!(self.out, "*{}\r\n$4\r\nSCAN\r\n", words.len() + 1);
         for word in words {
             // Writing into memory cannot fail.
             let _ = write!(self.out, "${}\r\n{word}\r\n", word.len());
         }
-        self.put_gauge(request.gauge);
+        self.put_reading(request.counted_by);
         let sent = Sent { what: What::Scan(request), at: Instant::now() };
         self.send().await?;
         self.sent = Some(sent);
@@ -339,19 +339,19 @@ impl Conn {
     }
 
     /// Appends the commands of a reading.
-    fn put_gauge(&mut self, gauge: Gauge) {
+    fn put_reading(&mut self, counted_by: CountedBy) {
         self.out.extend_from_slice(DBSIZE.as_bytes());
-        if gauge == Gauge::ExpiredKeys {
+        if counted_by == CountedBy::ExpiredKeys {
             self.out.extend_from_slice(INFO_STATS.as_bytes());
         }
     }
 
-    /// Reads what [`Conn::put_gauge`] asked for. The inner error is the first refusal.
-    async fn read_gauge(&mut self, gauge: Gauge) -> Result<Result<Reading, NodeError>, NodeError> {
+    /// Reads what [`Conn::put_reading`] asked for. The inner error is the first refusal.
+    async fn receive_reading(&mut self, counted_by: CountedBy) -> Result<Result<Reading, NodeError>, NodeError> {
         let keys = self.read_integer("DBSIZE").await?;
-        let stats = match gauge {
-            Gauge::Dbsize => None,
-            Gauge::ExpiredKeys => Some(self.read_value("INFO").await?),
+        let stats = match counted_by {
+            CountedBy::Dbsize => None,
+            CountedBy::ExpiredKeys => Some(self.read_value("INFO").await?),
         };
         let reading = || {
             let keys = self.count_of(keys?)?;

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 
 use tokio::time::Instant;
 
-use crate::engine::policy::keep::KeepPace;
-use crate::model::keep::{Bounds, KeepFigures};
+use crate::engine::policy::keep_pace::KeepPace;
+use crate::model::bounds::{Bounds, KeepFigures};
 use crate::model::shard::DbIndex;
 
 /// The pace, and where in the lap the DB begins that is walked now.
-pub(super) struct Keep {
+pub(super) struct LapState {
     pub(super) pace: KeepPace,
     /// Share of the lap before the present DB, and that of the DB itself.
     pub(super) span: (f64, f64),
@@ -19,7 +19,7 @@ pub(super) struct Keep {
     begun: BTreeSet<DbIndex>,
 }
 
-impl Keep {
+impl LapState {
     pub(super) fn new(bounds: Bounds, before: KeepFigures) -> Self {
         Self {
             pace: KeepPace::new(bounds, before, Instant::now()),

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::keep::{Bounds, KeepFigures};
+use crate::model::bounds::{Bounds, KeepFigures};
 use crate::model::schedule::BacklogSize;
 
 /// The shares of the bounds, on the backlog and on the delay, that the lap is meant for. The rest is for what cannot be foreseen.
@@ -29,13 +29,13 @@ const HURRY: f64 = 0.95;
 const LEAST_PER_SEC: f64 = 3_000.0;
 /// No lap takes longer, however many keys there are.
 const LONGEST_LAP: Duration = Duration::from_secs(6 * 3600);
-/// Nor faster: a small table would be walked hundreds of times a second.
+/// Nor faster: a small keyspace would be walked hundreds of times a second.
 const SHORTEST_LAP: Duration = Duration::from_millis(50);
 /// Fewer expired keys are no backlog.
 const LEAST_BACKLOG: f64 = 100.0;
 /// The times of the last lap are kept in so many marks.
 const MARKS: f64 = 64.0;
-/// What expires lately is what the last keys that were walked told, of which it takes so many to tell, or a quarter of the table.
+/// What expires lately is what the last keys that were walked told, of which it takes so many to tell, or a quarter of the keyspace.
 const LATELY: f64 = 3_000.0;
 /// Figures are estimated anew this often.
 const ESTIMATE_EVERY: Duration = Duration::from_millis(20);
@@ -50,7 +50,7 @@ const TOO_SLOW: f64 = 1.1;
 #[derive(Debug, Default)]
 struct Inflow {
     reclaimed: f64,
-    /// Shares of the table that were walked, each times the seconds since it was walked before.
+    /// Shares of the keyspace that were walked, each times the seconds since it was walked before.
     seconds: f64,
 }
 
@@ -59,7 +59,7 @@ impl Inflow {
         if self.seconds > 0.0 { self.reclaimed / self.seconds } else { 0.0 }
     }
 
-    /// Takes in what a share of the table brought; `weight`: how much of what was known before that replaces, from 0 on.
+    /// Takes in what a share of the keyspace brought; `weight`: how much of what was known before that replaces, from 0 on.
     fn learn(&mut self, reclaimed: f64, seconds: f64, weight: f64) {
         let kept = (-weight).exp();
         self.reclaimed = self.reclaimed * kept + reclaimed;
@@ -69,7 +69,7 @@ impl Inflow {
 
 /// What is walked: all DBs of one master.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub(crate) struct Table {
+pub(crate) struct Keyspace {
     /// Keys by DBSIZE, expired ones included.
     pub keys: u64,
     /// Keys with a TTL, those that have expired included.
@@ -91,9 +91,9 @@ pub(crate) struct CannotKeep {
 #[derive(Debug)]
 pub(crate) struct KeepPace {
     bounds: Bounds,
-    table: Table,
-    /// The table when the lap began.
-    began_with: Table,
+    keyspace: Keyspace,
+    /// The keyspace when the lap began.
+    began_with: Keyspace,
     /// Where the walk is, in laps since it began, and when it was at places before that: a lap of them and a little more.
     at: f64,
     marks: VecDeque<(f64, Instant)>,
@@ -118,8 +118,8 @@ impl KeepPace {
     pub(crate) fn new(bounds: Bounds, before: KeepFigures, now: Instant) -> Self {
         Self {
             bounds,
-            table: Table::default(),
-            began_with: Table::default(),
+            keyspace: Keyspace::default(),
+            began_with: Keyspace::default(),
             at: 0.0,
             marks: VecDeque::new(),
             lap_began: (0.0, now),
@@ -141,8 +141,8 @@ impl KeepPace {
 
     /// A lap begins over what is there now. Returns the numbers where the limits, by which `fastest` keys are walked each second at most, do
     /// not let the bound be kept, once.
-    pub(crate) fn begin_lap(&mut self, table: Table, fastest: Option<f64>, now: Instant) -> Option<CannotKeep> {
-        (self.table, self.began_with) = (table, table);
+    pub(crate) fn begin_lap(&mut self, keyspace: Keyspace, fastest: Option<f64>, now: Instant) -> Option<CannotKeep> {
+        (self.keyspace, self.began_with) = (keyspace, keyspace);
         self.has_rested = false;
         self.lap_began = (self.at, now);
         self.mark(now);
@@ -157,13 +157,13 @@ impl KeepPace {
         self.mark(now);
         self.estimate(now);
         let took = now - self.lap_began.1;
-        let possible = self.table.keys as f64 / took.as_secs_f64().max(0.001);
+        let possible = self.keyspace.keys as f64 / took.as_secs_f64().max(0.001);
         if self.has_rested || possible * TOO_SLOW >= self.needed()? { None } else { self.cannot_keep(possible) }
     }
 
     /// Keys that have to be walked each second for the bounds to be kept.
     fn needed(&self) -> Option<f64> {
-        Some(self.table.keys as f64 / self.longest_lap((1.0, 1.0))?.as_secs_f64().max(0.001))
+        Some(self.keyspace.keys as f64 / self.longest_lap((1.0, 1.0))?.as_secs_f64().max(0.001))
     }
 
     fn cannot_keep(&mut self, possible: f64) -> Option<CannotKeep> {
@@ -173,9 +173,9 @@ impl KeepPace {
 
     /// There are so many keys by now. Those with a TTL are taken for the same share of them as when the lap began.
     pub(crate) fn resize(&mut self, keys: u64) {
-        let Table { keys: before, expires, .. } = self.began_with;
-        self.table.keys = keys;
-        self.table.expires = (keys as f64 * expires as f64 / before.max(1) as f64) as u64;
+        let Keyspace { keys: before, expires, .. } = self.began_with;
+        self.keyspace.keys = keys;
+        self.keyspace.expires = (keys as f64 * expires as f64 / before.max(1) as f64) as u64;
     }
 
     /// The walk has come to a share of the lap, in [0, 1], and has freed so many keys on the way there.
@@ -193,7 +193,7 @@ impl KeepPace {
         if let (Some(_), Some(walked_last)) = (self.when(self.at - 1.0), self.when(at - 1.0)) {
             let seconds = step * (now - walked_last).as_secs_f64();
             let found = reclaimed as f64;
-            self.inflow.0.learn(found, seconds, step * (self.table.keys as f64 / LATELY).max(4.0));
+            self.inflow.0.learn(found, seconds, step * (self.keyspace.keys as f64 / LATELY).max(4.0));
             self.inflow.1.learn(found, seconds, step * 2.0);
         }
         self.at = at;
@@ -262,8 +262,8 @@ impl KeepPace {
     fn max_backlog(&self) -> Option<f64> {
         let keys = match self.bounds.max_backlog? {
             BacklogSize::Keys(keys) => keys as f64,
-            BacklogSize::Bytes(bytes) => bytes as f64 / self.table.bytes_per_key?.max(1.0),
-            BacklogSize::Percent(percent) => self.table.expires as f64 * percent / 100.0,
+            BacklogSize::Bytes(bytes) => bytes as f64 / self.keyspace.bytes_per_key?.max(1.0),
+            BacklogSize::Percent(percent) => self.keyspace.expires as f64 * percent / 100.0,
         };
         Some(keys.max(LEAST_BACKLOG))
     }
@@ -303,7 +303,7 @@ impl KeepPace {
             figures.missed += since;
         }
         let hurries = over(HURRY);
-        let idle = LONGEST_LAP.min(Duration::from_secs_f64(self.table.keys as f64 / LEAST_PER_SEC));
+        let idle = LONGEST_LAP.min(Duration::from_secs_f64(self.keyspace.keys as f64 / LEAST_PER_SEC));
         let lap = self.longest_lap(AIM).unwrap_or(idle).min(idle).max(SHORTEST_LAP);
         self.figures.lap = if hurries { Duration::ZERO } else { lap };
         if hurries {
@@ -318,7 +318,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// A table of places, in which keys expire evenly and are freed where the walk comes by.
+    /// A keyspace of places, in which keys expire evenly and are freed where the walk comes by.
     struct Server {
         places: Vec<f64>,
         /// Keys that the walk may look at each second.
@@ -364,8 +364,8 @@ mod tests {
             let batch = Duration::from_secs_f64(self.keys as f64 / self.places.len() as f64 / self.most);
             while self.now - begun < time {
                 if self.at == 0 {
-                    let table = Table { keys: self.keys, expires: self.keys, bytes_per_key: Some(100.0) };
-                    told.extend(pace.begin_lap(table, self.limit, self.now));
+                    let keyspace = Keyspace { keys: self.keys, expires: self.keys, bytes_per_key: Some(100.0) };
+                    told.extend(pace.begin_lap(keyspace, self.limit, self.now));
                 }
                 if let Err(later) = pace.may_send(self.now) {
                     self.pass(later - self.now, expire(self.now - begun));

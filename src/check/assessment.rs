@@ -19,7 +19,7 @@ const BEHIND: (u64, u32) = (8 << 20, 10);
 
 /// What a check of one server found.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Verdict {
+pub(crate) struct Assessment {
     /// The findings, the worst first.
     pub findings: Vec<Finding>,
     /// Each DB that holds keys or that the settings name.
@@ -65,7 +65,7 @@ pub(crate) enum Basis {
 
 words!(Basis, "way of knowing", Estimated = "estimated", Counted = "counted");
 
-impl Verdict {
+impl Assessment {
     /// Whether a sweep could run at all.
     pub(crate) fn can_sweep(&self) -> bool {
         !self.has(Severity::Error)
@@ -82,7 +82,7 @@ pub(crate) fn assess(
     facts: &Facts,
     counted: Option<&Result<ReplicaCount, NoCount>>,
     settings: &ScanSettings,
-) -> Verdict {
+) -> Assessment {
     let backlog = counted.and_then(|counted| counted.as_ref().ok());
     let chosen = facts.swept(settings);
     let sizes = facts.dbs.iter().chain(&chosen).map(|(db, size)| (*db, *size));
@@ -108,7 +108,7 @@ pub(crate) fn assess(
     }
     notes(facts, settings, swept, &mut findings);
     findings.sort_by_key(Finding::severity);
-    Verdict { findings, dbs, swept, sweep, round_trip }
+    Assessment { findings, dbs, swept, sweep, round_trip }
 }
 
 fn backlog_of(facts: &Facts, backlog: Option<&ReplicaCount>, db: DbIndex, size: DbKeys) -> DbBacklog {
