@@ -8,7 +8,7 @@ SERVERS ?= redis-6.2 redis-7.0 redis-8.2 valkey-8.0
 PART_SERVERS ?=
 PART ?= exact:: touch:: walks:: rights:: check:: cluster:: cluster_forms:: keep:: forecast::
 # What asks little of the server runs against the first one only.
-ONCE ?= records:: chaos:: page:: instances::
+ONCE ?= records:: chaos:: page:: instances:: doc_blocks::
 # The small test crates beside tests/it, which need no server.
 QUICK := $(patsubst tests/%.rs,--test %,$(wildcard tests/*.rs))
 
@@ -24,7 +24,7 @@ with_postgres = TTLSWEEP_TEST_POSTGRES="$$(scripts/servers.sh bin postgres-16)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint docs unit matrix packages containers bench impact
+.PHONY: help needs clients setup setup-demo cargo demo test fmt-check lint links docs unit matrix packages containers bench impact
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -54,10 +54,13 @@ cargo:
 fmt-check: ## is the code formatted?
 	$(call step,fmt-check,$(CARGO) fmt --all --check)
 
-lint: ## clippy, warnings denied; links, commands and settings in the docs; licences, duplicates and use of the crates, if `make clients` ran
+lint: ## clippy, warnings denied; relative links, commands and settings in the docs; licences, duplicates and use of the crates, if `make clients` ran
 	$(call step,lint,$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings)
 	$(call step,links and commands in the docs,$(CARGO) test --quiet --test docs)
 	$(call step,supply,scripts/supply.sh)
+
+links: ## does each external link in the docs answer? Needs curl and the internet, so no other target runs it
+	$(call step,links,$(CARGO) test --quiet --test docs every_external_link_answers -- --ignored)
 
 docs: ## rustdoc, warnings denied
 	$(call step,docs,RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --document-private-items --quiet)

@@ -131,7 +131,11 @@ impl Default for Metrics {
             reclaimed: register!("keys_reclaimed", "Expired keys that were reclaimed", Family::default()),
             touched: register!("keys_touched", "Keys asked with EXISTS or TTL", Family::default()),
             batches: register!("batches", "SCAN batches that were answered", Family::default()),
-            lost_replies: register!("lost_replies", "Batches whose reply was lost", Family::default()),
+            lost_replies: register!(
+                "lost_replies",
+                "Batches, at most, whose keys are not counted: their replies were lost",
+                Family::default()
+            ),
             active: register!("active", "Time in which batches held a master", Unit::Seconds, Family::default()),
             rested: register!("rested", "Time rested for intensity and ceiling", Unit::Seconds, Family::default()),
             held: register!("held", "Time that sweeps were held, by reason", Unit::Seconds, Family::default()),

@@ -154,7 +154,8 @@ pub(crate) struct Totals {
     pub touched: u64,
     /// Batches (SCANs) that were answered.
     pub batches: u64,
-    /// Batches whose reply was lost: the keys that they reclaimed are not in `reclaimed`.
+    /// Batches, at most, whose keys are not in `reclaimed`: their replies were lost with a connection, or they may have been under way
+    /// when the process was killed. If the batch journal is missing, more keys may be uncounted, and a warning of the shard says so.
     pub lost_replies: u64,
     /// Time from start to end, in seconds; `null` before the end.
     pub elapsed_s: Option<f64>,
@@ -284,7 +285,7 @@ pub(crate) struct PassDto {
     pub found_by_touch: u64,
     /// Batches (SCANs) that were answered.
     pub batches: u64,
-    /// Batches whose reply was lost.
+    /// Batches, at most, whose keys are not in `reclaimed`, since their replies were lost.
     pub lost_replies: u64,
     /// How often the pass began again.
     pub restarts: u64,

@@ -10,7 +10,7 @@ use crate::support::{
     keyspace::Keyspace,
     probe,
     run::{Running, run, scan},
-    server::{Server, pair, until_copied},
+    server::Server,
     signal, ttlsweep, without_settings,
 };
 
@@ -413,31 +413,4 @@ async fn a_sweep_that_gets_no_processor_says_so_and_low_priority_gets_some() {
     low.end().await.expect(0);
     drop(spinning);
     starved.end().await.expect(130);
-}
-
-#[tokio::test]
-async fn the_first_commands_of_the_readme_run_as_they_stand() {
-    let (master, replica) = pair().await;
-    let keys = Keyspace::of(&master, 0);
-    keys.expired(200, "expired:").await;
-    keys.live_ttl(1_000, "live:").await;
-    until_copied(&master, &replica).await;
-    let readme = include_str!("../../README.md");
-    let (_, seconds) = readme.split_once("## Sixty seconds\n\n```sh\n").expect("the section");
-    let block = seconds.split("```").next().expect("its commands");
-    let mut ran = Vec::new();
-    for line in block.lines() {
-        let command = line.split('#').next().expect("a command").replace("redis://cache:6379", &master.url());
-        let mut words: Vec<&str> = command.split_whitespace().skip(1).collect();
-        ran.push(words[0].to_owned());
-        if words[0] == "keep" {
-            words.extend(["--for", "1s"]);
-        }
-        let shown = run(&words).await.expect(0);
-        assert!(shown.stdout.len() + shown.stderr.len() > 0, "{line}");
-        if words[0] == "scan" {
-            assert_eq!(master.dbsize(0).await, 1_000, "the expired keys are reclaimed");
-        }
-    }
-    assert_eq!(ran, ["check", "scan", "keep", "forecast"]);
 }

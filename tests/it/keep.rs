@@ -40,7 +40,7 @@ async fn until_left(server: &Server, keys: u64) {
 }
 
 /// Waits for a keep run under way, and returns its task.
-async fn keep_run(daemon: &Daemon) -> Value {
+pub async fn keep_run(daemon: &Daemon) -> Value {
     let mut runs = json!(null);
     probe("a keep run is under way", PATIENCE, async || {
         runs = daemon.get("/api/v1/tasks?cause=keep&state=running").await.ok();

@@ -18,6 +18,7 @@ mod daemons;
 mod dcs;
 mod demo;
 mod deploy;
+mod doc_blocks;
 mod exact;
 mod files;
 mod fleet;

@@ -9,6 +9,7 @@ pub mod certs;
 pub mod clients;
 pub mod cluster;
 pub mod daemon;
+pub mod documents;
 pub mod hook;
 pub mod keyspace;
 pub mod postgres;

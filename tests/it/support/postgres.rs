@@ -96,9 +96,27 @@ impl Postgres {
         self.conn_to("records").await.expect("PostgreSQL answers")
     }
 
+    /// Makes it a server on which nothing was set up for us: there is no role `ttlsweep`, and only the administrator, whose connection this
+    /// returns, needs no password.
+    pub async fn administered(&self) -> PgConnection {
+        let mut conn = self.conn_to("postgres").await.expect("it answers");
+        sqlx::query("CREATE ROLE admin SUPERUSER LOGIN").execute(&mut conn).await.expect("a role");
+        let mut conn = self.conn_as("admin", "postgres").await.expect("it answers");
+        sqlx::query("ALTER ROLE ttlsweep RENAME TO earlier").execute(&mut conn).await.expect("another name");
+        let file: String = sqlx::query_scalar("SHOW hba_file").fetch_one(&mut conn).await.expect("a path");
+        let rules = "host all admin 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
+        fs::write(file, rules).expect("the rules");
+        sqlx::query("SELECT pg_reload_conf()").execute(&mut conn).await.expect("a reload");
+        probe("it asks for passwords", PATIENCE, async || self.conn_as("earlier", "postgres").await.is_err()).await;
+        conn
+    }
+
     async fn conn_to(&self, database: &str) -> Result<PgConnection, sqlx::Error> {
-        let url = format!("postgres://ttlsweep@127.0.0.1:{}/{database}?sslmode=disable", self.port);
-        PgConnection::connect(&url).await
+        self.conn_as("ttlsweep", database).await
+    }
+
+    async fn conn_as(&self, user: &str, database: &str) -> Result<PgConnection, sqlx::Error> {
+        PgConnection::connect(&format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)).await
     }
 
     fn data(&self) -> PathBuf {
