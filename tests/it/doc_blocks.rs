@@ -285,7 +285,7 @@ async fn rights(line: &str) {
     assert_eq!(server.dbsize(0).await, 0);
 }
 
-/// The commands begin the tests that they name, with that server; which tests these are is as far as it goes.
+/// The commands start the tests that they name, on the server that they name. Here these tests are only listed: the matrix runs them.
 async fn one_test(commands: &str) {
     let path = Command::new(root().join("scripts/servers.sh")).args(["path", "redis-7.0"]).output().expect("it runs");
     let server = PathBuf::from(String::from_utf8(path.stdout).expect("a path").trim());
