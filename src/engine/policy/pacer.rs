@@ -63,6 +63,9 @@ const DEARER: f64 = 3.0;
 /// The CPU time of the server is divided among this many batches at least: beside few of them, other work counts for too much.
 const BATCHES_FOR_CPU: u64 = 100;
 
+/// For fewer commands of other clients than this in a second a far sweep is not slowed down: hardly one of them waits.
+const FEW_OPS: u64 = 500;
+
 /// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
 const MOST_BESIDE: Duration = Duration::from_micros(100);
 
@@ -183,7 +186,7 @@ pub struct Pacer {
     /// About the median of the waits.
     usual: Option<Duration>,
     server_us_per_scan: Option<f64>,
-    /// Server time of a batch beside SCAN: to read it, to reply, and for the commands around SCAN. Zero: not known yet.
+    /// Server time of a batch beside SCAN: to read it, to reply, and for the commands around SCAN. Zero: not known yet, or of no concern.
     beside: Duration,
     /// The last reading of the CPU time, and when it came.
     last_cpu: Option<(Duration, Instant)>,
@@ -350,8 +353,8 @@ impl Pacer {
         Duration::from_nanos((us * 1e3) as u64)
     }
 
-    /// How long the next batch will probably keep the server's main thread busy, SCAN and everything around it; zero before the first
-    /// adjustment.
+    /// How long the next batch will probably keep the server's main thread busy, SCAN and everything around it; only SCAN where other
+    /// clients send few commands. Zero before the first adjustment.
     pub fn expected_work(&self) -> Duration {
         let slice = self.expected_slice();
         if slice.is_zero() { slice } else { slice + self.beside }
@@ -381,8 +384,9 @@ impl Pacer {
         self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
     }
 
-    /// Adds a reading of the CPU time of the server's main thread, of which other clients take the share `others`, from 0 to 1.
-    pub fn observe_cpu(&mut self, cpu: Duration, others: f64) {
+    /// Adds a reading of the CPU time of the server's main thread, of which other clients take the share `others`, from 0 to 1, for `ops`
+    /// commands a second.
+    pub fn observe_cpu(&mut self, cpu: Duration, others: f64, ops: u64) {
         if self.last_cpu.is_some_and(|(last, _)| last == cpu) {
             // The observation is new, but only its latency: INFO was not read again.
             return;
@@ -390,6 +394,10 @@ impl Pacer {
         let now = Instant::now();
         let batches = std::mem::take(&mut self.since_cpu);
         let Some((last, at)) = self.last_cpu.replace((cpu, now)) else { return };
+        if ops < FEW_OPS {
+            self.beside = Duration::ZERO;
+            return;
+        }
         if batches < BATCHES_FOR_CPU {
             return;
         }
@@ -637,7 +645,7 @@ mod tests {
         let (scan, mut cpu, mut stat) = (75, Duration::from_secs(9), CommandStat { calls: 0, usec: 0 });
         for _ in 0..20 {
             pacer.observe(stat);
-            pacer.observe_cpu(cpu, 0.2);
+            pacer.observe_cpu(cpu, 0.2, 10_000);
             for _ in 0..1_000 {
                 alone(&mut pacer, 75, 95 * US);
             }
@@ -647,6 +655,8 @@ mod tests {
         }
         let (slice, work) = (pacer.expected_slice(), pacer.expected_work());
         assert!((24 * US..27 * US).contains(&(work - slice)), "{slice:?} of {work:?}");
+        pacer.observe_cpu(cpu, 0.02, 100);
+        assert_eq!(pacer.expected_work(), pacer.expected_slice(), "there is nobody to wait");
     }
 
     #[test]

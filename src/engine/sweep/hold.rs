@@ -146,8 +146,8 @@ impl ShardSweep {
         if let Some(stat) = seen.scan_stat {
             self.pacer.observe(stat);
         }
-        if let Some((cpu, others)) = seen.cpu.zip(seen.others_cpu) {
-            self.pacer.observe_cpu(cpu, others);
+        if let (Some(cpu), Some(others), Some(ops)) = (seen.cpu, seen.others_cpu, seen.ops) {
+            self.pacer.observe_cpu(cpu, others, ops);
         }
         let held = self.hold.map(|(reason, _)| reason);
         let decision = throttle::decide(&seen, &self.session.baseline, &self.control.borrow().tuning, held);
