@@ -136,6 +136,8 @@ impl Delivery {
             // The settings are read at each attempt: a corrected URL receives what waits.
             let settings = self.settings.borrow().notify.clone();
             let Some(settings) = settings.filter(|settings| settings.events.contains(&kind)) else { return };
+            // An attempt that was under way when the daemon began to stop is not the last one.
+            let is_last = stop.is_cancelled();
             let refusal = match post(&settings, event).await {
                 Ok(()) => {
                     self.metrics.notified(kind, "delivered");
@@ -147,7 +149,7 @@ impl Delivery {
             if let Refusal::Status { again_in: Some(again_in), .. } = &refusal {
                 wait = wait.max(*again_in).min(LONGEST_WAIT);
             }
-            if !refusal.is_worth_a_retry() || stop.is_cancelled() || began.elapsed() + wait > TRY_FOR {
+            if !refusal.is_worth_a_retry() || is_last || began.elapsed() + wait > TRY_FOR {
                 self.metrics.notified(kind, "given_up");
                 tracing::error!(event = %kind, instance, "notification given up: {refusal}");
                 return;
@@ -197,6 +199,8 @@ async fn post(settings: &NotifySettings, event: &Event) -> Result<(), Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
     use crate::model::event::EventKind;
     use crate::settings::serve;
@@ -242,5 +246,27 @@ mod tests {
         assert!(counted(&metrics, "retried") > 8);
         stop.cancel();
         running.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_is_under_way_when_the_daemon_begins_to_stop_is_not_the_last() {
+        crate::node::tls::install_provider();
+        let (stop, asked) = (CancellationToken::new(), Arc::new(AtomicU32::new(0)));
+        let (stops, asks) = (stop.clone(), asked.clone());
+        let answer = move || {
+            stops.cancel();
+            let is_first = asks.fetch_add(1, Ordering::Relaxed) == 0;
+            async move { if is_first { StatusCode::INTERNAL_SERVER_ERROR } else { StatusCode::NO_CONTENT } }
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let server = axum::Router::new().route("/", axum::routing::post(answer));
+        let server = tokio::spawn(async move { axum::serve(listener, server).await });
+        let metrics = Metrics::default();
+        let (notifier, delivery) = channel(settings(&format!("[notify]\nurl = \"{url}\"")), metrics.clone());
+        notifier.notify(event());
+        delivery.run(stop).await;
+        assert_eq!((asked.load(Ordering::Relaxed), counted(&metrics, "delivered")), (2, 1));
+        server.abort();
     }
 }
