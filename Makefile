@@ -84,7 +84,10 @@ matrix: setup clients ## the integration tests against each server
 	}; \
 	skip=; for server in $(SERVERS); do against $$server $$skip; skip="$(ONCE:%=--skip %)"; done; \
 	for server in $(PART_SERVERS); do against $$server $(PART); done; \
-	if [ -n "$$failed" ]; then echo "FAILED: integration tests against:$$failed" >&2; exit 1; fi; \
+	if [ -n "$$failed" ]; then \
+	  echo "== failures, once more:"; sed -n '/^failures:$$/,/^test result: FAILED/p' "$$log"; \
+	  echo "FAILED: integration tests against:$$failed" >&2; exit 1; \
+	fi; \
 	echo "== skipped, by reason:"; sed -n 's/.*SKIPPED [^ ]*: //p' "$$log" | sort | uniq -c; \
 	awk '/^test result: ok/ { passed += $$4 } /SKIPPED / { skipped++ } \
 	  END { printf "test result: ok. %d passed; 0 failed; %d skipped\n", passed, skipped }' "$$log"

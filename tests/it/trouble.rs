@@ -73,8 +73,7 @@ async fn a_restarted_server_gets_a_pass_from_the_beginning() {
 async fn a_frozen_server_is_waited_for() {
     let server = Server::start().await;
     Keyspace::of(&server, 0).expired(3_000, "expired").await;
-    let running =
-        under_way(&server, &server.url(), &["--response-timeout", "300ms", "--connect-timeout", "300ms"]).await;
+    let running = under_way(&server, &server.url(), &["--response-timeout", "2s", "--connect-timeout", "2s"]).await;
     server.sigstop();
     running.says("holding: the connection was lost").await;
     server.sigcont();
@@ -241,9 +240,9 @@ async fn nothing_hangs_if_a_peer_does_not_answer() {
     let proxy = Proxy::start(server.addr()).await;
     proxy.set(Mode::Stall);
     let begun = std::time::Instant::now();
-    let run = scan(&proxy.url(), &["--connect-timeout", "200ms"]).await.expect(3);
+    let run = scan(&proxy.url(), &["--connect-timeout", "1s"]).await.expect(3);
     assert!(begun.elapsed() < Duration::from_secs(10), "{run:?}");
-    assert!(run.stderr.contains("did not answer the first command within 200ms"), "{}", run.stderr);
+    assert!(run.stderr.contains("did not answer the first command within 1s"), "{}", run.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread")]
