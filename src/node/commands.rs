@@ -22,7 +22,7 @@ pub async fn info(conn: &mut Conn) -> Result<Info, NodeError> {
     if let Ok(more) = commandstats {
         text.push_str(&more);
     }
-    Ok(Info::parse(&text))
+    Ok(Info::parse(text))
 }
 
 /// The server process that answers, by a short section of INFO; `None` where it does not tell.
@@ -31,7 +31,7 @@ pub async fn info(conn: &mut Conn) -> Result<Info, NodeError> {
 /// [`NodeError`].
 pub async fn run_id(conn: &mut Conn) -> Result<Option<RunId>, NodeError> {
     let info: String = conn.call("INFO", redis::cmd("INFO").arg("server")).await?;
-    Ok(Info::parse(&info).get("run_id").map(|id| RunId(id.to_owned())))
+    Ok(Info::parse(info).get("run_id").map(|id| RunId(id.to_owned())))
 }
 
 /// What a server has done since it started.
@@ -50,7 +50,7 @@ pub struct Load {
 pub async fn load(conn: &mut Conn) -> Result<Load, NodeError> {
     let section = |name: &str| redis::cmd("INFO").arg(name).to_owned();
     let [cpu, stats] = conn.pipeline::<String, 2>("INFO", [&section("cpu"), &section("stats")]).await?;
-    let (cpu, stats) = (Info::parse(&cpu?), Info::parse(&stats?));
+    let (cpu, stats) = (Info::parse(cpu?), Info::parse(stats?));
     Ok(Load { cpu: cpu.main_thread_cpu(), commands: stats.parsed("total_commands_processed") })
 }
 

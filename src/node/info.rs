@@ -1,6 +1,6 @@
 //! INFO, parsed as far as it is needed. A field that a version or a right hides is `None`, never an error.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,9 +10,31 @@ use crate::model::shard::{DbIndex, NodeAddr, RunId};
 /// Oldest Redis that is swept, as (major, minor): the contract's own rule.
 pub const OLDEST: (u32, u32) = (4, 0);
 
-/// The fields of one or more INFO sections.
+/// The fields of one or more INFO sections. A daemon reads thousands of INFO texts a second: fields are not copied out of them.
 #[derive(Debug, Clone, Default)]
-pub struct Info(HashMap<String, String>);
+pub struct Info {
+    text: String,
+    /// In the order of the names.
+    fields: Vec<Field>,
+}
+
+/// Where a field stands in the text.
+#[derive(Debug, Clone, Copy)]
+struct Field {
+    begin: usize,
+    colon: usize,
+    end: usize,
+}
+
+impl Field {
+    fn name(self, text: &str) -> &str {
+        &text[self.begin..self.colon]
+    }
+
+    fn value(self, text: &str) -> &str {
+        &text[self.colon + 1..self.end]
+    }
+}
 
 /// One line of INFO keyspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,14 +69,29 @@ pub struct CommandStat {
 
 impl Info {
     /// Parses the text of INFO: lines of `field:value`, between `#` headings and empty lines.
-    pub fn parse(text: &str) -> Self {
-        let fields = text.lines().filter_map(|line| line.trim_end().split_once(':'));
-        Self(fields.filter(|(k, _)| !k.starts_with('#')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
+    pub fn parse(text: impl Into<String>) -> Self {
+        let text = text.into();
+        let (mut begin, mut fields) = (0, Vec::new());
+        for line in text.split_inclusive('\n') {
+            let field = line.trim_end();
+            if let Some(name) = field.find(':').filter(|_| !field.starts_with('#')) {
+                fields.push(Field { begin, colon: begin + name, end: begin + field.len() });
+            }
+            begin += line.len();
+        }
+        fields.sort_by_key(|field| field.name(&text));
+        Self { text, fields }
     }
 
     /// The text of a field; `None` where INFO lacks the field.
     pub fn get(&self, field: &str) -> Option<&str> {
-        self.0.get(field).map(String::as_str)
+        let after = self.fields.partition_point(|one| one.name(&self.text) <= field);
+        let one = self.fields[..after].last().filter(|one| one.name(&self.text) == field)?;
+        Some(one.value(&self.text))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.fields.iter().map(|field| (field.name(&self.text), field.value(&self.text)))
     }
 
     /// A field as a number or another `T`.
@@ -93,7 +130,7 @@ impl Info {
 
     /// DBs that hold keys, with their sizes.
     pub fn keyspace(&self) -> BTreeMap<DbIndex, DbKeys> {
-        let lines = self.0.iter().filter_map(|(field, value)| {
+        let lines = self.all().filter_map(|(field, value)| {
             let db = DbIndex(field.strip_prefix("db")?.parse().ok()?);
             let part = |name| pairs(value).find(|(k, _)| *k == name).and_then(|(_, v)| v.parse().ok());
             Some((db, DbKeys { keys: part("keys")?, expires: part("expires").unwrap_or(0) }))
@@ -104,8 +141,7 @@ impl Info {
     /// The replicas that this master lists.
     pub fn replicas(&self) -> Vec<ReplicaLine> {
         let mut replicas: Vec<(u32, ReplicaLine)> = self
-            .0
-            .iter()
+            .all()
             .filter_map(|(field, value)| {
                 let number = field.strip_prefix("slave")?.parse().ok()?;
                 let part = |name| pairs(value).find(|(k, _)| *k == name).map(|(_, v)| v);
@@ -227,6 +263,15 @@ mod tests {
         assert_eq!(replicas[0].addr, "10.0.0.1:6");
         assert_eq!((replicas[1].state.as_str(), replicas[1].lag_s), ("online", Some(0)));
         assert_eq!(info.scan_stat(), Some(CommandStat { calls: 10, usec: 900 }));
+    }
+
+    #[test]
+    fn a_field_that_stands_twice_has_its_last_value() {
+        let info = Info::parse("a:1\r\nab:2\r\n\r\na:x:y \r\nb:");
+        assert_eq!(
+            ["a", "ab", "b", "", "c"].map(|name| info.get(name)),
+            [Some("x:y"), Some("2"), Some(""), None, None]
+        );
     }
 
     #[test]

@@ -45,7 +45,7 @@ fn facts(changes: &[(&str, &str)]) -> Facts {
         info = info.replace(from, to);
     }
     let expiry = Expiry { lazyfree: Some(true), effort: Some(10), hz: Some(10) };
-    Facts::new(&addr(6379), Info::parse(&info), expiry, all_rights(), Some(Duration::from_micros(30)))
+    Facts::new(&addr(6379), Info::parse(info), expiry, all_rights(), Some(Duration::from_micros(30)))
 }
 
 fn shown(facts: &Facts, counted: Option<Result<ReplicaCount, NoCount>>, settings: &Settings) -> String {

@@ -123,7 +123,7 @@ mod tests {
     fn the_slowest_replica_counts_and_one_that_is_not_online_is_a_full_sync() {
         let info = |replicas: &str| {
             let text = format!("role:master\r\nconnected_slaves:2\r\nmaster_repl_offset:1000\r\n{replicas}");
-            Observation::from_info(&Info::parse(&text))
+            Observation::from_info(&Info::parse(text))
         };
         let online =
             "slave0:ip=a,port=1,state=online,offset=900,lag=0\r\nslave1:ip=b,port=1,state=online,offset=400,lag=7\r\n";

@@ -111,7 +111,7 @@ mod tests {
             ("redis_version:7.0.15", "proxy"),
         ];
         let rows = table.map(|(version, mode)| {
-            let profile = ServerProfile::of(&Info::parse(&format!("{version}\r\nredis_mode:{mode}\r\n")));
+            let profile = ServerProfile::of(&Info::parse(format!("{version}\r\nredis_mode:{mode}\r\n")));
             format!("{} {mode}: {profile:?}", version.replace("\r\n", " "))
         });
         insta::assert_snapshot!(rows.join("\n"));
