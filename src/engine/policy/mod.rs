@@ -13,6 +13,7 @@ pub mod pacer;
 pub(crate) mod profile;
 pub(crate) mod retry_budget;
 pub(crate) mod segments;
+mod server_clock;
 pub(crate) mod throttle;
 pub(crate) mod touch_audit;
 pub(crate) mod verdict;

@@ -11,12 +11,7 @@
 //!    has arrived before it reads from other clients, so to them batches that arrive together are one long slice.
 //!
 //! The server's time for a batch is measured from this side: the time since the previous reply, but no more than since the batch was
-//! sent, less the smallest PING round trip. It includes the way of the replies through both kernels, and parsing, so it is seldom less
-//! than the server worked. The mean of `cmdstat_scan`, if the server tells it, corrects it.
-//!
-//! A batch costs the server more than its SCAN: it reads the request, writes the reply, and runs the commands around SCAN. That is no
-//! slice, since other clients' requests come in between, but it fills the server's time as well. Its CPU time tells how much it is, and
-//! [`depth`](super::depth) needs it.
+//! sent, less the smallest PING round trip. It is seldom less than the server worked; [`server_clock`](super::server_clock) corrects it.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -28,8 +23,9 @@ use governor::{Quota, RateLimiter};
 use hdrhistogram::Histogram;
 use tokio::time::Instant;
 
+use crate::engine::policy::observation::Observation;
+use crate::engine::policy::server_clock::ServerClock;
 use crate::model::progress::SliceSummary;
-use crate::node::info::CommandStat;
 use crate::settings::{COUNT_RANGE, Tuning};
 
 /// COUNT is adjusted after this many groups of replies, by their median cost: one round trip with a preempted process must not change
@@ -46,28 +42,12 @@ const REST_AT_LEAST: Duration = Duration::from_millis(2);
 /// The burst of the ceiling is the keys of a second divided by this: those of 5 ms.
 const BURSTS_PER_SEC: u32 = 200;
 
-/// In the mean that is compared with the server's own, a wait counts for at most this many usual ones: a preempted process, or another
-/// client's slow command, is neither SCAN's time nor the network's.
-const UNUSUAL: u32 = 4;
-
 /// The longest rest that may be owed: a wait of seconds is seldom the work of one batch, and no observation is read during a rest.
 const REST_AT_MOST: Duration = Duration::from_secs(1);
-
-/// The least share of a wait that is the server's.
-const LEAST_SHARE: f64 = 0.05;
 
 /// Where the server's own time is known, waits adjust COUNT only if a key seems to cost more than so many times that: on a network
 /// that wavers by more than a slice they say little, and the server's time is read again in a quarter of a second.
 const DEARER: f64 = 3.0;
-
-/// The CPU time of the server is divided among this many batches at least: beside few of them, other work counts for too much.
-const BATCHES_FOR_CPU: u64 = 100;
-
-/// For fewer commands of other clients than this in a second a far sweep is not slowed down: hardly one of them waits.
-const FEW_OPS: u64 = 500;
-
-/// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
-const MOST_BESIDE: Duration = Duration::from_micros(100);
 
 /// The longest slice that the histogram can hold, in microseconds: ten minutes.
 const HISTOGRAM_TOP_US: u64 = 600_000_000;
@@ -143,14 +123,6 @@ struct Group {
     batches: u32,
 }
 
-/// What was seen since the last `cmdstat_scan`.
-#[derive(Debug, Default)]
-struct SinceStat {
-    batches: u64,
-    keys: u64,
-    slices: Duration,
-}
-
 /// The pacer of one shard.
 #[derive(Debug)]
 pub struct Pacer {
@@ -167,10 +139,8 @@ pub struct Pacer {
     costs: Vec<f64>,
     /// What a key was taken to cost when COUNT was last adjusted.
     cost_us: Option<f64>,
-    /// Server time by `cmdstat_scan` divided by server time by waits, in (0, 1]: right for the sum of many.
-    correction: f64,
-    /// Microseconds per key by the last `cmdstat_scan`, if the SCANs were those of this sweep.
-    server_us_per_key: Option<f64>,
+    /// What the server's own clock says.
+    clock: ServerClock,
     /// When all rest that is owed will be paid.
     rested_at: Instant,
     /// Whether rest is being paid now.
@@ -181,17 +151,6 @@ pub struct Pacer {
     /// Keys that were scanned and that the ceiling has not allowed for yet.
     unpaid: u64,
     slices: Histogram<u64>,
-    last_stat: Option<CommandStat>,
-    since_stat: SinceStat,
-    /// About the median of the waits.
-    usual: Option<Duration>,
-    server_us_per_scan: Option<f64>,
-    /// Server time of a batch beside SCAN: to read it, to reply, and for the commands around SCAN. Zero: not known yet, or of no concern.
-    beside: Duration,
-    /// The last reading of the CPU time, and when it came.
-    last_cpu: Option<(Duration, Instant)>,
-    /// Batches since then.
-    since_cpu: u64,
 }
 
 impl Pacer {
@@ -206,8 +165,7 @@ impl Pacer {
             group: Group::default(),
             costs: Vec::with_capacity(STEER_EVERY),
             cost_us: None,
-            correction: 1.0,
-            server_us_per_key: None,
+            clock: ServerClock::default(),
             rested_at: Instant::now(),
             resting: false,
             spaced_at: Instant::now(),
@@ -215,13 +173,6 @@ impl Pacer {
             unpaid: 0,
             // Two digits keep the histogram below 20 kB, and a slice is measured no better than to a per cent.
             slices: Histogram::new_with_bounds(1, HISTOGRAM_TOP_US, 2).expect("the bounds are constants"),
-            last_stat: None,
-            since_stat: SinceStat::default(),
-            usual: None,
-            server_us_per_scan: None,
-            beside: Duration::ZERO,
-            last_cpu: None,
-            since_cpu: 0,
         }
     }
 
@@ -265,13 +216,8 @@ impl Pacer {
     /// Adds the reply to a SCAN that visited `keys`. Returns how long it held the server.
     pub fn worked(&mut self, keys: u64, wait: Wait) -> Duration {
         let slice = self.slice_of(wait);
-        let usual = self.usual.get_or_insert(slice);
-        self.since_cpu += 1;
-        self.since_stat.batches += 1;
-        self.since_stat.keys += keys;
-        self.since_stat.slices += slice.min(*usual * UNUSUAL);
-        *usual = if slice > *usual { *usual + *usual / 8 + Duration::from_micros(1) } else { *usual - *usual / 8 };
-        let held = slice.mul_f64(self.correction);
+        self.clock.waited(keys, slice);
+        let held = slice.mul_f64(self.clock.correction());
         if wait.waited_for || self.group.batches >= GROUP_MOST {
             self.close_group();
         }
@@ -292,7 +238,7 @@ impl Pacer {
     /// Adds the reply to a request that does not show the cost of a key: a touch, which `cmdstat_scan` does not include, or the second
     /// SCAN of a range. Returns how long it held the server.
     pub fn worked_beside(&mut self, wait: Wait) -> Duration {
-        let held = self.slice_of(wait).mul_f64(self.correction);
+        let held = self.slice_of(wait).mul_f64(self.clock.correction());
         self.slices.saturating_record(micros(held));
         self.owe(held);
         held
@@ -332,7 +278,7 @@ impl Pacer {
     fn steer(&mut self) {
         self.costs.sort_by(f64::total_cmp);
         let by_waits = self.costs[self.costs.len() / 2].max(0.03);
-        let cost = self.server_us_per_key.map_or(by_waits, |by_server| by_server.max(by_waits / DEARER));
+        let cost = self.clock.us_per_key().map_or(by_waits, |by_server| by_server.max(by_waits / DEARER));
         self.costs.clear();
         self.cost_us = Some(cost);
         if self.max_slice.is_zero() {
@@ -357,56 +303,12 @@ impl Pacer {
     /// clients send few commands. Zero before the first adjustment.
     pub fn expected_work(&self) -> Duration {
         let slice = self.expected_slice();
-        if slice.is_zero() { slice } else { slice + self.beside }
+        if slice.is_zero() { slice } else { slice + self.clock.beside() }
     }
 
-    /// Adds a reading of `cmdstat_scan`.
-    pub fn observe(&mut self, stat: CommandStat) {
-        if self.last_stat == Some(stat) {
-            // The observation is new, but only its latency: INFO was not read again.
-            return;
-        }
-        let last = self.last_stat.replace(stat);
-        let SinceStat { batches, keys, slices } = std::mem::take(&mut self.since_stat);
-        let Some(last) = last else { return };
-        let (calls, usec) = (stat.calls.saturating_sub(last.calls), stat.usec.saturating_sub(last.usec));
-        if calls == 0 {
-            return;
-        }
-        let mean = usec as f64 / calls as f64;
-        self.server_us_per_scan = Some(mean);
-        // If other clients sent SCANs as well, the mean is not that of this sweep.
-        let ours = batches > 0 && calls <= batches + batches / 5 + 2;
-        if ours && !slices.is_zero() {
-            let by_wait = slices.as_secs_f64() * 1e6 / batches as f64;
-            self.correction = (mean / by_wait).clamp(LEAST_SHARE, 1.0);
-        }
-        self.server_us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
-    }
-
-    /// Adds a reading of the CPU time of the server's main thread, of which other clients take the share `others`, from 0 to 1, for `ops`
-    /// commands a second.
-    pub fn observe_cpu(&mut self, cpu: Duration, others: f64, ops: u64) {
-        if self.last_cpu.is_some_and(|(last, _)| last == cpu) {
-            // The observation is new, but only its latency: INFO was not read again.
-            return;
-        }
-        let now = Instant::now();
-        let batches = std::mem::take(&mut self.since_cpu);
-        let Some((last, at)) = self.last_cpu.replace((cpu, now)) else { return };
-        if ops < FEW_OPS {
-            self.beside = Duration::ZERO;
-            return;
-        }
-        if batches < BATCHES_FOR_CPU {
-            return;
-        }
-        let spent = cpu.saturating_sub(last).saturating_sub((now - at).mul_f64(others));
-        let scan_us = self.server_us_per_scan.unwrap_or(self.expected_slice().as_secs_f64() * 1e6);
-        let beside_us = spent.as_secs_f64() * 1e6 / batches as f64 - scan_us;
-        let beside = Duration::try_from_secs_f64(beside_us * 1e-6).unwrap_or_default().min(MOST_BESIDE);
-        // The load by other clients is measured less often than the CPU time: the mean of some readings is right.
-        self.beside = if self.beside.is_zero() { beside } else { (self.beside * 3 + beside) / 4 };
+    /// Adds an observation, with what it says of the server's own time.
+    pub(crate) fn observe(&mut self, seen: &Observation) {
+        self.clock.observe(seen, self.expected_slice());
     }
 
     /// Checks that the next batch may be sent now. `spaced`: batches keep the distance of a slice.
@@ -455,7 +357,7 @@ impl Pacer {
 
     /// Mean server time of one SCAN in microseconds, by `cmdstat_scan`; `None`: not read yet.
     pub fn server_us_per_scan(&self) -> Option<f64> {
-        self.server_us_per_scan
+        self.clock.us_per_scan()
     }
 }
 
@@ -468,6 +370,7 @@ mod tests {
     use super::*;
     use crate::model::bounds::Bounds;
     use crate::model::throttle::Limits;
+    use crate::node::info::CommandStat;
 
     const US: Duration = Duration::from_micros(1);
 
@@ -483,6 +386,11 @@ mod tests {
             limits: Limits::NONE,
             bounds: Bounds::default(),
         }
+    }
+
+    /// An observation of a server that has answered so many SCANs in so many microseconds.
+    fn scans(calls: u64, usec: u64) -> Observation {
+        Observation { scan_stat: Some(CommandStat { calls, usec }), ..Observation::default() }
     }
 
     /// The reply to a batch while no other is under way.
@@ -554,7 +462,7 @@ mod tests {
             alone(&mut pacer, keys, (20 + held + late) as u32 * US);
             (calls, usec) = (calls + 1, usec + held);
             if batch % 100 == 0 {
-                pacer.observe(CommandStat { calls, usec });
+                pacer.observe(&scans(calls, usec));
             }
             counts.push(pacer.count());
         }
@@ -638,39 +546,6 @@ mod tests {
         assert_eq!(pacer.may_send(false), Ok(()));
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn the_work_of_a_batch_is_its_share_of_the_servers_cpu_time_without_that_for_other_clients() {
-        let mut pacer = pacer(75, 1.0, None);
-        settle(&mut pacer, 1.0);
-        let (scan, mut cpu, mut stat) = (75, Duration::from_secs(9), CommandStat { calls: 0, usec: 0 });
-        for _ in 0..20 {
-            pacer.observe(stat);
-            pacer.observe_cpu(cpu, 0.2, 10_000);
-            for _ in 0..1_000 {
-                alone(&mut pacer, 75, 95 * US);
-            }
-            tokio::time::advance(Duration::from_millis(250)).await;
-            stat = CommandStat { calls: stat.calls + 1_000, usec: stat.usec + 1_000 * scan };
-            cpu += 1_000 * (75 + 25) * US + Duration::from_millis(50);
-        }
-        let (slice, work) = (pacer.expected_slice(), pacer.expected_work());
-        assert!((24 * US..27 * US).contains(&(work - slice)), "{slice:?} of {work:?}");
-        pacer.observe_cpu(cpu, 0.02, 100);
-        assert_eq!(pacer.expected_work(), pacer.expected_slice(), "there is nobody to wait");
-    }
-
-    #[test]
-    fn commandstats_correct_the_waits() {
-        let mut pacer = pacer(100, 0.5, None);
-        pacer.observe(CommandStat { calls: 0, usec: 0 });
-        for _ in 0..10 {
-            alone(&mut pacer, 100, 120 * US);
-        }
-        pacer.observe(CommandStat { calls: 10, usec: 500 });
-        assert_eq!(pacer.server_us_per_scan(), Some(50.0));
-        assert_eq!(alone(&mut pacer, 100, 120 * US), 50 * US);
-    }
-
     #[test]
     fn on_a_network_that_wavers_by_more_than_a_slice_count_stays_where_the_servers_clock_wants_it() {
         fastrand::seed(7);
@@ -684,7 +559,7 @@ mod tests {
             alone(&mut pacer, u64::from(keys), waited);
             (calls, usec) = (calls + 1, usec + held);
             if batch % 1_000 == 0 {
-                pacer.observe(CommandStat { calls, usec: usec as u64 });
+                pacer.observe(&scans(calls, usec as u64));
             }
             if batch > 2_000 {
                 counts.push(pacer.count());
@@ -692,15 +567,6 @@ mod tests {
         }
         let (low, high) = (counts.iter().min(), counts.iter().max());
         assert!(low >= Some(&60) && high <= Some(&90), "{low:?} to {high:?} where 75 take the slice");
-    }
-
-    #[test]
-    fn other_clients_scans_do_not_correct_ours() {
-        let mut pacer = pacer(100, 0.5, None);
-        pacer.observe(CommandStat { calls: 0, usec: 0 });
-        alone(&mut pacer, 100, 120 * US);
-        pacer.observe(CommandStat { calls: 1000, usec: 1000 });
-        assert_eq!(alone(&mut pacer, 100, 120 * US), 100 * US);
     }
 
     /// How long `batches` of `keys` take if only the ceiling limits them.

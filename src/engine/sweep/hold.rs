@@ -143,12 +143,7 @@ impl ShardSweep {
     /// The last observation, and what the throttle decides on it.
     fn decide(&mut self) -> (Observation, Decision) {
         let seen = self.session.with_foreground(self.session.seen.clone());
-        if let Some(stat) = seen.scan_stat {
-            self.pacer.observe(stat);
-        }
-        if let (Some(cpu), Some(others), Some(ops)) = (seen.cpu, seen.others_cpu, seen.ops) {
-            self.pacer.observe_cpu(cpu, others, ops);
-        }
+        self.pacer.observe(&seen);
         let held = self.hold.map(|(reason, _)| reason);
         let decision = throttle::decide(&seen, &self.session.baseline, &self.control.borrow().tuning, held);
         (seen, decision)
