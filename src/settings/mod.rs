@@ -25,7 +25,7 @@ use crate::model::schedule::BacklogSize;
 use crate::model::shard::DbIndex;
 use crate::model::target::{Credentials, InstanceUrl, NodeMap, Password, Place, Target};
 use crate::model::task::SweepTexts;
-use crate::model::throttle::{LIMITS, Limits};
+use crate::model::throttle::{LIMITS, Limits, Measure};
 use crate::model::words::words;
 use crate::settings::raw::{Origin, Problem, Raw};
 use crate::settings::values::{given, limit, parse_dbs, password_in, share, slice, switch, unless_off};
@@ -74,6 +74,14 @@ pub struct Tuning {
     pub limits: Limits,
     /// The bounds of a keep run; none for a sweep.
     pub bounds: Bounds,
+}
+
+impl Tuning {
+    /// Whether the intensity or a limit depends on the load that other clients put on the master.
+    pub(crate) fn depends_on_others(&self) -> bool {
+        let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| self.limits.is_set_on(measure));
+        self.min_intensity < self.intensity || is_limited
+    }
 }
 
 /// The settings of a sweep, without those of its connections.

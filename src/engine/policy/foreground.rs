@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::model::throttle::Measure;
 use crate::settings::Tuning;
 
 /// How often the sweep pauses to measure the load of other clients: with [`MEASURE_FOR`], a fiftieth of its time.
@@ -26,11 +25,9 @@ pub(crate) struct Foreground {
 }
 
 impl Foreground {
-    /// Whether it is time to measure again. Never where no limit and no intensity depends on it.
+    /// Whether it is time to measure again. Never where nothing depends on it.
     pub(crate) fn measurement_is_due(&self, tuning: &Tuning) -> bool {
-        let is_limited = [Measure::Ops, Measure::Cpu].into_iter().any(|measure| tuning.limits.is_set_on(measure));
-        let wanted = tuning.min_intensity < tuning.intensity || is_limited;
-        wanted && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
+        tuning.depends_on_others() && self.measured.is_none_or(|measured| measured.elapsed() >= MEASURE_EVERY)
     }
 
     /// Adds a measurement: the share of the main thread (0 to 1) and the commands per second of other clients; `None`: unknown.

@@ -21,7 +21,7 @@ const UNUSUAL: u32 = 4;
 const LEAST_SHARE: f64 = 0.05;
 /// The CPU time of the server is divided among this many batches at least: beside few of them, other work counts for too much.
 const BATCHES_FOR_CPU: u64 = 100;
-/// For fewer commands of other clients than this in a second a far sweep is not slowed down: hardly one of them waits.
+/// For fewer commands of other clients than this in a second a far sweep is not slowed down: hardly any of them waits.
 const FEW_OPS: u64 = 500;
 /// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
 const MOST_BESIDE: Duration = Duration::from_micros(100);
@@ -52,6 +52,7 @@ pub(super) struct ServerClock {
     us_per_key: Option<f64>,
     us_per_scan: Option<f64>,
     beside: Duration,
+    is_alone: bool,
 }
 
 impl Default for ServerClock {
@@ -64,6 +65,7 @@ impl Default for ServerClock {
             us_per_key: None,
             us_per_scan: None,
             beside: Duration::ZERO,
+            is_alone: false,
         }
     }
 }
@@ -89,6 +91,11 @@ impl ServerClock {
         self.beside
     }
 
+    /// Whether other clients send so few commands that hardly any of them waits; false as long as that is unknown.
+    pub(super) fn is_alone(&self) -> bool {
+        self.is_alone
+    }
+
     /// Adds the wait for a batch of `keys`.
     pub(super) fn waited(&mut self, keys: u64, wait: Duration) {
         let usual = self.usual.get_or_insert(wait);
@@ -100,6 +107,7 @@ impl ServerClock {
 
     /// Adds an observation. `slice`: what SCAN is expected to take where the server does not tell.
     pub(super) fn observe(&mut self, seen: &Observation, slice: Duration) {
+        self.is_alone = seen.ops.is_some_and(|ops| ops < FEW_OPS);
         let (now, reading) = (Instant::now(), Reading { scans: seen.scan_stat, cpu: seen.cpu });
         if self.last.is_some_and(|(last, _)| last == reading) {
             // The observation is new, but only its latency.
@@ -110,10 +118,11 @@ impl ServerClock {
         if let (Some(before), Some(after)) = (last.scans, reading.scans) {
             self.learn_scans(before, after, &since);
         }
-        if let (Some(before), Some(after), Some(others), Some(ops)) = (last.cpu, reading.cpu, seen.others_cpu, seen.ops)
-        {
+        if self.is_alone {
+            self.beside = Duration::ZERO;
+        } else if let (Some(before), Some(after), Some(others)) = (last.cpu, reading.cpu, seen.others_cpu) {
             let spent = after.saturating_sub(before).saturating_sub((now - at).mul_f64(others));
-            self.learn_cpu(spent, ops, since.batches, slice);
+            self.learn_cpu(spent, since.batches, slice);
         }
     }
 
@@ -134,12 +143,8 @@ impl ServerClock {
         self.us_per_key = (ours && keys > 0).then(|| mean * batches as f64 / keys as f64);
     }
 
-    /// `spent`: CPU time of the main thread but for that of other clients, who send `ops` commands a second.
-    fn learn_cpu(&mut self, spent: Duration, ops: u64, batches: u64, slice: Duration) {
-        if ops < FEW_OPS {
-            self.beside = Duration::ZERO;
-            return;
-        }
+    /// `spent`: CPU time of the main thread but for that of other clients.
+    fn learn_cpu(&mut self, spent: Duration, batches: u64, slice: Duration) {
         if batches < BATCHES_FOR_CPU {
             return;
         }
@@ -207,8 +212,8 @@ mod tests {
             (0..1_000).for_each(|_| clock.waited(75, 95 * US));
             tokio::time::advance(Duration::from_millis(250)).await;
         }
-        assert!((24 * US..27 * US).contains(&clock.beside()), "{:?}", clock.beside());
+        assert!((24 * US..27 * US).contains(&clock.beside()) && !clock.is_alone(), "{:?}", clock.beside());
         clock.observe(&at(20, 100), 75 * US);
-        assert_eq!(clock.beside(), Duration::ZERO, "there is nobody to wait");
+        assert!(clock.is_alone() && clock.beside().is_zero(), "there is nobody to wait");
     }
 }
