@@ -7,6 +7,8 @@
 //!
 //! A network's own wavering grows with its length, so a part of the round trip is allowed for it. Replies that took unusually
 //! long say more of our own scheduler than of the server's queue: the quick quarter of a window counts, and two windows in a row.
+//! The depth stays at half of what fits into the round trip at least: so many keep the server busy for half of the time, and if replies
+//! take long even so, it is not for a queue of our batches.
 
 use std::time::Duration;
 
@@ -18,7 +20,7 @@ const GROW_BELOW: (f64, f64) = (0.25, 1.0 / 16.0);
 const SHRINK_ABOVE: (f64, f64) = (1.25, 1.0 / 8.0);
 /// Fewest replies between two changes.
 const WINDOW: usize = 16;
-/// A depth that turned out too large is not tried again for so many windows; where it was but one more than the least, for twice as
+/// A depth that turned out too large is not tried again for so many windows; where it was but one more than a pair, for twice as
 /// many the next time, up to so many.
 const LEAVE_FOR: (u32, u32) = (8, 512);
 /// After so many windows one is spent at half the depth, to see how far the server is now.
@@ -92,13 +94,13 @@ impl Depth {
         let quick = self.took.len() / 4;
         let (_, &mut took, _) = self.took.select_nth_unstable(quick);
         self.took.clear();
+        // While one batch is on its way no more than so many can be worked on.
+        let fit = 2 + (floor.as_secs_f64() / work.as_secs_f64().max(1e-6)) as usize;
         let rests = intensity < PAIR_FROM;
-        let least = if rests { 1 } else { self.most.min(2) };
+        let least = if rests { 1 } else { (fit / 2).max(2).min(self.most) };
         let paced = std::mem::take(&mut self.paced);
         self.adapt(took, work, least, paced, rests);
-        // While one batch is on its way no more than so many can be worked on.
-        let useful = 2 + (floor.as_secs_f64() / work.as_secs_f64().max(1e-6)) as usize;
-        self.now = self.now.min(useful).clamp(least, self.most);
+        self.now = self.now.min(fit).clamp(least, self.most);
     }
 
     fn adapt(&mut self, took: Duration, work: Duration, least: usize, paced: bool, rests: bool) {
@@ -121,7 +123,7 @@ impl Depth {
             self.suspect = false;
             self.now = self.now.saturating_sub(1 + self.now / 8).max(least);
             self.wait = LEAVE_FOR.0;
-            if self.now == least {
+            if self.now == least && least <= 2 {
                 self.wait = self.leave_for;
                 self.leave_for = (self.leave_for * 2).min(LEAVE_FOR.1);
             }
@@ -169,6 +171,20 @@ mod tests {
             // But for the windows that measure, and those that try one more.
             let (low, high) = (depths[depths.len() / 20], depths[depths.len() * 19 / 20]);
             assert!(low >= from && high <= to, "{away} us away: {low} to {high}");
+        }
+    }
+
+    #[test]
+    fn a_network_that_wavers_leaves_the_server_half_busy_at_least() {
+        fastrand::seed(7);
+        let (slice, away) = (50 * US, 500 * US);
+        let mut depth = Depth::new(100, 1.0);
+        for reply in 0..20_000 {
+            // Every now and then replies are quick for a while; mostly the way takes some two hundred microseconds more.
+            let quick = reply / 500 % 8 == 0;
+            let way = US.mul_f64(if quick { 0.0 } else { 150.0 + 300.0 * fastrand::f64() });
+            depth.answered(away + slice + way, away, slice, 1.0);
+            assert!(depth.now() >= 6 || reply < 500, "{} after {reply} replies", depth.now());
         }
     }
 
