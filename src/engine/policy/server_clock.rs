@@ -28,7 +28,7 @@ const MOST_BESIDE: Duration = Duration::from_micros(100);
 
 /// What INFO told, and when. Equal to the one before: INFO was not read again.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Reading {
+struct ClockReading {
     scans: Option<CommandStat>,
     cpu: Option<Duration>,
 }
@@ -44,7 +44,7 @@ struct Since {
 /// Compares the server's clock with ours.
 #[derive(Debug)]
 pub(super) struct ServerClock {
-    last: Option<(Reading, Instant)>,
+    last: Option<(ClockReading, Instant)>,
     since: Since,
     /// About the median of the waits.
     usual: Option<Duration>,
@@ -108,7 +108,7 @@ impl ServerClock {
     /// Adds an observation. `slice`: what SCAN is expected to take where the server does not tell.
     pub(super) fn observe(&mut self, seen: &Observation, slice: Duration) {
         self.is_alone = seen.ops.is_some_and(|ops| ops < FEW_OPS);
-        let (now, reading) = (Instant::now(), Reading { scans: seen.scan_stat, cpu: seen.cpu });
+        let (now, reading) = (Instant::now(), ClockReading { scans: seen.scan_stat, cpu: seen.cpu });
         if self.last.is_some_and(|(last, _)| last == reading) {
             // The observation is new, but only its latency.
             return;
