@@ -7,8 +7,8 @@
 //!
 //! A network's own wavering grows with its length, so a part of the round trip is allowed for it. Replies that took unusually
 //! long say more of our own scheduler than of the server's queue: the quick quarter of a window counts, and two windows in a row.
-//! The depth stays at half of what fits into the round trip at least: so many keep the server busy for half of the time, and if replies
-//! take long even so, it is not for a queue of our batches.
+//! The depth stays at half of what fits into the round trip at least: so many take half of the time that other clients leave, and if
+//! replies take long even so, it is not for a queue of our batches.
 
 use std::time::Duration;
 
@@ -84,9 +84,9 @@ impl Depth {
         self.paced = true;
     }
 
-    /// Takes in what a reply took since it was sent, where a batch is `work` for the server, its SCAN and everything around it, and
-    /// the way there and back takes `floor` at least.
-    pub(crate) fn answered(&mut self, took: Duration, floor: Duration, work: Duration, intensity: f64) {
+    /// Takes in what a reply took since it was sent, where a batch is `work` for the server, its SCAN and everything around it, the
+    /// way there and back takes `floor` at least, and other clients leave the share `left` of the server's time, from 0 to 1.
+    pub(crate) fn answered(&mut self, took: Duration, floor: Duration, work: Duration, intensity: f64, left: f64) {
         self.took.push(took);
         if self.took.len() < WINDOW.max(2 * self.now) {
             return;
@@ -95,7 +95,7 @@ impl Depth {
         let (_, &mut took, _) = self.took.select_nth_unstable(quick);
         self.took.clear();
         // While one batch is on its way no more than so many can be worked on.
-        let fit = 2 + (floor.as_secs_f64() / work.as_secs_f64().max(1e-6)) as usize;
+        let fit = 2 + (floor.as_secs_f64() * left / work.as_secs_f64().max(1e-6)) as usize;
         let rests = intensity < PAIR_FROM;
         let least = if rests { 1 } else { (fit / 2).max(2).min(self.most) };
         let paced = std::mem::take(&mut self.paced);
@@ -157,7 +157,7 @@ mod tests {
             {
                 depth.was_paced();
             }
-            depth.answered(took, away * US, slice, intensity);
+            depth.answered(took, away * US, slice, intensity, 1.0);
             seen.push(depth.now());
         }
         seen.split_off(10_000)
@@ -183,9 +183,22 @@ mod tests {
             // Every now and then replies are quick for a while; mostly the way takes some two hundred microseconds more.
             let quick = reply / 500 % 8 == 0;
             let way = US.mul_f64(if quick { 0.0 } else { 150.0 + 300.0 * fastrand::f64() });
-            depth.answered(away + slice + way, away, slice, 1.0);
+            depth.answered(away + slice + way, away, slice, 1.0, 1.0);
             assert!(depth.now() >= 6 || reply < 500, "{} after {reply} replies", depth.now());
         }
+    }
+
+    #[test]
+    fn a_server_that_others_keep_busy_gets_no_more_than_it_can_work_on() {
+        let (slice, away) = (50 * US, 1_000 * US);
+        let (mut depth, mut most) = (Depth::new(100, 1.0), 0);
+        for reply in 0..20_000 {
+            // Other clients take three quarters of the time: a batch takes four times as long.
+            let queue = 4 * slice * depth.now() as u32;
+            depth.answered((away + 4 * slice).max(queue), away, slice, 1.0, 0.25);
+            most = if reply < 500 { 0 } else { most.max(depth.now()) };
+        }
+        assert!((4..=7).contains(&most), "five fit: {most}");
     }
 
     #[test]

@@ -296,7 +296,8 @@ impl ShardSweep {
                 let work = self.pacer.expected_work();
                 if !work.is_zero() {
                     let (floor, intensity) = (self.pacer.floor(), self.pacer.intensity());
-                    pass.pipeline.depth.answered(wait.since_sent, floor, work, intensity);
+                    let left = 1.0 - self.session.foreground.cpu.unwrap_or(0.0);
+                    pass.pipeline.depth.answered(wait.since_sent, floor, work, intensity, left);
                 }
             }
             Received::Touched(reply) => {
