@@ -8,7 +8,7 @@ SERVERS ?= redis-6.2 redis-7.0 redis-8.2 valkey-8.0
 PART_SERVERS ?=
 PART ?= exact:: touch:: walks:: rights:: check:: cluster:: cluster_forms:: keep:: forecast::
 # What asks little of the server runs against the first one only.
-ONCE ?= records:: chaos:: page:: instances:: doc_blocks::
+ONCE ?= records:: chaos:: page:: instances:: doc_blocks:: daemons:: notify:: monitoring:: sdk:: deploy:: client:: traces:: logs:: fleet:: support_test::
 # The small test crates beside tests/it, which need no server.
 QUICK := $(patsubst tests/%.rs,--test %,$(wildcard tests/*.rs))
 
