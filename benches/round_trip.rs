@@ -19,7 +19,7 @@ mod bare;
 mod common;
 #[path = "common/proxy.rs"]
 mod proxy;
-use common::{Measured, Server, measure};
+use common::{Measured, Server, measure, median};
 
 fn main() {
     let mut args = std::env::args().skip(1).skip_while(|a| a.starts_with("--bench"));
@@ -77,13 +77,13 @@ fn main() {
     let mut at_loopback = vec![None; contenders.len()];
     for row in &rows {
         for (((name, _), results), at_loopback) in contenders.iter().zip(&row.results).zip(&mut at_loopback) {
-            let of = |of: fn(&(Measured, f64)) -> f64| median(results.iter().map(of).collect());
+            let of = |of: fn(&(Measured, f64)) -> f64| median(results.iter().map(of)).expect("one round or more");
             let speed = keys as f64 / of(|(m, _)| m.wall.as_secs_f64());
             let share = speed / *at_loopback.get_or_insert(speed);
             println!(
                 "| {} ms | {:.0} | {name} | {speed:.0} | {share:.2} | {:.2} | {:.1} | {:.2} |",
                 row.us as f64 / 1e3,
-                median(row.pings.clone()),
+                median(row.pings.iter().copied()).expect("one round or more"),
                 of(|(m, _)| m.cpu_s) * 1e6 / keys as f64,
                 of(|(m, _)| m.peak_kib) / 1024.0,
                 of(|(_, server)| *server),
@@ -111,22 +111,15 @@ impl Row {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// The median of 200 PINGs in microseconds: the real round trip of the proxy.
 fn ping(port: u16) -> f64 {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
     stream.set_nodelay(true).expect("a TCP socket");
-    let times = (0..200)
-        .map(|_| {
-            let begun = Instant::now();
-            stream.write_all(b"PING\r\n").expect("it reads");
-            stream.read_exact(&mut [0_u8; 7]).expect("it answers");
-            begun.elapsed().as_secs_f64() * 1e6
-        })
-        .collect();
-    median(times)
+    let times = (0..200).map(|_| {
+        let begun = Instant::now();
+        stream.write_all(b"PING\r\n").expect("it reads");
+        stream.read_exact(&mut [0_u8; 7]).expect("it answers");
+        begun.elapsed().as_secs_f64() * 1e6
+    });
+    median(times).expect("there are 200")
 }

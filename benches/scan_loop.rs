@@ -67,12 +67,10 @@ fn main() {
             results.push(Measured { sent: (server.sent() - before) as f64, ..measured });
         }
     }
-    let median = |results: &[Measured], of: fn(&Measured) -> f64| {
-        let mut values: Vec<f64> = results.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
+    let of = |results: &[Measured], of: fn(&Measured) -> f64| {
+        common::median(results.iter().map(of)).expect("one round or more")
     };
-    let per_sec = |results: &[Measured]| keys as f64 / median(results, |m| m.wall.as_secs_f64());
+    let per_sec = |results: &[Measured]| keys as f64 / of(results, |m| m.wall.as_secs_f64());
     let bare_speed = per_sec(&results[0]);
     println!(
         "| contender | keys/s | of the bare socket | client CPU s per million keys | peak memory MiB | bytes sent per key |"
@@ -83,9 +81,9 @@ fn main() {
         println!(
             "| {name} | {speed:.0} | {:.2} | {:.2} | {:.1} | {:.2} |",
             speed / bare_speed,
-            median(results, |m| m.cpu_s) * 1e6 / keys as f64,
-            median(results, |m| m.peak_kib) / 1024.0,
-            median(results, |m| m.sent) / keys as f64,
+            of(results, |m| m.cpu_s) * 1e6 / keys as f64,
+            of(results, |m| m.peak_kib) / 1024.0,
+            of(results, |m| m.sent) / keys as f64,
         );
     }
 }

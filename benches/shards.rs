@@ -21,7 +21,7 @@ mod common;
 mod masters;
 #[path = "common/seed.rs"]
 mod seed;
-use common::{Server, measure};
+use common::{Server, measure, median};
 
 /// Keys of a simulated master, as a power of two, and how many of them are swept in a second: a pass takes ten seconds and more, and the
 /// largest number of shards leaves cores idle.
@@ -68,14 +68,10 @@ fn stand_ins() {
     );
     println!("| stand-ins | s | client CPU ms per second | per shard | of each shard after the first row |");
     println!("|---|---|---|---|---|");
-    let median = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
     let mut first = None;
     for (&shards, measured) in sizes.iter().zip(&measured) {
-        let seconds = median(measured.iter().map(|(seconds, _)| *seconds).collect());
-        let cpu = median(measured.iter().map(|(_, cpu)| *cpu).collect());
+        let seconds = median(measured.iter().map(|(seconds, _)| *seconds)).expect("one round or more");
+        let cpu = median(measured.iter().map(|(_, cpu)| *cpu)).expect("one round or more");
         let (one, base) = *first.get_or_insert((shards, cpu));
         let more = match shards - one {
             0 => "-".to_owned(),

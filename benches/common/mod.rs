@@ -171,6 +171,18 @@ impl Measured {
     }
 }
 
+/// The middle of the values, or the mean of the two in the middle. None where there are none.
+pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
+    }
+}
+
 /// Gives this process all cores back when dropped.
 pub struct Cores {
     last: usize,

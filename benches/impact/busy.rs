@@ -9,11 +9,11 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::Settings;
-use super::common::Server;
+use super::common::{Server, median};
 use super::contender::{CLOUD, Contender, NOBODY, Sweep};
 use super::load::ClosedLoop;
 use super::plot::{Axis, Point, Scale, scatter};
-use super::report::{Output, Table, cell, median, median_ratio, rounds_of};
+use super::report::{Output, Table, cell, median_ratio, rounds_of};
 use super::wire::{A_DAY, Conn};
 
 const CLIENTS: usize = 20;

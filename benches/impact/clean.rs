@@ -10,12 +10,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::Settings;
-use super::common::Server;
+use super::common::{Server, median};
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Pass, Sweep};
 use super::load::{OpenLoop, Waits};
 use super::plot::{Axis, Point, Scale, scatter};
 use super::proxy::Proxy;
-use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
+use super::report::{Output, SCAN_TIMES, Table, cell, median_ratio, rounds_of, scan_time_cells};
 use super::wire::{A_DAY, AT_ONCE, Conn};
 
 /// The foreground without any sweep is measured no longer than this where it is a row of its own.

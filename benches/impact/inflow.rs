@@ -14,11 +14,11 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::Settings;
-use super::common::Server;
 use super::common::comes_first;
+use super::common::{Server, median};
 use super::contender::{CLOUD, Contender, Effort, NOBODY, Sweep};
 use super::plot::{Axis, Line, Scale, lines};
-use super::report::{Output, SCAN_TIMES, Table, cell, median, median_ratio, rounds_of, scan_time_cells};
+use super::report::{Output, SCAN_TIMES, Table, cell, median_ratio, rounds_of, scan_time_cells};
 use super::wire::Conn;
 
 /// How long a key lives.

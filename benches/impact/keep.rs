@@ -17,11 +17,11 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 use serde_json::json;
 
-use super::common::Server;
 use super::common::comes_first;
+use super::common::{Server, median};
 use super::contender::{Effort, interrupt, ours, program};
 use super::load::OpenLoop;
-use super::report::{Output, Table, cell, median};
+use super::report::{Output, Table, cell};
 use super::wire::{Conn, encode};
 use super::{Settings, list};
 

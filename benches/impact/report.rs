@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
+use super::common::median;
 use super::contender::Contender;
 
 /// Everything goes here, and is written anew after each scenario, so that a run that is cut leaves what it has.
@@ -102,18 +103,6 @@ fn round_trip_us() -> u64 {
         Ok::<_, std::io::Error>(trips)
     };
     median(trips().expect("loopback is there")).expect("many trips").round() as u64
-}
-
-/// The middle of the values, or the mean of the two in the middle. None where there are none.
-pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        n if n % 2 == 1 => Some(values[middle]),
-        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
-    }
 }
 
 /// The median over those rounds in which both were measured, so that what slowed the machine down slowed both.

@@ -116,6 +116,14 @@ impl Observation {
 }
 
 #[cfg(test)]
+impl Observation {
+    /// Of a server that has answered so many SCANs in so many microseconds.
+    pub(crate) fn of_scans(calls: u64, usec: u64) -> Self {
+        Self { scan_stat: Some(CommandStat { calls, usec }), ..Self::default() }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

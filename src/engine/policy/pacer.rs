@@ -376,7 +376,6 @@ mod tests {
     use super::*;
     use crate::model::bounds::Bounds;
     use crate::model::throttle::Limits;
-    use crate::node::info::CommandStat;
 
     const US: Duration = Duration::from_micros(1);
 
@@ -392,11 +391,6 @@ mod tests {
             limits: Limits::NONE,
             bounds: Bounds::default(),
         }
-    }
-
-    /// An observation of a server that has answered so many SCANs in so many microseconds.
-    fn scans(calls: u64, usec: u64) -> Observation {
-        Observation { scan_stat: Some(CommandStat { calls, usec }), ..Observation::default() }
     }
 
     /// The reply to a batch while no other is under way.
@@ -468,7 +462,7 @@ mod tests {
             alone(&mut pacer, keys, (20 + held + late) as u32 * US);
             (calls, usec) = (calls + 1, usec + held);
             if batch % 100 == 0 {
-                pacer.observe(&scans(calls, usec));
+                pacer.observe(&Observation::of_scans(calls, usec));
             }
             counts.push(pacer.count());
         }
@@ -555,7 +549,7 @@ mod tests {
         let mut pacer = Pacer::new(75, 75 * US, Tuning { min_intensity: 0.5, ..tuning(1.0, None) }, 20 * US);
         settle(&mut pacer, 1.0);
         assert_eq!(sent_after_a_delay(&mut pacer).await, [0, 0, 1, 2, 3, 4]);
-        pacer.observe(&Observation { ops: Some(10_000), ..scans(0, 0) });
+        pacer.observe(&Observation { ops: Some(10_000), ..Observation::of_scans(0, 0) });
         assert_eq!(sent_after_a_delay(&mut pacer).await, [0, 0, 1, 2, 3, 4]);
     }
 
@@ -563,7 +557,7 @@ mod tests {
     async fn a_delay_is_made_up_for_by_three_batches_where_nobody_waits() {
         let mut pacer = Pacer::new(75, 75 * US, Tuning { min_intensity: 0.5, ..tuning(1.0, None) }, 20 * US);
         settle(&mut pacer, 1.0);
-        pacer.observe(&Observation { ops: Some(100), ..scans(0, 0) });
+        pacer.observe(&Observation { ops: Some(100), ..Observation::of_scans(0, 0) });
         assert_eq!(sent_after_a_delay(&mut pacer).await, [0, 0, 0, 0, 1, 2]);
         let mut pacer = self::pacer(75, 1.0, None);
         settle(&mut pacer, 1.0);
@@ -583,7 +577,7 @@ mod tests {
             alone(&mut pacer, u64::from(keys), waited);
             (calls, usec) = (calls + 1, usec + held);
             if batch % 1_000 == 0 {
-                pacer.observe(&scans(calls, usec as u64));
+                pacer.observe(&Observation::of_scans(calls, usec as u64));
             }
             if batch > 2_000 {
                 counts.push(pacer.count());

@@ -26,7 +26,7 @@ const FEW_OPS: u64 = 500;
 /// What a batch costs the server beside SCAN is taken to be this much at most: more is somebody else's work.
 const MOST_BESIDE: Duration = Duration::from_micros(100);
 
-/// What INFO told, and when. Equal to the one before: INFO was not read again.
+/// What INFO told. If it equals the one before, INFO was not read again.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct ClockReading {
     scans: Option<CommandStat>,
@@ -162,17 +162,12 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// An observation of a server that has answered so many SCANs in so many microseconds.
-    fn scans(calls: u64, usec: u64) -> Observation {
-        Observation { scan_stat: Some(CommandStat { calls, usec }), ..Observation::default() }
-    }
-
     /// Ten batches of 100 keys that took 100 us each, as seen from here, and then this reading after one of zeros.
     fn after(calls: u64, usec: u64) -> ServerClock {
         let mut clock = ServerClock::default();
-        clock.observe(&scans(0, 0), US);
+        clock.observe(&Observation::of_scans(0, 0), US);
         (0..10).for_each(|_| clock.waited(100, 100 * US));
-        clock.observe(&scans(calls, usec), US);
+        clock.observe(&Observation::of_scans(calls, usec), US);
         clock
     }
 
@@ -192,8 +187,8 @@ mod tests {
     fn a_reading_that_is_seen_twice_counts_once() {
         let mut clock = after(10, 500);
         (0..10).for_each(|_| clock.waited(100, 100 * US));
-        clock.observe(&Observation { latency: Some(7 * US), ..scans(10, 500) }, US);
-        clock.observe(&scans(20, 1_000), US);
+        clock.observe(&Observation { latency: Some(7 * US), ..Observation::of_scans(10, 500) }, US);
+        clock.observe(&Observation::of_scans(20, 1_000), US);
         assert_eq!((clock.correction(), clock.us_per_key()), (0.5, Some(0.5)));
     }
 
@@ -205,7 +200,7 @@ mod tests {
             cpu: Some(turn * (1_000 * 100 * US + Duration::from_millis(50))),
             others_cpu: Some(0.2),
             ops: Some(ops),
-            ..scans(u64::from(turn) * 1_000, u64::from(turn) * 75_000)
+            ..Observation::of_scans(u64::from(turn) * 1_000, u64::from(turn) * 75_000)
         };
         for turn in 0..20 {
             clock.observe(&at(turn, 10_000), 75 * US);
